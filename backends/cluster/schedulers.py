@@ -21,6 +21,13 @@ _TIMEOUT_S: Final = 120
 _PURGED: Final = re.compile(r"unknown job", re.IGNORECASE)
 """Printed by ``qstat`` for a job that ended a while ago."""
 
+_INVALID_ID: Final = re.compile(r"invalid job id", re.IGNORECASE)
+"""Printed by ``squeue`` for a job that ended a while ago."""
+
+_SLURM_ROW: Final = re.compile(r"\s*(\d[\w\[\]%,+-]*)\s+([A-Z_]+)\s*")
+_SLURM_ID: Final = re.compile(r"(\d+)(?:;\S*)?")
+_PBS_ID: Final = re.compile(r"(\d+(?:\[\])?(?:\.[\w.-]+)?)")
+
 JobState = Literal["queued", "running", "ended", "unknown"]
 
 
@@ -73,7 +80,11 @@ class Scheduler(Protocol):
         """
 
     def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
-        """Return the state of jobs; one that the scheduler no longer knows has ended."""
+        """Return the state of jobs.
+
+        One that the scheduler no longer knows has ended. ``unknown`` is a state that fanfold does
+        not know, or a job that is missing from a listing with other text in it.
+        """
 
     def drain(self, job: str) -> None:
         """Ask a running job to stop cleanly."""
@@ -120,20 +131,36 @@ class Slurm(Scheduler):
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
         depend = [f"--dependency=afterany:{after}"] if after else []
-        return (
-            _run_command(["sbatch", "--parsable", *depend, str(script)]).strip().partition(";")[0]
-        )
+        output = _run_command(["sbatch", "--parsable", *depend, str(script)])
+        return _find_job_id("sbatch", _SLURM_ID, output)
 
     def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """Return the state of jobs."""
         if not jobs:
             return {}
-        user = str(os.getuid())
-        output = _run_command(
-            ["squeue", "--noheader", f"--user={user}", "--states=all", "--format=%i %T"]
-        )
-        found = dict(line.split(maxsplit=1) for line in output.splitlines() if " " in line)
-        return {job: _slurm_state(found.get(job)) for job in jobs}
+        found, is_whole = self._list_states(f"--user={os.getuid()}")
+        states = dict[str, JobState]()
+        for job in jobs:
+            if job in found or is_whole:
+                states[job] = _slurm_state(found.get(job))
+            else:
+                states[job] = self._fetch_state(job)
+        return states
+
+    def _fetch_state(self, job: str) -> JobState:
+        """Ask for one job that a listing with other text in it does not have."""
+        try:
+            found, is_whole = self._list_states(f"--jobs={job}")
+        except BackendError as error:
+            return "ended" if _INVALID_ID.search(error.message) else "unknown"
+        return _slurm_state(found.get(job)) if job in found or is_whole else "unknown"
+
+    def _list_states(self, which: str) -> tuple[dict[str, str], bool]:
+        """Return the states by job, and whether the listing has no other text in it."""
+        output = _run_command(["squeue", "--noheader", which, "--states=all", "--format=%i %T"])
+        lines = [line for line in output.splitlines() if line.strip()]
+        rows = [match for line in lines if (match := _SLURM_ROW.fullmatch(line))]
+        return {row[1]: row[2] for row in rows}, len(rows) == len(lines)
 
     def drain(self, job: str) -> None:
         """Signal the job's script."""
@@ -171,10 +198,21 @@ def _add_usage_row(
     return SchedulerUsage(node_s, wall_s, state)
 
 
+_SLURM_STATES: Final[dict[JobState, str]] = {
+    "queued": "PENDING CONFIGURING EXPEDITING POWER_UP_NODE REQUEUED REQUEUE_FED REQUEUE_HOLD "
+    "RESV_DEL_HOLD SPECIAL_EXIT",
+    "running": "RUNNING COMPLETING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED UPDATE_DB",
+    "ended": "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY "
+    "PREEMPTED RECONFIG_FAIL TIMEOUT",
+}
+"""Job states of Slurm (slurm.schedmd.com/job_state_codes.html); any other one is unknown."""
+
+
 def _slurm_state(word: str | None) -> JobState:
-    if word in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
-        return "queued"
-    return "running" if word in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") else "ended"
+    """Return the state of a job; None, which is not listed any more, has ended."""
+    if word is None:
+        return "ended"
+    return next((s for s, words in _SLURM_STATES.items() if word in words.split()), "unknown")
 
 
 class Pbs(Scheduler):
@@ -209,11 +247,14 @@ class Pbs(Scheduler):
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
         depend = ["-W", f"depend=afterany:{after}"] if after else []
-        return _run_command(["qsub", *depend, str(script)]).strip()
+        return _find_job_id("qsub", _PBS_ID, _run_command(["qsub", *depend, str(script)]))
 
     def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """Return the state of jobs."""
-        found = {name: str(one.get("job_state")) for name, one in self._query_jobs(jobs).items()}
+        found = self._query_jobs(jobs)
+        for job in jobs if len(jobs) > 1 else ():
+            if job not in found:  # one of several may be left out for any reason
+                found |= self._query_jobs([job])
         return {job: _pbs_state(found.get(job)) for job in jobs}
 
     def drain(self, job: str) -> None:
@@ -249,11 +290,29 @@ class Pbs(Scheduler):
             if not _PURGED.search(error.message):
                 raise
             return {}  # it knows none of them any more
+        begin, end = output.find("{"), output.rfind("}") + 1  # a greeting may precede it
         try:
-            found = orjson.loads(output or "{}").get("Jobs", {})
+            found = orjson.loads(output[begin:end] or "{}").get("Jobs", {})
+            found = {name: _mapping(one) for name, one in found.items()}
         except (orjson.JSONDecodeError, AttributeError):
             raise BackendError(f"qstat: output is not JSON: {output[:200]!r}") from None
         return {job: one for job in jobs for name, one in found.items() if _is_same_job(job, name)}
+
+
+def _find_job_id(program: str, form: re.Pattern[str], output: str) -> str:
+    """Return the job's id from the output of a submission, which may also have a greeting.
+
+    Raises:
+        BackendError: No line has the form of an id.
+    """
+    found = [match[1] for line in output.splitlines() if (match := form.fullmatch(line.strip()))]
+    if not found:
+        msg = (
+            f"{program}: printed no job id but {output.strip()[:200]!r}; the job may be submitted: "
+            "look for it in the queue, and cancel it there before another attempt"
+        )
+        raise BackendError(msg)
+    return found[-1]
 
 
 def _is_same_job(a: str, b: str) -> bool:
@@ -265,10 +324,17 @@ def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _pbs_state(letter: str | None) -> JobState:
-    if letter in ("Q", "H", "W", "T", "M"):
-        return "queued"
-    return "running" if letter in ("R", "E", "B", "S", "U") else "ended"
+_PBS_STATES: Final[dict[str, JobState]] = {
+    **dict.fromkeys("QHWTM", "queued"),
+    **dict.fromkeys("REBSU", "running"),
+    **dict.fromkeys("FX", "ended"),
+}
+"""Job states of PBS (qstat(1B)); any other one is unknown."""
+
+
+def _pbs_state(job: Mapping[str, object] | None) -> JobState:
+    """Return the state of a job's entry; None, which PBS does not know any more, has ended."""
+    return "ended" if job is None else _PBS_STATES.get(str(job.get("job_state")), "unknown")
 
 
 def _seconds(text: str) -> float:

@@ -177,6 +177,10 @@ def node_files(plan: NodePlan) -> NodeFiles:
     return NodeFiles(Path(plan.folder), plan.host)
 
 
+_NONE_VISIBLE: Final = ("NoDevFiles", "void", "none")
+"""Values of the variables of accelerators that hide all: of Slurm, and of container runtimes."""
+
+
 def split_accelerators(ids: Sequence[str], instances: int) -> list[tuple[str, ...]]:
     """Divide accelerators among servers, neighbours together.
 
@@ -211,7 +215,10 @@ def list_accelerators(
         return list(ids)
     given = environment.get(variable, "") if variable != NO_VARIABLE else ""
     if given:
-        present = [name.strip() for name in given.split(",")]
+        present = _parse_visible(given)
+        if not present:
+            msg = f"node.accelerators: {variable} is {given!r}, which gives this job none"
+            raise ConfigurationError(msg)
         if count is not None and len(present) < count:
             msg = (
                 f"node.accelerators.count is {count}, and {variable} gives this job "
@@ -225,6 +232,16 @@ def list_accelerators(
         return []
     msg = f"node.accelerators: {variable} is not set here; set count or ids"
     raise ConfigurationError(msg)
+
+
+def _parse_visible(text: str) -> list[str]:
+    """Return the accelerators that a variable makes visible, each once.
+
+    As in CUDA, nothing after an index below 0 is visible. Slurm writes ``NoDevFiles`` for none.
+    """
+    names = [name for part in text.split(",") if (name := part.strip())]
+    hidden = (n for n, name in enumerate(names) if name.startswith("-") or name in _NONE_VISIBLE)
+    return list(dict.fromkeys(names[: next(hidden, None)]))
 
 
 def plan_servers(  # noqa: PLR0913 - one value per setting

@@ -264,16 +264,17 @@ def _end_job(
     scheduler: Scheduler, file: ChainFile, job: Job, state: JobState, at_once: bool
 ) -> str | FanfoldError:
     """End one job; return the outcome or the error."""
+    is_running = state == "running" or (state == "unknown" and job.began is not None)
     if state == "ended":
         outcome = "is gone already"
-    elif state == "running" and not at_once:
+    elif is_running and not at_once:
         outcome = "draining: finishes the items in flight (use --now to kill it)"
         return try_job_command(scheduler, job.id, scheduler.drain) or outcome
     else:
         if (error := try_job_command(scheduler, job.id, scheduler.cancel)) is not None:
             return error
         outcome = "is withdrawn" if state == "queued" else "is cancelled"
-    if job.began is None and state != "running":
+    if job.began is None and state in {"queued", "ended"}:
         before = "cancelled" if state == "queued" else "gone"
         file.append("withdrawn", job=job.id, outcome=f"{before} before it began")
     return outcome

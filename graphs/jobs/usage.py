@@ -6,8 +6,11 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from ...backends.cluster.chain import (
     Job,
@@ -24,8 +27,8 @@ from ...backends.cluster.utilization import (
     compute_utilization,
     read_job_servers,
 )
-from ...backends.core.errors import EXIT_DONE, EXIT_FAILURES, FanfoldError
-from ...backends.storage.run_folder import RunFolder, open_folder
+from ...backends.core.errors import EXIT_DONE, EXIT_FAILURES, FanfoldError, JournalError
+from ...backends.storage.run_folder import RunFolder, open_folder, write_json
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 
@@ -93,6 +96,9 @@ def _parse_max_num_seqs(command: str | None) -> int | None:
     return int(found[1]) if found else None
 
 
+_ASK_AGAIN_S: Final = 60.0
+
+
 def job_report(
     path: Path, utilization: bool = False, batch: int | None = None
 ) -> dict[str, Any] | None:
@@ -113,9 +119,9 @@ def job_report(
     chain = chain_file(path).read()
     if not chain.jobs:
         return None
-    states, used, problem = _ask_scheduler(SCHEDULERS[chain.options["scheduler"]], chain)
-    return _build_report(path, chain, states, used, utilization, batch) | {
-        "scheduler_says": problem
+    answer = _get_answer(path, chain)
+    return _build_report(path, chain, answer.states, answer.used, utilization, batch) | {
+        "scheduler_says": answer.problem
     }
 
 
@@ -159,19 +165,59 @@ def _build_report(  # noqa: PLR0913, PLR0917 - data, its sources, and options
     return facts | _use(run_utilization(folder, hours, batch)) if utilization else facts
 
 
-def _ask_scheduler(
-    scheduler: Scheduler, chain: JobChain
-) -> tuple[dict[str, JobState], dict[str, SchedulerUsage], str | None]:
-    """Return states and usage from the scheduler, and the error if it fails."""
+class _Answer(BaseModel):
+    """What the scheduler said about the jobs of a run, kept in the run folder for a minute.
+
+    Attributes:
+        v: Version.
+        at: When it was asked, in seconds since 1970.
+        unfinished: The jobs whose state was asked for.
+        begun: The jobs whose usage was asked for.
+        states: The states.
+        used: What the jobs used.
+        problem: Why the scheduler did not answer, or None.
+    """
+
+    v: Literal[1] = 1
+    at: float
+    unfinished: list[str]
+    begun: list[str]
+    states: dict[str, JobState] = {}
+    used: dict[str, SchedulerUsage] = {}
+    problem: str | None = None
+
+
+def _get_answer(path: Path, chain: JobChain) -> _Answer:
+    """Return states and usage; ask the scheduler if the last answer is of more than a minute ago.
+
+    Its administrators ask users to query it seldom, and ``status`` may run in a loop. After a new
+    event of the chain it is asked at once if the event changes which jobs are of interest.
+    """
+    file = chain_file(path).path.with_name("scheduler.json")
+    unfinished = [job.id for job in chain.unfinished_jobs()]
+    asked = _Answer(
+        at=time.time(),
+        unfinished=unfinished,
+        begun=[job.id for job in chain.jobs if job.began is not None],
+    )
+    with suppress(OSError, ValidationError):  # none yet, or of another version
+        kept = _Answer.model_validate_json(file.read_bytes())
+        same = (kept.unfinished, kept.begun) == (asked.unfinished, asked.begun)
+        if same and 0 <= asked.at - kept.at < _ASK_AGAIN_S:
+            return kept
+    _ask_scheduler(SCHEDULERS[chain.options["scheduler"]], asked)
+    with suppress(JournalError):  # the folder of somebody else is read only
+        write_json(file, asked.model_dump())
+    return asked
+
+
+def _ask_scheduler(scheduler: Scheduler, answer: _Answer) -> None:
+    """Fill in states and usage from the scheduler, and the error if it fails."""
     try:
-        states = scheduler.fetch_states([job.id for job in chain.unfinished_jobs()])
+        answer.states = scheduler.fetch_states(answer.unfinished)
+        answer.used = scheduler.fetch_usage(answer.begun)
     except FanfoldError as error:
-        return {}, {}, error.message
-    try:
-        used = scheduler.fetch_usage([job.id for job in chain.jobs if job.began is not None])
-    except FanfoldError as error:
-        return states, {}, error.message
-    return states, used, None
+        answer.problem = error.message
 
 
 def _job(job: Job, state: JobState | None) -> dict[str, Any]:

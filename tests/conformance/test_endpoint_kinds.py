@@ -242,7 +242,7 @@ async def test_a_token_that_expires_is_fetched_anew_once(site: Site, renewable: 
         with pytest.raises(RunStoppedError, match="no endpoint is left"):
             await graph.ainvoke({"items": items})
     await expiring
-    assert calls.read_text() == "xxx"  # when the run was prepared, opened, and refused
+    assert calls.read_text() == "xx"  # when the run was prepared, and when it was refused
 
 
 async def test_the_gateways_quota_is_waited_for(

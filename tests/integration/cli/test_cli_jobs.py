@@ -112,6 +112,32 @@ def test_without_counts_the_useful_share_is_unknown(shell: Shell) -> None:
     assert f"useful share: {unknown}" in shell("status", "r", "--usage").out
 
 
+def test_the_scheduler_is_asked_once_a_minute(shell: Shell, tmp_path: Path, begin: float) -> None:
+    calls, kept = tmp_path / "calls", Path("r/cluster/scheduler.json")
+    program = tmp_path / "bin" / "sacct"
+    program.write_text(f"#!/bin/sh\necho x >> {calls}\necho '1|COMPLETED|110|1'\n")
+    queue = program.with_name("squeue")
+    queue.write_text(f"#!/bin/sh\necho x >> {calls}\necho '3 RUNNING'\n")
+    queue.chmod(0o755)
+
+    def count() -> int:
+        assert shell("status", "r", "--usage").code == 0
+        return len(calls.read_text().split())
+
+    first = count()
+    assert [count(), count()] == [first, first]
+    old = orjson.loads(kept.read_bytes())
+    for change in ({"at": old["at"] - 60}, {"at": old["at"] + 9999}, {"v": 9}, {"states": 3}):
+        kept.write_bytes(orjson.dumps(old | change))
+        before = len(calls.read_text().split())
+        assert count() == before + first
+    kept.write_bytes(b"{")
+    assert count() > first
+    before = count()
+    note([*job(begin, "3")])
+    assert count() > before  # another job is of interest
+
+
 @pytest.mark.usefixtures("begin")
 def test_without_a_scheduler_it_says_so(shell: Shell) -> None:
     shell.patch.setenv("PATH", "/nowhere")

@@ -51,6 +51,118 @@ def test_slurm_states(programs: Path) -> None:
     }
 
 
+ENDED = [
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "LAUNCH_FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "RECONFIG_FAIL",
+    "TIMEOUT",
+]
+ALIVE = [
+    "PENDING",
+    "CONFIGURING",
+    "COMPLETING",
+    "EXPEDITING",
+    "POWER_UP_NODE",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "RESV_DEL_HOLD",
+    "RUNNING",
+    "SIGNALING",
+    "SPECIAL_EXIT",
+    "STAGE_OUT",
+    "STOPPED",
+    "SUSPENDED",
+    "UPDATE_DB",
+    "REVOKED",
+    "SOMETHING_NEW",
+]
+
+
+@pytest.mark.parametrize("word", [*ENDED, *ALIVE])
+def test_only_known_states_are_an_end_in_slurm(programs: Path, word: str) -> None:
+    program(programs, "squeue", f"echo '7 {word}'")
+    state = Slurm().fetch_states(["7"])["7"]
+    assert (state == "ended") == (word in ENDED)
+    assert (state == "unknown") == (word in {"REVOKED", "SOMETHING_NEW"})
+
+
+@pytest.mark.parametrize("letter", list("BEFHMQRSTUWXYZ"))
+def test_only_known_states_are_an_end_in_pbs(programs: Path, letter: str) -> None:
+    said = f'{{"Jobs": {{"7.host": {{"job_state": "{letter}"}}}}}}'
+    program(programs, "qstat", f"echo '{said}'")
+    state = Pbs().fetch_states(["7.host"])["7.host"]
+    assert (state == "ended") == (letter in "FX")
+    assert (state == "unknown") == (letter in "YZ")
+
+
+BANNER = "echo 'Welcome to the cluster. Maintenance: 3 May.'"
+
+
+@pytest.mark.parametrize(
+    ("single", "state"),
+    [
+        ("echo '9 RUNNING'", "running"),
+        ("echo '9 COMPLETED'", "ended"),
+        ("true", "ended"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "ended"),
+        ("echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1", "unknown"),
+        (BANNER, "unknown"),
+        ("echo '9'", "unknown"),
+    ],
+)
+def test_a_job_that_a_broken_listing_lacks_is_asked_for_alone(
+    programs: Path, single: str, state: str
+) -> None:
+    alone = f'case "$*" in *--jobs=9*) {single}; exit;; esac'
+    program(programs, "squeue", alone, BANNER, "echo '8 RUNNING'")
+    assert Slurm().fetch_states(["8", "9"]) == {"8": "running", "9": state}
+
+
+def test_pbs_asks_alone_for_a_job_that_a_listing_lacks(programs: Path) -> None:
+    running = '{"Jobs": {"7.host": {"job_state": "R"}}}'
+    program(programs, "qstat", f"{BANNER}; echo '{running}'")
+    assert Pbs().fetch_states(["7.host"]) == {"7.host": "running"}
+    other = '{"Jobs": {"8.host": {"job_state": "Q"}}}'
+    alone = f'case "$*" in *" 8.host") echo \'{other}\'; exit;; esac'
+    both = 'case "$*" in *"7.host 8.host") ;; *) echo "qstat: Unknown Job Id" >&2; exit 153;; esac'
+    program(
+        programs, "qstat", f'case "$*" in *7.host*) ;; *) {alone};; esac', both, f"echo '{running}'"
+    )
+    assert Pbs().fetch_states(["7.host", "8.host"]) == {"7.host": "running", "8.host": "queued"}
+
+
+@pytest.mark.parametrize(
+    ("said", "job"),
+    [
+        ("12", "12"),
+        ("12;big", "12"),
+        ("Welcome. 3 May: maintenance.\n\n12;big\n", "12"),
+        ("12\nYour project has 9 hours left", "12"),
+    ],
+)
+def test_an_id_is_the_line_that_looks_like_one(programs: Path, said: str, job: str) -> None:
+    program(programs, "sbatch", f"printf '{said}'")
+    assert Slurm().submit(Path("job.sh")) == job
+    program(programs, "qsub", f"printf '{said.replace('12;big', '12').replace('12', '12.host')}'")
+    assert Pbs().submit(Path("job.sh")) == f"{job}.host"
+
+
+def test_a_submission_without_an_id_says_that_the_job_may_run(programs: Path) -> None:
+    for name, scheduler in (("sbatch", Slurm()), ("qsub", Pbs())):
+        program(programs, name, "echo Welcome")
+        with pytest.raises(BackendError, match=rf"{name}: printed no job id .*Welcome.*queue"):
+            scheduler.submit(Path("job.sh"))
+
+
 def test_slurm_accounts_or_why_there_are_none(programs: Path) -> None:
     program(programs, "sacct", "printf '1|COMPLETED|3600|4\\n2|PENDING||4\\n'")
     assert Slurm().fetch_usage(["1", "2"]) == {"1": SchedulerUsage(14400, 3600, "COMPLETED")}

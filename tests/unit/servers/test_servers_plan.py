@@ -120,3 +120,30 @@ def test_a_plan_travels_and_does_not_show_its_secrets() -> None:
     for broken in (b"", b"[]", b'{"v": 2}', b'{"v": 1}'):
         with pytest.raises(BackendError, match="plan"):
             NodePlan.from_json(broken)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("0,1,", ["0", "1"]),
+        (" 0 , 1 ", ["0", "1"]),
+        ("0,0,1", ["0", "1"]),
+        ("0,1,-1,2", ["0", "1"]),
+        ("GPU-8932f937,MIG-1b2c", ["GPU-8932f937", "MIG-1b2c"]),
+        ("NoDevFiles", None),
+        ("-1", None),
+        (",", None),
+        ("-1,0", None),
+    ],
+)
+def test_a_variable_is_read_as_the_driver_reads_it(given: str, found: list[str] | None) -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": given}
+    if found is None:
+        with pytest.raises(
+            ConfigurationError, match=r"CUDA_VISIBLE_DEVICES is .* gives this job n"
+        ):
+            list_accelerators("CUDA_VISIBLE_DEVICES", None, None, environment)
+        return
+    assert list_accelerators("CUDA_VISIBLE_DEVICES", None, None, environment) == found
+    with pytest.raises(ConfigurationError, match=f"gives this job {len(found)}"):
+        list_accelerators("CUDA_VISIBLE_DEVICES", None, len(found) + 1, environment)
