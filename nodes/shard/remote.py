@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 _SLICE: Final = 256
 _VISIBLE_S: Final = 90.0
-_VISIBLE_WAIT: Final = wait_exponential(0.05, 5.0)
 """Maximum seconds until a network file system shows what another node has written."""
+_VISIBLE_WAIT: Final = wait_exponential(0.05, 5.0)
+"""Pauses between two looks at such a file."""
 
 
 async def run_remote_shard(
