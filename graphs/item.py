@@ -8,8 +8,9 @@ from langgraph.runtime import Runtime
 
 from ..nodes.item.steps import ITEM_STEPS, ItemNode, add_steps
 from ..nodes.state import ItemInput, ItemOutput, ItemState
+from .bound_graph import BoundGraph, BoundSettings, check_item_input
 from .caller_policy import CallerPolicy
-from .context import BoundGraph, BoundSettings, RunContext, check_item_input
+from .context import RunContext
 
 ItemGraphAlone = BoundGraph[ItemState, ItemInput, ItemOutput]
 

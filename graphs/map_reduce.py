@@ -18,8 +18,9 @@ from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
 from ..nodes.item.steps import NO_PAYLOAD, build_item_graph, make_untraced, node_metadata
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
+from .bound_graph import BoundGraph, BoundSettings
 from .caller_policy import CallerPolicy
-from .context import BoundGraph, BoundSettings, RunContext
+from .context import RunContext
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 

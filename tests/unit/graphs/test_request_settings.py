@@ -23,8 +23,9 @@ from fanfold.configs.base import Access
 from fanfold.configs.describe import find_setting, iter_access, split_settings
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.configs.models import RunConfig
+from fanfold.graphs.bound_graph import BoundSettings
 from fanfold.graphs.caller_policy import ALLOW_ENV, ROOT_ENV, CallerPolicy, CallerSettings
-from fanfold.graphs.context import BoundSettings, RunContext
+from fanfold.graphs.context import RunContext
 from fanfold.graphs.context_schema import build_request_form
 
 OWN: dict[str, Any] = {

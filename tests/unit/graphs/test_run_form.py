@@ -14,7 +14,8 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.describe import describe_setting, find_setting, setting_schema
 from fanfold.configs.loader import preset_names
 from fanfold.configs.models import BudgetConfig, LimitsConfig, RunConfig
-from fanfold.graphs.context import BoundSettings, RunContext
+from fanfold.graphs.bound_graph import BoundSettings
+from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build_bound_graph
 from fanfold.nodes.batch.approve import ANSWER_SCHEMA
 
