@@ -35,6 +35,7 @@ from ...backends.discovery.connect import (
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import ProbeResult, select_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
+from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.policy import ModelParams
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
@@ -317,7 +318,8 @@ async def _probe_endpoints(
     ready = ReadyEndpoints(
         matched.specs, matched.model, matched.simulated, matched.absent, endpoint_set
     )
-    return ready, (*chosen, *(_line(one, matched.model) for one in found))
+    repeated = (f"WARNING: {line}" for one in found if (line := describe_spellings(one.spec)))
+    return ready, (*chosen, *(_line(one, matched.model) for one in found), *repeated)
 
 
 def _line(found: ProbeResult, model: str) -> str:
