@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import ipaddress
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
@@ -301,6 +303,9 @@ class Endpoint:
             are kept alive, for an id may be used again.
         accepted: Requests that it has accepted.
         throttled: Times that it asked for a pause, other than for one item alone.
+        unanswered: The tasks whose requests it has not answered yet, and when they were sent, in
+            monotonic seconds; the oldest first.
+        heard_at: Monotonic time in seconds of its last answer, of any status.
     """
 
     __slots__ = (
@@ -314,6 +319,7 @@ class Endpoint:
         "chat_url",
         "ejected",
         "foreign_load",
+        "heard_at",
         "host",
         "in_flight",
         "label",
@@ -332,6 +338,7 @@ class Endpoint:
         "streaming",
         "throttled",
         "token_bucket",
+        "unanswered",
         "url",
     )
 
@@ -369,6 +376,8 @@ class Endpoint:
         self.refused_items: dict[int, object] = {}
         self.accepted = 0
         self.throttled = 0
+        self.unanswered: dict[asyncio.Task[Any], float] = {}
+        self.heard_at = 0.0
         self.stats = EndpointStats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -452,6 +461,11 @@ class Endpoint:
     def record_latency(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""
         self.latency_s += (seconds - self.latency_s) * (_SMOOTHING if self.latency_s else 1.0)
+
+    def record_heard(self, task: asyncio.Task[Any]) -> None:
+        """Record that it has answered a task's request."""
+        del self.unanswered[task]
+        self.heard_at = time.monotonic()
 
     async def headers(self) -> Mapping[str, str]:
         """Return the headers of a request, with the current key."""
