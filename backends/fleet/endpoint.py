@@ -259,11 +259,13 @@ class RefusalMark:
         when: Monotonic time in seconds.
         accepted: Requests that it had accepted.
         throttled: Times that it had asked for a pause.
+        alone: Whether it refused only this item, as far as was known then.
     """
 
     when: float
     accepted: int
     throttled: int
+    alone: bool
 
 
 _AcceptedRequest: TypeAlias = tuple[CallLog | None, Mapping[str, str], float]
@@ -446,17 +448,23 @@ class Endpoint:
         """Return True if it has recently accepted another item's request with the current key."""
         return self.accepts_others(item, self._headers, now)
 
-    def mark(self, now: float) -> RefusalMark:
+    def mark(self, now: float, alone: bool) -> RefusalMark:
         """Return counts to compare an item's next refusal with."""
-        return RefusalMark(now, self.accepted, self.throttled)
+        return RefusalMark(now, self.accepted, self.throttled, alone)
 
-    def refuses_alone(self, item: CallLog | None, mark: RefusalMark) -> bool:
-        """Return True if since ``mark`` it has accepted more requests of others than it refused."""
+    def refuses_alone(self, item: CallLog | None, mark: RefusalMark, now: float) -> bool:
+        """Return True if since ``mark`` it has accepted more requests of others than it refused.
+
+        If it did neither, what was known at the mark holds for a while: a repetition that comes
+        before any other request shows nothing new.
+        """
+        accepted, throttled = self.accepted - mark.accepted, self.throttled - mark.throttled
+        if not (accepted or throttled):
+            return mark.alone and now - mark.when <= _LATELY_S
         last_item, _, when = self._accepted
         if item is not None and last_item is item:
             _, _, when = self._accepted_before
-        accepted = self.accepted - mark.accepted
-        return when > mark.when and accepted > self.throttled - mark.throttled
+        return when > mark.when and accepted > throttled
 
     def record_latency(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""

@@ -388,7 +388,7 @@ class RequestSender:
             failure = replace(failure, accepts_others=others)
         mark = charge.marks.get(endpoint) if charge.marks else None
         if mark is not None and failure.has_known_pause:
-            alone = endpoint.refuses_alone(charge.log, mark)
+            alone = endpoint.refuses_alone(charge.log, mark, time.monotonic())
             failure = replace(failure, accepts_others=alone)
         if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
             return replace(failure, rule=replace(failure.rule, action=RetryAction.SAME))
