@@ -18,7 +18,7 @@ from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, BudgetLim
 from ..core.protocols import PromptCounter
 from ..core.types import Json
 from ..storage.journal import Journal
-from ..storage.journal_file import RunIds
+from ..storage.journal_file import ItemCounts, RunIds
 from ..storage.run_folder import (
     RunFolder,
     get_run_ids,
@@ -393,13 +393,14 @@ def budget_gap(
     """
     about = folder.read_provenance()
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
-        counts, budget = journal.count_items(), live
+        counts, usage, budget = journal.count_items(), journal.total_usage(), live
         if budget is None:
             before = read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), journal)
             budget = Budget(_read_budget_settings(folder, config, about), before, None)
     if not (live is not None and live.needed) and budget.can_carry(needed):
         return None
-    refusal = budget.record_refusal(needed)
+    refusal, spent = budget.record_refusal(needed), budget.total_spent()
+    settled = usage.amount.plus(budget.settings.prices.node_amount(spent.node_ms))
     if config.budget.on_limit == "stop":
         raise BudgetExhaustedError(refusal)
     return {
@@ -407,7 +408,7 @@ def budget_gap(
         "why": refusal,
         "budget": budget.report(),
         "items": {"done": counts.done, "failed": counts.failed, "open": counts.open},
-        "total_to_finish": _to_finish(budget, counts.done + counts.failed, counts.open),
+        "total_to_finish": estimate_total(spent, settled, budget.settings.limits, counts),
     }
 
 
@@ -420,15 +421,25 @@ def _read_budget_settings(
     return make_budget_settings(folder, config, price or NO_PRICES)
 
 
-def _to_finish(budget: Budget, ended: int, left: int) -> dict[str, Json]:
-    """Estimate the total for all items from those that have ended."""
-    spent, report = budget.total_spent(), budget.report()
+def estimate_total(
+    spent: Amount, settled: Amount, limits: BudgetLimits, counts: ItemCounts
+) -> dict[str, Json]:
+    """Estimate the total for all items, by limit; empty before the first item has ended.
+
+    Args:
+        spent: What counts as spent, amounts in doubt included.
+        settled: The part of it that the ended items and the nodes are known to have used. Only this
+            part is extrapolated: a killed session's reservations are no measure of further items.
+        limits: The budget's limits.
+        counts: Items of the run.
+    """
+    ended = counts.done + counts.failed
     if not ended:
         return {}
     return {
-        key: _round_up(getattr(spent, name) * (ended + left) / ended, unit)
-        for name, (key, unit) in SETTING_UNITS.items()
-        if key in report
+        key: _round_up(getattr(spent, name) + getattr(settled, name) * counts.open / ended, unit)
+        for name, _ in _limits(limits)
+        for key, unit in [SETTING_UNITS[name]]
     }
 
 

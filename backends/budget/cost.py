@@ -10,9 +10,18 @@ from urllib.parse import urlsplit
 
 from ...configs.loader import read_settings
 from ...configs.models import BudgetConfig
-from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, NodeTime, UsageTotals
+from ..core.money import (
+    MS_PER_HOUR,
+    NANO_PER_USD,
+    NO_PRICES,
+    Amount,
+    BudgetLimits,
+    NodeTime,
+    UsageTotals,
+)
 from ..core.types import Json
 from ..storage.journal_file import (
+    ItemCounts,
     JournalSource,
     RunIds,
     check_line,
@@ -20,7 +29,7 @@ from ..storage.journal_file import (
     scan_lines,
 )
 from ..storage.run_folder import RunFolder
-from .budget import Budget, BudgetSettings, format_amount, read_limits
+from .budget import Budget, BudgetSettings, estimate_total, format_amount, read_limits
 from .spend_log import SpendLogs
 
 NO_ENDPOINT: Final = "(none)"
@@ -53,6 +62,16 @@ class Cost:
         if not self.priced and not self.node_time.nano_usd:
             return None
         return self.usage.nano_usd + self.node_time.nano_usd
+
+    @property
+    def settled(self) -> Amount:
+        """Return what the journal and the node time prove."""
+        return self.usage.amount.plus(self.node_time.amount)
+
+    @property
+    def spent(self) -> Amount:
+        """Return what counts against a budget: unaccounted spending included."""
+        return self.settled.plus(self.unaccounted)
 
     def to_json(self) -> dict[str, Json]:
         """Return the data for ``--json``; dollars are null where nothing has a price."""
@@ -87,6 +106,7 @@ def tokens_json(spent: UsageTotals) -> dict[str, Json]:
         "cached": spent.cached_tokens,
         "completion": spent.completion_tokens,
         "useful": spent.useful_tokens,
+        "lost": spent.lost_tokens,
         "wasted": spent.wasted_tokens,
     }
 
@@ -217,9 +237,23 @@ def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
         ConfigurationError: The budget in the settings is invalid.
         JournalError: The limits cannot be read.
     """
+    settings = BudgetSettings(_read_limits(folder), NO_PRICES)
+    return Budget(settings, cost.spent, None).report()
+
+
+def estimate_total_cost(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Json]:
+    """Return, by limit, the total that all items need, as a pause reports it; blocks.
+
+    Raises:
+        ConfigurationError: The budget in the settings is invalid.
+        JournalError: The limits cannot be read.
+    """
+    return estimate_total(cost.spent, cost.settled, _read_limits(folder), counts)
+
+
+def _read_limits(folder: RunFolder) -> BudgetLimits:
     config = BudgetConfig.model_validate(read_settings(folder.settings).data.get("budget") or {})
-    before = cost.usage.amount.plus(cost.node_time.amount).plus(cost.unaccounted)
-    return Budget(BudgetSettings(read_limits(folder, config), NO_PRICES), before, None).report()
+    return read_limits(folder, config)
 
 
 def describe_cost(cost: Cost, *, timed: bool) -> Iterator[str]:
@@ -240,12 +274,15 @@ def describe_cost(cost: Cost, *, timed: bool) -> Iterator[str]:
 
 
 def format_dollars(cost: Cost) -> str:
-    """Return dollars in words, e.g. ``3.21 USD, of which up to 0.12 wasted``."""
+    """Return dollars in words, e.g. ``at most 3.21 USD, of which at most 0.12 wasted``.
+
+    The cost of lost answers is an upper bound; without any, both amounts are exact.
+    """
     total, wasted = cost.nano_usd or 0, cost.usage.wasted_nano_usd
-    words = f"{format_usd(total, total)} USD"
+    bound = "at most " if cost.usage.lost_tokens else ""
+    words = f"{bound}{format_usd(total, total)} USD"
     if not wasted:
         return words
-    bound = "up to " if cost.usage.lost_tokens else ""
     return f"{words}, of which {bound}{format_usd(wasted, total)} wasted"
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from ...configs.models import RunConfig
 from ..core.errors import BackendError, ConfigurationError, NoEndpointError, RunStoppedError
-from ..fleet.endpoint import EndpointSpec
+from ..fleet.endpoint import EndpointSpec, merge_spellings
 from ..servers.client import check_failure, use_servers
 from ..servers.plan import NodePlan
 from .connect import ReadyEndpoints, open_ready_endpoints
@@ -174,7 +174,7 @@ def find_node_specs(
     host = host or get_host_name()
     key = config.endpoints.api_key.get_secret_value()
     if given := environment.get(ENDPOINTS_VARIABLE):
-        return [EndpointSpec(url, key) for url in re.split(r"[,\s]+", given.strip())]
+        return merge_spellings(EndpointSpec(url, key) for url in re.split(r"[,\s]+", given.strip()))
     if own := [s for s in list_endpoint_specs(config.endpoints, written) if _is_here(s.url, host)]:
         return own
     file = _find_host_file(config.backend.registry, host)

@@ -18,7 +18,7 @@ from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.secrets import MASKED
 from ..core.templates import find_names, split_command
-from ..fleet.endpoint import ApiKey, EndpointSpec, normalize_base_url
+from ..fleet.endpoint import ApiKey, EndpointSpec, merge_spellings, normalize_base_url
 from ..servers.plan import NodePlan, list_accelerators, plan_servers
 from ..simulated.process import MODULE
 from .gateway import CommandToken, Gateway
@@ -180,12 +180,12 @@ def _from_urls(
         msg = "endpoints.urls is empty; give base URLs such as http://node17:8000/v1"
         raise ConfigurationError(msg)
     shown = written.get("urls") or endpoints.urls
-    return [
-        EndpointSpec(
-            check_setting_url(f"endpoints.urls.{n}", url), key, label=text if "${" in text else None
-        )
-        for n, (url, text) in enumerate(zip(endpoints.urls, shown, strict=True))
-    ]
+    for n, url in enumerate(endpoints.urls):
+        check_setting_url(f"endpoints.urls.{n}", url)
+    return merge_spellings(
+        EndpointSpec(url, key, label=text if "${" in text else None)
+        for url, text in zip(endpoints.urls, shown, strict=True)
+    )
 
 
 def check_setting_url(where: str, url: str) -> str:
@@ -233,7 +233,7 @@ def _from_hosts(endpoints: EndpointsConfig, key: str) -> list[EndpointSpec]:
     )
     for spec in specs:
         check_setting_url("endpoints.hosts", spec.url)
-    return specs
+    return merge_spellings(specs)
 
 
 def expand_hosts(text: str, environment: Mapping[str, str]) -> Iterator[str]:

@@ -21,7 +21,15 @@ import orjson
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.permissions import find_file_risk, find_path_risk
-from ..fleet.endpoint import NO_KEY, ApiKey, EndpointSpec, normalize_base_url, redact_url
+from ..fleet.endpoint import (
+    NO_KEY,
+    ApiKey,
+    EndpointSpec,
+    identify_endpoint,
+    merge_spellings,
+    normalize_base_url,
+    redact_url,
+)
 from ..fleet.fleet import Fleet
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
@@ -78,25 +86,26 @@ def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list
         api_key: Key for all of them.
 
     Returns:
-        One entry per endpoint, in the file's order, without duplicates.
+        Each endpoint once, in the file's order.
 
     Raises:
         NoEndpointError: The file lists no endpoint.
         ConfigurationError: A line is malformed; with the line's number.
     """
-    specs: dict[str, EndpointSpec] = {}
+    specs = list[EndpointSpec]()
     for number, raw in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         line = raw.strip()
         if not line or line.startswith(_COMMENT):
             continue
         try:
             spec = _parse_line(line, api_key)
-            specs.setdefault(normalize_base_url(spec.url), spec)
+            identify_endpoint(spec.url)  # a malformed URL is reported with its line
+            specs.append(spec)
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}, line {number}: {error.message}") from error
     if not specs:
         raise NoEndpointError(f"{name}: the file lists no endpoint")
-    return list(specs.values())
+    return merge_spellings(specs)
 
 
 def _parse_line(line: str, api_key: ApiKey) -> EndpointSpec:
@@ -180,10 +189,10 @@ class HostsFolder:
             ) from None
         now = {file.name: host for file in files if (host := self._host(file, others)) is not None}
         self._hosts = now
-        specs = {normalize_base_url(s.url): s for host in now.values() for s in host.specs}
+        specs = merge_spellings(s for host in now.values() for s in host.specs)
         if not specs:
             raise NoEndpointError(f"endpoints.file: {self._path}: no host has written its file yet")
-        return list(specs.values())
+        return specs
 
     def _host(self, file: os.DirEntry[str], others: str | None) -> _Host | None:
         known = self._hosts.get(file.name)
@@ -316,7 +325,7 @@ class RegistrySource:
         self._known = kept | listed
         if not self._known:
             raise NoEndpointError(f"endpoints.aegis_registry: {self._url} lists no server")
-        return list(self._known.values())
+        return merge_spellings(self._known.values())
 
     async def _services(self) -> list[dict[str, Any]]:
         transport = Transport(FleetPolicy())
@@ -390,18 +399,18 @@ async def _follow_changes(
     admit: AdmitEndpoints,
     every_s: float,
 ) -> None:
-    members = {e.url: e.spec for e in fleet.endpoints if not e.retired}
-    seen, last_error = {normalize_base_url(spec.url) for spec in listed}, ""
+    members = {identify_endpoint(e.url): e.spec for e in fleet.endpoints if not e.retired}
+    seen, last_error = {identify_endpoint(spec.url) for spec in listed}, ""
     while True:
         await asyncio.sleep(every_s)
         try:
-            now = {normalize_base_url(spec.url): spec for spec in await source.list_endpoints()}
+            now = {identify_endpoint(spec.url): spec for spec in await source.list_endpoints()}
             if now.keys() == seen:
                 last_error = ""
                 continue
             fresh = [spec for url, spec in now.items() if url not in seen]
             fitting = (
-                {normalize_base_url(spec.url): spec for spec in await admit(fresh)} if fresh else {}
+                {identify_endpoint(spec.url): spec for spec in await admit(fresh)} if fresh else {}
             )
             wanted = {u: s for u, s in (members | fitting).items() if u in now}
             joined, left = fleet.update(list(wanted.values()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
@@ -39,6 +40,7 @@ class EndpointSpec:
         tokens_per_min: Limit of tokens per minute, prompt and answer, or None.
         max_model_len: Context length in tokens, or None if unknown.
         proxied: Whether the environment's proxy variables apply: for gateways, never for nodes.
+        spellings: How its list names the same endpoint once more, for a warning.
     """
 
     url: str
@@ -51,6 +53,7 @@ class EndpointSpec:
     tokens_per_min: float | None = None
     max_model_len: int | None = field(default=None, compare=False)
     proxied: bool = False
+    spellings: tuple[str, ...] = field(default=(), compare=False)
 
 
 def normalize_base_url(url: str) -> str:
@@ -96,6 +99,78 @@ def make_label(url: str) -> str:
     """Return the short name of a base URL: host, port and path without ``/v1``."""
     parts = urlsplit(normalize_base_url(url))
     return parts.netloc + re.sub(r"/v\d+$", "", parts.path)
+
+
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+
+def identify_endpoint(url: str) -> str:
+    """Return the canonical form of a base URL, which is equal for all spellings of an endpoint.
+
+    It is only compared: requests go to the URL as it is configured.
+
+    Raises:
+        ConfigurationError: The URL is malformed.
+    """
+    parts = urlsplit(normalize_base_url(url))
+    host = (parts.hostname or "").rstrip(".")
+    try:
+        host = str(ipaddress.ip_address(host))
+    except ValueError:
+        host = "127.0.0.1" if host == "localhost" else host
+    port = parts.port or _DEFAULT_PORTS[parts.scheme]
+    return f"{parts.scheme}://{host} {port}{re.sub('/+', '/', parts.path)}"
+
+
+def merge_spellings(specs: Iterable[EndpointSpec], *, by_model: bool = True) -> list[EndpointSpec]:
+    """Return each endpoint of a list once, with its first spelling.
+
+    A host without a domain is the same as the only host of the list that adds a domain to it.
+
+    Args:
+        specs: The list.
+        by_model: Whether entries that name different models of one server are kept apart.
+
+    Raises:
+        ConfigurationError: A URL is malformed.
+    """
+    listed = [(identify_endpoint(spec.url), spec) for spec in specs]
+    domains = dict[str, set[str]]()
+    for key, _ in listed:
+        short = _drop_domain(key)
+        if short != key:
+            domains.setdefault(short, set()).add(key)
+    merged = dict[str, list[EndpointSpec]]()
+    for key, spec in listed:
+        same = domains.get(key, ())
+        known = merged.setdefault(next(iter(same)) if len(same) == 1 else key, [])
+        for n, first in enumerate(known):
+            if not by_model or None in {first.model, spec.model} or first.model == spec.model:
+                further = (*first.spellings, spec.label or redact_url(spec.url), *spec.spellings)
+                known[n] = replace(first, spellings=further)
+                break
+        else:
+            known.append(spec)
+    return [spec for known in merged.values() for spec in known]
+
+
+def _drop_domain(key: str) -> str:
+    """Return the canonical form of an endpoint without its host's domain; addresses have none."""
+    host = key.partition("://")[2].partition(" ")[0]
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return key.replace(host, host.partition(".")[0], 1)
+    return key
+
+
+def describe_spellings(spec: EndpointSpec) -> str | None:
+    """Return how a list names an endpoint more than once, or None if it does not."""
+    if not spec.spellings:
+        return None
+    name = spec.label or redact_url(spec.url)
+    others = ", ".join(one for one in dict.fromkeys(spec.spellings) if one != name)
+    return f"{name} is also listed as {others}" if others else f"{name} is listed more than once"
 
 
 class BreakerState(enum.Enum):

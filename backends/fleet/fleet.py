@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
@@ -15,7 +16,13 @@ from ..core.types import Message, Reply
 from . import transport
 from .balancer import Affinity
 from .cache import RequestCache
-from .endpoint import Endpoint, EndpointSpec, normalize_base_url
+from .endpoint import (
+    Endpoint,
+    EndpointSpec,
+    describe_spellings,
+    identify_endpoint,
+    merge_spellings,
+)
 from .health import HealthMonitor
 from .policy import FleetPolicy, ModelParams, RateLimitPolicy
 from .rate_limit import RateLimiter
@@ -24,6 +31,10 @@ from .retry import Hedger, Retrier, SendFunction
 from .server_load import LoadPoller
 from .stats import QUANTILES, EndpointReport, EndpointStats, FleetHealth
 from .transport import OpenStream, Transport
+
+_LOG: Final = logging.getLogger(__name__)
+_WARNED: Final = 5
+"""Limit of endpoints that are named because they are listed more than once."""
 
 T = TypeVar("T")
 
@@ -60,8 +71,9 @@ class Fleet:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
         ensure_open_files(self.policy.streams)
-        self.endpoints = [self._make_endpoint(spec) for spec in endpoints]
-        self._specs = tuple(endpoints)
+        self._specs = tuple(merge_spellings(endpoints, by_model=False))
+        self.endpoints = [self._make_endpoint(spec) for spec in self._specs]
+        _warn_spellings(self._specs)
         self._counts_tokens = self._has_token_quota()
         self._transport = Transport(self.policy)
         self._monitor = HealthMonitor(self.endpoints, self.policy, self._transport)
@@ -137,12 +149,14 @@ class Fleet:
         Raises:
             ConfigurationError: A URL is malformed, or the list is empty.
         """
-        wanted = {normalize_base_url(spec.url): spec for spec in specs}
+        merged = merge_spellings(specs, by_model=False)
+        wanted = {identify_endpoint(spec.url): spec for spec in merged}
         if not wanted:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
-        present = {e.url for e in self.endpoints if not e.retired}
-        joining = [self._make_endpoint(spec) for url, spec in wanted.items() if url not in present]
-        leaving = [e for e in self.endpoints if not e.retired and e.url not in wanted]
+        present = {identify_endpoint(e.url): e for e in self.endpoints if not e.retired}
+        joining = [self._make_endpoint(spec) for key, spec in wanted.items() if key not in present]
+        leaving = [endpoint for key, endpoint in present.items() if key not in wanted]
+        _warn_spellings(e.spec for e in joining)
         self.endpoints += joining
         for endpoint in leaving:
             endpoint.retired = True
@@ -168,7 +182,7 @@ class Fleet:
         if loop not in self._loop_fleets:
             self._loop_fleets = {k: v for k, v in self._loop_fleets.items() if not k.is_closed()}
             self._loop_fleets[loop] = Fleet(
-                self._specs,
+                [replace(spec, spellings=()) for spec in self._specs],
                 self.policy,
                 simulated=self.simulated,
                 limiter=self._limiter,
@@ -278,6 +292,15 @@ class Fleet:
     def _is_counting_tokens(self) -> bool:
         """Return True if a quota counts tokens."""
         return self._counts_tokens
+
+
+def _warn_spellings(specs: Iterable[EndpointSpec]) -> None:
+    """Warn about endpoints that their list names more than once."""
+    lines = [line for spec in specs if (line := describe_spellings(spec)) is not None]
+    for line in lines[:_WARNED]:
+        _LOG.warning("endpoint %s; it is used once", line)
+    if len(lines) > _WARNED:
+        _LOG.warning("… and %d more endpoints are listed more than once", len(lines) - _WARNED)
 
 
 class FleetClient:

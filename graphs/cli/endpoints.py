@@ -15,6 +15,7 @@ from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
 from ...backends.discovery.connect import open_endpoint_set
 from ...backends.discovery.probe import ProbeResult, select_model
+from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.endpoints_table import read_endpoints, sum_sessions
@@ -34,12 +35,13 @@ _FOLDED: Final = frozenset({"reachable", "models", "failures"})
 
 @dataclass(frozen=True, slots=True)
 class _EndpointList:
-    """Current state of the endpoints, and why none can be used."""
+    """Current state of the endpoints, why none can be used, and which are listed repeatedly."""
 
     rows: list[dict[str, Any]]
     model: str | None
     why: str | None
     problem: str | None
+    repeated: list[str]
 
 
 def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
@@ -51,6 +53,7 @@ def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
         print_json({"model": listed.model, "chosen": listed.why, "endpoints": listed.rows})
     else:
         print_messages([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
+        print_messages([f"WARNING: endpoint {line}; it is used once" for line in listed.repeated])
         _print(_table(listed.rows, _NOW))
         for row in listed.rows:
             if row["error"]:
@@ -76,7 +79,8 @@ async def _read_endpoint_list(loaded: LoadedConfig) -> _EndpointList:
         except ConfigurationError as error:
             problem = error.message
         rows = [_row(one, gauges.get(one.spec, ServerLoad())) for one in found]
-        return _EndpointList(rows, name, endpoint_set.reason, problem)
+        repeated = [line for one in found if (line := describe_spellings(one.spec)) is not None]
+        return _EndpointList(rows, name, endpoint_set.reason, problem, repeated)
 
 
 def _row(found: ProbeResult, gauges: ServerLoad) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ...backends.budget.cost import (
     Cost,
+    estimate_total_cost,
     format_dollars,
     format_node_hours,
     format_unaccounted,
@@ -25,6 +26,7 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
+from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
 from ...configs.loader import read_settings
@@ -186,22 +188,30 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     }
     jobs = job_report(path, usage, batch)
     if as_json:
-        costs = cost.to_json() | {"budget": read_budget(folder, cost)}
+        costs = cost.to_json() | {
+            "budget": read_budget(folder, cost),
+            "total_to_finish": estimate_total_cost(folder, cost, counts),
+        }
         chain = {} if jobs is None else {"chain": jobs}
         print_json(facts | costs | {"sessions": len(about["sessions"])} | chain)
         return
     table = Table(show_header=False)
-    for key, value in (facts | _costs(folder, cost) | {"sessions": len(about["sessions"])}).items():
+    for key, value in (
+        facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
+    ).items():
         table.add_row(key, _format_value(value))
     Terminal().print(table)
     if jobs is not None:
         show_jobs(jobs, Terminal())
 
 
-def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
+def _costs(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Any]:
     """Return the cost of a run for display, without what is neither counted nor limited."""
     limits = read_budget(folder, cost)
-    shown: dict[str, Any] = {"tokens": tokens_json(cost.usage)}
+    tokens = tokens_json(cost.usage)
+    if lost := tokens.pop("lost"):
+        tokens["lost at most"] = lost
+    shown: dict[str, Any] = {"tokens": tokens}
     if cost.nano_usd is not None:
         shown["cost"] = format_dollars(cost)
     shown["nodes"] = format_node_hours(cost)
@@ -209,6 +219,9 @@ def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
         shown[f"budget.{name}"] = f"{_number(limit['spent'])} of {_number(limit['cap'])}"
     if more := format_unaccounted(cost):
         shown["in doubt"] = more
+    if counts.open:
+        for name, total in estimate_total_cost(folder, cost, counts).items():
+            shown[f"{name} to finish"] = f"about {total:,} in total"
     return shown
 
 
@@ -409,15 +422,16 @@ def _total_rows(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | Non
     """Yield the rows of a total: name, amount, and nano-dollars."""
     spent, held, doubt = cost.usage, cost.node_time, cost.unaccounted
     tokens = spent.nano_usd if cost.priced else None
+    bound = "at most " if spent.lost_tokens else ""
     yield "requests", f"{spent.requests:,}", None
     yield "prompt tokens", f"{spent.prompt_tokens:,}", None
     yield "  of them cached", f"{spent.cached_tokens:,}", None
     yield "completion tokens", f"{spent.completion_tokens:,}", None
     yield "lost answers, at most", f"{spent.lost_tokens:,}", None
-    yield "all tokens", f"{spent.tokens:,}", tokens
+    yield "all tokens", f"{bound}{spent.tokens:,}", tokens
     yield "  useful", f"{spent.useful_tokens:,}", tokens and spent.useful_nano_usd
     wasted = spent.wasted_nano_usd if cost.priced else None
-    yield "  wasted", f"{spent.wasted_tokens:,}", wasted
+    yield "  wasted", f"{bound}{spent.wasted_tokens:,}", wasted
     price = held.nano_usd or None
     yield "node-hours held", f"{held.node_ms / MS_PER_HOUR:,.3f}", price
     yield "  idle", f"{held.idle_ms / MS_PER_HOUR:,.3f}", price and held.idle_nano_usd

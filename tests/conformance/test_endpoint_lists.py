@@ -154,3 +154,13 @@ async def test_answers_of_a_gateway_come_whole() -> None:
             chat = make_chat_fleet(fleet, ModelParams("m"))
             assert [chunk.content async for chunk in chat.astream("hello")] == ["fine"]
     assert first.asked == [("metis", "m")]
+
+
+async def test_a_registry_that_spells_one_server_twice() -> None:
+    registry = Registry()
+    for url in ("http://n:1", "http://N:1", "http://n.cluster.example:1", "http://n:2"):
+        registry.list_url(url)
+    async with serve(*registry.routes()) as url:
+        specs = await RegistrySource(url).list_endpoints()
+        assert [spec.url for spec in specs] == ["http://n:1", "http://n:2"]
+        assert specs[0].spellings == ("http://N:1", "http://n.cluster.example:1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import urllib.request
@@ -57,6 +58,26 @@ def test_nobody_serves_the_model(
     assert said.code == 2
     assert words in said.err
     assert "127.0.0.1" in said.out
+
+
+def test_an_endpoint_that_is_listed_twice_is_used_once(
+    shell: Shell, fleet: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = fleet.urls[0], fleet.urls[0].replace("127.0.0.1", "LocalHost") + "/"
+    shell.write(endpoints={"urls": [first, second]})
+    both = f"{first} is also listed as {second}"
+    listed = shell("endpoints", "c.yaml")
+    assert both in listed.err
+    assert both in shell("check", "c.yaml").out
+    (shell.folder / "list").write_text(f"{first}\n{second}\n")
+    for given in ([], ["--endpoints", "list"], ["--endpoints", f"{first},{second}"]):
+        said = shell("run", "c.yaml", *given, "--out", f"r{len(given)}", "--limit", "3", "--quiet")
+        assert said.code == 0, said.err
+        assert both in caplog.text
+        caplog.clear()
+        rows = pq.ParquetFile(f"r{len(given)}/endpoints.parquet").read().to_pylist()
+        assert [row["calls"] for row in rows] == [3]
+        shutil.rmtree(f"r{len(given)}")
 
 
 def test_a_run_leaves_what_its_endpoints_did(shell: Shell, fleet: Served) -> None:

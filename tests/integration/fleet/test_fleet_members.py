@@ -8,7 +8,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.discovery.sources import FileSource, follow_source, read_endpoints_file
-from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.endpoint import EndpointSpec, merge_spellings
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import ModelParams
 
@@ -83,3 +83,52 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigurationError, match="binary"):
         read_endpoints_file(tmp_path / "binary")
+
+
+def respell(url: str) -> list[str]:
+    """Return further spellings of a base URL on the loopback."""
+    port = url.partition("127.0.0.1:")[2].partition("/")[0]
+    return [f"http://127.0.0.1:{port}/", f"http://LOCALHOST:{port}/v1", f"http://localhost.:{port}"]
+
+
+async def test_an_endpoint_under_several_spellings_is_used_once(
+    make_stub: Callable[[], Stub], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = make_stub(), make_stub()
+    for stub in (one, other):
+        stub.answers["m"] = [Canned(200, completion())]
+    urls = [one.url, *respell(one.url), other.url]
+    async with Fleet([EndpointSpec(url, max_in_flight=1) for url in urls]) as fleet:
+        model = FleetClient(fleet, ModelParams("m"))
+        await asyncio.gather(*(model.ask(Q) for _ in range(8)))
+        assert (fleet.health().total, len(fleet.report())) == (2, 2)
+        assert min(len(one.bodies), len(other.bodies)) >= 3
+        assert fleet.update([EndpointSpec(url) for url in reversed(urls)]) == (0, 0)
+    assert caplog.text.count("is also listed as") == 1
+    assert all(spelling in caplog.text for spelling in (one.url, *respell(one.url)))
+
+
+class Listed:
+    """A list that changes when a test says so."""
+
+    def __init__(self, *urls: str) -> None:
+        self.urls = urls
+        self.polls = 0
+
+    async def list_endpoints(self) -> list[EndpointSpec]:
+        self.polls += 1
+        return merge_spellings(map(EndpointSpec, self.urls))
+
+
+async def test_another_spelling_in_a_followed_list_changes_nothing(stub: Stub) -> None:
+    source = Listed(stub.url)
+    listed = await source.list_endpoints()
+    async with Fleet(listed) as fleet, follow_source(fleet, source, listed, everybody, 0.001):
+        for urls in [[one] for one in respell(stub.url)] + [[*respell(stub.url), stub.url]]:
+            source.urls = tuple(urls)
+            seen = source.polls + 2
+            await until(lambda polls=seen: source.polls > polls)  # type: ignore[misc]
+        assert [r.state for r in fleet.report()] == ["in use"]
+        source.urls = (*respell(stub.url), "http://127.0.0.1:9")
+        await until(lambda: fleet.health().total == 2)
+        assert [r.state for r in fleet.report()] == ["in use", "in use"]

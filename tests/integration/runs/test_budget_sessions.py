@@ -33,6 +33,14 @@ def said(lab: Lab) -> int:
     return SpendLogs(folder.budget, folder.read_provenance()["run"]).total_spent({}).tokens
 
 
+async def told_status(lab: Lab) -> dict[str, Any]:
+    """Return what ``fanfold status`` reports."""
+    async with lab.process("status", str(lab.out), "--json") as process:
+        told, _ = await asyncio.wait_for(process.communicate(), 60)
+    found: dict[str, Any] = json.loads(told)
+    return found
+
+
 def plain(lab: Lab) -> None:
     """Let each item take one request."""
     lab.config["limits"] |= {"hedge": False, "streams": 4}
@@ -61,6 +69,14 @@ async def test_a_killed_run_stays_below_its_cap(lab_of: LabMaker, backend: dict[
         result = await lab.live()
         assert result.exit_code == EXIT_BUDGET
         assert paid(lab) <= cap  # what was in flight at the kill counts as spent
+        assert result.cost is not None
+        status = await told_status(lab)
+        need = status["total_to_finish"]["tokens"]
+        assert f"finishing requires about {need:,} tokens in total" in (result.reason or "")
+        doubt = result.cost.unaccounted.tokens
+        assert doubt > 0
+        ended = status["done"] + status["failed"]
+        assert need == pytest.approx(doubt + result.cost.usage.tokens * 120 / ended, abs=1)
         result = await lab.live(overrides=("budget.tokens=1000000",))
         assert result.exit_code == 0
         lab.assert_whole(aggregate, again=10**9)

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
+from fanfold.backends.budget.budget import estimate_total
 from fanfold.backends.budget.cost import NO_ENDPOINT, Cost, group_usage
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.core.money import NANO_PER_USD, Amount, NodeTime, UsageTotals
+from fanfold.backends.core.money import (
+    NANO_PER_USD,
+    Amount,
+    BudgetLimits,
+    NodeTime,
+    UsageTotals,
+)
+from fanfold.backends.storage.journal_file import ItemCounts
 from fanfold.backends.storage.results import make_rows
 from fanfold.tests.journals import write_journal
 
@@ -110,3 +118,51 @@ def test_dollars_are_null_where_nobody_knows_them() -> None:
     reused = {"prompt_tokens": 0, "nano_usd": 0, "useful_tokens": 0}
     told_rows = make_rows([asked_before, reused, {"nano_usd": NANO_PER_USD}], priced=True)
     assert [row["usd"] for row in told_rows] == [None, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("limits", "spent", "settled", "counts", "total"),
+    [
+        # A killed session's reservations: 20,000 tokens in doubt, once.
+        (
+            BudgetLimits(tokens=10**6),
+            Amount(100, 30_000),
+            Amount(100, 10_000),
+            ItemCounts(done=100, failed=0, open=900),
+            {"tokens": 20_000 + 100_000},
+        ),
+        # Failed items were paid too; doubt in dollars.
+        (
+            BudgetLimits(nano_usd=10**12),
+            Amount(4, 400, 3 * NANO_PER_USD),
+            Amount(4, 400, 2 * NANO_PER_USD),
+            ItemCounts(done=3, failed=1, open=4),
+            {"usd": 1 + 4.0},
+        ),
+        # Two limits, nothing in doubt.
+        (
+            BudgetLimits(requests=100, node_ms=10**9),
+            Amount(10, 0, 0, 3_600_000),
+            Amount(10, 0, 0, 3_600_000),
+            ItemCounts(done=5, failed=0, open=5),
+            {"requests": 20, "node_hours": 2.0},
+        ),
+        # All items ended, or none.
+        (
+            BudgetLimits(tokens=10),
+            Amount(9, 9),
+            Amount(3, 3),
+            ItemCounts(done=3, failed=0, open=0),
+            {"tokens": 9},
+        ),
+        (BudgetLimits(tokens=10), Amount(9, 9), Amount(), ItemCounts(0, 0, 3), {}),
+    ],
+)
+def test_the_need_counts_doubt_once(
+    limits: BudgetLimits,
+    spent: Amount,
+    settled: Amount,
+    counts: ItemCounts,
+    total: dict[str, float],
+) -> None:
+    assert estimate_total(spent, settled, limits, counts) == total
