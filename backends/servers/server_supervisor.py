@@ -354,7 +354,7 @@ def _get_exit(state: RetryCallState) -> _ServerExit:
     return end
 
 
-class Server:
+class ServerSupervisor:
     """One server.
 
     Args:
