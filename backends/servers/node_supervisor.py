@@ -32,7 +32,8 @@ from .lock import (
     run_watchdog,
 )
 from .plan import NodeFiles, NodePlan, node_files
-from .server_supervisor import NodeState, ServerSupervisor, fetch
+from .server_process import fetch
+from .server_supervisor import NodeState, ServerSupervisor
 
 
 class EndpointsFile:
@@ -143,7 +144,7 @@ class LoadSampler:
             async with asyncio.timeout(_LAST_S):
                 await self.sample()
 
-    async def _fetch_load(self, server: Server) -> ServerLoad | None:
+    async def _fetch_load(self, server: ServerSupervisor) -> ServerLoad | None:
         number, watching = server.plan.instance, self._plan.watching
         if not server.ready or number in self._without_metrics:
             return None

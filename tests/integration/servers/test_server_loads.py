@@ -15,7 +15,8 @@ from fanfold.backends.servers.events import EventLog
 from fanfold.backends.servers.lock import WatchdogClient
 from fanfold.backends.servers.node_supervisor import LoadSampler
 from fanfold.backends.servers.plan import node_files
-from fanfold.backends.servers.server_supervisor import NodeState, ServerSupervisor, fetch
+from fanfold.backends.servers.server_process import fetch
+from fanfold.backends.servers.server_supervisor import NodeState, ServerSupervisor
 
 from .conftest import Node, until
 
