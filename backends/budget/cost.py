@@ -106,6 +106,7 @@ def tokens_json(spent: UsageTotals) -> dict[str, Json]:
         "cached": spent.cached_tokens,
         "completion": spent.completion_tokens,
         "useful": spent.useful_tokens,
+        "lost": spent.lost_tokens,
         "wasted": spent.wasted_tokens,
     }
 
@@ -273,12 +274,15 @@ def describe_cost(cost: Cost, *, timed: bool) -> Iterator[str]:
 
 
 def format_dollars(cost: Cost) -> str:
-    """Return dollars in words, e.g. ``3.21 USD, of which up to 0.12 wasted``."""
+    """Return dollars in words, e.g. ``at most 3.21 USD, of which at most 0.12 wasted``.
+
+    The cost of lost answers is an upper bound; without any, both amounts are exact.
+    """
     total, wasted = cost.nano_usd or 0, cost.usage.wasted_nano_usd
-    words = f"{format_usd(total, total)} USD"
+    bound = "at most " if cost.usage.lost_tokens else ""
+    words = f"{bound}{format_usd(total, total)} USD"
     if not wasted:
         return words
-    bound = "up to " if cost.usage.lost_tokens else ""
     return f"{words}, of which {bound}{format_usd(wasted, total)} wasted"
 
 

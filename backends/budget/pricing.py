@@ -81,7 +81,7 @@ class Price:
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
-def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | None:
+def look_up_price(config: RunConfig, model: str, simulated: bool) -> Price | None:
     """Return the price of a model where the settings say it is served; may read a file.
 
     ``model.price`` comes first. fanfold's own list applies only to calls that go to the provider,
@@ -92,10 +92,6 @@ def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | 
         model: The model's name, as selected for the run.
         simulated: Whether the fleet is simulated; such a fleet has a price only by
             ``model.price``.
-
-    Raises:
-        ConfigurationError: ``budget.usd`` is set and the price is unknown; the message says what
-            to add.
     """
     given = config.model.price
     if given is not None and given.prompt is not None:
@@ -121,9 +117,20 @@ def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | 
         )
     if node_hour is not None:
         return Price(node_hour=node_hour, simulated=simulated)
-    if config.budget.usd is not None:
-        raise ConfigurationError(_unknown(model, found))
     return None
+
+
+def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | None:
+    """Return the price from :func:`look_up_price`, which a budget in dollars requires.
+
+    Raises:
+        ConfigurationError: ``budget.usd`` is set and the price is unknown; the message says what
+            to add.
+    """
+    found = look_up_price(config, model, simulated)
+    if found is None and config.budget.usd is not None:
+        raise ConfigurationError(describe_missing_price(config, model, simulated))
+    return found
 
 
 def find_token_prices(config: RunConfig, model: str, simulated: bool) -> TokenPrices | None:
@@ -136,10 +143,11 @@ def find_token_prices(config: RunConfig, model: str, simulated: bool) -> TokenPr
     return None if found is None else found.token_prices
 
 
-def _unknown(model: str, why: str | None) -> str:
-    why = why or "simulated answers have no price unless you set one"
+def describe_missing_price(config: RunConfig, model: str, simulated: bool) -> str:
+    """Return why a budget in dollars cannot be used, and what to add."""
     return (
-        f"budget.usd is set, but the price of {model!r} is unknown: {why}. Add model.price, e.g. "
+        f"budget.usd is set, but the price of {model!r} is unknown: "
+        f"{explain_no_price(config, model, simulated)}. Add model.price, e.g. "
         "--set 'model.price={prompt: 0.5, completion: 1.5}' (dollars per million tokens) or "
         "--set 'model.price={node_hour: 2}' (nodes paid by time); or limit budget.tokens, "
         "budget.requests or budget.node_hours in place of dollars"

@@ -22,6 +22,7 @@ from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
 from ..discovery.connect import ReadyEndpoints
 from ..fleet.endpoint import Endpoint, EndpointSpec
+from ..fleet.failures import HTTPAnswer
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
 
@@ -88,6 +89,10 @@ _RUN: Final = re.compile(r"[A-Za-z]+|\s?[0-9]+|[^\x00-\x7f]+|[^\sA-Za-z0-9]|\n\s
 _MESSAGE: Final = 8
 """Tokens that a chat template adds around a message."""
 _CONVERSATION: Final = 8
+_EXTRAS: Final = ("tools", "response_format")
+"""Fields of a request that hosted services add to the prompt."""
+_EXTRAS_OF_SERVERS: Final = ("tools",)
+"""The same for vLLM and its kind: a schema restricts the answer and is no part of the prompt."""
 LIKELY_SHARE: Final = 0.8
 """Typical token count, as a share of the estimate."""
 LEAST_SHARE: Final = 0.55
@@ -111,13 +116,14 @@ def _weight(run: str) -> int:
     return 1
 
 
-def estimate_prompt_tokens(body: Mapping[str, Any]) -> int:
+def estimate_prompt_tokens(body: Mapping[str, Any], extras: Sequence[str] = _EXTRAS) -> int:
     """Estimate the tokens of a request's prompt, with a tendency to be too high.
 
     Args:
         body: The request: ``messages``, and optionally ``tools`` and ``response_format``.
+        extras: Fields besides the messages whose text is part of the prompt.
     """
-    return sum_prompt_tokens(body, estimate_text_tokens)
+    return sum_prompt_tokens(body, estimate_text_tokens, extras=extras)
 
 
 def sum_prompt_tokens(
@@ -125,6 +131,7 @@ def sum_prompt_tokens(
     count: Callable[[str], int],
     message: int = _MESSAGE,
     conversation: int = _CONVERSATION,
+    extras: Sequence[str] = _EXTRAS,
 ) -> int:
     """Sum the tokens of all parts of a request's prompt.
 
@@ -133,12 +140,13 @@ def sum_prompt_tokens(
         count: Counts the tokens of one text.
         message: Tokens that the chat template adds around each message.
         conversation: Tokens that it adds around the conversation.
+        extras: Fields besides the messages whose text is part of the prompt.
     """
     messages = body["messages"]
     total = sum(count(read_message_text(one)) for one in messages)
     total += conversation + message * len(messages)
-    extras = (body.get(key) for key in ("tools", "response_format"))
-    total += sum(count(orjson.dumps(extra).decode()) for extra in extras if extra)
+    found = (body.get(key) for key in extras)
+    total += sum(count(orjson.dumps(extra).decode()) for extra in found if extra)
     return total
 
 
@@ -178,6 +186,7 @@ class TokenCounter:
         model: The model's name.
         timeout_s: Longest wait for one answer, and for tiktoken's vocabulary, in seconds.
         load: Loads a tiktoken vocabulary.
+        hosted: Whether a hosted service answers, which adds the schema's text to the prompt.
 
     Attributes:
         method: Method used for the last prompt, in words.
@@ -189,7 +198,12 @@ class TokenCounter:
         model: str,
         timeout_s: float = 5.0,
         load: LoadEncoding = tiktoken.get_encoding,
+        *,
+        hosted: bool = False,
     ) -> None:
+        self._extras = _EXTRAS if hosted else _EXTRAS_OF_SERVERS
+        self._schema_tokens = dict[bytes, int]()
+        self._schema_lock = asyncio.Lock()
         self._model, self._timeout_s, self._load = model, timeout_s, load
         self._offering = [Endpoint(spec) for spec in specs]
         self._turn = 0
@@ -230,9 +244,9 @@ class TokenCounter:
             vocabulary = await self._encoding()
         if vocabulary is not None:
             self.method = f"by tiktoken's {vocabulary.name}"
-            return await _count_encoded(vocabulary, body)
+            return await _count_encoded(vocabulary, body, self._extras)
         self.method = "by length"
-        return TokenCount(estimate_prompt_tokens(body), exact=False)
+        return TokenCount(estimate_prompt_tokens(body, self._extras), exact=False)
 
     def _next(self) -> Endpoint:
         self._turn = (self._turn + 1) % len(self._offering)
@@ -241,22 +255,53 @@ class TokenCounter:
     async def _ask(self, endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
         """Ask an endpoint; stop using one that has no tokenizer or does not answer."""
         asked = {key: body[key] for key in _ASKED if body.get(key)}
-        asked["model"] = endpoint.spec.model or self._model
-        url = re.sub(r"/v\d+$", "", endpoint.url) + "/tokenize"
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await self._transport.send(
-                    url, orjson.dumps(asked), await endpoint.headers(), endpoint.spec.proxied
-                )
+            answer = await self._tokenize(endpoint, asked)
         except (aiohttp.ClientError, TimeoutError) as error:
             self._drop(endpoint, describe_connection_error(error))
             return None
         if answer.status in _BAD_REQUEST:
             return None  # this prompt is the problem, not the endpoint
-        tokens = _read_count(answer.body) if answer.status == _OK else None
+        tokens = _read_count(answer)
         if tokens is None:
             self._drop(endpoint, f"HTTP {answer.status}")
+            return None
+        if schema := body.get("response_format"):
+            tokens += await self._count_schema(endpoint, asked, schema, tokens)
         return tokens
+
+    async def _tokenize(self, endpoint: Endpoint, asked: Mapping[str, Any]) -> HTTPAnswer:
+        url = re.sub(r"/v\d+$", "", endpoint.url) + "/tokenize"
+        data = orjson.dumps({**asked, "model": endpoint.spec.model or self._model})
+        async with asyncio.timeout(self._timeout_s):
+            return await self._transport.send(
+                url, data, await endpoint.headers(), endpoint.spec.proxied
+            )
+
+    async def _count_schema(
+        self, endpoint: Endpoint, asked: Mapping[str, Any], schema: Any, plain: int
+    ) -> int:
+        """Return the tokens that a schema adds to the prompt; ask once for each schema.
+
+        Args:
+            endpoint: The endpoint to ask.
+            asked: A prompt without the schema.
+            schema: The request's ``response_format``.
+            plain: Tokens of the prompt without it.
+        """
+        key = orjson.dumps(schema)
+        async with self._schema_lock:
+            if key not in self._schema_tokens:
+                more: int | None = None
+                try:
+                    answer = await self._tokenize(endpoint, {**asked, "response_format": schema})
+                    more = _read_count(answer)
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    why = describe_connection_error(error)
+                    logger.info("%s: no count of the schema's tokens (%s)", endpoint.label, why)
+                # A server that refuses the field here does not count it in the prompt either.
+                self._schema_tokens[key] = max(0, (more or 0) - plain)
+            return self._schema_tokens[key]
 
     def _drop(self, endpoint: Endpoint, reason: str) -> None:
         if endpoint in self._offering:
@@ -274,30 +319,34 @@ class TokenCounter:
         return await asyncio.shield(self._vocabulary)
 
 
-def _read_count(answer: bytes) -> int | None:
+def _read_count(answer: HTTPAnswer) -> int | None:
     """Return the count in an answer of ``/tokenize``, or None if the answer has no count."""
+    if answer.status != _OK:
+        return None
     try:
-        data = orjson.loads(answer)
+        data = orjson.loads(answer.body)
     except orjson.JSONDecodeError:
         return None
     count = data.get("count") if isinstance(data, dict) else None
     return count if type(count) is int and count >= 0 else None
 
 
-async def _count_encoded(vocabulary: tiktoken.Encoding, body: Mapping[str, Any]) -> TokenCount:
+async def _count_encoded(
+    vocabulary: tiktoken.Encoding, body: Mapping[str, Any], extras: Sequence[str]
+) -> TokenCount:
     """Count by a vocabulary; not exact for schemas, tools and images, whose form is unknown."""
 
     def count(text: str) -> int:
         return len(vocabulary.encode_ordinary(text))
 
-    extras = any(body.get(key) for key in ("tools", "response_format"))
+    formed = any(body.get(key) for key in _EXTRAS)
     plain = all(isinstance(message.get("content"), str) for message in body["messages"])
     size = sum(len(str(message.get("content"))) for message in body["messages"])
     if size > _LONG:
-        tokens = await asyncio.to_thread(sum_prompt_tokens, body, count, *_AROUND)
+        tokens = await asyncio.to_thread(sum_prompt_tokens, body, count, *_AROUND, extras)
     else:
-        tokens = sum_prompt_tokens(body, count, *_AROUND)
-    return TokenCount(tokens, exact=plain and not extras)
+        tokens = sum_prompt_tokens(body, count, *_AROUND, extras)
+    return TokenCount(tokens, exact=plain and not formed)
 
 
 _TOKENIZERS_ASKED: Final = 8
@@ -314,7 +363,8 @@ def open_token_counter(serving: ReadyEndpoints) -> TokenCounter:
     """
     behind = serving.endpoint_set is not None and serving.endpoint_set.gateway is not None
     specs = () if behind else tuple(spec for spec in serving.specs if _is_server(spec))
-    return TokenCounter(specs[:_TOKENIZERS_ASKED], serving.model)
+    hosted = not behind and any(not _is_server(spec) for spec in serving.specs)
+    return TokenCounter(specs[:_TOKENIZERS_ASKED], serving.model, hosted=hosted)
 
 
 def make_prompt_counter(counter: TokenCounter) -> PromptCounter:

@@ -59,6 +59,8 @@ class RequestCharge:
         level: Requests in flight to its endpoint then, its own included.
         marks: Endpoints that have refused the call for now before, with their counts at that time;
             None for its first request.
+        prompt_tokens: Tokens of its prompt, as an answer to the same request reports them; None if
+            unknown.
     """
 
     log: CallLog | None
@@ -70,6 +72,7 @@ class RequestCharge:
     sent_at: float = 0.0
     level: int = 0
     marks: Mapping[Endpoint, RefusalMark] | None = None
+    prompt_tokens: int | None = None
 
     @classmethod
     async def reserve(cls, log: CallLog | None, body: Mapping[str, Any]) -> RequestCharge:
@@ -134,11 +137,18 @@ class RequestCharge:
         return _NO_USAGE
 
     def settle_lost(self) -> Usage:
-        """Settle a request whose answer is lost; return the tokens that it may have cost."""
+        """Settle a request whose answer is lost; return the most tokens that it may have cost."""
         if not self._mark_ended():
             return _NO_USAGE
         self._end_attempt("cancelled")
-        most = max_usage(self.body) if self.reservation is None else self.reservation.settle_all()
+        if self.prompt_tokens is not None:
+            most = Usage(self.prompt_tokens, max_usage(self.body).completion)
+            if self.reservation is not None:
+                self.reservation.settle(most)
+        elif self.reservation is not None:
+            most = self.reservation.settle_all()
+        else:
+            most = max_usage(self.body)
         if self.log is not None:
             self.log.lost += most
         if self.endpoint_usage is not None:

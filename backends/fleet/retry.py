@@ -512,6 +512,7 @@ class Hedger:
         else:
             if not isinstance(result, Failure):
                 self._record_answer(call)
+                _share_prompt_tokens(call, result)
                 return result, endpoint
             call.failed = True
             while call.hedges and call.answer is None:
@@ -591,6 +592,7 @@ class Hedger:
         result, _ = await self._send(endpoint, charge.body, charge)
         if not isinstance(result, Failure) and call in self._calls and call.answer is None:
             call.answer = (result, endpoint)
+            _share_prompt_tokens(call, result)
             if not call.failed:
                 call.task.cancel()
 
@@ -617,3 +619,10 @@ class Hedger:
             # At once: the item may be recorded before the task is cancelled.
             endpoint.stats.add_lost(charge.settle_lost())
             task.cancel()
+
+
+def _share_prompt_tokens(call: HedgedCall, answer: Mapping[str, Any]) -> None:
+    """Note the prompt's length for all copies of a request: they have the same prompt."""
+    prompt = transport.read_usage(answer).prompt
+    for charge in (call.charge, *(charge for _, charge in call.hedges.values())):
+        charge.prompt_tokens = prompt

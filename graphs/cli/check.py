@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from ...backends.budget.pricing import explain_no_price
 from ...backends.budget.tokens import find_encoding_name
-from ...backends.core.errors import NoEndpointError
+from ...backends.core.errors import ConfigurationError, NoEndpointError
 from ...backends.discovery.resolve import list_endpoint_specs
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -47,16 +47,23 @@ def check_config(
         config: A preset or a file.
         overrides: Settings changed by options.
         sample: Number of prompts to render and count.
-        like: Run folder to take answer lengths and times from.
+        like: Run folder to take answer lengths, times and, where no tokenizer counts them, prompt
+            lengths from.
         as_json: Print one JSON object instead of text.
+
+    Raises:
+        ConfigurationError: The settings are wrong. If only the price for a budget in dollars is
+            missing, the estimate is printed first.
     """
     loaded, notices = overrides.resolve(config)
     found = asyncio.run(estimate_run(loaded, sample, like))
     print_messages(notices)
     if as_json:
         print_json(_data(loaded, found))
-        return
-    print_lines(_lines(loaded, found))
+    else:
+        print_lines(_lines(loaded, found))
+    if found.problem is not None:
+        raise ConfigurationError(found.problem)
 
 
 def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
@@ -238,4 +245,5 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "nodes": found.plan.nodes,
         "streams": found.plan.streams,
         "estimate": found.forecast.to_json(),
+        "problem": found.problem,
     }

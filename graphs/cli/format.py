@@ -101,12 +101,14 @@ def budget_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
         yield "budget: none"
         return
     for cap in found.unknown_limits:
-        yield f"budget.{cap}: cannot be estimated yet ({_missing(cap)})"
+        yield f"budget.{cap}: cannot be estimated yet ({_missing(cap, plan)})"
     if found.budget_reach is not None:
         yield f"budget: {format_budget_reach(found)}"
 
 
-def _missing(cap: str) -> str:
+def _missing(cap: str, plan: RunPlan) -> str:
+    if cap == "usd" and plan.price is None:
+        return "the price is unknown"
     needs = {"usd": "node-hours require a time", "node_hours": "requires a time and the nodes"}
     return needs.get(cap, "no measurements")
 

@@ -254,11 +254,12 @@ def _last_lines(result: RunResult) -> list[str]:
     kind = "SIMULATED: " if result.simulated else ""
     reused = f"{progress['reused']:,} answers reused, " * (progress["reused"] > 0)
     wasted = progress["tokens"]["wasted"]
+    bound = "at most " if result.cost is not None and result.cost.usage.lost_tokens else ""
     lines = [
         f"{kind}{progress['done']:,} done, {progress['failed']:,} failed of "
         f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
         f"{reused}{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
-        + (f", {wasted:,} wasted" if wasted else "")
+        + (f", {bound}{wasted:,} wasted" if wasted else "")
     ]
     if result.cost is not None:
         lines += describe_cost(result.cost, timed="node_hours" in result.budget)

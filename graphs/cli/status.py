@@ -208,7 +208,10 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
 def _costs(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Any]:
     """Return the cost of a run for display, without what is neither counted nor limited."""
     limits = read_budget(folder, cost)
-    shown: dict[str, Any] = {"tokens": tokens_json(cost.usage)}
+    tokens = tokens_json(cost.usage)
+    if lost := tokens.pop("lost"):
+        tokens["lost at most"] = lost
+    shown: dict[str, Any] = {"tokens": tokens}
     if cost.nano_usd is not None:
         shown["cost"] = format_dollars(cost)
     shown["nodes"] = format_node_hours(cost)
@@ -419,15 +422,16 @@ def _total_rows(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | Non
     """Yield the rows of a total: name, amount, and nano-dollars."""
     spent, held, doubt = cost.usage, cost.node_time, cost.unaccounted
     tokens = spent.nano_usd if cost.priced else None
+    bound = "at most " if spent.lost_tokens else ""
     yield "requests", f"{spent.requests:,}", None
     yield "prompt tokens", f"{spent.prompt_tokens:,}", None
     yield "  of them cached", f"{spent.cached_tokens:,}", None
     yield "completion tokens", f"{spent.completion_tokens:,}", None
     yield "lost answers, at most", f"{spent.lost_tokens:,}", None
-    yield "all tokens", f"{spent.tokens:,}", tokens
+    yield "all tokens", f"{bound}{spent.tokens:,}", tokens
     yield "  useful", f"{spent.useful_tokens:,}", tokens and spent.useful_nano_usd
     wasted = spent.wasted_nano_usd if cost.priced else None
-    yield "  wasted", f"{spent.wasted_tokens:,}", wasted
+    yield "  wasted", f"{bound}{spent.wasted_tokens:,}", wasted
     price = held.nano_usd or None
     yield "node-hours held", f"{held.node_ms / MS_PER_HOUR:,.3f}", price
     yield "  idle", f"{held.idle_ms / MS_PER_HOUR:,.3f}", price and held.idle_nano_usd

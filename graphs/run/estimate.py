@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ...backends.budget.pricing import Price, find_model_price
-from ...backends.budget.tokens import LEAST_SHARE, LIKELY_SHARE, open_token_counter
+from ...backends.budget.pricing import Price, describe_missing_price, look_up_price
+from ...backends.budget.tokens import (
+    LEAST_SHARE,
+    LIKELY_SHARE,
+    TokenCount,
+    TokenCounter,
+    open_token_counter,
+)
 from ...backends.core.errors import InvalidItemError, NoEndpointError
 from ...backends.core.money import BudgetLimits
 from ...backends.core.templates import Template
@@ -29,11 +36,14 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import ProbeResult, select_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.fleet.endpoint import describe_spellings
+from ...backends.fleet.policy import ModelParams
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
-from ...configs.loader import LoadedConfig
+from ...backends.storage.journal import Journal
+from ...backends.storage.run_folder import get_run_ids, open_folder
+from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
 from ...nodes.item.prepare import build_messages
@@ -149,6 +159,7 @@ class Estimate:
         price: Price of the model, or None.
         plan: The requests of the run.
         forecast: Estimated tokens, cost and time.
+        problem: Why a run with these settings would stop before its first call, or None.
     """
 
     input: InputSummary
@@ -163,6 +174,7 @@ class Estimate:
     price: Price | None
     plan: RunPlan
     forecast: Forecast
+    problem: str | None = None
 
 
 async def estimate_run(
@@ -173,11 +185,11 @@ async def estimate_run(
     Args:
         loaded: The settings.
         sample: Number of items to render.
-        like: Run folder to take answer lengths and times from.
+        like: Run folder to take answer lengths and times from, and prompt lengths where no
+            tokenizer counts them.
 
     Raises:
-        ConfigurationError: A setting is wrong, no endpoint serves the model, or the budget is in
-            dollars and the model has no price.
+        ConfigurationError: A setting is wrong, or no endpoint serves the model.
     """
     check_input_setting(loaded)
     check_item_graph(loaded.config)
@@ -185,12 +197,14 @@ async def estimate_run(
     await asyncio.to_thread(check_cache, loaded.config)
     config = loaded.config
     async with _open_probed(loaded) as (ready, lines):
-        cost = await asyncio.to_thread(find_model_price, config, ready.model, ready.simulated)
-        seen = None
+        cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
+        problem = seen = None
+        if cost is None and config.budget.usd is not None:
+            problem = describe_missing_price(config, ready.model, ready.simulated)
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
-        counted = await _count_prompts(config, ready, sampled)
+        counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     plan = make_run_plan(
         config, valid, counted.tokens, cost, count_nodes(config, _node_urls(ready))
@@ -208,6 +222,7 @@ async def estimate_run(
         price=cost,
         plan=plan,
         forecast=forecast(plan, seen),
+        problem=problem,
     )
 
 
@@ -319,19 +334,76 @@ def _line(found: ProbeResult, model: str) -> str:
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"
 
 
-async def _count_prompts(config: RunConfig, ready: ReadyEndpoints, sampled: Sample) -> PromptCount:
-    """Count the tokens of a sample's prompts."""
+async def _count_prompts(
+    config: RunConfig, ready: ReadyEndpoints, sampled: Sample, like: Path | None
+) -> PromptCount:
+    """Count the tokens of a sample's prompts; correct an estimate by the prompts of another run."""
     fixed = make_model_params(config, ready.model).body()
-    async with open_token_counter(ready) as counter, asyncio.TaskGroup() as group:
-        bodies = ({**fixed, "messages": messages} for messages in sampled.messages)
-        tasks = [group.create_task(counter.count(body)) for body in bodies]
-        await asyncio.wait(tasks) if tasks else None
-        how = counter.method
-    counts = [task.result() for task in tasks]
+    bodies = [{**fixed, "messages": messages} for messages in sampled.messages]
+    async with open_token_counter(ready) as counter:
+        counts, how = await _count_all(counter, bodies), counter.method
+        exact, ratio = all(count.exact for count in counts), None
+        if not exact and like is not None:
+            ratio = await _measure_ratio(counter, like, len(bodies))
     tokens = [float(count.tokens) for count in counts]
     mean = Range.from_sample(tokens, sampled.summary.items - sampled.summary.invalid)
-    exact = all(count.exact for count in counts)
-    if not exact:
-        mean = Range(mean.low * LEAST_SHARE, mean.likely * LIKELY_SHARE, mean.high)
     longest = max((count.tokens for count in counts), default=0)
+    if ratio is not None:
+        mean, longest = mean * ratio, round(longest * ratio.high)
+        how += f", corrected by the prompts of {like}"
+    elif not exact:
+        mean = Range(mean.low * LEAST_SHARE, mean.likely * LIKELY_SHARE, mean.high)
     return PromptCount(len(counts), mean, longest, exact, how)
+
+
+async def _count_all(
+    counter: TokenCounter, bodies: Sequence[Mapping[str, Any]]
+) -> list[TokenCount]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(counter.count(body)) for body in bodies]
+    return [task.result() for task in tasks]
+
+
+async def _measure_ratio(counter: TokenCounter, like: Path, count: int) -> Range | None:
+    """Return the tokens that another run's prompts have per token counted, or None if unknown."""
+    prompts = await asyncio.to_thread(_read_answered_prompts, like, count)
+    counts = await _count_all(counter, [body for body, _ in prompts])
+    ratios = [
+        reported / counted.tokens
+        for (_, reported), counted in zip(prompts, counts, strict=True)
+        if counted.tokens
+    ]
+    return Range.from_sample(ratios, sys.maxsize) if ratios else None
+
+
+def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any], int]]:
+    """Return prompts of a run, each with its tokens by the server's report; blocks.
+
+    Items that took several requests are left out: their tokens are a sum.
+
+    Args:
+        path: The run's folder.
+        count: Number of items to read.
+
+    Raises:
+        ConfigurationError: The run cannot be read.
+    """
+    folder = open_folder(path)
+    about, task = folder.read_provenance(), read_settings(folder.settings).data["task"]
+    if task.get("graph"):
+        return []  # it writes its own prompts
+    prompt, system = Template.parse(task["prompt"]), task.get("system") or ""
+    fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []
+    total = about["input"]["items"]
+    with (
+        Journal(folder.journal, get_run_ids(about), total) as journal,
+        ItemStore(folder.items) as store,
+    ):
+        ended = [index for index in range(total) if journal.is_finished(index)]
+        for index in (ended[at] for at in sample_indices(len(ended), count)):
+            record = journal.read_record(index)
+            if record["requests"] == 1 and record["prompt_tokens"]:
+                (item,) = store.read(index, index + 1)
+                messages = build_messages(system, prompt, item.row)
+                found.append(({**fixed, "messages": messages}, record["prompt_tokens"]))
+    return found

@@ -73,6 +73,60 @@ def test_check_counts_a_sample_by_the_endpoints_tokenizer(shell: Shell, fleet: S
     assert like["estimate"]["usd"]["likely"] == pytest.approx(cost, rel=1e-3)
 
 
+def test_like_corrects_prompt_tokens_that_no_tokenizer_counts(
+    shell: Shell, fleet: Served, tmp_path: Path
+) -> None:
+    """Answers of one run tell how many tokens its prompts have; the other's have twice the text."""
+    priced(shell, items=40)
+    assert shell("run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r").code == 0
+    ran = json.loads(shell("status", "r", "--json").out)
+    Path("r/provenance.json").write_text(json.dumps(provenance("r") | {"simulated": False}))
+    model = {"name": "simulated-8b", "max_tokens": 64}
+    priced(shell, items=80, model=model, endpoints={"file": str(tmp_path / "no"), "wait_s": 9})
+    alone = json.loads(shell("check", "c.yaml", "--json").out)
+    assert not alone["sample"]["exact"]
+    like = json.loads(shell("check", "c.yaml", "--like", "r", "--json").out)
+    assert like["sample"]["counted"] == "by length, corrected by the prompts of r"
+    found = like["estimate"]["prompt_tokens"]
+    real = 2 * ran["tokens"]["prompt"]
+    assert found["low"] <= found["likely"] <= found["high"]
+    assert found["likely"] == pytest.approx(real, rel=0.05)
+    before = alone["estimate"]["prompt_tokens"]
+    assert abs(found["likely"] - real) < abs(before["likely"] - real)
+    assert found["high"] - found["low"] < before["high"] - before["low"]
+
+
+@pytest.mark.parametrize(
+    "budget", [{"usd": 1}, {"usd": 1, "requests": 30}, {"usd": 5, "tokens": 10**9}], ids=str
+)
+def test_without_a_price_check_still_estimates(
+    shell: Shell, fleet: Served, budget: dict[str, Any]
+) -> None:
+    priced(shell, items=60, model={"max_tokens": 64}, budget=budget)
+    urls = ",".join(fleet.urls)
+    shell.patch.setenv("NO_COLOR", "1")
+    free = {k: v for k, v in budget.items() if k != "usd"} or {"usd": "null"}
+    settings = [f"--set=budget.{key}={value}" for key, value in free.items()]
+    ran = shell(
+        "run", "c.yaml", "--endpoints", urls, "--out", "r", "--set=budget.usd=null", *settings
+    )
+    assert ran.code in (0, 4), ran.err
+    for more in ([], ["--like", "r"]):
+        said = shell("check", "c.yaml", "--endpoints", urls, *more)
+        assert said.code == 2
+        assert "budget.usd is set, but the price of 'simulated-8b' is unknown" in said.err
+        assert "price: unknown: " in said.out
+        assert "prompt tokens: " in said.out
+        assert "time" in said.out
+        assert "budget.usd: cannot be estimated yet (the price is unknown)" in said.out
+        assert ("budget: covers" in said.out) is (len(budget) > 1)
+        told = json.loads(shell("check", "c.yaml", "--endpoints", urls, "--json", *more).out)
+        assert told["estimate"]["prompt_tokens"]["likely"] > 0
+        assert (told["estimate"]["seconds"] is None) is (not more)
+        assert told["estimate"]["usd"] is None
+        assert "model.price" in told["problem"]
+
+
 def test_check_warns_of_prompts_that_do_not_fit(shell: Shell, fleet: Served) -> None:
     priced(shell, items=3, model={"max_tokens": 10_000_000})
     urls = ",".join(fleet.urls)

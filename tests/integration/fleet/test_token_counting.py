@@ -48,9 +48,10 @@ async def test_one_that_does_not_answer_is_asked_no_more(simulated: SimulatedFle
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "{base}/nowhere/v1"])
 async def test_where_nobody_offers_it_length_decides(url: str, simulated: SimulatedFleet) -> None:
     spec = EndpointSpec(url.format(base=simulated.control_url))
+    messages = {"messages": body("x")["messages"]}
     async with TokenCounter([spec], MODEL) as counter:
-        for _ in range(2):
-            assert await counter.count(body("x")) == (estimate_prompt_tokens(body("x")), False)
+        for _ in range(2):  # a server's schema is no part of the prompt
+            assert await counter.count(body("x")) == (estimate_prompt_tokens(messages), False)
 
 
 async def test_a_model_that_is_called_otherwise(simulated: SimulatedFleet) -> None:

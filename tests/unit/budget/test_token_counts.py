@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from fanfold.backends.budget.tokens import (
     TokenCounter,
@@ -14,7 +16,10 @@ from fanfold.backends.budget.tokens import (
     estimate_text_tokens,
     find_encoding_name,
     load_encoding,
+    open_token_counter,
 )
+from fanfold.backends.discovery.connect import ReadyEndpoints
+from fanfold.backends.fleet.endpoint import EndpointSpec
 
 BODY = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]}
 
@@ -65,11 +70,59 @@ async def test_tiktoken_counts_plain_messages() -> None:
         assert counter.method == "by tiktoken's o200k_base"
         again = await asyncio.gather(*(counter.count(BODY) for _ in range(50)))
         assert set(again) == {plain}
-        more = await counter.count(BODY | {"response_format": {"type": "json_object"}})
-        assert more.tokens > plain.tokens
-        assert not more.exact
+        formed = await counter.count(BODY | {"response_format": {"type": "json_object"}})
+        assert formed == (plain.tokens, False)  # a server's schema is no part of the prompt
         long = {"messages": [{"role": "user", "content": "x" * 60_000}]}
         assert (await counter.count(long)).tokens == 60_007
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "title": "x" * 99}}}
+
+
+@pytest.mark.parametrize(
+    ("url", "counted"),
+    [
+        ("https://api.openai.com/v1", True),
+        ("https://api.mistral.ai/v1", True),
+        ("http://127.0.0.1:9/v1", False),
+        ("http://llm.university.example/v1", False),
+    ],
+)
+async def test_only_hosted_services_put_the_schema_into_the_prompt(url: str, counted: bool) -> None:
+    spec = EndpointSpec(url)
+    ready = ReadyEndpoints((spec,), "nobody-knows-7b", simulated=False)
+    async with open_token_counter(ready) as counter:
+        found = await counter.count(BODY | {"response_format": SCHEMA})
+    without = estimate_prompt_tokens(BODY)
+    formed = estimate_prompt_tokens(BODY | {"response_format": SCHEMA})
+    assert formed > without
+    assert found == (formed if counted else without, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("ignores", 0), ("counts", 7), ("refuses", 0), ("breaks", 0)]
+)
+async def test_the_server_says_what_a_schema_adds(kind: str, more: int) -> None:
+    """It is asked once with the schema, and its own tokenizer decides."""
+    asked = list[bool]()
+
+    async def tokenize(request: web.Request) -> web.Response:
+        formed = "response_format" in await request.json()
+        asked.append(formed)
+        if formed and kind in ("refuses", "breaks"):
+            return web.json_response({}, status=422 if kind == "refuses" else 500)
+        return web.json_response({"count": 11 + 7 * (formed and kind == "counts")})
+
+    app = web.Application()
+    app.router.add_post("/tokenize", tokenize)
+    async with TestServer(app) as server:
+        spec = EndpointSpec(f"{server.make_url('/v1')}")
+        async with TokenCounter([spec], "m") as counter:
+            body = BODY | {"response_format": SCHEMA}
+            counts = await asyncio.gather(*(counter.count(body) for _ in range(5)))
+            assert await counter.count(BODY) == (11, True)
+    assert set(counts) == {(11 + more, True)}
+    assert asked.count(True) == 1
 
 
 async def test_without_a_network_length_takes_over(

@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
+from fanfold.backends.budget.reservations import BudgetBalance, ItemAccount
+from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
 from fanfold.backends.core.protocols import CallLog
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.balancer import LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import HedgePolicy
@@ -14,6 +19,7 @@ from fanfold.backends.fleet.request import RequestCharge, max_usage
 from fanfold.backends.fleet.retry import Hedger, SendResult
 
 BODY: dict[str, Any] = {"messages": []}
+LONG = {"messages": [{"role": "user", "content": "x" * 900}], "max_tokens": 48}
 
 
 class Line:
@@ -88,3 +94,42 @@ async def test_what_a_late_second_request_may_cost_is_known_at_once() -> None:
     assert log.usage_by_endpoint[other.label].lost == max_usage(BODY)
     assert other.stats.lost_prompt_tokens == max_usage(BODY).prompt
     assert (log.requests, log.usage_by_endpoint[endpoint.label].lost.tokens) == (2, 0)
+
+
+@pytest.mark.parametrize("budgeted", [False, True])
+@pytest.mark.parametrize("winner", ["first", "second"])
+@pytest.mark.parametrize(
+    ("usage", "lost"),
+    [
+        ({"prompt_tokens": 30, "completion_tokens": 5}, Usage(30, 48)),
+        ({"prompt_tokens": 0, "completion_tokens": 1}, Usage(0, 48)),
+        (None, max_usage(LONG)),
+        ({"completion_tokens": 5}, max_usage(LONG)),
+    ],
+)
+async def test_a_copy_is_charged_for_the_prompt_that_the_answer_reveals(
+    budgeted: bool, winner: str, usage: dict[str, int] | None, lost: Usage
+) -> None:
+    """What the other copy has written by then is unknown: at most max_tokens."""
+    line, balance = Line(), BudgetBalance(BudgetLimits(tokens=10**6), None, str)
+    account = ItemAccount(balance, NO_PRICES, 0) if budgeted else None
+    log = CallLog(account=account)
+    hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
+    endpoint = await line.dispatch.acquire()
+    charge = await RequestCharge.reserve(log, LONG)
+    task = asyncio.create_task(hedger.send(endpoint, LONG, charge))
+    await asyncio.sleep(0)
+    (call,) = hedger._calls
+    hedger._hedge(call, 0.0)
+    await asyncio.sleep(0)
+    (other,) = line.held.keys() - {endpoint}
+    charges = {endpoint: charge, other: next(iter(call.hedges.values()))[1]}
+    won, left = (endpoint, other) if winner == "first" else (other, endpoint)
+    charges[won].settle_answered(Usage(0, 0), None)  # as the sender does before it returns
+    line.held[won].set_result({} if usage is None else {"usage": usage})
+    await task
+    if winner == "second":
+        charges[left].settle_lost()  # as the sender does when its task is cancelled
+    assert log.lost == lost
+    if account is not None:
+        assert balance.settled == Amount(2, lost.tokens)
