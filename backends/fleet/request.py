@@ -390,6 +390,9 @@ class RequestSender:
     ) -> None:
         """Record that an endpoint has accepted a request."""
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        if item is not None:
+            most = endpoint.max_answer_tokens
+            item.max_tokens = asked if most is None else resolve_max_tokens(body, most)
         if asked is not endpoint.longest_asked:  # nearly all requests of a run ask the same
             endpoint.longest_asked = asked
             most = resolve_max_tokens(body, endpoint.max_answer_tokens)

@@ -328,3 +328,37 @@ async def test_an_error_of_the_content_fails_its_item_alone(tmp_path: Path, name
         2: "RequestRefusedError",
         3: None,
     }
+
+
+def cut(used: int, most: int = 10_000) -> Behaviour:
+    def answer(body: Body) -> web.Response:
+        asked = body["max_completion_tokens"]
+        if asked > most:
+            return refusal(400, f"{asked} is too large. At most {most}", param="max_tokens")
+        document = completion(GOOD[:9], "length")
+        document["usage"]["completion_tokens"] = min(used, asked)
+        return web.json_response(document)
+
+    return answer
+
+
+CUT: dict[str, tuple[Behaviour, str]] = {
+    "at the limit": (cut(10_000), "cut at 256 tokens (model.max_tokens)"),
+    "in a full context": (cut(7), "cut after 7 of the 256 tokens"),
+    "at a lower limit": (cut(10_000, 40), "cut at 40 tokens, the most that the endpoint accepts"),
+    "below a lower limit": (cut(7, 40), "cut after 7 of the 40 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("items", [None, 1])
+async def test_a_cut_answer_names_the_number_that_was_sent(
+    tmp_path: Path, name: str, items: int | None
+) -> None:
+    behaviour, words = CUT[name]
+    async with Server({name: behaviour}).open() as server:
+        config = settings(server.address(name), tmp_path, shard={"items": items})
+        _, records = await run_items(config, tmp_path)
+    for record in records:
+        assert record["error_class"] == "TruncatedAnswerError"
+        assert words in record["error"]
