@@ -26,7 +26,8 @@ class ItemState(TypedDict, total=False):
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.
-        raw: Text of the last rejected answer, or of the last answer.
+        raw: Text of the last rejected answer, or of the last answer, without its reasoning.
+        reasoning: The reasoning before the last answer, or None.
     """
 
     id: str
@@ -38,6 +39,7 @@ class ItemState(TypedDict, total=False):
     output: Json
     error: dict[str, str]
     raw: str
+    reasoning: str | None
 
 
 class ItemInput(TypedDict):

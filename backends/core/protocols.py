@@ -165,6 +165,11 @@ class EndpointQueue(Protocol):
         """Return True if all requests in flight are unread streams, and time does not help."""
         ...
 
+    @property
+    def has_endpoint(self) -> bool:
+        """Return True if an endpoint is alive and does not pause for long."""
+        ...
+
 
 @dataclass(slots=True)
 class EndpointUsage:
@@ -248,6 +253,12 @@ class CallLog:
     def stalled(self) -> bool:
         """Return True if no request of the item progresses on its own: its streams are not read."""
         return self.in_flight == self.idle_streams
+
+    @property
+    def waits_in_vain(self) -> bool:
+        """Return True if no request of the item is in flight, and no endpoint accepts any soon."""
+        waits = self.calls > self.following and self.in_flight == 0
+        return waits and self.queue is not None and not self.queue.has_endpoint
 
     @property
     def blocked(self) -> bool:
