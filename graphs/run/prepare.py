@@ -48,6 +48,7 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
+from ...configs.base import expand_home
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
@@ -382,7 +383,7 @@ def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     for argument in arguments:
         *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
         if "://" not in text and _may_be_path(text):
-            place = Path(text).expanduser().resolve()
+            place = expand_home(text).resolve()
             text = (
                 str(FOLDER_PLACEHOLDER / place.relative_to(own))
                 if place.is_relative_to(own)
