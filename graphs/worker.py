@@ -360,7 +360,7 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
     async with (
         heartbeat(task) as stop,
         shared.use(task, worker_name()) as resources,
-        open_lease(task, resources.loaded.config) as budget,
+        open_lease(task, resources.loaded.config, began) as budget,
     ):
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
         drain = (lambda: late) if late else context.stop_reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Budget:
         settings: The budget's settings.
         before: Spending of earlier sessions.
         log: Spend log of this session; None in a worker that writes none.
-        until: Unix time in seconds after which nothing more is spent.
+        until: Monotonic time in seconds after which nothing more is spent.
 
     Attributes:
         settings: As given.
@@ -180,6 +181,7 @@ class LeaseTable:
         self._balance, self._logs = balance, logs
         self._out, self._lost = dict[str, Lease](), dict[str, Lease]()
         self._earlier = dict(earlier)
+        self._found = dict[str, float]()
 
     async def lend(self, name: str, lease: Lease) -> None:
         """Lend an amount; return once the spend log has the lease on disk.
@@ -228,17 +230,25 @@ class LeaseTable:
     async def recover_lost(self) -> None:
         """Refund what the spend logs of lost leases prove unspent.
 
+        A holder spends nothing more once the term has passed since its receipt, by its monotonic
+        clock. This process waits twice the term from when it finds the holder's spend log, by its
+        own. So no lease is spent after its return, however much the clocks of the hosts differ.
+
         Raises:
             JournalError: A spend log is damaged or cannot be written; the others are still read.
         """
         failed: JournalError | None = None
         for name, lease in list(self._lost.items()):
+            if not lease.has_log:
+                continue
+            waited_s = time.monotonic() - self._found.setdefault(name, time.monotonic())
             try:
-                spent = await asyncio.to_thread(self._logs.proven_spending, name, lease)
+                spent = await asyncio.to_thread(self._logs.recover, name, lease, waited_s)
             except JournalError as error:
                 failed = failed or error
                 continue
-            if spent != lease.amount:
+            if spent is not None:
+                del self._found[name]
                 await self.return_lease(name, spent)
         if failed is not None:
             raise failed

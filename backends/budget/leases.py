@@ -19,7 +19,7 @@ from ..core.types import Item, Json, Usage
 from ..discovery.connect import make_model_params
 from ..fleet.request import max_usage
 from .budget import Budget, BudgetSettings, RunBudget
-from .spend_log import Lease, SpendLog, SpendLogs
+from .spend_log import CLOCK_SKEW_S, Lease, SpendLog, SpendLogs
 
 _POLL_S: Final = 1.0
 LEASE_EXPIRED: Final = (
@@ -28,12 +28,22 @@ LEASE_EXPIRED: Final = (
 
 
 @asynccontextmanager
-async def open_lease(task: ShardTask, config: RunConfig) -> AsyncIterator[Budget | None]:
+async def open_lease(
+    task: ShardTask, config: RunConfig, received: float | None = None
+) -> AsyncIterator[Budget | None]:
     """Open the budget that a task may spend; None means no limit.
+
+    It ends when the task's time has passed since its receipt, by the monotonic clock of this host:
+    no change of a clock, and no difference between clocks, prolongs it.
 
     A task that is delivered twice may spend its lease once: the second waits until the first has
     ended, and then may spend nothing. A task that starts after its lease has expired may spend
     nothing either: the coordinator may have taken the lease back.
+
+    Args:
+        task: The task.
+        config: The run's settings.
+        received: Monotonic time in seconds when the task was received; None: now.
 
     Raises:
         JournalError: The spend log of the lease cannot be written.
@@ -42,12 +52,13 @@ async def open_lease(task: ShardTask, config: RunConfig) -> AsyncIterator[Budget
     if lease is None:
         yield None
         return
-    until, log, caps = time.time() + task.deadline_s, None, lease["caps"]
+    until = (time.monotonic() if received is None else received) + task.deadline_s
+    log, caps = None, lease["caps"]
     if expiry_reason(task):
         caps = dict.fromkeys(caps, 0)
     elif lease["booked"] and task.journal is not None:
         logs = SpendLogs(Path(task.journal).parent / "budget", task.run["id"])
-        log = await asyncio.to_thread(_open_lease_log, logs, lease["name"], until)
+        log = await asyncio.to_thread(_open_lease_log, logs, lease["name"], task.deadline_s)
         if log is None:
             await _wait_for_holder(logs, lease["name"])
             caps = dict.fromkeys(caps, 0)
@@ -62,25 +73,24 @@ async def open_lease(task: ShardTask, config: RunConfig) -> AsyncIterator[Budget
 
 def expiry_reason(task: ShardTask) -> str | None:
     """Return why a task must not start now, or None."""
-    lease = task.lease or {}
-    return LEASE_EXPIRED if time.time() > lease.get("until", float("inf")) else None
+    until = float((task.lease or {}).get("until", float("inf")))
+    return LEASE_EXPIRED if time.time() > until + CLOCK_SKEW_S else None
 
 
-def _open_lease_log(logs: SpendLogs, name: str, until: float) -> SpendLog | None:
-    """Create the spend log of a lease; return None if another worker holds the lease."""
-    path = logs.lease_path(name)
-    if path.exists():
-        return None
-    log = logs.create(path)
-    log.write({"until": until}, sync=True)
+def _open_lease_log(logs: SpendLogs, name: str, term: float) -> SpendLog | None:
+    """Create the spend log of a lease; return None if it was received or taken back before."""
+    log = logs.create_lease_log(name)
+    if log is not None:
+        log.write({"until": max(0.0, time.time() + term), "term": max(0.0, term)}, sync=True)
     return log
 
 
 async def _wait_for_holder(logs: SpendLogs, name: str) -> None:
     """Wait until the holder of a lease has settled it, or it expires."""
+    began = time.monotonic()
     while True:
         state = await asyncio.to_thread(logs.read_lease, name)
-        if state.settled is not None or time.time() > state.until:
+        if state.settled is not None or time.monotonic() - began > state.term:
             return
         await asyncio.sleep(_POLL_S)
 

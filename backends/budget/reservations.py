@@ -86,7 +86,7 @@ class BudgetBalance:
         limits: The most that may be spent here.
         log: Spend log of the level; None trusts this process to return what it was lent.
         exhausted: Describes what is exhausted, for the error.
-        until: Unix time in seconds after which nothing more is reserved.
+        until: Monotonic time in seconds after which nothing more is reserved.
 
     Attributes:
         settled: Spent so far.
@@ -252,7 +252,7 @@ class BudgetBalance:
     def _reserve_if_free(self, amount: Amount, begun: bool) -> bool:
         if self._failure is not None or self._begun or (self._fresh and not begun):
             return False
-        if time.time() > self._until:
+        if time.monotonic() > self._until:
             return False
         wanted = self._used.plus(amount)
         if not _within(wanted, self._level):
@@ -269,7 +269,7 @@ class BudgetBalance:
                 _first(queue).refuse(self._failure)
                 continue
             wanted = self._used.plus(waiter.amount)
-            if time.time() > self._until:
+            if time.monotonic() > self._until:
                 _first(queue).refuse(BudgetExhaustedError("the lease has expired"))
             elif _within(wanted, self._level):
                 _first(queue)

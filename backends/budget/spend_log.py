@@ -42,8 +42,8 @@ HEADER_KIND: Final = "budget"
 Level = Mapping[str, int]
 """A bound for each limited field of an :class:`Amount`."""
 
-_SETTLE_S: Final = 60.0
-"""Seconds after a lease's end until its log is trusted: clocks differ, files appear late."""
+CLOCK_SKEW_S: Final = 600.0
+"""Most seconds by which the clocks of two hosts differ, where only their times can be compared."""
 
 
 class SpendLog:
@@ -135,7 +135,9 @@ class SpendState:
         settled: Final spending without leases; None if the session was killed or still runs.
         node_time: Node time recorded so far.
         leases: Leases that have not been returned.
-        until: (log of a lease) Unix time in seconds after which nothing more is spent.
+        until: (log of a lease) Unix time in seconds, by the holder's clock, after which nothing
+            more is spent.
+        term: (log of a lease) Seconds from its receipt until then.
         late_returns: Leases of earlier sessions returned in this one, with what each spent.
     """
 
@@ -144,6 +146,7 @@ class SpendState:
     node_time: NodeTime = field(default_factory=NodeTime)
     leases: dict[str, Lease] = field(default_factory=dict)
     until: float = float("inf")
+    term: float = 0.0
     late_returns: dict[str, Amount] = field(default_factory=dict)
 
 
@@ -178,7 +181,7 @@ def _apply(state: SpendState, record: dict[str, Any]) -> None:
             raise TypeError(f"booked is {booked!r}")
         state.leases[record["lease"]] = Lease(amount, until, booked)
     elif "until" in record:
-        state.until = _time(record["until"])
+        state.until, state.term = _time(record["until"]), _time(record.get("term", 0))
     if "back" in record:
         state.leases.pop(record["back"], None)
     if "late" in record:
@@ -286,9 +289,10 @@ class SpendLogs:
     def proven_spending(self, name: str, lease: Lease, now: float | None = None) -> Amount:
         """Return the most that was spent of a lease, as far as its own spend log proves.
 
-        A worker marked as lost may continue until its time ends. Its spend log is therefore
-        trusted only after that, or at once if it is settled. A worker whose spend log cannot be
-        read here may have spent everything.
+        A worker marked as lost may continue until its term ends. Its spend log is therefore
+        trusted only after twice the term, or at once if it is settled. The times are those of
+        several clocks, which may differ by minutes. A worker whose spend log cannot be read here
+        may have spent everything.
 
         Args:
             name: The lease's name.
@@ -300,14 +304,55 @@ class SpendLogs:
         """
         path, now = self.lease_path(name), time.time() if now is None else now
         if not path.exists():
-            never_begun = lease.has_log and now > lease.until + _SETTLE_S
+            never_begun = lease.has_log and now > lease.until + 2 * CLOCK_SKEW_S
             return Amount() if never_begun else lease.amount
         state = read_spend_state(path, self._run)
         if state.settled is not None:
             return state.settled.minimum(lease.amount)
-        if now < state.until + _SETTLE_S:
+        if now < state.until + state.term + CLOCK_SKEW_S:
             return lease.amount
-        return Amount(**(lease.amount.to_json() | state.level)).minimum(lease.amount)
+        return _sum_level(state, lease)
+
+    def recover(self, name: str, lease: Lease, waited_s: float) -> Amount | None:
+        """Return the most that the lost holder of a lease has spent; None while it may spend more.
+
+        No clock of another host is read. A lease that was not received gets a settled spend log
+        here: whoever receives it later finds the log and may spend nothing.
+
+        Args:
+            name: The lease's name.
+            lease: The lease; its holder writes a spend log.
+            waited_s: Seconds since a call of this method first found the holder's spend log.
+
+        Raises:
+            JournalError: The lease's spend log is damaged or cannot be written.
+        """
+        if (log := self.create_lease_log(name)) is not None:
+            try:
+                log.write({"settled": Amount().to_json()}, sync=True)
+            finally:
+                log.close()
+            return Amount()
+        state = self.read_lease(name)
+        if state.settled is not None:
+            return state.settled.minimum(lease.amount)
+        if state.until == float("inf") or waited_s < 2 * state.term:
+            return None
+        return _sum_level(state, lease)
+
+    def create_lease_log(self, name: str) -> SpendLog | None:
+        """Create the spend log of a lease; return None if it exists.
+
+        Raises:
+            JournalError: The file cannot be created.
+        """
+        path = self.lease_path(name)
+        try:
+            return self.create(path)
+        except JournalError:
+            if path.exists():
+                return None
+            raise
 
     def total_node_time(self) -> NodeTime:
         """Return the node time recorded in all sessions.
@@ -356,6 +401,11 @@ class SpendLogs:
                 more = more._replace(nano_usd=0)
             total = total.plus(more)
         return total
+
+
+def _sum_level(state: SpendState, lease: Lease) -> Amount:
+    """Return the most that the holder of a lease has spent by its last level."""
+    return Amount(**(lease.amount.to_json() | state.level)).minimum(lease.amount)
 
 
 def _sum_session(state: SpendState, journal: Amount, lent: Mapping[str, Amount]) -> Amount:

@@ -221,6 +221,7 @@ class CallLog:
             works.
         queue: Where they wait.
         streams: Functions that close the open streams, by stream.
+        max_tokens: Longest answer in tokens that the last accepted request was sent with, if known.
         counted: Whether the fleet has counted the item as answered.
     """
 
@@ -248,6 +249,7 @@ class CallLog:
     )
 
     counted: bool = field(default=False, compare=False)
+    max_tokens: int | None = field(default=None, compare=False)
 
     @property
     def stalled(self) -> bool:

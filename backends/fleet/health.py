@@ -13,7 +13,13 @@ from typing import Any, Final
 
 import aiohttp
 
-from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.errors import (
+    ConfigurationError,
+    EndpointError,
+    FanfoldError,
+    PromptTooLongError,
+    RunStoppedError,
+)
 from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
 from ..core.waits import pause_after
@@ -83,6 +89,7 @@ class HealthMonitor:
             endpoints, policy.streams, self._pause_for_quota, self._schedule_widening, slack
         )
         self.stop_reason: str | None = None
+        self._stop_class: type[FanfoldError] = RunStoppedError
         self.pause_reason: str | None = None
         self.answers = 0
         self.refusals = 0
@@ -254,7 +261,9 @@ class HealthMonitor:
         """Stop a run if no endpoint accepts a request; eject one that alone accepts none."""
         self._refused += 1
         most = self._policy.retry.hopeless_after
-        if not self.answers and (self._refused >= most or failure.rule.schema):
+        if not self.answers and failure.rule.constant:
+            self.stop(f"no request is accepted: {failure.error.message}", ConfigurationError)
+        elif not self.answers and self._refused >= most:
             self.stop(f"no request was accepted; the last answer: {failure.error.message}")
         elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
             self._eject(endpoint, failure.error)
@@ -534,14 +543,18 @@ class HealthMonitor:
             "servers and resume the run"
         )
 
-    def stop(self, message: str) -> None:
-        """Stop the run: no further request is sent, and waiting calls fail."""
+    def make_stop_error(self) -> FanfoldError:
+        """Return the error of a call after a stop."""
+        return self._stop_class(self.stop_reason or "")
+
+    def stop(self, message: str, error: type[FanfoldError] = RunStoppedError) -> None:
+        """Stop the run: no further request is sent, and waiting calls fail with the error."""
         if self.stop_reason is None:
-            self.stop_reason = message
+            self.stop_reason, self._stop_class = message, error
             self._notify_changed()
             self._end_outage()
             _LOG.error("%s", message)
-        self.balancer.fail_all(lambda: RunStoppedError(message))
+        self.balancer.fail_all(self.make_stop_error)
 
     def _later(self, seconds: float, call: Callable[[], object]) -> asyncio.TimerHandle:
         def run() -> None:

@@ -37,10 +37,14 @@ class AnswerCheck:
         self._validator = None if schema is None else open_validator(schema)
         self._max_tokens = max_tokens
 
-    def check_finish(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
+    def check_finish(self, content: str, reply: Mapping[str, Any]) -> str:
         """Return the text of a reply, unless it was refused, cut or is empty.
 
         A missing or unknown finish reason is ignored.
+
+        Args:
+            content: The text without its reasoning.
+            reply: The reply, as in an item's state.
 
         Raises:
             RefusedAnswerError: The model or a filter refused.
@@ -48,25 +52,41 @@ class AnswerCheck:
             EmptyAnswerError: No text.
             AnswerError: The server's repetition check ended a free text.
         """
-        if refusal:
+        if refusal := reply["refusal"]:
             text = f"the model refused: {refusal[:_SHOWN_TEXT]}"
             raise RefusedAnswerError(text, content or refusal)
-        if finish_reason != "stop":
-            self._check_reason(finish_reason, content)
+        if reply["finish_reason"] != "stop":
+            self._check_reason(content, reply)
         if not content.strip():
             msg = "the answer is empty (a reasoning model may need a larger model.max_tokens)"
             raise EmptyAnswerError(msg, content)
         return content
 
-    def _check_reason(self, finish_reason: str | None, content: str) -> None:
-        stop = classify_finish(finish_reason)
+    def _check_reason(self, content: str, reply: Mapping[str, Any]) -> None:
+        stop = classify_finish(reply["finish_reason"])
         if stop == "withheld":
             raise RefusedAnswerError("a content filter withheld the answer", content)
         if stop == "cut":
-            msg = f"the answer was cut (model.max_tokens is {self._max_tokens}); raise it"
-            raise TruncatedAnswerError(msg, content)
+            raise TruncatedAnswerError(self._explain_cut(reply), content)
         if stop == "looped" and self._validator is None:
-            raise AnswerError(f"the model stopped for the reason {finish_reason!r}", content)
+            msg = f"the model stopped for the reason {reply['finish_reason']!r}"
+            raise AnswerError(msg, content)
+
+    def _explain_cut(self, reply: Mapping[str, Any]) -> str:
+        """Return why an answer was cut: by the limit that was sent, or by a full context."""
+        used, sent = reply.get("completion_tokens"), reply.get("max_tokens") or self._max_tokens
+        if used is not None and used < sent:
+            return (
+                f"the answer was cut after {used} of the {sent} tokens that were requested: the "
+                "context of the model is full; shorten the item, or serve the model with a longer "
+                "context"
+            )
+        if sent < self._max_tokens:
+            return (
+                f"the answer was cut at {sent} tokens, the most that the endpoint accepts "
+                f"(model.max_tokens is {self._max_tokens}); shorten the item or the answer"
+            )
+        return f"the answer was cut at {sent} tokens (model.max_tokens); raise it"
 
     def check_value(self, value: Json) -> Json:
         """Return the answer in a text or a parsed value.

@@ -19,7 +19,7 @@ async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
     if reasoning is not None or state["repairs"]:  # that of an earlier answer must not stay
         found["reasoning"] = reasoning
     try:
-        text = context.answer_check.check_finish(content, reply["finish_reason"], reply["refusal"])
+        text = context.answer_check.check_finish(content, reply)
         found["output"] = context.answer_check.check_value(text)
         found["raw"] = text
     except InvalidAnswerError as error:

@@ -16,8 +16,9 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.journal import Journal
-from fanfold.backends.storage.run_folder import RunFolder
+from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run, resume_run
 from fanfold.graphs.session import RunOptions, execute_run
@@ -197,3 +198,167 @@ async def test_no_exception_of_python_is_an_error_of_an_item(tmp_path: Path, nam
         config = settings(server.address(name), tmp_path)
         _, records = await run_items(config, tmp_path)
     assert [record["error_class"] for record in records] == [error] * len(ITEMS)
+
+
+def refusal(status: int, message: Any, **fields: Any) -> web.Response:
+    error = {"message": message, "type": "invalid_request_error", **fields}
+    return web.json_response({"error": error}, status=status)
+
+
+def refuse_if(test: Callable[[Body], bool], refused: Callable[[], web.Response]) -> Behaviour:
+    return lambda body: refused() if test(body) else web.json_response(completion())
+
+
+def has_role(role: str) -> Callable[[Body], bool]:
+    return lambda body: body["messages"][0]["role"] == role
+
+
+EXTRA = {"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"]}
+SETTINGS: dict[str, tuple[Behaviour, str, dict[str, Any]]] = {
+    "temperature": (
+        refuse_if(
+            lambda body: "temperature" in body,
+            lambda: refusal(400, "Unsupported value: 'temperature' does not support 0."),
+        ),
+        "model.temperature: null",
+        {"model": {"temperature": None}},
+    ),
+    "length": (
+        refuse_if(
+            lambda body: "max_completion_tokens" in body,
+            lambda: web.json_response(
+                {"object": "error", "message": {"detail": [EXTRA]}}, status=422
+            ),
+        ),
+        "model.max_tokens_field: max_tokens",
+        {"model": {"max_tokens_field": "max_tokens"}},
+    ),
+    "system role": (
+        refuse_if(has_role("system"), lambda: refusal(400, "System role not supported")),
+        "model.system_role: user",
+        {"model": {"system_role": "user"}},
+    ),
+    "developer role": (
+        refuse_if(
+            has_role("system"),
+            lambda: refusal(400, "'messages[0].role' does not support 'system' here"),
+        ),
+        "model.system_role",
+        {"model": {"system_role": "developer"}},
+    ),
+    "schema": (
+        refuse_if(
+            lambda body: "response_format" in body,
+            lambda: refusal(400, "UNSUPPORTED JSON schema keyword: minimum"),
+        ),
+        "task.schema",
+        {"task": {"schema": None}},
+    ),
+    "own field": (
+        refuse_if(lambda body: "top_k" in body, lambda: refusal(400, "Unknown field: top_k")),
+        "remove top_k from model.extra_body",
+        {"model": {"extra_body": {}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_refused_field_stops_the_run_and_names_the_setting(
+    tmp_path: Path, name: str, processes: int
+) -> None:
+    behaviour, advice, changes = SETTINGS[name]
+    sections: dict[str, Any] = {
+        "task": {"system": "Be brief."},
+        "model": {"extra_body": {"top_k": 4}},
+        "backend": {"kind": "local", "processes": processes},
+    }
+    async with Server({name: behaviour}).open() as server:
+        config = settings(server.address(name), tmp_path, **sections)
+        with pytest.raises(ConfigurationError, match=advice):
+            await run_items(config, tmp_path)
+        folder = open_folder(tmp_path / "run")
+        with pytest.raises(ConfigurationError, match=advice):
+            await execute_run(
+                await resume_run(folder, None), RunOptions(quiet=True), Console(quiet=True)
+            )
+        assert server.calls[name] <= 2 * len(ITEMS)
+        with Journal(folder.journal, folder.read_provenance()["run"], len(ITEMS)) as journal:
+            assert not list(journal.read_records())
+        for section, values in changes.items():
+            config[section] |= values
+        (tmp_path / "again").mkdir()
+        _, records = await run_items(config, tmp_path / "again")
+    assert [record["status"] for record in records] == ["done"] * len(ITEMS)
+    texts = {message["content"] for message in server.bodies[-1]["messages"]}
+    assert all(any(part in text for text in texts) for part in ("Be brief.", "Rate "))
+
+
+async def test_the_field_of_the_length_can_change_when_a_run_is_resumed(tmp_path: Path) -> None:
+    async with Server({"length": SETTINGS["length"][0]}).open() as server:
+        config = settings(server.address("length"), tmp_path)
+        with pytest.raises(ConfigurationError):
+            await run_items(config, tmp_path)
+        folder = open_folder(tmp_path / "run")
+        changed = load_config(config | {"model": {"name": "m", "max_tokens_field": "max_tokens"}})
+        result = await execute_run(
+            await resume_run(folder, changed), RunOptions(quiet=True), Console(quiet=True)
+        )
+    assert result.exit_code == 0
+
+
+ITEM_ERRORS: dict[str, Behaviour] = {
+    "moderation": refuse_if(is_poison, lambda: refusal(403, "Input was flagged by moderation")),
+    "no endpoint": refuse_if(is_poison, lambda: refusal(404, "None can process this input")),
+    "bad input": refuse_if(is_poison, lambda: refusal(400, "Invalid input: temperature of what?")),
+    "bad type": refuse_if(
+        is_poison,
+        lambda: web.json_response({"detail": [{"loc": ["body", "messages"]}]}, status=422),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ITEM_ERRORS)
+async def test_an_error_of_the_content_fails_its_item_alone(tmp_path: Path, name: str) -> None:
+    async with Server(ITEM_ERRORS).open() as server:
+        _, records = await run_items(settings(server.address(name), tmp_path), tmp_path)
+    assert {r["index"]: r["error_class"] for r in records} == {
+        0: None,
+        1: None,
+        2: "RequestRefusedError",
+        3: None,
+    }
+
+
+def cut(used: int, most: int = 10_000) -> Behaviour:
+    def answer(body: Body) -> web.Response:
+        asked = body["max_completion_tokens"]
+        if asked > most:
+            return refusal(400, f"{asked} is too large. At most {most}", param="max_tokens")
+        document = completion(GOOD[:9], "length")
+        document["usage"]["completion_tokens"] = min(used, asked)
+        return web.json_response(document)
+
+    return answer
+
+
+CUT: dict[str, tuple[Behaviour, str]] = {
+    "at the limit": (cut(10_000), "cut at 256 tokens (model.max_tokens)"),
+    "in a full context": (cut(7), "cut after 7 of the 256 tokens"),
+    "at a lower limit": (cut(10_000, 40), "cut at 40 tokens, the most that the endpoint accepts"),
+    "below a lower limit": (cut(7, 40), "cut after 7 of the 40 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("items", [None, 1])
+async def test_a_cut_answer_names_the_number_that_was_sent(
+    tmp_path: Path, name: str, items: int | None
+) -> None:
+    behaviour, words = CUT[name]
+    async with Server({name: behaviour}).open() as server:
+        config = settings(server.address(name), tmp_path, shard={"items": items})
+        _, records = await run_items(config, tmp_path)
+    for record in records:
+        assert record["error_class"] == "TruncatedAnswerError"
+        assert words in record["error"]

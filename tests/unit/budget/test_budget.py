@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable
-from fanfold.backends.budget.spend_log import Lease, SpendLogs
+from fanfold.backends.budget.spend_log import CLOCK_SKEW_S, Lease, SpendLogs
 from fanfold.backends.core.errors import BudgetExhaustedError, JournalError
 from fanfold.backends.core.money import NANO_PER_USD, Amount, BudgetLimits, TokenPrices
 from fanfold.backends.core.types import Usage
@@ -200,8 +200,9 @@ async def test_a_lost_lease_counts_until_its_book_proves_less(tmp_path: Path) ->
     leases = LeaseTable(budget.balance, shelf, {})
     for name, until in (("a", 100.0), ("b", 100.0), ("c", 100.0)):
         await leases.lend(name, Lease(tokens(200), until, has_log=True))
+    end = 100 + 2 * CLOCK_SKEW_S
     book = shelf.create(shelf.lease_path("a"))
-    book.write({"until": 500.0}, sync=False)
+    book.write({"until": 9500.0, "term": 60.0}, sync=False)
     book.write({"level": {"tokens": 30}}, sync=True)
     done = shelf.create(shelf.lease_path("c"))
     done.write({"settled": tokens(50).to_json()}, sync=True)
@@ -209,9 +210,12 @@ async def test_a_lost_lease_counts_until_its_book_proves_less(tmp_path: Path) ->
     done.close()
     await killed(budget)
     assert shelf.total_spent({}, now=120.0).tokens >= 200 + 200 + 50
-    within = shelf.unreturned_leases(now=170.0)  # b was never begun in time, a may still go on
+    assert shelf.unreturned_leases(now=end)["b"].tokens == 200
+    within = shelf.unreturned_leases(now=end + 1)  # b was never begun in time, a may still go on
     assert {name: amount.tokens for name, amount in within.items()} == {"a": 200, "b": 0, "c": 50}
-    assert shelf.unreturned_leases(now=600.0)["a"].tokens == 30
+    over = 9500 + 60 + CLOCK_SKEW_S  # twice the term, and what clocks may differ by
+    assert shelf.unreturned_leases(now=over - 1)["a"].tokens == 200
+    assert shelf.unreturned_leases(now=over)["a"].tokens == 30
 
 
 async def test_who_is_refused_learns_what_is_missing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from fanfold.backends.budget import leases as module
 from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable, RunBudget
 from fanfold.backends.budget.leases import LeaseManager, open_lease, spent_of_lease
-from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.budget.spend_log import CLOCK_SKEW_S, SpendLogs
 from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.messages import WALLTIME_REASON, ShardTask, own_version
 from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
@@ -91,7 +92,7 @@ async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) 
     )
     budget = Budget(budget_terms, Amount(), shelf.create(shelf.session_path(1)))
     leases = LeaseTable(budget.balance, shelf, {})
-    over_s = CONFIG.backend.queue_s + 100  # so long ago was the lease over, and the clocks' slack
+    over_s = CONFIG.backend.queue_s + CLOCK_SKEW_S + 100  # how long the lease is over
     asked = replace(asked, deadline_s=-over_s)
     lender = LeaseManager(RunBudget(budget, leases, shelf), CONFIG, "m", lambda: 1)
     late = replace(asked, lease=await lender.lend(asked))
@@ -112,4 +113,91 @@ async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) 
     assert sum(summary["tally"].values()) == 0
     assert summary["stopped"].startswith(WALLTIME_REASON)  # the coordinator sends the shard again
     assert summary["used"] is None
-    assert not shelf.lease_path(late.lease["name"]).exists()  # type: ignore[index]
+    state = shelf.read_lease(late.lease["name"])  # type: ignore[index]
+    assert state.settled == Amount()  # taken back, for good
+
+
+class Lent:
+    """A lender with 100 requests, and a task that holds a lease."""
+
+    def __init__(self, folder: Path, term: float) -> None:
+        self.logs = SpendLogs(folder / "budget", "run")
+        settings = BudgetSettings(BudgetLimits.from_settings(requests=100), NO_PRICES)
+        self.budget = Budget(settings, Amount(), self.logs.create(self.logs.session_path(1)))
+        self.leases = LeaseTable(self.budget.balance, self.logs, {})
+        self.lender = LeaseManager(
+            RunBudget(self.budget, self.leases, self.logs), CONFIG, "m", lambda: 1
+        )
+        self.task = order_in(folder, deadline_s=term, tariff=NO_PRICES.to_json())
+
+    async def lend(self) -> int:
+        """Lend the task a part; return its requests."""
+        self.task = replace(self.task, lease=await self.lender.lend(self.task))
+        return 100 - self.budget.balance.left.requests
+
+    async def lose(self) -> int:
+        """Mark the worker as lost, and return what is left after a recovery."""
+        self.lender.mark_lost("0-1")
+        await self.leases.recover_lost()
+        return self.budget.balance.left.requests
+
+
+CLOCKS = [
+    pytest.param(-7200.0, 0.0, id="hours behind"),
+    pytest.param(-300.0, 0.0, id="minutes behind"),
+    pytest.param(300.0, 0.0, id="minutes ahead"),
+    pytest.param(0.0, -3600.0, id="set back while it works"),
+    pytest.param(0.0, 3600.0, id="set forward while it works"),
+]
+
+
+@pytest.mark.parametrize(("skew", "jump"), CLOCKS)
+async def test_no_clock_lets_a_lease_be_spent_after_its_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float, jump: float
+) -> None:
+    """The holder's clock is wrong, or is set; its lease ends in time all the same."""
+    lent, real = Lent(tmp_path, term=0.4), time.time
+    amount = await lent.lend()
+    assert 2 <= amount < 100
+    monkeypatch.setattr(time, "time", lambda: real() + skew)
+    async with open_lease(lent.task, CONFIG) as held:
+        assert held is not None
+        await held.balance.reserve(Amount(1))
+        monkeypatch.setattr(time, "time", lambda: real() + skew + jump)
+        assert await lent.lose() == 100 - amount  # it may still spend
+        await held.balance.reserve(Amount(1))
+        async with asyncio.timeout(10):
+            while await lent.lose() == 100 - amount:  # noqa: ASYNC110 - time passes
+                await asyncio.sleep(0.02)
+        assert 98 - held.balance._block.requests <= lent.budget.balance.left.requests <= 98
+        with pytest.raises(BudgetExhaustedError, match="the lease has expired"):
+            await held.balance.reserve(Amount(1))
+    await lent.budget.balance.aclose()
+
+
+@pytest.mark.parametrize(("skew", "jump"), CLOCKS)
+async def test_a_lease_that_was_taken_back_is_void_whatever_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float, jump: float
+) -> None:
+    """Nobody had received it; who does later, finds it settled."""
+    lent, real = Lent(tmp_path, term=60.0), time.time
+    await lent.lend()
+    assert await lent.lose() == 100
+    monkeypatch.setattr(time, "time", lambda: real() + skew + jump)
+    async with open_lease(lent.task, CONFIG) as held:
+        assert held is not None
+        with pytest.raises(BudgetExhaustedError):
+            await held.balance.reserve(Amount(1))
+        assert spent_of_lease(held) is None
+    await lent.budget.balance.aclose()
+
+
+async def test_time_before_the_task_begins_counts(tmp_path: Path) -> None:
+    """Opening endpoints may take long; the term runs from the receipt."""
+    lent = Lent(tmp_path, term=60.0)
+    await lent.lend()
+    async with open_lease(lent.task, CONFIG, received=time.monotonic() - 61) as held:
+        assert held is not None
+        with pytest.raises(BudgetExhaustedError):
+            await held.balance.reserve(Amount(1))
+    await lent.budget.balance.aclose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -118,9 +119,33 @@ def test_only_known_irregular_ends_count(reason: str | None, stop: str | None) -
     assert classify_finish(reason) == stop
 
 
+def reply(finish_reason: str | None, **more: Any) -> dict[str, Any]:
+    return {"finish_reason": finish_reason, "refusal": None} | more
+
+
 def test_an_unknown_end_is_ignored_and_a_cut_one_is_not() -> None:
     check = AnswerCheck(SCHEMA, 9)
-    assert check.check_finish(GOOD, "end_turn", None) == GOOD
-    assert check.check_finish(GOOD, "repetition", None) == GOOD  # whole if it is valid
+    assert check.check_finish(GOOD, reply("end_turn")) == GOOD
+    assert check.check_finish(GOOD, reply("repetition")) == GOOD  # whole if it is valid
     with pytest.raises(TruncatedAnswerError):
-        check.check_finish(GOOD, "MAX_TOKENS", None)
+        check.check_finish(GOOD, reply("MAX_TOKENS"))
+
+
+@pytest.mark.parametrize(
+    ("used", "sent", "words"),
+    [
+        (64, 64, "cut at 64 tokens (model.max_tokens); raise it"),
+        (None, None, "cut at 64 tokens (model.max_tokens); raise it"),
+        (None, 40, "cut at 40 tokens, the most that the endpoint accepts (model.max_tokens is 64)"),
+        (40, 40, "cut at 40 tokens, the most that the endpoint accepts (model.max_tokens is 64)"),
+        (7, 64, "cut after 7 of the 64 tokens that were requested: the context of the model is"),
+        (7, 40, "cut after 7 of the 40 tokens that were requested: the context of the model is"),
+        (0, None, "cut after 0 of the 64 tokens"),
+        (200, 128, "cut at 128 tokens (model.max_tokens); raise it"),
+    ],
+)
+def test_a_cut_answer_says_what_cut_it(used: int | None, sent: int | None, words: str) -> None:
+    with pytest.raises(TruncatedAnswerError, match=re.escape(words)):
+        AnswerCheck(None, 64).check_finish(
+            "begun", reply("length", completion_tokens=used, max_tokens=sent)
+        )
