@@ -327,12 +327,11 @@ class RequestSender:
         except (aiohttp.ClientError, TimeoutError) as error:
             outcome = failures.classify_exception(error, endpoint.label, headers)
         except asyncio.CancelledError:
-            outcome = self._monitor.lost.get(task)
+            outcome = self._monitor.lost.pop(task, None)
             if outcome is None or task.uncancel() > cancelling:
                 raise
         finally:
             endpoint.unanswered.pop(task, None)
-            self._monitor.lost.pop(task, None)
             if isinstance(outcome, OpenStream):
                 endpoint.streaming += 1
                 if charge.log is not None:
