@@ -298,7 +298,8 @@ class RequestSender:
         charge.record_sent(endpoint)
         try:
             headers, most = await endpoint.headers(), endpoint.max_answer_tokens
-            data, proxied = self._encode(endpoint, body), endpoint.spec.proxied
+            data = self._encode(endpoint, body if streamed else {**body, "stream": False})
+            proxied = endpoint.spec.proxied
             result: dict[str, Any] | OpenStream | Failure
             if streamed:
                 reader = await self._transport.stream(endpoint.chat_url, data, headers, proxied)

@@ -28,6 +28,8 @@ _LARGE: Final = 1 << 20
 _OK: Final = 200
 _LARGEST_DOCUMENT: Final = 8 * 2**20
 """Limit of bytes of a list of models, of metrics or of a registry's answer."""
+_LONGEST_HEADER: Final = 64 * 1024
+"""Limit of bytes of one header of an answer; proxies add long ones (security policies, traces)."""
 _LARGEST_ERROR: Final = 64 * 1024
 """Limit of bytes that are read of an error's body; messages quote its beginning."""
 
@@ -223,6 +225,8 @@ class Transport:
             timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=limits.connect_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
+            max_line_size=_LONGEST_HEADER,
+            max_field_size=_LONGEST_HEADER,
         )
         return self._session
 
