@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import aiohttp
-import orjson
 
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
+from ..core.values import parse_json
 from ..fleet.endpoint import Endpoint, EndpointSpec
 from ..fleet.failures import BodyTooLargeError, ErrorBody, HTTPAnswer
 from ..fleet.policy import FleetPolicy
@@ -127,8 +127,8 @@ def _models(answer: HTTPAnswer) -> list[dict[str, Any]] | None:
     if answer.status != _OK:
         return None
     try:
-        document = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
+        document = parse_json(answer.body)
+    except (ValueError, RecursionError):
         return None
     data = document.get("data") if isinstance(document, dict) else None
     if not isinstance(data, list):

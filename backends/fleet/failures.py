@@ -99,8 +99,8 @@ class ErrorBody:
     def parse(cls, body: bytes) -> ErrorBody:
         """Parse an error body in any of the five known forms."""
         try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError:
+            document = parse_json(body)
+        except (ValueError, RecursionError):
             return cls(shorten(body), html=body.lstrip()[:1] == b"<")
         return cls.from_json(document)
 
@@ -616,8 +616,8 @@ def _list_statements(body: bytes) -> Iterator[str]:
     Each object of the body is one statement: its texts in quotes, with their keys.
     """
     try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        document = parse_json(body)
+    except (ValueError, RecursionError):
         yield _ECHO.sub("", body.decode(errors="replace")).lower()
         return
     todo: list[Any] = [document]
