@@ -242,6 +242,7 @@ class _ShardRunner:
         """Run one item and record it; an error that ends the run closes the gate."""
         account = self._tools.open_account()
         calls = CallLog(account=account)
+        self._tools.open_calls[id(calls)] = calls
         CURRENT_CALLS.set(
             calls
         )  # in this task's context, so that everything it starts uses the log
@@ -261,6 +262,7 @@ class _ShardRunner:
         except JournalError as error:
             self._tools.gate.close(error.message, error)
             raise  # cancels the others: they could not be recorded either
+        del self._tools.open_calls[id(calls)]
         self._tools.progress.add_record(record)
         self._fold(record, item)
 
