@@ -72,17 +72,19 @@ async def charge_node_time(
 
 _POLL_S: Final = 0.05
 _TICK_S: Final = 1.0
-_SHARE: Final = 50
-"""Sums take at most a fiftieth of the time."""
+_SHARE: Final = 400
+"""Sums take at most one part in so many of the time."""
+_SHARE_AT_GROWTH: Final = 50
+"""The same while the number of calls in flight grows."""
 
 
 @asynccontextmanager
 async def _record_open_calls(run: OpenRun, write: WriteLine) -> AsyncIterator[None]:
     """Record what calls of items without a record may cost, while the block runs.
 
-    After a kill, the last line tells it. A line therefore comes at once when more calls are in
-    flight than before, and covers the second before it. The last line is exact: it contains the
-    items that were cut off.
+    After a kill, the last line counts. A line therefore follows at once when more calls are in
+    flight than before, and each line covers the interval before it too. The line at the end is
+    exact: it contains the items that were cut off.
     """
     noted = Amount()
 
@@ -108,7 +110,7 @@ async def _record_open_calls(run: OpenRun, write: WriteLine) -> AsyncIterator[No
             took_s = time.monotonic() - began
             await note(now.maximum(before))
             most, before, due = in_flight, now, began + max(_TICK_S, _SHARE * took_s)
-            await asyncio.sleep(_SHARE * took_s)
+            await asyncio.sleep(_SHARE_AT_GROWTH * took_s)
 
     task = asyncio.create_task(follow())
     try:
