@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -54,6 +56,11 @@ PositiveDuration = Annotated[float, Field(gt=0, le=_LONGEST_S)]
 """Seconds, more than 0."""
 
 PathText = Annotated[str, AfterValidator(_check_path)]
+
+
+def expand_home(text: str) -> Path:
+    """Return a path, with ``~`` at its beginning replaced; a name of no user stays as it is."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib raises for such a name
 
 
 class Section(BaseModel):

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from ..backends.core.errors import ConfigurationError
 from .aggregators import check_aggregators
 from .backend import find_unfit_keys
+from .base import expand_home
 from .describe import explain_validation
 from .models import RunConfig
 from .raw_settings import (
@@ -313,7 +314,7 @@ def _absolute(path: str, base: Path) -> str:
     """Return an absolute path; a path that begins with a variable is unchanged."""
     if not path or path.startswith("$"):
         return path
-    return str(base / Path(path).expanduser())
+    return str(base / expand_home(path))
 
 
 def read_schema(path: Path, source: str) -> dict[str, Any]:

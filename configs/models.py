@@ -173,22 +173,27 @@ class ModelConfig(Section):
 
     Attributes:
         name: The model's id; None takes the only model that the endpoints serve.
-        temperature: Sampling temperature.
+        temperature: Sampling temperature; None sends none, for servers that refuse it.
         max_tokens: Maximum number of tokens of one answer.
+        max_tokens_field: Field of the request that carries it; auto: max_completion_tokens.
+        system_role: Role of task.system; ``user`` puts it at the beginning of the prompt, for
+            models without such a role.
         seed: Sampling seed, or None.
         extra_body: Further fields of the request's body, passed on unchanged.
         price: Prices of the model; None takes the price list that ships with fanfold.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="temperature max_tokens seed",
+        open="temperature max_tokens max_tokens_field system_role seed",
         sampling="extra_body",
         model="name",
     )
 
     name: Annotated[str, Field(min_length=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
     max_tokens: Annotated[int, Field(ge=1)] = 256
+    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
+    system_role: Literal["system", "developer", "user"] = "system"
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     extra_body: dict[str, Any] = Field(default_factory=dict)
     price: PriceConfig | None = None
@@ -367,9 +372,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _reuses_what_is_repeatable(self) -> RunConfig:
-        if self.cache != "off" and self.model.temperature > 0 and not self.cache_sampled:
+        temperature = self.model.temperature
+        if self.cache != "off" and temperature != 0 and not self.cache_sampled:
+            shown = "null" if temperature is None else f"{temperature:g}"
             msg = (
-                f"cache: answers drawn at model.temperature {self.model.temperature:g} differ from "
+                f"cache: answers drawn at model.temperature {shown} differ from "
                 "call to call, and all equal items would get one of them; set "
                 "model.temperature: 0, cache_sampled: true, or cache: off"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError
+from .base import expand_home
 from .endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
 from .loader import LoadedConfig, check_settings, read_settings
 from .raw_settings import get_at_path
@@ -70,7 +71,7 @@ def _input_settings(input_path: str | None, limit: int | None) -> dict[str, Any]
     if input_path == "":
         raise ConfigurationError("--input is empty; name a file or a folder")
     if input_path is not None:
-        path = str(Path(input_path).expanduser().absolute())
+        path = str(expand_home(input_path).absolute())
         settings |= {"input.path": path, "input.dataset": None}
     return settings
 
@@ -101,7 +102,7 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     elif "://" in text:
         kinds["urls"] = [url.strip() for url in text.split(",") if url.strip()]
     else:
-        path = Path(text).expanduser().resolve()
+        path = expand_home(text).resolve()
         if not text or not path.exists():
             msg = (
                 f"--endpoints {text!r}: neither 'simulated' nor 'auto', nor URLs such as "

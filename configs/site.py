@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from ..backends.core.errors import ConfigurationError
-from .base import Section
+from .base import Section, expand_home
 from .raw_settings import parse_yaml
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -151,7 +150,7 @@ def fill(text: str, values: Mapping[str, object]) -> str:
 def _read_site(name: str) -> tuple[str, dict[str, Any]]:
     if name in site_names():
         return f"site {name}", _read_shipped(name)
-    path = Path(name).expanduser()
+    path = expand_home(name)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

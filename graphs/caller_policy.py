@@ -23,7 +23,7 @@ from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.secrets import is_secret, mask_command, mask_data
 from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern
-from ..configs.base import Access
+from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
 from ..configs.loader import LoadedConfig, is_preset, load_config, read_schema, read_settings_file
 from ..configs.models import SAMPLING_FIELDS, BudgetConfig, RunConfig
@@ -132,7 +132,7 @@ class CallerPolicy:
             raise ConfigurationError(msg)
         root = None
         if text := found.get(ROOT_ENV):
-            root = Path(text).expanduser().resolve()
+            root = expand_home(text).resolve()
             if not root.is_dir():
                 raise ConfigurationError(f"{ROOT_ENV}: {text} is not a folder")
         return cls(keys, root)

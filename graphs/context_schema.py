@@ -94,8 +94,12 @@ class SettingsForm(Context):
     on_duplicate: Literal["error", "first", "suffix"] = _setting_field("input.on_duplicate")
     quotes: Literal["auto"] | bool = _setting_field("input.quotes")
     model: str | None = _setting_field("model.name", langgraph_nodes=["shard", "infer"])
-    temperature: float = _setting_field("model.temperature")
+    temperature: float | None = _setting_field("model.temperature")
     max_tokens: int = _setting_field("model.max_tokens")
+    max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] = _setting_field(
+        "model.max_tokens_field"
+    )
+    system_role: Literal["system", "developer", "user"] = _setting_field("model.system_role")
     seed: int | None = _setting_field("model.seed")
     endpoints: str = _plain_field(
         "",

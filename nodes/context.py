@@ -33,6 +33,7 @@ class ItemContext:
         answer_check: The check of answers.
         repairs: How often an invalid answer is sent back.
         delegate: A user's item graph, called with the columns and the messages.
+        system_role: Role of the system text.
     """
 
     system: str
@@ -41,6 +42,7 @@ class ItemContext:
     answer_check: AnswerCheck
     repairs: int = 1
     delegate: Delegate | None = None
+    system_role: str = "system"
 
 
 class ItemSequence(Protocol):

@@ -22,11 +22,13 @@ class ItemState(TypedDict, total=False):
         row: Its columns.
         problem: Why no request may be sent for it, or None.
         messages: The conversation so far.
-        reply: The last reply: content, finish_reason, refusal.
+        reply: The last reply: content, finish_reason, refusal; unless it ended regularly, also its
+            completion_tokens and the max_tokens that were sent, or None where unknown.
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.
-        raw: Text of the last rejected answer, or of the last answer.
+        raw: Text of the last rejected answer, or of the last answer, without its reasoning.
+        reasoning: The reasoning before the last answer, or None.
     """
 
     id: str
@@ -38,6 +40,7 @@ class ItemState(TypedDict, total=False):
     output: Json
     error: dict[str, str]
     raw: str
+    reasoning: str | None
 
 
 class ItemInput(TypedDict):

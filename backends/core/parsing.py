@@ -1,14 +1,16 @@
-"""Small parsers: fenced JSON, chat messages, references in schemas, vLLM metrics text."""
+"""Small parsers: answers of models, chat messages, references in schemas, vLLM metrics text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import unquote
 
 import orjson
+
+from .values import parse_json_text
 
 _GAUGE: Final = re.compile(
     rb"^vllm:num_requests_(running|waiting)(?:\{[^\n]*\})?[ \t]+([0-9.eE+]+)", re.MULTILINE
@@ -45,13 +47,94 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-_FENCE: Final = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+_OPEN_THINK: Final = re.compile(r"\s*<think>", re.IGNORECASE)
+_END_THINK: Final = re.compile(r"</think>", re.IGNORECASE)
+_MARKUP: Final = ("{", "[", '"', "```", "~~~")
+"""Beginnings of a text that is JSON, also in a code fence."""
 
 
-def strip_fence(text: str) -> str:
-    """Return a text without the Markdown fence around the whole of it, if there is one."""
-    fenced = _FENCE.match(text)
-    return fenced.group(1) if fenced else text
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """Split an answer into its leading ``<think>…</think>``, if there is one, and the rest.
+
+    Some chat templates end with the opening tag, so that the answer begins inside the block: then
+    the closing tag must end a line, or precede JSON.
+    """
+    if "</" not in text or (end := _END_THINK.search(text)) is None:
+        return None, text
+    head, rest = text[: end.start()], text[end.end() :]
+    if opening := _OPEN_THINK.match(head):
+        return head[opening.end() :].strip(), rest.strip()
+    begins_with_answer = head.lstrip().startswith(_MARKUP) or "<think>" in head.lower()
+    ends_line = rest.startswith(("\n", "\r\n"))
+    if begins_with_answer or not (ends_line or rest.lstrip().startswith(_MARKUP)):
+        return None, text
+    return head.strip(), rest.strip()
+
+
+_CUT: Final = frozenset({"length", "max_tokens", "max_output_tokens", "max_length", "model_length"})
+_WITHHELD: Final = frozenset(
+    {"content_filter", "content_filtered", "safety", "prohibited_content", "guardrail_intervened"}
+)
+_LOOPED: Final = frozenset({"repetition"})
+
+Stop: TypeAlias = Literal["cut", "withheld", "looped"]
+
+
+def classify_finish(reason: str | None) -> Stop | None:
+    """Return why an answer is not complete by its finish reason; None if the reason says nothing.
+
+    Servers name a regular end in many ways, and some name none: only the known irregular ends
+    count, in any letter case.
+    """
+    if reason in ("stop", None):
+        return None
+    name = reason.lower()
+    if name in _CUT:
+        return "cut"
+    if name in _WITHHELD:
+        return "withheld"
+    return "looped" if name in _LOOPED else None
+
+
+_FENCE_START: Final = r"(?P<fence>`{3,9}|~{3,9})[ \t]*(?:[A-Za-z][\w+.-]*(?=[\s{\[\"]))?"
+_FENCE: Final = re.compile(_FENCE_START + r"(?P<body>.*?)(?:(?P=fence)|\Z)", re.DOTALL)
+_OUTER_FENCE: Final = re.compile(_FENCE_START + r"(?P<body>.*)(?P=fence)", re.DOTALL)
+
+
+def parse_answer(text: str) -> Iterator[Any]:
+    """Yield the values that an answer in JSON may mean, the likeliest first.
+
+    It is one value, unless the text as a whole is not JSON and has several code fences; then the
+    last one is the likeliest. A second, tolerant parser reads what strict JSON forbids: a byte
+    order mark, raw control characters in texts, halves of surrogate pairs, infinite numbers.
+
+    Raises:
+        ValueError: There is none; the message describes the error of the strict parser.
+        RecursionError: A value is nested too deep to parse.
+    """
+    try:
+        yield orjson.loads(text)
+        return
+    except orjson.JSONDecodeError as error:
+        problem = str(error)
+    found = False
+    for part in _list_json_parts(text):
+        try:
+            value = parse_json_text(part)
+        except ValueError:
+            continue
+        found = True
+        yield value
+    if not found:
+        raise ValueError(problem)
+
+
+def _list_json_parts(text: str) -> Iterator[str]:
+    """Yield the parts of a text that may be JSON: all of it, then the content of code fences."""
+    yield text
+    if outer := _OUTER_FENCE.search(text):  # its JSON may contain fences in texts
+        yield outer["body"].strip()
+    yield from reversed([one["body"].strip() for one in _FENCE.finditer(text)])
 
 
 def read_message_text(message: Mapping[str, Any]) -> str:

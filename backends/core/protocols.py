@@ -165,6 +165,11 @@ class EndpointQueue(Protocol):
         """Return True if all requests in flight are unread streams, and time does not help."""
         ...
 
+    @property
+    def has_endpoint(self) -> bool:
+        """Return True if an endpoint is alive and does not pause for long."""
+        ...
+
 
 @dataclass(slots=True)
 class EndpointUsage:
@@ -217,6 +222,7 @@ class CallLog:
             works.
         queue: Where they wait.
         streams: Functions that close the open streams, by stream.
+        max_tokens: Longest answer in tokens that the last accepted request was sent with, if known.
         counted: Whether the fleet has counted the item as answered.
     """
 
@@ -245,11 +251,18 @@ class CallLog:
     )
 
     counted: bool = field(default=False, compare=False)
+    max_tokens: int | None = field(default=None, compare=False)
 
     @property
     def stalled(self) -> bool:
         """Return True if no request of the item progresses on its own: its streams are not read."""
         return self.in_flight == self.idle_streams
+
+    @property
+    def waits_in_vain(self) -> bool:
+        """Return True if no request of the item is in flight, and no endpoint accepts any soon."""
+        waits = self.calls > self.following and self.in_flight == 0
+        return waits and self.queue is not None and not self.queue.has_endpoint
 
     @property
     def blocked(self) -> bool:

@@ -150,8 +150,8 @@ def replace_surrogates(text: str) -> str:
 def parse_json(data: bytes) -> Any:
     """Parse JSON of a foreign program, also if it breaks the rules of JSON.
 
-    A byte order mark, UTF-16 and invalid UTF-8 are accepted. A number that is not finite becomes
-    null, and half a surrogate pair ``?``.
+    A byte order mark, UTF-16, invalid UTF-8 and raw control characters in texts are accepted. A
+    number that is not finite becomes null, and half a surrogate pair ``?``.
 
     Raises:
         ValueError: The data is not JSON.
@@ -160,9 +160,22 @@ def parse_json(data: bytes) -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        text = data.decode(json.detect_encoding(data), errors="replace").removeprefix("\ufeff")
+        return parse_json_text(data.decode(json.detect_encoding(data), errors="replace"))
+
+
+def parse_json_text(text: str) -> Any:
+    """Parse JSON text that may break the rules of JSON, as :func:`parse_json` does.
+
+    Raises:
+        ValueError: The text is not JSON.
+        RecursionError: It has more levels of lists and objects than can be parsed.
+    """
     value = json.loads(
-        text, parse_int=_parse_finite, parse_float=_parse_finite, parse_constant=lambda _name: None
+        text.strip("\ufeff \t\r\n"),
+        strict=False,
+        parse_int=_parse_finite,
+        parse_float=_parse_finite,
+        parse_constant=lambda _name: None,
     )
     return _replace_all_surrogates(value)
 

@@ -298,6 +298,11 @@ def make_model_params(config: RunConfig, name: str) -> ModelParams:
         name=name,
         temperature=config.model.temperature,
         max_tokens=config.model.max_tokens,
+        max_tokens_field=(
+            "max_tokens"
+            if config.model.max_tokens_field == "max_tokens"
+            else "max_completion_tokens"
+        ),
         seed=config.model.seed,
         extra_body=config.model.extra_body,
         schema=config.task.answer_schema,

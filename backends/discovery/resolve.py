@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...configs.backend import COMMAND_FIELDS
+from ...configs.base import expand_home
 from ...configs.endpoints import EndpointsConfig, FirstConfig
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
@@ -222,7 +223,7 @@ def _from_hosts(endpoints: EndpointsConfig, key: str) -> list[EndpointSpec]:
     trusted: ApiKey = key
     for text in texts:
         if "/" in text:
-            trusted = get_trusted_key(Path(text).expanduser(), trusted)
+            trusted = get_trusted_key(expand_home(text), trusted)
     specs = hosts_to_specs(
         list(hosts),
         endpoints.port or _PORT,
@@ -254,7 +255,7 @@ def expand_hosts(text: str, environment: Mapping[str, str]) -> Iterator[str]:
             raise ConfigurationError(f"endpoints.hosts: {error.message}") from None
         return
     try:
-        hosts = parse_pbs(Path(text).expanduser().read_text(encoding="utf-8"))
+        hosts = parse_pbs(expand_home(text).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         msg = f"endpoints.hosts: {text}: cannot be read: {reason}"

@@ -104,6 +104,11 @@ class LoadBalancer:
         return self.in_flight == self._idle and not self.waiting
 
     @property
+    def has_endpoint(self) -> bool:
+        """Return True if an endpoint is alive and does not pause for long."""
+        return not self.alive <= self.long_resting
+
+    @property
     def is_deadlocked(self) -> bool:
         """Return True if all requests in flight are unread streams, and time does not help."""
         return (

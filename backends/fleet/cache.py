@@ -14,7 +14,7 @@ import orjson
 from tenacity import wait_exponential
 
 from ..core.aio import ThreadBatcher
-from ..core.parsing import strip_fence
+from ..core.parsing import classify_finish, parse_answer, split_reasoning
 from ..core.protocols import CURRENT_CALLS
 from ..core.schemas import open_validator
 from ..core.types import Json, Usage
@@ -51,14 +51,13 @@ class CachePolicy:
         kind = wanted.get("type") if isinstance(wanted, dict) else None
         if kind not in ("json_schema", "json_object") or not message.get("content"):
             return True
+        schema = (wanted.get("json_schema") or {}).get("schema") if kind == "json_schema" else {}
+        validator = self._validator(schema)
         try:
-            value = orjson.loads(strip_fence(message["content"]))
-        except orjson.JSONDecodeError:
+            values = parse_answer(split_reasoning(message["content"])[1])
+            return validator is not None and any(map(validator.is_valid, values))
+        except (ValueError, RecursionError):
             return False
-        if kind == "json_object":
-            return True
-        validator = self._validator((wanted.get("json_schema") or {}).get("schema"))
-        return validator is not None and validator.is_valid(value)
 
     def _validator(self, schema: Json) -> jsonschema_rs.Validator | None:
         """Return the validator for a schema, or None if the schema is invalid."""
@@ -85,7 +84,7 @@ def _is_whole(choice: Json) -> bool:
     reason = choice.get("finish_reason")
     if reason == "tool_calls":
         return all(map(_is_callable, message.get("tool_calls") or [None]))
-    return bool(reason == "stop")
+    return classify_finish(reason) is None
 
 
 def _is_callable(call: Json) -> bool:

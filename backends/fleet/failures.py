@@ -6,7 +6,8 @@ import email.utils
 import enum
 import errno
 import html
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -233,7 +234,7 @@ class RetryRule:
         long: Whether that is the policy's long pause.
         shared: Whether the rest applies to the whole fleet (a quota of the user or the model).
         poison: Whether the same failure on several endpoints shows that the item is at fault.
-        schema: Whether the answer's schema was refused.
+        constant: Whether a field that all requests share was refused, so a setting must change.
         length: Whether the requested length of the answer was refused.
         stale: Whether the server may just have closed an idle connection.
         refusal: Whether an endpoint that answers others refuses the item rather than the key.
@@ -250,7 +251,7 @@ class RetryRule:
     long: bool = False
     shared: bool = False
     poison: bool = False
-    schema: bool = False
+    constant: bool = False
     length: bool = False
     stale: bool = False
     refusal: bool = False
@@ -315,6 +316,9 @@ _TOO_LARGE: Final = RetryRule(
     advice="limits.body_bytes; raise it if such answers are expected, or lower model.max_tokens",
 )
 
+_REFUSES_FIELDS: Final = frozenset({400, 422, 501})
+"""Statuses with which servers refuse a field of the request."""
+
 _BY_STATUS: Final[Mapping[int, RetryRule]] = {
     400: _REFUSED,
     401: RetryRule(
@@ -376,7 +380,6 @@ _NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_DESCRIPTOR_RULE: Final = RetryRule(
     EndpointLostError, RetryAction.STOP, advice="lower limits.streams, or raise ulimit -n"
 )
-_SCHEMA_WORDS: Final = ("response_format", "json_schema", "structured_outputs", "grammar")
 
 
 def classify_answer(answer: HTTPAnswer, endpoint: str) -> Failure:
@@ -433,11 +436,178 @@ def _choose_400_rule(error_body: ErrorBody) -> RetryRule:
         )
     if error_body.param in {"max_tokens", "max_completion_tokens"}:
         return replace(_REFUSED, length=True, advice="lower model.max_tokens")
-    if error_body.param == "response_format" or any(word in text for word in _SCHEMA_WORDS):
-        return replace(
-            _REFUSED, schema=True, advice="simplify task.schema to what this server supports"
-        )
     return _REFUSED
+
+
+_SCHEMA_ADVICE: Final = "simplify task.schema to what this server supports, or leave it out"
+_ADVICE: Final[Mapping[str, str]] = {
+    "temperature": "set model.temperature: null, which sends none, or a value that it accepts",
+    "max_completion_tokens": "set model.max_tokens_field: max_tokens",
+    "max_tokens": "set model.max_tokens_field: max_completion_tokens",
+    "seed": "set model.seed: null",
+    "response_format": _SCHEMA_ADVICE,
+}
+"""What to set if a server refuses a field of the request."""
+_ROLE_ADVICE: Final = "set model.system_role: user or developer"
+_VARIABLE_FIELDS: Final = frozenset({"messages", "model"})
+_LENGTH_FIELDS: Final = frozenset({"max_tokens", "max_completion_tokens"})
+_ECHOES: Final = frozenset({"input", "ctx", "url", "body", "messages", "prompt", "request"})
+"""Keys of an error body below which it may repeat the request."""
+_ECHO: Final = re.compile(r"""['"](?:input|body|messages|prompt|request)['"]\s*:.*""", re.DOTALL)
+_UNSUPPORTED: Final = (
+    r"not support|unsupported|un(?:recognized|recognised|known|expected)|extra[_ ]|forbidden|"
+    r"not (?:be )?(?:allowed|permitted|accepted|available|implemented|used|set)|deprecated"
+)
+_DENIAL_PATTERN: Final = (
+    rf"{_UNSUPPORTED}|\binvalid\b|not valid|must be|must alternate|cannot|no longer|"
+    r"only .*(?:default|supported|allowed)"
+)
+_DENIAL: Final = re.compile(_DENIAL_PATTERN)
+_LENGTH_DENIAL: Final = re.compile(
+    rf"{_UNSUPPORTED}|use ['\"`]?max_(?:completion_)?tokens['\"`]? instead"
+)
+"""Words that refuse a field itself: which of its values are accepted may depend on the item."""
+_TEMPERATURE: Final = re.compile(
+    rf"\btemperature\b[^.;:\n]{{0,60}}(?:{_DENIAL_PATTERN})|"
+    rf"(?:{_DENIAL_PATTERN})[^.;:\n]{{0,40}}\btemperature\b"
+)
+_FIELD_WORDS: Final = r"(?:parameter|field|argument|option)"
+_SCHEMA: Final = re.compile(
+    r"response[ _-]?format|json[ _-]?schema|structured[ _-]?outputs?|guided[ _-](?:json|decoding)|"
+    r"\bgrammar"
+)
+_SCHEMA_ITSELF: Final = re.compile(r"\bschema\b|\bkeyword\b")
+_NO_KEYWORDS: Final = frozenset({"properties", "patternproperties", "$defs", "definitions"})
+_ROLE: Final = re.compile(
+    r"\b(?:system|developer)['\"`]? (?:role|message)|\brole\b.*\b(?:system|developer)\b|"
+    r"roles? must alternate"
+)
+_NUMBER: Final = re.compile(r"(?<![\w.-])\d{1,9}(?![\w.-]*\d)")
+"""A whole number that is not part of a name, a version or a date."""
+
+
+def find_lower_number(text: str, most: int) -> int | None:
+    """Return the largest whole number in a text that is lower than ``most``, or None."""
+    return max((n for n in map(int, _NUMBER.findall(text)) if 0 < n < most), default=None)
+
+
+def classify_refused_field(failure: Failure, body: Mapping[str, Any]) -> Failure:
+    """Classify a refusal of a field that all requests share: no item can succeed with it.
+
+    Args:
+        failure: A failed call.
+        body: Its request.
+
+    Returns:
+        The failure, with the setting to change if it is such a refusal.
+    """
+    answer = failure.error.__cause__
+    if failure.error.status not in _REFUSES_FIELDS or not isinstance(answer, HTTPAnswer):
+        return failure
+    if failure.rule.kind is not RequestRefusedError:
+        return failure
+    advice = _find_refused_field(_list_statements(answer.body), body)
+    if advice is None:
+        return failure
+    error = failure.error
+    message = error.message.removesuffix(f" ({failure.rule.advice})") + f" ({advice})"
+    refused = RequestRefusedError(message, error.endpoint, error.status, error.code)
+    refused.__cause__ = answer
+    return Failure(refused, replace(_REFUSED, constant=True, advice=advice))
+
+
+def _find_refused_field(statements: Iterable[str], body: Mapping[str, Any]) -> str | None:
+    """Return what to set if one of the statements refuses a field of the request.
+
+    A refusal of the answer's format counts under any of its names, which differ between servers.
+    """
+    fields = [field for field in body if field not in _VARIABLE_FIELDS]
+    has_role = body["messages"][0].get("role") in ("system", "developer")
+    keywords = set(_list_keywords(body.get("response_format")))
+    for statement in statements:
+        if has_role and _ROLE.search(statement) and _DENIAL.search(statement):
+            return _ROLE_ADVICE
+        for field in fields:
+            if _refuses_field(statement, field.lower(), body[field]):
+                return _ADVICE.get(field, f"remove {field} from model.extra_body")
+        if _SCHEMA.search(statement) or _refuses_schema(statement, keywords):
+            return _SCHEMA_ADVICE
+    return None
+
+
+def _refuses_field(statement: str, field: str, value: Any) -> bool:
+    """Return True if a statement refuses a field; an ordinary word alone does not name a field."""
+    if field in _LENGTH_FIELDS:
+        has_limit = isinstance(value, int) and find_lower_number(statement, value) is not None
+        denied = _LENGTH_DENIAL.search(statement) and not has_limit
+    else:
+        denied = _DENIAL.search(statement) is not None
+    name = re.escape(field)
+    if "_" in field:
+        return bool(denied and re.search(rf"(?<!\w){name}(?!\w)", statement))
+    if field == "temperature" and _TEMPERATURE.search(statement):
+        return True
+    worded = re.search(rf"{_FIELD_WORDS}s?:? {name}\b|\b{name} {_FIELD_WORDS}", statement)
+    return bool(denied and (worded or _names_quoted(statement, field)))
+
+
+def _refuses_schema(statement: str, keywords: Collection[str]) -> bool:
+    itself = keywords and _SCHEMA_ITSELF.search(statement)
+    named = itself or any(_names_quoted(statement, keyword) for keyword in keywords)
+    return bool(named and _DENIAL.search(statement))
+
+
+def _names_quoted(statement: str, name: str) -> bool:
+    return any(f"{quote}{name}{quote}" in statement for quote in ("'", '"', "`"))
+
+
+def _list_keywords(answer_format: Any) -> Iterator[str]:
+    """Yield the keywords of a request's schema in lower case, except the ordinary ``type``."""
+    wanted = answer_format.get("json_schema") if isinstance(answer_format, dict) else None
+    todo = [wanted.get("schema")] if isinstance(wanted, dict) else []
+    while todo:
+        one = todo.pop()
+        if isinstance(one, list):
+            todo += one
+        elif isinstance(one, dict):
+            for key, inner in one.items():
+                named = key.lower() in _NO_KEYWORDS and isinstance(inner, dict)
+                todo += inner.values() if named else [inner]
+                if key != "type":
+                    yield key.lower()
+
+
+def _list_statements(body: bytes) -> Iterator[str]:
+    """Yield the statements of an error body in lower case, without what repeats the request.
+
+    Each object of the body is one statement: its texts in quotes, with their keys.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        yield _ECHO.sub("", body.decode(errors="replace")).lower()
+        return
+    todo: list[Any] = [document]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            values = {key: value for key, value in one.items() if key.lower() not in _ECHOES}
+            texts = [text for key, value in values.items() for text in _list_texts(key, value)]
+            yield " ".join(_ECHO.sub("", text) for text in texts).lower()
+            todo += values.values()
+        elif isinstance(one, list):
+            todo += one
+        elif isinstance(one, str) and one is document:
+            yield _ECHO.sub("", one).lower()
+
+
+def _list_texts(key: str, value: Any) -> list[str]:
+    """Return the texts of a member of an error body; names are quoted."""
+    parts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    texts = [part for part in parts if isinstance(part, str) and not part.isdigit()]
+    if key.lower() in ("param", "loc") and texts:
+        return [*(f"'{text}'" for text in texts), f"invalid parameter '{texts[-1]}'"]
+    return [text if " " in text else f"'{text}'" for text in texts]
 
 
 def _choose_503_rule(error_body: ErrorBody) -> RetryRule:

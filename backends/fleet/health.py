@@ -12,7 +12,13 @@ from typing import Any, Final
 
 import aiohttp
 
-from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.errors import (
+    ConfigurationError,
+    EndpointError,
+    FanfoldError,
+    PromptTooLongError,
+    RunStoppedError,
+)
 from ..core.protocols import CallLog
 from ..core.waits import pause_after
 from .balancer import LoadBalancer
@@ -59,6 +65,9 @@ class HealthMonitor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeping = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._outage: asyncio.Task[None] | None = None
+        self._probe_timers: dict[Endpoint, asyncio.TimerHandle] = {}
+        self._probes: dict[Endpoint, asyncio.Task[None]] = {}
         self._refused = 0
         self._ended: deque[bool] = deque(maxlen=_RECENT)
         self._changed = asyncio.Event()
@@ -68,6 +77,7 @@ class HealthMonitor:
             endpoints, policy.streams, self._pause_for_quota, self._schedule_widening, slack
         )
         self.stop_reason: str | None = None
+        self._stop_class: type[FanfoldError] = RunStoppedError
         self.pause_reason: str | None = None
         self.answers = 0
         self.refusals = 0
@@ -80,6 +90,9 @@ class HealthMonitor:
             task.cancel()
         self._timers.clear()
         self._wakes.clear()
+        self._probe_timers.clear()
+        self._probes.clear()
+        self._outage = None
         self._sweeping = False
         self._deadline = None
         self.balancer.long_resting.clear()
@@ -232,7 +245,9 @@ class HealthMonitor:
         """Stop a run if no endpoint accepts a request; eject one that alone accepts none."""
         self._refused += 1
         most = self._policy.retry.hopeless_after
-        if not self.answers and (self._refused >= most or failure.rule.schema):
+        if not self.answers and failure.rule.constant:
+            self.stop(f"no request is accepted: {failure.error.message}", ConfigurationError)
+        elif not self.answers and self._refused >= most:
             self.stop(f"no request was accepted; the last answer: {failure.error.message}")
         elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
             self._eject(endpoint, failure.error)
@@ -305,10 +320,24 @@ class HealthMonitor:
             error.message,
             pause_s,
         )
-        self._later(pause_s, lambda: self._spawn(self._probe(endpoint)))
+        self._schedule_probe(endpoint)
+
+    def _schedule_probe(self, endpoint: Endpoint) -> None:
+        """Probe an unhealthy endpoint after its pause; an outage has its own times."""
+        if self._deadline is None and endpoint not in self._probe_timers:
+            self._probe_timers[endpoint] = self._later(
+                endpoint.breaker.pause_s, lambda: self._start_probe(endpoint)
+            )
+
+    def _start_probe(self, endpoint: Endpoint) -> asyncio.Task[None]:
+        """Probe an unhealthy endpoint now; return the probe that runs."""
+        self._probe_timers.pop(endpoint, None)
+        probe = self._probes.get(endpoint)
+        if probe is None:
+            probe = self._probes[endpoint] = self._spawn(self._probe(endpoint))
+        return probe
 
     async def _probe(self, endpoint: Endpoint) -> None:
-        """Probe an unhealthy endpoint."""
         try:
             answer = await self._transport.get(
                 f"{endpoint.url}/models",
@@ -319,12 +348,40 @@ class HealthMonitor:
             reachable = answer.status not in _UNREACHABLE_STATUSES
         except (aiohttp.ClientError, TimeoutError):
             reachable = False
+        finally:
+            del self._probes[endpoint]
         if reachable:
             endpoint.breaker.half_open()
             self.refresh(endpoint)
         else:
             endpoint.breaker.record_missed_probe()
-            self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
+            self._schedule_probe(endpoint)
+
+    @property
+    def _unhealthy(self) -> list[Endpoint]:
+        """Return the endpoints that are used again as soon as they answer a probe."""
+        return [
+            endpoint
+            for endpoint in self._endpoints
+            if endpoint.breaker.state is BreakerState.OPEN
+            and not (endpoint.ejected or endpoint.retired)
+        ]
+
+    async def _probe_repeatedly(self) -> None:
+        """Probe all endpoints repeatedly while none is alive: any of them ends the outage."""
+        policy = self._policy.breaker
+        while unhealthy := self._unhealthy:
+            pause = min(policy.outage_s, *(e.breaker.pause_s for e in unhealthy))
+            await asyncio.sleep(max(0.0, pause - len(unhealthy) / policy.outage_probes_per_s))
+            await self._probe_all()
+
+    async def _probe_all(self) -> list[asyncio.Task[None]]:
+        """Start a probe of each unhealthy endpoint, at a limited rate."""
+        probes = []
+        for endpoint in self._unhealthy:
+            probes.append(self._start_probe(endpoint))
+            await asyncio.sleep(1 / self._policy.breaker.outage_probes_per_s)
+        return probes
 
     def _pause_for_quota(self, endpoint: Endpoint, tokens: int) -> None:
         """Pause an endpoint with its own quota until the next request is due."""
@@ -358,33 +415,60 @@ class HealthMonitor:
         self.balancer.refresh(endpoint)
         if self.balancer.alive:
             if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = self.pause_reason = None
+                self._end_outage()
+                self.pause_reason = None
                 _LOG.warning("an endpoint recovered; the run continues")
+                for other in self._unhealthy:
+                    self._schedule_probe(other)
         elif self._deadline is None and self.stop_reason is None:
             seconds = self._policy.timeout.fleet_s
             self.pause_reason = (
                 f"no endpoint is alive; waiting up to {seconds:g} s for one to return"
             )
             _LOG.warning("%s", self.pause_reason)
-            self._deadline = self._later(seconds, self._stop_waiting)
+            self._deadline = self._later(seconds, lambda: self._spawn(self._give_up()))
+            for timer in self._probe_timers.values():
+                timer.cancel()
+            self._probe_timers.clear()
+            self._outage = self._spawn(self._probe_repeatedly())
 
-    def _stop_waiting(self) -> None:
+    def _end_outage(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if self._outage is not None:
+            self._outage.cancel()
+            self._outage = None
+
+    async def _give_up(self) -> None:
+        """Probe all endpoints once more, and stop the run if none answers."""
+        deadline = self._deadline
+        if self._outage is not None:
+            self._outage.cancel()
+        if probes := await self._probe_all():
+            await asyncio.wait(probes)
+        if deadline is not self._deadline:
+            return  # an endpoint recovered meanwhile
         seconds = self._policy.timeout.fleet_s
         self.stop(
             f"no endpoint recovered within {seconds:g} s (limits.fleet_wait_s): restart the "
             "servers and resume the run"
         )
 
-    def stop(self, message: str) -> None:
-        """Stop the run: no further request is sent, and waiting calls fail."""
-        if self.stop_reason is None:
-            self.stop_reason = message
-            self._notify_changed()
-            _LOG.error("%s", message)
-        self.balancer.fail_all(lambda: RunStoppedError(message))
+    def make_stop_error(self) -> FanfoldError:
+        """Return the error of a call after a stop."""
+        return self._stop_class(self.stop_reason or "")
 
-    def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+    def stop(self, message: str, error: type[FanfoldError] = RunStoppedError) -> None:
+        """Stop the run: no further request is sent, and waiting calls fail with the error."""
+        if self.stop_reason is None:
+            self.stop_reason, self._stop_class = message, error
+            self._notify_changed()
+            self._end_outage()
+            _LOG.error("%s", message)
+        self.balancer.fail_all(self.make_stop_error)
+
+    def _later(self, seconds: float, call: Callable[[], object]) -> asyncio.TimerHandle:
         def run() -> None:
             self._timers.discard(handle)
             call()
@@ -393,7 +477,8 @@ class HealthMonitor:
         self._timers.add(handle)
         return handle
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

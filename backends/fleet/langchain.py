@@ -276,7 +276,12 @@ class ChatFleet(ChatOpenAI):
             raise ConfigurationError(
                 f"{', '.join(foreign)} cannot be set per call: they belong to the fleet"
             )
-        if "tools" in payload and "response_format" in (body := payload.get("extra_body") or {}):
+        body = payload.get("extra_body") or {}
+        if "max_tokens" in body and "max_completion_tokens" in payload:
+            # a call's own limit, in the field that the servers accept
+            most = payload.pop("max_completion_tokens")
+            payload["extra_body"] = body = {**body, "max_tokens": most}
+        if "tools" in payload and "response_format" in body:
             # a server that constrains all output to the schema does not allow tool calls
             payload["extra_body"] = {k: v for k, v in body.items() if k != "response_format"}
         return payload

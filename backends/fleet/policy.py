@@ -134,12 +134,17 @@ class BreakerPolicy:
         open_s: Time until the endpoint is probed, in seconds.
         open_max_s: Longest such time; it doubles with each probe that fails.
         probe_s: Longest wait for a probe's answer, in seconds.
+        outage_s: Longest time between two probes of an endpoint while none is alive, in seconds.
+        outage_probes_per_s: Limit of probes per second over all endpoints, while none is alive; it
+            lengthens ``outage_s`` for large fleets.
     """
 
     failures: int = 5
     open_s: float = 2.0
     open_max_s: float = 60.0
     probe_s: float = 5.0
+    outage_s: float = 5.0
+    outage_probes_per_s: float = 20.0
 
     @property
     def wait(self) -> wait_exponential:
@@ -278,6 +283,7 @@ class ModelParams:
         temperature: Sampling temperature, or None for the server's default.
         max_tokens: Limit of tokens of one answer, or None for all the remaining context (a server
             then may write until its context is full: always set one in bulk runs).
+        max_tokens_field: Field of the request that carries ``max_tokens``.
         seed: Sampling seed, or None.
         extra_body: Further top-level fields of the request, e.g. vLLM's ``top_k``.
         schema: JSON Schema that constrains the answer, or None for free text.
@@ -293,6 +299,7 @@ class ModelParams:
     schema: Mapping[str, Json] | None = None
     schema_name: str = "answer"
     strict: bool = True
+    max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
 
     def response_format(self) -> dict[str, Json] | None:
         """Return the ``response_format`` field that asks for the schema, or None."""
@@ -304,13 +311,13 @@ class ModelParams:
     def body(self) -> dict[str, Json]:
         """Return the request's fields except ``messages``.
 
-        ``max_tokens`` is sent as ``max_completion_tokens``, as ChatOpenAI does, and ``extra_body``
-        overrides the named fields, as in the openai package.
+        ``max_tokens`` is sent as ``max_completion_tokens``, as ChatOpenAI does, if not set
+        otherwise, and ``extra_body`` overrides the named fields, as in the openai package.
         """
         fields: dict[str, Json] = {
             "model": self.name,
             "temperature": self.temperature,
-            "max_completion_tokens": self.max_tokens,
+            self.max_tokens_field: self.max_tokens,
             "seed": self.seed,
             "response_format": self.response_format(),
         }

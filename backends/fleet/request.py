@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
@@ -177,8 +176,6 @@ class RequestCharge:
 
 
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")
-_NUMBER: Final = re.compile(r"(?<![\w.-])\d{1,9}(?![\w.-]*\d)")
-"""A whole number that is not part of a name, a version or a date."""
 
 
 def read_max_tokens(body: Mapping[str, Any]) -> int | None:
@@ -216,8 +213,7 @@ def learn_max_tokens(
     cause = failure.error.__cause__
     if not failure.rule.length or asked is None or not isinstance(cause, HTTPAnswer):
         return failure
-    numbers = map(int, _NUMBER.findall(ErrorBody.parse(cause.body).message))
-    most = max((n for n in numbers if 0 < n < asked), default=None)
+    most = failures.find_lower_number(ErrorBody.parse(cause.body).message, asked)
     if most is None:
         return failure
     if most >= endpoint.longest and endpoint.confirm_max_tokens(
@@ -318,6 +314,7 @@ class RequestSender:
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
             if isinstance(result, Failure):
+                result = failures.classify_refused_field(result, body)
                 result = await self._soften_failure(endpoint, result, headers, charge)
                 outcome = learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
             else:
@@ -382,8 +379,8 @@ class RequestSender:
             failure = replace(failure, accepts_others=alone)
         if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
             return replace(failure, rule=replace(failure.rule, action=RetryAction.SAME))
-        if failure.rule.schema and self._monitor.answers and not endpoint.has_answered:
-            # Other endpoints accept the schema: this one does not support it.
+        if failure.rule.constant and self._monitor.answers and not endpoint.has_answered:
+            # Other endpoints accept the field: this one does not support it.
             return replace(failure, rule=replace(failure.rule, action=RetryAction.EJECT))
         return failure
 
@@ -396,6 +393,9 @@ class RequestSender:
     ) -> None:
         """Record that an endpoint has accepted a request."""
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        if item is not None:
+            most = endpoint.max_answer_tokens
+            item.max_tokens = asked if most is None else resolve_max_tokens(body, most)
         if asked is not endpoint.longest_asked:  # nearly all requests of a run ask the same
             endpoint.longest_asked = asked
             most = resolve_max_tokens(body, endpoint.max_answer_tokens)

@@ -336,7 +336,7 @@ class Retrier:
 
     def _check_stopped(self) -> None:
         if self._monitor.stop_reason is not None:
-            raise RunStoppedError(self._monitor.stop_reason)
+            raise self._monitor.make_stop_error()
 
     async def _record_outcome(
         self, attempts: AttemptLog, outcome: tuple[object, Endpoint], log: CallLog | None
@@ -350,7 +350,7 @@ class Retrier:
             self._count_retry()
             return
         if self._monitor.stop_reason is not None:
-            raise RunStoppedError(self._monitor.stop_reason) from result.error
+            raise self._monitor.make_stop_error() from result.error
         if result.accepts_others:
             attempts.trusted.add(endpoint)
         if result.is_refusal:
@@ -384,7 +384,7 @@ class Retrier:
         if not at_fault:
             at_fault = await self._monitor.resolve_fault(attempts.refusers, log)
             if self._monitor.stop_reason is not None:
-                raise RunStoppedError(self._monitor.stop_reason) from failure.error
+                raise self._monitor.make_stop_error() from failure.error
         if at_fault:
             raise self._monitor.count_refused(failure, len(attempts.refusers))
 

@@ -388,14 +388,16 @@ def _normalize_choice(choice: dict[str, Any], message: dict[str, Any]) -> None:
     """Normalize the fields of a choice and of its message or delta."""
     reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
     if reason is not None and not isinstance(reason, str):
-        choice["finish_reason"] = to_json_text(reason)
+        only = reason[0] if isinstance(reason, list) and len(reason) == 1 else None
+        choice["finish_reason"] = only if isinstance(only, str) else to_json_text(reason)
     if logprobs is not None and not isinstance(logprobs, dict):
         choice["logprobs"] = None
     for name in ("content", "refusal"):
         value = message.get(name)
         if value is None or isinstance(value, str):
             continue
-        message[name] = _join_parts(value) or to_json_text(value)
+        joined = _join_parts(value)
+        message[name] = to_json_text(value) if joined is None else joined
     if (audio := message.get("audio")) is not None and not isinstance(audio, dict):
         message["audio"] = None
     for name in ("name", "id"):
@@ -414,8 +416,26 @@ def _normalize_calls(calls: Any) -> list[dict[str, Any]] | None:
             return None
         name = call.get("id")
         plain_id = name if name is None or isinstance(name, str) else to_json_text(name)
-        found.append({**call, "id": plain_id, "function": function})
+        arguments = _normalize_arguments(function["arguments"])
+        found.append({**call, "id": plain_id, "function": {**function, "arguments": arguments}})
     return found
+
+
+def _normalize_arguments(text: str) -> str:
+    """Return a tool's arguments as the JSON text of an object, or as text that is not JSON.
+
+    LangChain makes an invalid tool call, which the model can correct, of text that is not JSON, but
+    raises an exception for JSON that is not an object.
+    """
+    if text.lstrip()[:1] in ("{", ""):
+        return text
+    try:
+        value = orjson.loads(text)
+        if isinstance(value, str) and isinstance(orjson.loads(value), dict):
+            return value  # encoded twice
+    except orjson.JSONDecodeError:
+        return text if text.lstrip()[:1] != '"' else f"{text} is not an object"
+    return f"{text} is not an object" if value and not isinstance(value, dict) else text
 
 
 def _normalize_function(function: Any) -> dict[str, Any] | None:
@@ -462,12 +482,30 @@ def _normalize_function_part(function: Any) -> dict[str, Any] | None:
     return {**function, "name": name if isinstance(name, str) else None, "arguments": arguments}
 
 
+_THOUGHTS: Final = frozenset({"thinking", "redacted_thinking", "reasoning", "thought"})
+"""Types of content parts that precede the answer and are not part of it."""
+
+
 def _join_parts(content: Any) -> str | None:
-    """Return the text of a content that consists of text parts, or None for other content."""
+    """Return the text of a content that is a list of parts, or None for other content."""
     if not isinstance(content, list):
         return None
-    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+    texts = [text for part in content if (text := _read_part(part)) is not None]
+    return "".join(texts) if texts else None
+
+
+def _read_part(part: Any) -> str | None:
+    """Return the text of a content part, or None if it has none or is a thought."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        return None
+    kind, text = part.get("type"), part.get("text")
+    if (isinstance(kind, str) and kind in _THOUGHTS) or part.get("thought") is True:
+        return None
+    if isinstance(text, dict):
+        text = text.get("value")
+    return text if isinstance(text, str) else None
 
 
 def _is_usage(usage: Any) -> bool:
@@ -515,9 +553,8 @@ def is_empty(document: Mapping[str, Any]) -> bool:
     """Return True if a good answer has no content although it was not cut."""
     choice = document["choices"][0]
     message = choice["message"]
-    return choice.get("finish_reason") in ("stop", None) and not any(
-        map(message.get, CONTENT_FIELDS)
-    )
+    regular = choice.get("finish_reason") in ("stop", None)
+    return regular and not any(map(message.get, CONTENT_FIELDS))
 
 
 def _inner_status(error_body: ErrorBody) -> int:

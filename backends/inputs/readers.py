@@ -1,4 +1,4 @@
-"""Readers of csv, tsv, smi, jsonl and parquet files and of folders of texts."""
+"""Readers of csv, tsv, smi, jsonl and json files and of folders of texts; see also parquet.py."""
 
 from __future__ import annotations
 

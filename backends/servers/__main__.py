@@ -15,8 +15,8 @@ import time
 from ..core.errors import FanfoldError
 from ..core.terminal import escape_controls
 from .lock import NodeLock
+from .node_supervisor import SupervisorControl, serve_on_demand
 from .plan import NodePlan, node_files
-from .supervisor import SupervisorControl, serve_on_demand
 
 _FAILED = 1
 

@@ -259,6 +259,7 @@ def draw_number(dice: SeededRandom, schema: Mapping[str, Any]) -> float:
     low, high = _bounds(schema, float(_RANGE), float)
     share = dice.uniform()
     drawn = low * (1 - share) + high * share  # not low + (high - low) * share: may overflow
+    drawn = min(max(drawn, low), high)  # rounding may leave narrow bounds
     rounded = round(drawn, _DIGITS)
     return rounded if low < rounded < high else drawn
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import shlex
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from io import FileIO
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
 
 import orjson
 
@@ -236,6 +238,15 @@ class JournalSource:
         return JournalError(f"{self.path}, line {number}: {what}")
 
 
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; to open a pipe could wait forever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(handle, "rb")
+
+
 def scan_lines(
     source: JournalSource, start: int = 0, first: int = 1, before: int = 0, *, live: bool = False
 ) -> Iterator[JournalLine]:
@@ -253,7 +264,7 @@ def scan_lines(
         JournalError: Any other irregularity, with file and line.
     """
     try:
-        with source.path.open("rb") as file:
+        with _open_regular(source.path) as file:
             file.seek(start)
             for number, line in enumerate(file, first):
                 if live and b"\0" in line:

@@ -210,7 +210,7 @@ def _time(record: ResultRow) -> datetime | None:
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_FOREIGN: Final = ("error", "model")
+_FOREIGN: Final = ("error", "model", "reasoning")
 
 
 def write_csv(

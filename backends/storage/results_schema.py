@@ -155,6 +155,7 @@ RESULT_COLUMNS: Final = (
     "output",
     "error_class",
     "error",
+    "reasoning",
     "endpoint",
     "model",
     "attempts",

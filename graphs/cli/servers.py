@@ -11,8 +11,8 @@ import orjson
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.discovery.resolve import has_own_servers, make_node_plan
+from ...backends.servers.node_supervisor import SupervisorControl, serve_or_standby
 from ...backends.servers.plan import NodePlan
-from ...backends.servers.supervisor import SupervisorControl, serve_or_standby
 from ...backends.simulated.fleet import SimulatedFleet
 from ...backends.simulated.serve import serve_fleet
 from ...backends.simulated.spec import SimulationSpec

@@ -145,6 +145,7 @@ def make_item_context(
         answer_check=AnswerCheck(config.task.answer_schema, config.model.max_tokens),
         repairs=config.task.repairs,
         delegate=delegate,
+        system_role=config.model.system_role,
     )
 
 

@@ -48,6 +48,7 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
+from ...configs.base import expand_home
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
@@ -62,11 +63,19 @@ def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -
     """Return a digest of what applies to every item: task, model, simulated or not."""
     relevant = {
         "task": config.task.model_dump(mode="json", by_alias=True),
-        "model": config.model.model_dump(mode="json", exclude={"price"}) | {"name": model},
+        "model": _dump_model(config) | {"name": model},
         "simulated": simulated,
     }
     data = orjson.dumps(relevant, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _dump_model(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of the model that decide what it answers."""
+    dumped = config.model.model_dump(mode="json", exclude={"price", "max_tokens_field"})
+    if dumped["system_role"] == "system":
+        del dumped["system_role"]  # runs that began before the setting existed have none
+    return dumped
 
 
 def compute_question_digest(config: RunConfig, model: str) -> bytes:
@@ -76,8 +85,11 @@ def compute_question_digest(config: RunConfig, model: str) -> bytes:
     limit on the length of answers and the endpoints.
     """
     common = make_model_params(config, model).body()
-    common.pop("max_completion_tokens", None)
+    for field in ("max_completion_tokens", "max_tokens"):
+        common.pop(field, None)
     task = {"system": config.task.system, "graph": config.task.graph}
+    if config.task.system and config.model.system_role != "system":
+        task["system_role"] = config.model.system_role
     data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(data).digest()
 
@@ -99,6 +111,10 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
         if section == "model":
             a["name"], b["name"] = model, b.get("name") or model
             a["price"] = b["price"] = None  # may change
+            a["max_tokens_field"] = b["max_tokens_field"] = None  # changes no answer
+            a["system_role"], b["system_role"] = (
+                settings.get("system_role", "system") for settings in (a, b)
+            )
         keys = _INPUT if section == "input" else sorted(a.keys() | b.keys())
         lines += [
             f"{section}.{key}: {_short(a.get(key))} → {_short(b.get(key))}"
@@ -382,7 +398,7 @@ def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     for argument in arguments:
         *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
         if "://" not in text and _may_be_path(text):
-            place = Path(text).expanduser().resolve()
+            place = expand_home(text).resolve()
             text = (
                 str(FOLDER_PLACEHOLDER / place.relative_to(own))
                 if place.is_relative_to(own)

@@ -15,14 +15,14 @@ from ...backends.core.errors import (
     RefusedAnswerError,
     TruncatedAnswerError,
 )
-from ...backends.core.parsing import strip_fence
+from ...backends.core.parsing import classify_finish, parse_answer
 from ...backends.core.schemas import open_validator
 from ...backends.core.types import Json
 from ...backends.core.values import MAX_DEPTH, is_too_deep, to_json_text
 
-_GOOD: Final = frozenset({"stop", "tool_calls"})
 _SHOWN_ERRORS: Final = 3
 _SHOWN_TEXT: Final = 200
+_TOO_DEEP: Final = f"the answer has more than {MAX_DEPTH} levels of lists and objects"
 
 
 class AnswerCheck:
@@ -37,29 +37,56 @@ class AnswerCheck:
         self._validator = None if schema is None else open_validator(schema)
         self._max_tokens = max_tokens
 
-    def check_finish(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
-        """Return the text of a reply, if the model ended it regularly.
+    def check_finish(self, content: str, reply: Mapping[str, Any]) -> str:
+        """Return the text of a reply, unless it was refused, cut or is empty.
+
+        A missing or unknown finish reason is ignored.
+
+        Args:
+            content: The text without its reasoning.
+            reply: The reply, as in an item's state.
 
         Raises:
             RefusedAnswerError: The model or a filter refused.
             TruncatedAnswerError: Cut at ``max_tokens`` or at the end of the context.
             EmptyAnswerError: No text.
-            AnswerError: Any other end, e.g. the server's repetition check.
+            AnswerError: The server's repetition check ended a free text.
         """
-        if refusal:
+        if refusal := reply["refusal"]:
             text = f"the model refused: {refusal[:_SHOWN_TEXT]}"
             raise RefusedAnswerError(text, content or refusal)
-        if finish_reason == "content_filter":
-            raise RefusedAnswerError("a content filter withheld the answer", content)
-        if finish_reason == "length":
-            msg = f"the answer was cut (model.max_tokens is {self._max_tokens}); raise it"
-            raise TruncatedAnswerError(msg, content)
-        if finish_reason not in _GOOD:
-            raise AnswerError(f"the model stopped for the reason {finish_reason!r}", content)
+        if reply["finish_reason"] != "stop":
+            self._check_reason(content, reply)
         if not content.strip():
             msg = "the answer is empty (a reasoning model may need a larger model.max_tokens)"
             raise EmptyAnswerError(msg, content)
         return content
+
+    def _check_reason(self, content: str, reply: Mapping[str, Any]) -> None:
+        stop = classify_finish(reply["finish_reason"])
+        if stop == "withheld":
+            raise RefusedAnswerError("a content filter withheld the answer", content)
+        if stop == "cut":
+            raise TruncatedAnswerError(self._explain_cut(reply), content)
+        if stop == "looped" and self._validator is None:
+            msg = f"the model stopped for the reason {reply['finish_reason']!r}"
+            raise AnswerError(msg, content)
+
+    def _explain_cut(self, reply: Mapping[str, Any]) -> str:
+        """Return why an answer was cut: by the limit that was sent, or by a full context."""
+        used, sent = reply.get("completion_tokens"), reply.get("max_tokens") or self._max_tokens
+        if used is not None and used < sent:
+            return (
+                f"the answer was cut after {used} of the {sent} tokens that were requested: the "
+                "context of the model is full; shorten the item, or serve the model with a longer "
+                "context"
+            )
+        if sent < self._max_tokens:
+            return (
+                f"the answer was cut at {sent} tokens, the most that the endpoint accepts "
+                f"(model.max_tokens is {self._max_tokens}); shorten the item or the answer"
+            )
+        return f"the answer was cut at {sent} tokens (model.max_tokens); raise it"
 
     def check_value(self, value: Json) -> Json:
         """Return the answer in a text or a parsed value.
@@ -69,10 +96,32 @@ class AnswerCheck:
         """
         if self._validator is None:
             return value
-        parsed = _parse(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            try:
+                parsed: Json = orjson.loads(value)
+            except orjson.JSONDecodeError:
+                return self._check_loose_text(value)
+            _check_depth(value, parsed)
+        else:
+            parsed = value
         if not self._validator.is_valid(parsed):
             raise InvalidAnswerError(self._reasons(parsed), answer_text(value))
         return parsed
+
+    def _check_loose_text(self, text: str) -> Json:
+        """Return the answer in a text that is not JSON as a whole."""
+        assert self._validator is not None
+        try:
+            values = list(parse_answer(text))
+        except RecursionError:
+            raise InvalidAnswerError(_TOO_DEEP, text) from None
+        except ValueError as error:
+            raise InvalidAnswerError(f"the answer is not valid JSON: {error}", text) from None
+        for value in values:
+            _check_depth(text, value)
+            if self._validator.is_valid(value):
+                return value
+        raise InvalidAnswerError(self._reasons(values[0]), text)
 
     def _reasons(self, parsed: Json) -> str:
         assert self._validator is not None
@@ -92,13 +141,6 @@ def answer_text(value: Json) -> str:
     return value if isinstance(value, str) else to_json_text(value)
 
 
-def _parse(text: str) -> Json:
-    try:
-        parsed: Json = orjson.loads(strip_fence(text))
-    except orjson.JSONDecodeError as error:
-        msg = f"the answer is not valid JSON: {error}"
-        raise InvalidAnswerError(msg, text) from None
+def _check_depth(text: str, parsed: Json) -> None:
     if is_too_deep(text, parsed):
-        msg = f"the answer has more than {MAX_DEPTH} levels of lists and objects"
-        raise InvalidAnswerError(msg, text)
-    return parsed
+        raise InvalidAnswerError(_TOO_DEEP, text)

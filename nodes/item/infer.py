@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from langgraph.runtime import Runtime
 
 from ...backends.core.errors import EndpointError
@@ -15,15 +17,18 @@ async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     """Call the model; a failed endpoint ends the item, an error that ends the run is raised."""
     try:
         reply = await runtime.context.model.ask(state["messages"])
-        if (calls := CURRENT_CALLS.get()) is not None:
+        calls = CURRENT_CALLS.get()
+        if calls is not None:
             # an earlier answer of this item was sent back and does not count
             calls.useful, calls.useful_endpoint = reply.usage, reply.endpoint
     except EndpointError as error:
         return {"error": make_item_error(error)}
-    return {
-        "reply": {
-            "content": reply.content,
-            "finish_reason": reply.finish_reason,
-            "refusal": reply.refusal,
-        }
+    said: dict[str, Any] = {
+        "content": reply.content,
+        "finish_reason": reply.finish_reason,
+        "refusal": reply.refusal,
     }
+    if reply.finish_reason != "stop":  # why it was cut
+        said["completion_tokens"] = reply.usage.completion
+        said["max_tokens"] = calls.max_tokens if calls is not None else None
+    return {"reply": said}

@@ -25,18 +25,32 @@ async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
         if problem := state.get("problem"):
             raise InvalidItemError(problem)
         return {
-            "messages": build_messages(context.system, context.prompt, state["row"]),
+            "messages": build_messages(
+                context.system, context.prompt, state["row"], context.system_role
+            ),
             "repairs": 0,
         }
     except InvalidItemError as error:
         return {"error": make_item_error(error)}
 
 
-def build_messages(system: str, prompt: Template, row: Row) -> list[Message]:
+def build_messages(
+    system: str, prompt: Template, row: Row, system_role: str = "system"
+) -> list[Message]:
     """Return the messages for one item.
+
+    Args:
+        system: The system text, or ``""``.
+        prompt: The template of the question.
+        row: The item's columns.
+        system_role: Role of the system text; ``user`` puts it before the question, because some
+            models refuse two messages of one role in a row.
 
     Raises:
         InvalidItemError: The row lacks a column.
     """
-    question = {"role": "user", "content": prompt.render(row)}
-    return [{"role": "system", "content": system}, question] if system else [question]
+    text = prompt.render(row)
+    if system and system_role == "user":
+        return [{"role": "user", "content": f"{system}\n\n{text}"}]
+    question = {"role": "user", "content": text}
+    return [{"role": system_role, "content": system}, question] if system else [question]

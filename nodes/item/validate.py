@@ -5,6 +5,7 @@ from __future__ import annotations
 from langgraph.runtime import Runtime
 
 from ...backends.core.errors import AnswerError, InvalidAnswerError
+from ...backends.core.parsing import split_reasoning
 from ..context import ItemContext
 from ..state import ItemState
 from .prepare import make_item_error
@@ -13,17 +14,21 @@ from .prepare import make_item_error
 async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     """Check the reply against the schema; send an invalid one back while repairs remain."""
     context, reply = runtime.context, state["reply"]
+    reasoning, content = split_reasoning(reply["content"])
+    found: ItemState = {}
+    if reasoning is not None or state["repairs"]:  # that of an earlier answer must not stay
+        found["reasoning"] = reasoning
     try:
-        text = context.answer_check.check_finish(
-            reply["content"], reply["finish_reason"], reply["refusal"]
-        )
-        return {"output": context.answer_check.check_value(text), "raw": text}
+        text = context.answer_check.check_finish(content, reply)
+        found["output"] = context.answer_check.check_value(text)
+        found["raw"] = text
     except InvalidAnswerError as error:
         if state["repairs"] < context.repairs:
-            return _send_back(state, error)
-        return {"error": make_item_error(error), "raw": error.raw}
+            return found | _send_back(state, error)
+        found |= {"error": make_item_error(error), "raw": error.raw}
     except AnswerError as error:
-        return {"error": make_item_error(error), "raw": error.raw}
+        found |= {"error": make_item_error(error), "raw": error.raw}
+    return found
 
 
 def _send_back(state: ItemState, error: InvalidAnswerError) -> ItemState:

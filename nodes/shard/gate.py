@@ -12,6 +12,9 @@ from typing import Final
 _POLL_S: Final = 1.0
 """Seconds between checks for a stop that was requested elsewhere, e.g. by a signal."""
 
+_CHECK_S: Final = 0.2
+"""Seconds between checks of the items in flight after closing."""
+
 
 class Gate:
     """A limit on items in flight that can be closed permanently.
@@ -139,15 +142,23 @@ class Gate:
         """Wait at most ``timeout_s`` seconds for the gate to close; return True if it did."""
         return await _wait_event(self._closing, timeout_s)
 
-    async def wait_drained(self) -> bool:
+    async def wait_drained(self, check: Callable[[], None] | None = None) -> bool:
         """Wait, after the gate was closed, for the items in flight.
+
+        Args:
+            check: Called at once, and repeatedly while they are waited for.
 
         Returns:
             Whether all of them ended within ``drain_s`` seconds after closing; False at once
             after ``stop_waiting``.
         """
-        await _wait_event(self._over, max(0.0, self._deadline - time.monotonic()))
-        return self.in_flight == 0
+        while True:
+            if check is not None:
+                check()
+            left = max(0.0, self._deadline - time.monotonic())
+            slice_s = left if check is None else min(left, _CHECK_S)
+            if await _wait_event(self._over, slice_s) or slice_s == left:
+                return self.in_flight == 0
 
     def stop_waiting(self) -> None:
         """Wait no longer for items in flight; for a closed gate."""

@@ -180,15 +180,21 @@ class _ShardRunner:
         self.part = ShardPart(tools)
         self._shard, self._tools, self._stop_reason = shard, tools, stop_reason
         self._recorder = RecordBuilder(tools)
-        self._tasks = set[asyncio.Task[None]]()
+        self._tasks = dict[asyncio.Task[None], CallLog]()
 
     async def watch_gate(self) -> None:
         """Close the gate when the run must stop, and cancel items that then take too long."""
         gate = self._tools.gate
         with gate.poll_stop(self._stop_reason):
             await gate.wait_closed(float("inf"))
-        if not await gate.wait_drained():
+        if not await gate.wait_drained(self._cancel_waiting):
             for task in self._tasks:
+                task.cancel()
+
+    def _cancel_waiting(self) -> None:
+        """Cancel items that wait for an endpoint while none is alive: nothing is in flight."""
+        for task, calls in self._tasks.items():
+            if calls.waits_in_vain and not task.cancelling():
                 task.cancel()
 
     async def run(self) -> None:
@@ -216,8 +222,10 @@ class _ShardRunner:
                     continue
                 if not await self._acquire_slot():
                     return
-                task = detach_task(group.create_task(self._run_item(item), context=context.copy()))
-                self._tasks.add(task)
+                calls = CallLog()
+                running = self._run_item(item, calls)
+                task = detach_task(group.create_task(running, context=context.copy()))
+                self._tasks[task] = calls
                 task.add_done_callback(self._on_item_done)
 
     async def _acquire_slot(self) -> bool:
@@ -235,13 +243,12 @@ class _ShardRunner:
             self._tools.gate.close(reason)
 
     def _on_item_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         self._tools.gate.release()
 
-    async def _run_item(self, item: Item) -> None:
+    async def _run_item(self, item: Item, calls: CallLog) -> None:
         """Run one item and record it; an error that ends the run closes the gate."""
-        account = self._tools.open_account()
-        calls = CallLog(account=account)
+        calls.account = account = self._tools.open_account()
         self._tools.open_calls[id(calls)] = calls
         CURRENT_CALLS.set(
             calls

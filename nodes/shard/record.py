@@ -77,7 +77,9 @@ class RecordBuilder:
             "origin": None,
         }
         if raw is not None:
-            record |= _raw(raw)
+            record |= _make_text_fields("raw", raw)
+        if (reasoning := state.get("reasoning")) is not None:
+            record |= _make_text_fields("reasoning", reasoning)
         usages = list(calls.usage_by_endpoint.values())
         if len(usages) == 1:
             record |= _cost_counts(usages[0], tools.token_prices)
@@ -143,15 +145,15 @@ def _make_writable(value: Any) -> Any:
     return value
 
 
-def _raw(text: str) -> dict[str, Json]:
-    """Return the part of an answer's text that a record keeps."""
+def _make_text_fields(name: str, text: str) -> dict[str, Json]:
+    """Return the part of a model's text that a record keeps, and its size if it is cut."""
     if 4 * len(text) <= _MOST_RAW:
-        return {"raw": text}
+        return {name: text}
     data = text.encode(errors="replace")
     if len(data) <= _MOST_RAW:
-        return {"raw": text}
+        return {name: text}
     kept = data[: _MOST_RAW - len(_CUT.encode())].decode(errors="ignore")
-    return {"raw": kept + _CUT, "raw_bytes": len(data)}
+    return {name: kept + _CUT, f"{name}_bytes": len(data)}
 
 
 def _now() -> str:

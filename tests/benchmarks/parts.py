@@ -156,7 +156,7 @@ def _validation() -> float:
     check = AnswerCheck(SCHEMA, 256)
     started = time.process_time()
     for _ in range(CALLS):
-        check.check_value(check.check_finish(TEXT, "stop", None))
+        check.check_value(check.check_finish(TEXT, {"finish_reason": "stop", "refusal": None}))
     return 1e6 * (time.process_time() - started) / CALLS
 
 

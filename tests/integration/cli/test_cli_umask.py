@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.servers.supervisor import EndpointsFile
+from fanfold.backends.servers.node_supervisor import EndpointsFile
 from fanfold.backends.storage.results import replace_file
 from fanfold.backends.storage.run_folder import create_folder, write_bytes
 

@@ -158,7 +158,8 @@ async def outcome(model: Any) -> Any:
 @pytest.mark.parametrize("case", BAD)
 async def test_errors_are_equal(stub: Stub, case: str) -> None:
     stub.answers[case] = [BAD[case]]
-    async with Fleet([EndpointSpec(stub.url), EndpointSpec(stub.url + "/")], ONCE) as fleet:
+    urls = stub.url, stub.url.replace("/v1", "/other/v1")
+    async with Fleet([EndpointSpec(url) for url in urls], ONCE) as fleet:
         with pytest.raises(Exception) as theirs:  # noqa: PT011 - any class, compared below
             await stock(stub, case).ainvoke("q")
         with pytest.raises(Exception) as ours:  # noqa: PT011 - any class, compared below

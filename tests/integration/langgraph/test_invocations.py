@@ -156,7 +156,7 @@ async def test_a_second_invocation_is_refused_while_one_works(
 
 async def test_a_command_is_refused_while_an_embedded_run_works(fleet: SimulatedFleet) -> None:
     graph = build_graph(settings(fleet), trust_context=True)
-    first = asyncio.create_task(graph.ainvoke({"items": rows(1000)}))
+    first = asyncio.create_task(graph.ainvoke({"items": rows(20_000)}))  # for a busy machine
     await until(lambda: asked(fleet) >= STREAMS)
     command = [sys.executable, "-m", "fanfold", "resume", str(the_folder())]
     done = await asyncio.to_thread(

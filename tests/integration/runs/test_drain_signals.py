@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -169,6 +170,52 @@ async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: LabMaker) -> 
             await lab.fleet.revive(node)
         assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
+
+
+@pytest.mark.parametrize("how", ["local", "traced", "budget", "processes"])
+async def test_a_stop_while_no_endpoint_is_alive_returns_at_once(
+    lab_of: LabMaker, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """All items wait for an endpoint, and no request is in flight: nothing can be drained."""
+    async with lab_of(items=80) as lab:
+        lab.config["limits"] |= {"drain_s": 50, "fleet_wait_s": 50}
+        if how == "budget":
+            lab.config["budget"] = {"requests": 1000}
+        if how == "processes":
+            lab.config["backend"] = {"kind": "local", "processes": 2}
+        aggregate = await lab.undisturbed()
+        life = asyncio.create_task(lab.live(await lab.begin(), trace=how == "traced"))
+        await lab.until(lambda: lab.journal_lines() >= 20)
+        for node in (0, 1):
+            await lab.fleet.kill(node)
+        if how != "processes":  # the logs of workers are elsewhere
+            await lab.until(lambda: "no endpoint is alive" in caplog.text)
+        os.kill(os.getpid(), signal.SIGTERM)
+        result = await asyncio.wait_for(life, 20)
+        assert (result.exit_code, result.reason) == (5, "SIGTERM")
+        assert result.progress["failed"] == 0
+        assert result.progress["done"] == lab.journal_lines() < 80
+        lab.life_ended()
+        for node in (0, 1):
+            await lab.fleet.revive(node)
+        assert (await lab.live()).exit_code == 0
+        lab.assert_whole(aggregate, again=16)
+
+
+async def test_a_stop_while_no_endpoint_is_alive_waits_for_requests_in_flight(
+    lab_of: LabMaker,
+) -> None:
+    async with lab_of(items=40) as lab:
+        lab.config["limits"] |= {"drain_s": 2, "fleet_wait_s": 50}
+        lab.fleet.add_fault(FaultRule("hang", nodes=(0,), max_count=3))
+        life = asyncio.create_task(lab.live(await lab.begin()))
+        await lab.until(lambda: lab.journal_lines() >= 8)
+        await lab.fleet.kill(1)
+        began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        result = await asyncio.wait_for(life, 20)
+        assert result.exit_code == 5
+        assert time.monotonic() - began >= 2
 
 
 @pytest.mark.parametrize("change", ["reduce", "retry", "none"])

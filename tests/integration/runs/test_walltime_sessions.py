@@ -113,7 +113,7 @@ async def test_a_worker_whose_job_ends_sends_its_shards_back(
     """Other workers take them, and the run goes on."""
     own, orders = worker.Worker(), list[None]()
     monkeypatch.setattr(worker, "get_worker", lambda: own)
-    monkeypatch.setattr("fanfold.nodes.shard.remote._BOUNCE_S", 0.01)
+    monkeypatch.setattr("fanfold.graphs.remote.coordinator._BOUNCE_S", 0.01)
 
     def over_at_first(*_: object) -> Walltime | None:
         orders.append(None)

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.servers.events import read_events
+from fanfold.backends.servers.node_supervisor import SupervisorControl, serve_or_standby
 from fanfold.backends.servers.plan import NodeFiles, NodePlan, ServerPlan, WatchSettings, node_files
-from fanfold.backends.servers.supervisor import SupervisorControl, serve_or_standby
 from fanfold.backends.servers.watchdog import is_alive
 
 PLAIN = str(Path(__file__).with_name("plain.py"))

@@ -13,9 +13,10 @@ import pytest
 
 from fanfold.backends.servers.events import EventLog
 from fanfold.backends.servers.lock import WatchdogClient
+from fanfold.backends.servers.node_supervisor import LoadSampler
 from fanfold.backends.servers.plan import node_files
-from fanfold.backends.servers.supervised_server import NodeState, Server, fetch
-from fanfold.backends.servers.supervisor import LoadSampler
+from fanfold.backends.servers.server_process import fetch
+from fanfold.backends.servers.server_supervisor import NodeState, ServerSupervisor
 
 from .conftest import Node, until
 
@@ -62,14 +63,14 @@ class Metrics:
 @contextmanager
 def watched(
     node: Node, *metrics: Metrics, **changes: Any
-) -> Iterator[tuple[LoadSampler, list[Server]]]:
+) -> Iterator[tuple[LoadSampler, list[ServerSupervisor]]]:
     """Servers that are ready, and what notes their load in the node's record."""
     node.ports = [one.port for one in metrics]
     plan = node.plan(**changes)
     node_files(plan).create_folders()
     record, nobody = EventLog(node.files.event_log, "n"), cast("WatchdogClient", None)
     desk = NodeState(plan, nobody, record, node.said.append, lambda: None, asyncio.Event())
-    servers = [Server(one, desk) for one in plan.servers]
+    servers = [ServerSupervisor(one, desk) for one in plan.servers]
     for server in servers:
         server.ready, server.starts = True, 1
     with closing(record):

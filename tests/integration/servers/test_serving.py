@@ -19,7 +19,7 @@ import pytest
 from fanfold.backends.cluster.utilization import read_job_servers
 from fanfold.backends.core.errors import BackendError
 from fanfold.backends.servers.lock import is_served
-from fanfold.backends.servers.supervisor import SupervisorControl, serve_or_standby
+from fanfold.backends.servers.node_supervisor import SupervisorControl, serve_or_standby
 
 from .conftest import Node, free_port, until
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fanfold import RunContext
-from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError, JournalError
+from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.run_folder import create_folder, is_vacant, open_folder
 from fanfold.configs.loader import load_config
 
@@ -90,3 +92,19 @@ def test_a_folder_may_have_any_text_as_its_name(name: str, tmp_path: Path) -> No
     with create_folder(tmp_path / name) as folder:
         assert folder.path.is_dir()
     assert (tmp_path / name).is_dir()
+
+
+@pytest.mark.parametrize("name", ["~no-such-user", "~no-such-user/in.csv", "~t"])
+def test_a_tilde_before_no_user_is_part_of_a_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        f"name: t\ntask: {{prompt: 'Judge {{x}}'}}\ninput: {{path: '{name}'}}\n"
+        "endpoints: {urls: ['http://127.0.0.1:1/v1']}\n"
+    )
+    loaded = load_config(tmp_path / "c.yaml")
+    assert loaded.config.input.path == str(tmp_path / name)
+
+
+def test_a_pipe_in_the_journal_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0001.jsonl")
+    with pytest.raises(JournalError, match=r"0001\.jsonl.* not a regular file"):
+        Journal(tmp_path, "one", 3)

@@ -41,7 +41,9 @@ def test_who_may_share(body: dict[str, Any], sampled: bool, may: bool) -> None:
         (document(), True),
         (document(reason="length"), False),
         (document(reason="content_filter"), False),
-        (document(reason=None), False),
+        (document(reason=None), True),
+        (document(reason="eos_token"), True),
+        (document(reason="MAX_TOKENS"), False),
         (document(""), False),
         (document(None), False),
         (document(refusal="no"), False),
@@ -64,6 +66,7 @@ def test_free_text_is_good_when_it_is_whole(answer: dict[str, Any], good: bool) 
     [
         ('{"n": 1}', True),
         ('```json\n{"n": 1}\n```', True),
+        ('<think>n?</think>```json {"n": 1}```', True),
         ('{"n": "1"}', False),
         ("{}", False),
         ('{"n": 1', False),

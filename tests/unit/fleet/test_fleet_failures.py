@@ -315,11 +315,6 @@ def test_messages_are_short() -> None:
     assert len(failure_of(500, b"x" * 10_000).error.message) < 300
 
 
-def test_refused_schemas_are_marked() -> None:
-    body = vllm("Unsupported keyword", 400, param="response_format")
-    assert failure_of(400, body).rule.schema
-
-
 def test_a_503_that_names_a_time_is_waited_for() -> None:
     failure = failure_of(503, vllm("x", 503, "ServiceUnavailableError"), {"retry-after": "7"})
     assert failure.rule.action is RetryAction.WAIT

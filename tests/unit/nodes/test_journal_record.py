@@ -296,3 +296,22 @@ def test_a_record_can_always_be_read_back(tmp_path: Path, usage: Usage, endpoint
     check_record(record)
     assert record["requests"] == 0
     assert record["prompt_tokens"] in (None, MAX_COUNT)
+
+
+@pytest.mark.parametrize(
+    ("replies", "reasoning", "raw"),
+    [
+        ([f"<think>so</think>{GOOD}"], "so", GOOD),
+        (["<think>so</think>no", f"<think>ah</think>{GOOD}"], "ah", GOOD),
+        (["<think>so</think>no", GOOD], None, GOOD),
+        (["no", "<think>so</think>no"], "so", "no"),
+        ([Reply("<think>so</think>no", "length", None, Usage(), "e", "m", True)], "so", "no"),
+    ],
+)
+async def test_the_reasoning_of_the_last_answer_is_kept(
+    tmp_path: Path, replies: list[Any], reasoning: str | None, raw: str
+) -> None:
+    script = Script(*replies)
+    record = await record_of(tmp_path, script, keep_raw=True)
+    assert (record.get("reasoning"), record["raw"]) == (reasoning, raw)
+    assert "<think>" not in str(script.asked)

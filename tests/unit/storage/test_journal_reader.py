@@ -197,7 +197,7 @@ def test_a_file_of_another_name_is_refused(tmp_path: Path) -> None:
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "0001.jsonl").mkdir()
-    with pytest.raises(JournalError, match=r"0001\.jsonl: cannot be read: Is a directory"):
+    with pytest.raises(JournalError, match=r"0001\.jsonl: cannot be read: not a regular file"):
         Journal(tmp_path, "r", ITEMS)
 
 

@@ -1,6 +1,6 @@
 """Supervise the servers of a node: start one task each, list them, and sample their load.
 
-`supervised_server.Server.run` restarts a server that ends.
+`server_supervisor.ServerSupervisor.run` restarts a server that ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .lock import (
     run_watchdog,
 )
 from .plan import NodeFiles, NodePlan, node_files
-from .supervised_server import NodeState, Server, fetch
+from .server_process import fetch
+from .server_supervisor import NodeState, ServerSupervisor
 
 
 class EndpointsFile:
@@ -99,7 +100,9 @@ class LoadSampler:
         event_log: Where the load is logged.
     """
 
-    def __init__(self, plan: NodePlan, servers: Sequence[Server], event_log: EventLog) -> None:
+    def __init__(
+        self, plan: NodePlan, servers: Sequence[ServerSupervisor], event_log: EventLog
+    ) -> None:
         self._plan, self._servers, self._event_log = plan, servers, event_log
         self._without_metrics = set[int]()
         self._most = 0
@@ -141,7 +144,7 @@ class LoadSampler:
             async with asyncio.timeout(_LAST_S):
                 await self.sample()
 
-    async def _fetch_load(self, server: Server) -> ServerLoad | None:
+    async def _fetch_load(self, server: ServerSupervisor) -> ServerLoad | None:
         number, watching = server.plan.instance, self._plan.watching
         if not server.ready or number in self._without_metrics:
             return None
@@ -208,10 +211,10 @@ async def run_supervisor(plan: NodePlan, lock: NodeLock, control: SupervisorCont
         stack.callback(event_log.close)
         await asyncio.to_thread(files.failure.unlink, missing_ok=True)
         async with run_watchdog(files, lock, plan.watching.stop_s) as watchdog:
-            await Supervisor(plan, watchdog, event_log, control).run()
+            await NodeSupervisor(plan, watchdog, event_log, control).run()
 
 
-class Supervisor:
+class NodeSupervisor:
     """Serve one node."""
 
     def __init__(
@@ -231,7 +234,7 @@ class Supervisor:
         node = NodeState(
             plan, watchdog, event_log, control.report, self._changed.set, control.stop_waiting
         )
-        self._servers = [Server(server, node) for server in plan.servers]
+        self._servers = [ServerSupervisor(server, node) for server in plan.servers]
         self._endpoints_file = EndpointsFile(node_files(plan).endpoints, plan.host)
         self._load_sampler = LoadSampler(plan, self._servers, event_log)
 
