@@ -13,7 +13,9 @@ import orjson
 from .values import parse_json_text
 
 _GAUGE: Final = re.compile(
-    rb"^vllm:num_requests_(running|waiting)(?:\{[^\n]*\})?[ \t]+([0-9.eE+]+)", re.MULTILINE
+    rb"^vllm:num_requests_(running|waiting)(?:\{[^\n]*\})?[ \t]+"
+    rb"([0-9]{1,15}(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)(?![^\s])",
+    re.MULTILINE,
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import ipaddress
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
@@ -257,11 +259,13 @@ class RefusalMark:
         when: Monotonic time in seconds.
         accepted: Requests that it had accepted.
         throttled: Times that it had asked for a pause.
+        alone: Whether it refused only this item, as far as was known then.
     """
 
     when: float
     accepted: int
     throttled: int
+    alone: bool
 
 
 _AcceptedRequest: TypeAlias = tuple[CallLog | None, Mapping[str, str], float]
@@ -301,6 +305,9 @@ class Endpoint:
             are kept alive, for an id may be used again.
         accepted: Requests that it has accepted.
         throttled: Times that it asked for a pause, other than for one item alone.
+        unanswered: The tasks whose requests it has not answered yet, and when they were sent, in
+            monotonic seconds; the oldest first.
+        heard_at: Monotonic time in seconds of its last answer, of any status.
     """
 
     __slots__ = (
@@ -314,6 +321,7 @@ class Endpoint:
         "chat_url",
         "ejected",
         "foreign_load",
+        "heard_at",
         "host",
         "in_flight",
         "label",
@@ -332,6 +340,7 @@ class Endpoint:
         "streaming",
         "throttled",
         "token_bucket",
+        "unanswered",
         "url",
     )
 
@@ -369,6 +378,8 @@ class Endpoint:
         self.refused_items: dict[int, object] = {}
         self.accepted = 0
         self.throttled = 0
+        self.unanswered: dict[asyncio.Task[Any], float] = {}
+        self.heard_at = 0.0
         self.stats = EndpointStats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -437,21 +448,32 @@ class Endpoint:
         """Return True if it has recently accepted another item's request with the current key."""
         return self.accepts_others(item, self._headers, now)
 
-    def mark(self, now: float) -> RefusalMark:
+    def mark(self, now: float, alone: bool) -> RefusalMark:
         """Return counts to compare an item's next refusal with."""
-        return RefusalMark(now, self.accepted, self.throttled)
+        return RefusalMark(now, self.accepted, self.throttled, alone)
 
-    def refuses_alone(self, item: CallLog | None, mark: RefusalMark) -> bool:
-        """Return True if since ``mark`` it has accepted more requests of others than it refused."""
+    def refuses_alone(self, item: CallLog | None, mark: RefusalMark, now: float) -> bool:
+        """Return True if since ``mark`` it has accepted more requests of others than it refused.
+
+        If it did neither, what was known at the mark holds for a while: a repetition that comes
+        before any other request shows nothing new.
+        """
+        accepted, throttled = self.accepted - mark.accepted, self.throttled - mark.throttled
+        if not (accepted or throttled):
+            return mark.alone and now - mark.when <= _LATELY_S
         last_item, _, when = self._accepted
         if item is not None and last_item is item:
             _, _, when = self._accepted_before
-        accepted = self.accepted - mark.accepted
-        return when > mark.when and accepted > self.throttled - mark.throttled
+        return when > mark.when and accepted > throttled
 
     def record_latency(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""
         self.latency_s += (seconds - self.latency_s) * (_SMOOTHING if self.latency_s else 1.0)
+
+    def record_heard(self, task: asyncio.Task[Any]) -> None:
+        """Record that it has answered a task's request."""
+        del self.unanswered[task]
+        self.heard_at = time.monotonic()
 
     async def headers(self) -> Mapping[str, str]:
         """Return the headers of a request, with the current key."""

@@ -674,6 +674,21 @@ def classify_bad_event(endpoint: str) -> Failure:
     return Failure(error, replace(_LOST, action=RetryAction.FAIL))
 
 
+def classify_stopped(endpoint: str, *, refuses: bool) -> Failure:
+    """Classify a request whose server stopped, and kept the connection open.
+
+    Args:
+        endpoint: The endpoint's label.
+        refuses: Whether it refuses new connections; else another server answers them, which has no
+            request to process.
+    """
+    found = "it refuses new connections" if refuses else "its server now has no request to process"
+    message = f"{endpoint}: the request was lost when the server stopped: {found}"
+    effect = BreakerEffect.OPEN if refuses else BreakerEffect.NO
+    rule = replace(_LOST, breaker_effect=effect, stale=True)
+    return Failure(EndpointLostError(message, endpoint), rule)
+
+
 def classify_mixture(endpoint: str, simulated: bool) -> Failure:
     """Classify an answer that mixes simulated and real endpoints; it stops the run."""
     kind, other = ("a simulated", "real") if simulated else ("a real", "simulated")

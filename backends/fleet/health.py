@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections import deque
@@ -19,11 +20,18 @@ from ..core.errors import (
     PromptTooLongError,
     RunStoppedError,
 )
+from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
 from ..core.waits import pause_after
 from .balancer import LoadBalancer
 from .endpoint import BreakerState, Endpoint
-from .failures import BreakerEffect, Failure, RetryAction, make_refused_item_error
+from .failures import (
+    BreakerEffect,
+    Failure,
+    RetryAction,
+    classify_stopped,
+    make_refused_item_error,
+)
 from .policy import AffinityPolicy, FleetPolicy
 from .transport import Transport
 
@@ -34,6 +42,9 @@ _RECENT: Final = 200
 """Number of recent items for the share of items that are refused because of their content."""
 _REFUSED_ITEMS: Final = 2
 """An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
+_OK: Final = 200
+_LOOKS: Final = 6
+"""Checks for silent endpoints within the time of silence."""
 _POLL_S: Final = 0.1
 _QUIET_POLLS: Final = 2
 """So many polls of a fleet without any request show that no other item comes."""
@@ -53,6 +64,7 @@ class HealthMonitor:
         pause_reason: Why no request can be sent at the moment, or None.
         answers: Good answers so far.
         refusals: Times that an endpoint refused for now (429, 503).
+        lost: Tasks that were cancelled because their request is lost, and how it failed.
     """
 
     def __init__(
@@ -81,6 +93,9 @@ class HealthMonitor:
         self.pause_reason: str | None = None
         self.answers = 0
         self.refusals = 0
+        self.lost: dict[asyncio.Task[Any], Failure] = {}
+        self._watches = False
+        self._checked_at: dict[Endpoint, float] = {}
 
     def close(self) -> None:
         """Cancel all timers and probes, so that nothing is left on the loop."""
@@ -93,6 +108,7 @@ class HealthMonitor:
         self._probe_timers.clear()
         self._probes.clear()
         self._outage = None
+        self._watches = False
         self._sweeping = False
         self._deadline = None
         self.balancer.long_resting.clear()
@@ -382,6 +398,78 @@ class HealthMonitor:
             probes.append(self._start_probe(endpoint))
             await asyncio.sleep(1 / self._policy.breaker.outage_probes_per_s)
         return probes
+
+    def watch_silence(self) -> None:
+        """Look for silent endpoints as long as requests are in flight."""
+        if not self._watches:
+            self._watches = True
+            self._later(self._policy.timeout.silence_s / _LOOKS, self._look_for_silence)
+
+    def _look_for_silence(self) -> None:
+        """Check endpoints that have answered before and are silent, with requests in flight.
+
+        An open stream that is read shows by itself whether its server is there.
+        """
+        self._watches = False
+        now, silence_s = time.monotonic(), self._policy.timeout.silence_s
+        for endpoint in self._endpoints:
+            if endpoint.unanswered and endpoint.has_answered and not endpoint.streaming:
+                oldest = next(iter(endpoint.unanswered.values()))
+                checked = self._checked_at.get(endpoint, 0.0)
+                if now - max(oldest, endpoint.heard_at, checked) >= silence_s:
+                    self._checked_at[endpoint] = float("inf")
+                    self._spawn(self._check_silent(endpoint))
+        if self.balancer.in_flight:
+            self.watch_silence()
+
+    async def _check_silent(self, endpoint: Endpoint) -> None:
+        """Cancel the requests of a silent endpoint if its server has lost them.
+
+        They are sent again like those of any other broken connection.
+        """
+        heard_at, unanswered = endpoint.heard_at, dict(endpoint.unanswered)
+        fresh = Transport(self._policy)  # an idle connection may lead to the stopped server
+        try:
+            failure = await self._find_stop(endpoint, fresh)
+        finally:
+            self._checked_at[endpoint] = time.monotonic()
+            await fresh.aclose()
+        if failure is None or endpoint.heard_at != heard_at:
+            return
+        lost = [t for t, sent_at in unanswered.items() if endpoint.unanswered.get(t) == sent_at]
+        _LOG.warning("%d requests are sent again: %s", len(lost), failure.error.message)
+        for task in lost:
+            self.lost[task] = failure
+            task.cancel()
+
+    async def _find_stop(self, endpoint: Endpoint, fresh: Transport) -> Failure | None:
+        """Return how the requests of a silent endpoint failed, or None if they may be running."""
+        root, proxied = endpoint.url.rpartition("/")[0], endpoint.spec.proxied
+        try:
+            headers = await endpoint.headers()
+            await fresh.get(f"{root}/health", headers, self._policy.breaker.probe_s, proxied)
+            # the metrics of a gateway are not those of the server behind it
+            if (
+                proxied
+                or self._policy.whole_answers
+                or not await self._is_idle(root, headers, fresh)
+            ):
+                return None
+            await asyncio.sleep(self._policy.timeout.recheck_s)
+            idle = await self._is_idle(root, headers, fresh)
+            return classify_stopped(endpoint.label, refuses=False) if idle else None
+        except aiohttp.ClientConnectorError as error:
+            own = not isinstance(error, aiohttp.ClientProxyConnectionError)
+            refuses = own and error.errno == errno.ECONNREFUSED
+            return classify_stopped(endpoint.label, refuses=True) if refuses else None
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    async def _is_idle(self, root: str, headers: Mapping[str, str], fresh: Transport) -> bool:
+        """Return True if a server reports that it has no request, running or waiting."""
+        answer = await fresh.get(f"{root}/metrics", headers, self._policy.breaker.probe_s)
+        load = parse_load_metrics(answer.body) if answer.status == _OK else None
+        return load is not None and load.running == 0 and not load.waiting
 
     def _pause_for_quota(self, endpoint: Endpoint, tokens: int) -> None:
         """Pause an endpoint with its own quota until the next request is due."""

@@ -87,6 +87,9 @@ class TimeoutPolicy:
             values race.
         fleet_s: Time that the run waits before it stops, if no endpoint is alive.
         chunk_s: Longest silence inside a stream of tokens.
+        silence_s: An endpoint that answers none of its requests in flight for so long is checked
+            over a new connection: its server may have been replaced.
+        recheck_s: Time between the two checks of a server that has no request to process.
     """
 
     request_s: float = 600.0
@@ -94,6 +97,8 @@ class TimeoutPolicy:
     keepalive_s: float = 3.0
     fleet_s: float = 600.0
     chunk_s: float = 120.0
+    silence_s: float = 30.0
+    recheck_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)

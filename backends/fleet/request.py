@@ -298,18 +298,25 @@ class RequestSender:
     ) -> tuple[Any, Endpoint]:
         headers: Mapping[str, str] | None = None
         outcome: dict[str, Any] | OpenStream | Failure | None = None
+        task = asyncio.current_task()
+        assert task is not None, "a request is sent from a task"
+        cancelling = task.cancelling()
         charge.record_sent(endpoint)
         try:
             headers, most = await endpoint.headers(), endpoint.max_answer_tokens
             data, proxied = self._encode(endpoint, body), endpoint.spec.proxied
             result: dict[str, Any] | OpenStream | Failure
+            endpoint.unanswered[task] = charge.sent_at
+            self._monitor.watch_silence()
             if streamed:
                 reader = await self._transport.stream(endpoint.chat_url, data, headers, proxied)
                 hooks = self._make_hooks(endpoint, charge)
                 silence_s = self._transport.silence_s
                 result = await OpenStream.begin(reader, endpoint.label, silence_s, hooks)
+                endpoint.record_heard(task)
             else:
                 answer = await self._transport.send(endpoint.chat_url, data, headers, proxied)
+                endpoint.record_heard(task)
                 result = self._check_simulated(
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
@@ -322,7 +329,13 @@ class RequestSender:
                 outcome = result
         except (aiohttp.ClientError, TimeoutError) as error:
             outcome = failures.classify_exception(error, endpoint.label, headers)
+        except asyncio.CancelledError:
+            outcome = self._monitor.lost.get(task)
+            if outcome is None or task.uncancel() > cancelling:
+                raise
         finally:
+            endpoint.unanswered.pop(task, None)
+            self._monitor.lost.pop(task, None)
             if isinstance(outcome, OpenStream):
                 endpoint.streaming += 1
                 if charge.log is not None:
@@ -375,7 +388,7 @@ class RequestSender:
             failure = replace(failure, accepts_others=others)
         mark = charge.marks.get(endpoint) if charge.marks else None
         if mark is not None and failure.has_known_pause:
-            alone = endpoint.refuses_alone(charge.log, mark)
+            alone = endpoint.refuses_alone(charge.log, mark, time.monotonic())
             failure = replace(failure, accepts_others=alone)
         if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
             return replace(failure, rule=replace(failure.rule, action=RetryAction.SAME))

@@ -174,7 +174,7 @@ class AttemptLog(RetryCallState):
             if endpoint.accepted - mark.accepted < _OTHERS:
                 return  # requests that are accepted from now on count as well
             self._alone += 1
-        self.marks[endpoint] = endpoint.mark(time.monotonic())
+        self.marks[endpoint] = endpoint.mark(time.monotonic(), failure.accepts_others)
 
     def _pause_after_refusal(self, endpoint: Endpoint, failure: Failure) -> float:
         """Return the pause after a refusal for now.

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.token_bucket import TokenBucket
 from fanfold.backends.fleet.adaptive_limit import AdaptiveLimit
-from fanfold.backends.fleet.endpoint import Breaker, BreakerState
+from fanfold.backends.fleet.endpoint import Breaker, BreakerState, Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import (
     AdaptiveLimitPolicy,
     BreakerPolicy,
@@ -167,3 +168,17 @@ def test_pacer_spares_nothing_that_would_wait() -> None:
 def test_estimate_counts_prompt_and_longest_answer() -> None:
     messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": None}]
     assert estimate_tokens({"messages": messages, "max_completion_tokens": 5}) == 10 + 5
+
+
+def test_a_repetition_before_any_other_request_shows_nothing_new() -> None:
+    endpoint = Endpoint(EndpointSpec("http://n:1"))
+    item, other = CallLog(), CallLog()
+    mark = endpoint.mark(10.0, alone=False)
+    assert not endpoint.refuses_alone(item, mark, 10.1)
+    endpoint.record_accepted(other, {}, 11.0)
+    assert endpoint.refuses_alone(item, mark, 11.1)
+    mark = endpoint.mark(12.0, alone=True)
+    assert endpoint.refuses_alone(item, mark, 12.1)
+    assert not endpoint.refuses_alone(item, mark, 100.0)
+    endpoint.throttled += 1
+    assert not endpoint.refuses_alone(item, mark, 12.1)
