@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from ..backends.core.messages import ShardResult, ShardTask
 from ..backends.core.money import NO_PRICES, Amount, TokenPrices
-from ..backends.core.protocols import Account, ChatModel
+from ..backends.core.protocols import Account, CallLog, ChatModel
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Shard
 from .aggregators import AggregatorSet
@@ -170,6 +170,8 @@ class RunTools:
         token_prices: Prices of tokens.
         open_account: Opens the account of one item; None means no limit.
         budget: The budget of the run; None means no limit.
+        open_calls: Calls of the items that have no record yet, by the log's identity; those of
+            items that were cut off stay.
         coordinator: The workers that run shards; None if this process runs them.
         progress_stream: Streams the counts to clients of the graph.
     """
@@ -187,6 +189,7 @@ class RunTools:
     keep_raw: bool = False
     open_account: Callable[[], Account | None] = no_account
     budget: BudgetStatus | None = None
+    open_calls: dict[int, CallLog] = field(default_factory=dict)
     coordinator: ShardCoordinator | None = None
     progress_stream: ProgressStream = field(default_factory=ProgressStream)
 

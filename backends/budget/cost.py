@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -256,21 +256,22 @@ def _read_limits(folder: RunFolder) -> BudgetLimits:
     return read_limits(folder, config)
 
 
-def describe_cost(cost: Cost, *, timed: bool) -> Iterator[str]:
-    """Yield lines that describe the cost of a run; none where nothing has a price.
+def describe_cost(cost: Cost, limits: Collection[str]) -> Iterator[str]:
+    """Yield lines that describe the cost of a run; none where nothing has a price or is in doubt.
 
     Args:
         cost: The cost.
-        timed: Whether to include node-hours that have no price.
+        limits: Names of the budget's limits; node-hours without a price are only shown if limited.
     """
     priced, node_time = cost.nano_usd is not None, cost.node_time
     parts = [format_dollars(cost)] * priced + [format_node_hours(cost)] * bool(
-        timed or node_time.nano_usd
+        "node_hours" in limits or node_time.nano_usd
     )
     if parts:
         yield f"Cost: {'; '.join(parts)}"
     if more := format_unaccounted(cost):
-        yield f"In doubt, and counted against the budget: up to {more}"
+        counted = ", and counted against the budget" if limits else ""
+        yield f"In doubt{counted}: at most {more}"
 
 
 def format_dollars(cost: Cost) -> str:

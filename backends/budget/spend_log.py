@@ -2,11 +2,13 @@
 
 There is one file per session and per lease; each line is a JSON object. ``level`` is an upper
 bound of what the session spends until a later line changes it. A higher level is written to disk
-before anything is spent on it; the level may be lowered at any time. ``held`` is the node time so
+before anything is spent on it; the level may be lowered at any time. ``open`` is the most that the
+calls of items without a record may have cost: those in flight, and at the end those of items that
+were cut off. ``held`` is the node time so
 far. ``lease`` records what was lent to a worker, ``back`` that the lease was returned, and
 ``settled`` the final spending of the session. A session that was killed has no ``settled`` line:
 its level counts as spent, minus what the spend logs of its leases prove unspent. The spend log of
-a session without limits contains ``held`` lines only.
+a session without limits contains ``held`` and ``open`` lines only.
 """
 
 from __future__ import annotations
@@ -134,6 +136,7 @@ class SpendState:
         level: Last bound, by field.
         settled: Final spending without leases; None if the session was killed or still runs.
         node_time: Node time recorded so far.
+        open_calls: The most that calls of items without a record may have cost.
         leases: Leases that have not been returned.
         until: (log of a lease) Unix time in seconds, by the holder's clock, after which nothing
             more is spent.
@@ -144,6 +147,7 @@ class SpendState:
     level: dict[str, int] = field(default_factory=dict)
     settled: Amount | None = None
     node_time: NodeTime = field(default_factory=NodeTime)
+    open_calls: Amount = field(default_factory=Amount)
     leases: dict[str, Lease] = field(default_factory=dict)
     until: float = float("inf")
     term: float = 0.0
@@ -188,6 +192,8 @@ def _apply(state: SpendState, record: dict[str, Any]) -> None:
         state.late_returns[record["late"]] = Amount.from_json(record["used"])
     if "settled" in record:
         state.settled = Amount.from_json(record["settled"])
+    if "open" in record:
+        state.open_calls = Amount.from_json(record["open"])
     if "held" in record:
         state.node_time = NodeTime.from_json(record["held"])
 
@@ -413,7 +419,7 @@ def _sum_session(state: SpendState, journal: Amount, lent: Mapping[str, Amount])
 
     Args:
         state: Its spend log.
-        journal: Journal totals of the session, for fields without a limit.
+        journal: Journal totals of the session; with its open calls, for fields without a limit.
         lent: What counts as spent of each lease.
     """
     if state.settled is not None:
@@ -421,7 +427,8 @@ def _sum_session(state: SpendState, journal: Amount, lent: Mapping[str, Amount])
         for name in state.leases:
             total = total.plus(lent[name])
         return total
-    total = Amount(**(journal.plus(state.node_time.amount).to_json() | state.level))
+    known = journal.plus(state.node_time.amount).plus(state.open_calls)
+    total = Amount(**(known.to_json() | state.level))
     for name, lease in state.leases.items():
         saved = lease.amount.minus(lent[name]).to_json()
         total = total.minus(Amount(**{k: v for k, v in saved.items() if k in state.level}))

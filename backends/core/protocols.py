@@ -216,6 +216,7 @@ class CallLog:
         following: Those of them that wait for the answer to an equal request.
         loop: The loop of the last call.
         in_flight: Requests in flight.
+        sent: Bodies of the requests that were sent and have no known end, by request.
         idle_streams: Those of them that are streams and are not being read.
         queued: Calls that wait for an endpoint, or for other items' calls to show whether one
             works.
@@ -241,6 +242,7 @@ class CallLog:
     following: int = field(default=0, compare=False)
     loop: asyncio.AbstractEventLoop | None = field(default=None, compare=False, repr=False)
     in_flight: int = field(default=0, compare=False)
+    sent: dict[object, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     idle_streams: int = field(default=0, compare=False)
     queued: int = field(default=0, compare=False)
     queue: EndpointQueue | None = field(default=None, compare=False, repr=False)

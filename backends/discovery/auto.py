@@ -76,7 +76,8 @@ async def choose_endpoints(
 
 async def _probe_candidate(config: RunConfig, endpoint_set: EndpointSet) -> EndpointSet | str:
     """Probe endpoints; return them with the results, or why they do not fit."""
-    found = await endpoint_set.probe(_QUICK_S)
+    # what answers on a guessed address without a list of models may be no model server
+    found = [replace(one, unlisted=False) for one in await endpoint_set.probe(_QUICK_S)]
     name = config.model.name or endpoint_set.model
     try:
         matched = select_model(found, name, config.endpoints.models)

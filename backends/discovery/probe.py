@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import aiohttp
-import orjson
 
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
+from ..core.values import parse_json
 from ..fleet.endpoint import Endpoint, EndpointSpec
 from ..fleet.failures import BodyTooLargeError, ErrorBody, HTTPAnswer
 from ..fleet.policy import FleetPolicy
@@ -21,6 +21,8 @@ from ..fleet.transport import Transport
 
 _AT_ONCE: Final = 64
 _OK: Final = 200
+_UNLISTED: Final = frozenset({403, 404, 405, 501})
+"""Statuses of servers and gateways that have no list of models."""
 _SHOWN: Final = 5
 
 
@@ -35,7 +37,8 @@ class ProbeResult:
         max_model_len: Context length in tokens by model id, if the server reports it.
         simulated: Whether it is part of a simulated fleet.
         latency_s: Time to its answer in seconds, or None.
-        error: Why it did not answer, or None.
+        error: Why it did not answer, or did not list its models, or None.
+        unlisted: Whether it answers, but has no list of models: it is used for a given model.
     """
 
     spec: EndpointSpec
@@ -45,6 +48,7 @@ class ProbeResult:
     simulated: bool = False
     latency_s: float | None = None
     error: str | None = None
+    unlisted: bool = False
 
     @property
     def reachable(self) -> bool:
@@ -93,9 +97,9 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Pr
         return _make_unreachable(endpoint, describe_error(error))
     models = _models(answer)
     if models is None:
-        return _make_unreachable(
-            endpoint, f"HTTP {answer.status}: {ErrorBody.parse(answer.mask_keys().body).message}"
-        )
+        problem = f"HTTP {answer.status}: {ErrorBody.parse(answer.mask_keys().body).message}"
+        found = _make_unreachable(endpoint, problem)
+        return replace(found, unlisted=answer.status in _UNLISTED)
     return ProbeResult(
         endpoint.spec,
         endpoint.label,
@@ -123,8 +127,8 @@ def _models(answer: HTTPAnswer) -> list[dict[str, Any]] | None:
     if answer.status != _OK:
         return None
     try:
-        document = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
+        document = parse_json(answer.body)
+    except (ValueError, RecursionError):
         return None
     data = document.get("data") if isinstance(document, dict) else None
     if not isinstance(data, list):
@@ -163,8 +167,14 @@ def check_models(found: Sequence[ProbeResult], name: str | None) -> CheckedModel
         ConfigurationError: None serves the model, several models and no name, or simulated and real
             endpoints together.
     """
+    found = assume_listed(found, name)
     there = [f for f in found if f.reachable]
     if not there:
+        if any(f.unlisted for f in found):
+            raise ConfigurationError(
+                "set model.name: the endpoints do not list their models; "
+                + "; ".join(f"{f.label}: {f.error}" for f in found[:_SHOWN])
+            )
         reasons = "; ".join(f"{f.label}: {f.error}" for f in found[:_SHOWN])
         raise NoEndpointError(
             f"no endpoint answers: {reasons}. Check endpoints, or start the servers"
@@ -190,6 +200,16 @@ def check_models(found: Sequence[ProbeResult], name: str | None) -> CheckedModel
         min(lengths, default=None),
         tuple((f.label, f.error or "") for f in lost),
     )
+
+
+def assume_listed(found: Sequence[ProbeResult], name: str | None) -> list[ProbeResult]:
+    """Assume that endpoints without a list of models serve the configured model."""
+    if name is None:
+        return list(found)
+    return [
+        replace(one, error=None, models=(one.spec.model or name,)) if one.unlisted else one
+        for one in found
+    ]
 
 
 def _sized(found: ProbeResult, model: str) -> EndpointSpec:
@@ -250,6 +270,7 @@ def select_model(
         ConfigurationError: No endpoint answers, none serves the model, the model is not settled, or
             simulated and real endpoints are mixed.
     """
+    found = assume_listed(found, name)
     settled = check_models([_translate_ids(one, names) for one in found], name)
     matches = [_match_endpoint(one, names, settled.model) for one in found]
     return SelectedModel(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import ipaddress
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
@@ -58,8 +60,24 @@ class EndpointSpec:
     spellings: tuple[str, ...] = field(default=(), compare=False)
 
 
+_LOG: Final = logging.getLogger(__name__)
+_CHAT_PATH: Final = "/chat/completions"
+_VERSION: Final = re.compile(
+    r"/v\d{1,3}(?:\.\d+)*(?:[._-]?(?:alpha|beta|rc|preview|p)\d*)*(?=/|$)", re.IGNORECASE
+)
+"""A version segment of a path: v1, v1beta, v2.1, v1alpha3."""
+
+
+@lru_cache(maxsize=1024)
+def _warn_of_chat_path(shown: str) -> None:
+    """Warn, once for each URL."""
+    _LOG.warning("endpoint %s: write the base URL, without %s", shown, _CHAT_PATH)
+
+
 def normalize_base_url(url: str) -> str:
-    """Return a normalized base URL: no credentials, no trailing slash, ending in /v1.
+    """Return a normalized base URL: no credentials, no trailing slash, with a version.
+
+    ``/v1`` is appended to a path without a version segment, such as ``/v1beta/openai`` has.
 
     Raises:
         ConfigurationError: Not an http(s) URL, or one without a host or with a bad port.
@@ -86,7 +104,10 @@ def normalize_base_url(url: str) -> str:
             f"endpoint {shown!r}: a base URL must not have a query or fragment"
         )
     path = parts.path.rstrip("/")
-    if not re.search(r"/v\d+$", path):
+    if path.endswith(_CHAT_PATH):
+        _warn_of_chat_path(shown)
+        path = path.removesuffix(_CHAT_PATH).rstrip("/")
+    if not _VERSION.search(path):
         path += "/v1"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2].lower(), path, "", ""))
 

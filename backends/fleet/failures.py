@@ -29,7 +29,7 @@ from ..core.errors import (
 )
 from ..core.secrets import MASKED
 from ..core.values import parse_json
-from .endpoint import NO_KEY
+from .endpoint import NO_KEY, redact_url
 
 _PREVIEW: Final = 200
 """Limit of characters of a body that a message quotes."""
@@ -99,8 +99,8 @@ class ErrorBody:
     def parse(cls, body: bytes) -> ErrorBody:
         """Parse an error body in any of the five known forms."""
         try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError:
+            document = parse_json(body)
+        except (ValueError, RecursionError):
             return cls(shorten(body), html=body.lstrip()[:1] == b"<")
         return cls.from_json(document)
 
@@ -316,6 +316,23 @@ _TOO_LARGE: Final = RetryRule(
     advice="limits.body_bytes; raise it if such answers are expected, or lower model.max_tokens",
 )
 
+_UNPAID: Final = RetryRule(
+    EndpointBusyError,
+    RetryAction.EJECT,
+    advice="the account cannot pay for the request: correct that, then resume the run",
+)
+_REDIRECTED: Final = RetryRule(EndpointReplyError, RetryAction.EJECT, refusal=True)
+_USED_UP: Final = RetryRule(
+    EndpointBusyError,
+    RetryAction.EJECT,
+    advice="the quota is used up: resume the run when it is renewed",
+)
+_LONG_QUOTA: Final = re.compile(
+    r"\b(?:per|a|each)[ _-]?(?:day|week|month)\b|\b(?:daily|weekly|monthly)\b|\b[rt]pd\b",
+    re.IGNORECASE,
+)
+"""Words for a quota of which waiting a minute renews nothing."""
+
 _REFUSES_FIELDS: Final = frozenset({400, 422, 501})
 """Statuses with which servers refuse a field of the request."""
 
@@ -324,6 +341,7 @@ _BY_STATUS: Final[Mapping[int, RetryRule]] = {
     401: RetryRule(
         AuthenticationError, RetryAction.REKEY, refusal=True, advice="check the endpoint's api_key"
     ),
+    402: _UNPAID,
     403: RetryRule(
         AuthenticationError,
         RetryAction.EJECT,
@@ -351,7 +369,7 @@ _BY_STATUS: Final[Mapping[int, RetryRule]] = {
     504: replace(_LOST, shrink=True),
 }
 
-_BY_CLASS: Final[Mapping[int, RetryRule]] = {4: _REFUSED_ODDLY, 5: _SERVER}
+_BY_CLASS: Final[Mapping[int, RetryRule]] = {3: _REDIRECTED, 4: _REFUSED_ODDLY, 5: _SERVER}
 """Rules by the first digit of a status that is not in the table above."""
 
 _WRONG_PATH: Final = RetryRule(
@@ -396,14 +414,21 @@ def classify_error_body(
     answer: HTTPAnswer, error_body: ErrorBody, status: int, endpoint: str
 ) -> Failure:
     """Classify an error body; ``status`` may come from the body rather than from the answer."""
-    rule = _choose_rule(status, error_body)
+    rule, wait = _choose_rule(status, error_body), read_retry_after(answer.headers)
+    if status == 429 and wait is None and _LONG_QUOTA.search(error_body.message):  # noqa: PLR2004
+        rule = _USED_UP
     advice = rule.advice
     if error_body.html:
         advice = "the answer is a web page: check the URL and any proxy"
-    wait = read_retry_after(answer.headers)
+    if location := answer.headers.get("location") if rule is _REDIRECTED else None:
+        advice = (
+            f"it redirects to {_shorten_location(location)}, and redirects are not followed: "
+            "correct the endpoint's URL"
+        )
     if wait is not None and rule.kind is EndpointBusyError and rule.action is RetryAction.OTHER:
         rule = replace(rule, action=RetryAction.WAIT)
-    message = f"{endpoint}: HTTP {answer.status}: {error_body.message}"
+    said = f": {error_body.message}" if error_body.message else ""
+    message = f"{endpoint}: HTTP {answer.status}{said}"
     error = rule.kind(
         f"{message} ({advice})" if advice else message,
         endpoint,
@@ -428,6 +453,14 @@ def _choose_rule(status: int, error_body: ErrorBody) -> RetryRule:
     return _BY_STATUS.get(status) or _BY_CLASS.get(status // 100, _STRANGE)
 
 
+def _shorten_location(location: str) -> str:
+    """Return where a redirect leads, without credentials and query."""
+    try:
+        return shorten(redact_url(location))
+    except ValueError:
+        return "a malformed URL"
+
+
 def _choose_400_rule(error_body: ErrorBody) -> RetryRule:
     text = error_body.message
     if error_body.param in _LENGTH_PARAMS or "maximum context length" in text:
@@ -449,7 +482,7 @@ _ADVICE: Final[Mapping[str, str]] = {
 }
 """What to set if a server refuses a field of the request."""
 _ROLE_ADVICE: Final = "set model.system_role: user or developer"
-_VARIABLE_FIELDS: Final = frozenset({"messages", "model"})
+_VARIABLE_FIELDS: Final = frozenset({"messages", "model", "stream"})
 _LENGTH_FIELDS: Final = frozenset({"max_tokens", "max_completion_tokens"})
 _ECHOES: Final = frozenset({"input", "ctx", "url", "body", "messages", "prompt", "request"})
 """Keys of an error body below which it may repeat the request."""
@@ -583,8 +616,8 @@ def _list_statements(body: bytes) -> Iterator[str]:
     Each object of the body is one statement: its texts in quotes, with their keys.
     """
     try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        document = parse_json(body)
+    except (ValueError, RecursionError):
         yield _ECHO.sub("", body.decode(errors="replace")).lower()
         return
     todo: list[Any] = [document]

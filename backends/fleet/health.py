@@ -90,6 +90,7 @@ class HealthMonitor:
         )
         self.stop_reason: str | None = None
         self._stop_class: type[FanfoldError] = RunStoppedError
+        self._last_failure = ""
         self.pause_reason: str | None = None
         self.answers = 0
         self.refusals = 0
@@ -329,7 +330,7 @@ class HealthMonitor:
             self.stop(f"no endpoint is left; the last answer: {error.message}")
 
     def _open(self, endpoint: Endpoint, error: EndpointError) -> None:
-        pause_s = endpoint.breaker.pause_s
+        pause_s, self._last_failure = endpoint.breaker.pause_s, error.message
         _LOG.warning(
             "endpoint %s marked unhealthy: %s (retry in %g s)",
             endpoint.label,
@@ -538,9 +539,10 @@ class HealthMonitor:
         if deadline is not self._deadline:
             return  # an endpoint recovered meanwhile
         seconds = self._policy.timeout.fleet_s
+        last = f"; the last failure: {self._last_failure}" if self._last_failure else ""
         self.stop(
             f"no endpoint recovered within {seconds:g} s (limits.fleet_wait_s): restart the "
-            "servers and resume the run"
+            f"servers and resume the run{last}"
         )
 
     def make_stop_error(self) -> FanfoldError:

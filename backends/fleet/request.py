@@ -106,6 +106,7 @@ class RequestCharge:
         self.sent_at, self.level = time.monotonic(), endpoint.in_flight
         if self.log is not None:
             self.log.requests += 1
+            self.log.sent[self] = self.body
             self.endpoint_usage = self.log.get_endpoint_usage(endpoint.label, endpoint.stats)
             self.endpoint_usage.requests += 1
             self.attempt = self.log.begin_attempt(endpoint.label)
@@ -169,6 +170,8 @@ class RequestCharge:
 
     def _mark_ended(self) -> bool:
         first, self.ended = not self.ended, True
+        if first and self.log is not None:
+            self.log.sent.pop(self, None)
         return first
 
 
@@ -301,7 +304,8 @@ class RequestSender:
         charge.record_sent(endpoint)
         try:
             headers, most = await endpoint.headers(), endpoint.max_answer_tokens
-            data, proxied = self._encode(endpoint, body), endpoint.spec.proxied
+            data = self._encode(endpoint, body if streamed else {**body, "stream": False})
+            proxied = endpoint.spec.proxied
             result: dict[str, Any] | OpenStream | Failure
             endpoint.unanswered[task] = charge.sent_at
             self._monitor.watch_silence()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ _LARGE: Final = 1 << 20
 _OK: Final = 200
 _LARGEST_DOCUMENT: Final = 8 * 2**20
 """Limit of bytes of a list of models, of metrics or of a registry's answer."""
+_LONGEST_HEADER: Final = 64 * 1024
+"""Limit of bytes of one header of an answer; proxies add long ones (security policies, traces)."""
 _LARGEST_ERROR: Final = 64 * 1024
 """Limit of bytes that are read of an error's body; messages quote its beginning."""
 
@@ -223,6 +226,8 @@ class Transport:
             timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=limits.connect_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
+            max_line_size=_LONGEST_HEADER,
+            max_field_size=_LONGEST_HEADER,
         )
         return self._session
 
@@ -559,7 +564,8 @@ def is_empty(document: Mapping[str, Any]) -> bool:
 
 def _inner_status(error_body: ErrorBody) -> int:
     code = error_body.code or ""
-    return int(code) if code.isdigit() and 400 <= int(code) < 600 else 500  # noqa: PLR2004
+    # only three decimal digits: int() refuses other digits, and thousands of them
+    return int(code) if re.fullmatch(r"[45][0-9]{2}", code) else 500
 
 
 def is_simulated(document: Mapping[str, Any]) -> bool:
@@ -920,8 +926,7 @@ def _error_event(
         return None
     raw = _line_answer(line, 500, response)
     error_body = ErrorBody.from_json(parse_json(raw.body))
-    code = error_body.code or ""
-    raw.status = int(code) if code.isdigit() else 500
+    raw.status = _inner_status(error_body)
     return failures.classify_error_body(raw, error_body, raw.status, endpoint)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
 from ...backends.discovery.connect import open_endpoint_set
-from ...backends.discovery.probe import ProbeResult, select_model
+from ...backends.discovery.probe import ProbeResult, assume_listed, select_model
 from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
@@ -73,6 +73,7 @@ async def _read_endpoint_list(loaded: LoadedConfig) -> _EndpointList:
         name = config.model.name or endpoint_set.model
         if config.endpoints.simulated is not None:
             name = make_simulation_spec(config).model
+        found = assume_listed(found, name)
         problem = None
         try:
             name = select_model(found, name, config.endpoints.models).model

@@ -262,7 +262,7 @@ def _last_lines(result: RunResult) -> list[str]:
         + (f", {bound}{wasted:,} wasted" if wasted else "")
     ]
     if result.cost is not None:
-        lines += describe_cost(result.cost, timed="node_hours" in result.budget)
+        lines += describe_cost(result.cost, result.budget)
     if result.exit_code == EXIT_BUDGET:
         lines.append(f"Paused: {result.reason}")
         lines.append(

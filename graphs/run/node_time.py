@@ -33,7 +33,7 @@ WriteLine: TypeAlias = Callable[[Mapping[str, Json]], Awaitable[None]]
 async def open_time_log(
     spending: RunBudget | None, logs: SpendLogs, session: int
 ) -> AsyncIterator[WriteLine]:
-    """Open a session's spend log for node time: the budget's log, or a separate one.
+    """Open a session's spend log for node time and open calls: the budget's, or a separate one.
 
     Raises:
         JournalError: The spend log cannot be created.
@@ -43,8 +43,14 @@ async def open_time_log(
         yield lambda line: balance.append_line(line, sync=False)
         return
     log = await asyncio.to_thread(logs.create, logs.session_path(session))
+    lock = asyncio.Lock()  # a line's checksum continues the line before it
+
+    async def write(line: Mapping[str, Json]) -> None:
+        async with lock:
+            await asyncio.to_thread(log.write, line, sync=False)
+
     try:
-        yield lambda line: asyncio.to_thread(log.write, line, sync=False)
+        yield write
     finally:
         log.close()
 

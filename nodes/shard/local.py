@@ -249,6 +249,7 @@ class _ShardRunner:
     async def _run_item(self, item: Item, calls: CallLog) -> None:
         """Run one item and record it; an error that ends the run closes the gate."""
         calls.account = account = self._tools.open_account()
+        self._tools.open_calls[id(calls)] = calls
         CURRENT_CALLS.set(
             calls
         )  # in this task's context, so that everything it starts uses the log
@@ -268,6 +269,7 @@ class _ShardRunner:
         except JournalError as error:
             self._tools.gate.close(error.message, error)
             raise  # cancels the others: they could not be recorded either
+        del self._tools.open_calls[id(calls)]
         self._tools.progress.add_record(record)
         self._fold(record, item)
 

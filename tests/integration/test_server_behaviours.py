@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.errors import EXIT_INTERRUPTED, ConfigurationError, NoEndpointError
 from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load_config
@@ -72,18 +72,21 @@ class Server:
     url: str = ""
     calls: Counter[str] = field(default_factory=Counter)
     bodies: list[Body] = field(default_factory=list)
+    unlisted: dict[str, int] = field(default_factory=dict)
 
     def address(self, name: str) -> str:
         return f"{self.url}/b/{name.replace(' ', '-')}/v1"
 
     async def chat(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"].replace("-", " ")
+        name = request.match_info.get("name", "").replace("-", " ")
         body = orjson.loads(await request.read())
         self.calls[name] += 1
         self.bodies.append(body)
         return self.behaviours[name](body)
 
-    async def models(self, _: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> web.Response:
+        if status := self.unlisted.get(request.match_info.get("name", "")):
+            return web.json_response({"detail": "Not Found"}, status=status)
         return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
     @asynccontextmanager
@@ -91,6 +94,8 @@ class Server:
         app = web.Application()
         app.router.add_post("/b/{name}/v1/chat/completions", self.chat)
         app.router.add_get("/b/{name}/v1/models", self.models)
+        app.router.add_post("/v1beta/openai/chat/completions", self.chat)
+        app.router.add_get("/v1beta/openai/models", self.models)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -149,6 +154,14 @@ KEPT: dict[str, Behaviour] = {
     "model is an object": raw('"model":"m"', '"model":{"id":5}'),
     "64 bits": raw('"prompt_tokens":11', f'"prompt_tokens":{2**64 - 1}'),
     "negative": raw('"prompt_tokens":11', '"prompt_tokens":-1'),
+    "stream by default": lambda body: (
+        web.Response(text="data: [DONE]\n\n", content_type="text/event-stream")
+        if body.get("stream", True)
+        else web.json_response(completion())
+    ),
+    "long header": lambda _: web.json_response(
+        completion(), headers={"Content-Security-Policy": "x" * 60_000}
+    ),
     "tool call without an object": reply(
         tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "[1]"}}]
     ),
@@ -362,3 +375,89 @@ async def test_a_cut_answer_names_the_number_that_was_sent(
     for record in records:
         assert record["error_class"] == "TruncatedAnswerError"
         assert words in record["error"]
+
+
+async def stop_reason(config: dict[str, Any], home: Path) -> str:
+    """Run until the run stops; return why."""
+    folder = (await prepare_run(load_config(config), home / "run")).folder
+    run = await resume_run(folder, None)
+    result = await execute_run(run, RunOptions(quiet=True), Console(quiet=True))
+    assert result.exit_code == EXIT_INTERRUPTED
+    return result.reason or ""
+
+
+STOPPED: dict[str, tuple[Behaviour, tuple[str, ...]]] = {
+    "no credit": (lambda _: refusal(402, "Insufficient credits."), ("Insufficient credits.",)),
+    "daily quota": (
+        lambda _: refusal(429, "Rate limit exceeded: 50 requests per day"),
+        ("Rate limit exceeded: 50 requests per day", "resume the run when it is renewed"),
+    ),
+    "monthly quota": (
+        lambda _: refusal(429, "Your Monthly allowance is used up"),
+        ("Your Monthly allowance is used up",),
+    ),
+    "redirect": (
+        lambda _: web.Response(status=307, headers={"Location": "/b/ok/v1/chat/completions"}),
+        ("HTTP 307", "redirects to /b/ok/v1/chat/completions"),
+    ),
+    "redirect elsewhere": (
+        lambda _: web.Response(
+            status=308, headers={"Location": "https://me:secret@api.example/v2?token=hidden"}
+        ),
+        ("HTTP 308", "redirects to https://api.example/v2,"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+async def test_a_run_that_cannot_go_on_repeats_what_the_server_says(
+    tmp_path: Path, name: str
+) -> None:
+    behaviour, words = STOPPED[name]
+    async with Server({name: behaviour}).open() as server:
+        config = settings(server.address(name), tmp_path, limits={"fleet_wait_s": 0.5})
+        reason = await stop_reason(config, tmp_path)
+    assert all(word in reason for word in words), reason
+    assert "secret" not in reason
+    assert "hidden" not in reason
+
+
+async def test_a_fleet_that_stays_down_names_its_last_failure(tmp_path: Path) -> None:
+    def fail(_: Body) -> web.Response:
+        server.unlisted["down"] = 503
+        return refusal(502, "upstream is being upgraded")
+
+    async with Server({"down": fail}).open() as server:
+        config = settings(server.address("down"), tmp_path, limits={"fleet_wait_s": 0.5})
+        reason = await stop_reason(config, tmp_path)
+    assert "no endpoint recovered" in reason
+    assert "upstream is being upgraded" in reason
+
+
+@pytest.mark.parametrize("status", [403, 404, 405, 501])
+async def test_a_server_without_a_list_of_models_serves_the_configured_one(
+    tmp_path: Path, status: int
+) -> None:
+    async with Server({"ok": reply()}, unlisted={"ok": status}).open() as server:
+        config = settings(server.address("ok"), tmp_path)
+        _, records = await run_items(config, tmp_path)
+        assert [record["status"] for record in records] == ["done"] * len(ITEMS)
+        config["model"] = {}
+        (tmp_path / "again").mkdir()
+        with pytest.raises(ConfigurationError, match=f"set model.name: .*HTTP {status}"):
+            await run_items(config, tmp_path / "again")
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_server_that_fails_to_list_its_models_is_down(tmp_path: Path, status: int) -> None:
+    async with Server({"ok": reply()}, unlisted={"ok": status}).open() as server:
+        with pytest.raises(NoEndpointError, match=f"HTTP {status}"):
+            await run_items(settings(server.address("ok"), tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/v1beta/openai", "/v1beta/openai/chat/completions"])
+async def test_the_version_in_a_path_is_kept(tmp_path: Path, path: str) -> None:
+    async with Server({"": reply()}).open() as server:
+        _, records = await run_items(settings(server.url + path, tmp_path), tmp_path)
+    assert [record["status"] for record in records] == ["done"] * len(ITEMS)
+    assert all(body["stream"] is False for body in server.bodies)

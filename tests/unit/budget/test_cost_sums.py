@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.budget.budget import estimate_total
-from fanfold.backends.budget.cost import NO_ENDPOINT, Cost, group_usage
+from fanfold.backends.budget.cost import NO_ENDPOINT, Cost, describe_cost, group_usage
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.money import (
@@ -48,6 +48,47 @@ def test_doubt_is_what_the_books_allow_and_nothing_proves(tmp_path: Path) -> Non
     assert shelf.total_node_time() == NodeTime(327, 5, 70)
     assert shelf.total_spent(journal) == Amount(13, 900 + 5000 + 410 + 9, 1070, 327)
     assert shelf.unaccounted(journal) == Amount(0, 300 + 10, 0, 0)
+
+
+def test_open_calls_count_where_no_level_does(tmp_path: Path) -> None:
+    """The last line counts; a session that has settled its spending has none left."""
+    shelf = SpendLogs(tmp_path / "budget", "run")
+    book(shelf, 1, {"open": Amount(9, 900, 90).to_json()}, {"open": Amount(2, 80, 8).to_json()})
+    book(shelf, 2, {"level": {"tokens": 500}}, {"open": Amount(3, 70, 30).to_json()}, held(5))
+    book(shelf, 3, {"open": Amount(4, 40).to_json()}, {"settled": Amount(1, 10).to_json()})
+    book(shelf, 4, {"open": Amount(4, 40).to_json()}, {"open": Amount().to_json()})
+    journal = {n: Amount(1, 10, 1) for n in (1, 2, 3, 4)}
+    assert shelf.total_spent({1: journal[1]}) == Amount(3, 90, 9).plus(Amount(3, 500, 30, 5)).plus(
+        Amount(1, 10)
+    )
+    assert shelf.unaccounted(journal) == Amount(2, 80, 8).plus(Amount(3, 490, 30))
+
+
+@pytest.mark.parametrize(
+    ("limits", "doubt", "lines"),
+    [
+        ((), Amount(3, 120), ["In doubt: at most 3 requests, 120 tokens"]),
+        (
+            ("tokens",),
+            Amount(0, 1200),
+            ["In doubt, and counted against the budget: at most 1,200 tokens"],
+        ),
+        ((), Amount(), []),
+    ],
+)
+def test_the_last_lines_say_what_is_in_doubt(
+    limits: tuple[str, ...], doubt: Amount, lines: list[str]
+) -> None:
+    assert list(describe_cost(Cost(UsageTotals(3, 10), unaccounted=doubt), limits)) == lines
+
+
+def test_lost_answers_make_an_upper_bound() -> None:
+    spent = UsageTotals(prompt_tokens=10, lost_tokens=5, nano_usd=2 * NANO_PER_USD)
+    (line,) = describe_cost(Cost(spent, priced=True), ())
+    assert line == "Cost: at most 2.00 USD, of which at most 2.00 wasted"
+    exact = UsageTotals(prompt_tokens=10, nano_usd=2 * NANO_PER_USD, useful_nano_usd=NANO_PER_USD)
+    (line,) = describe_cost(Cost(exact, priced=True), ())
+    assert line == "Cost: 2.00 USD, of which 1.00 wasted"
 
 
 def test_a_price_that_is_rounded_up_is_no_doubt(tmp_path: Path) -> None:

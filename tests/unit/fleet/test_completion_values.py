@@ -9,7 +9,7 @@ import pytest
 from langchain_core.messages import AIMessage
 
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.failures import HTTPAnswer
+from fanfold.backends.fleet.failures import Failure, HTTPAnswer, classify_refused_field
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import ModelParams
@@ -84,3 +84,31 @@ async def test_arguments_that_are_no_object_are_an_invalid_call(
     assert [one["args"] for one in message.tool_calls] == ([] if args is None else [args])
     assert len(message.invalid_tool_calls) == (args is None)
     await fleet.aclose()
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (
+            b'\xef\xbb\xbf{"error": {"message": "m", "code": "insufficient_quota"}}',
+            "m (the acc",
+        ),
+        (b'{"error": {"message": "\\ud83d", "code": "insufficient_quota"}}', "? (the account"),
+        (
+            b'{"error": {"message": "m", "x": NaN, "code": "insufficient_quota"}}',
+            "m (the acc",
+        ),
+        ('{"error": {"message": "m", "code": "\u00b2"}}'.encode(), "m"),
+        (b'{"error": {"message": "m", "code": ' + b"4" * 5000 + b"}}", "m"),
+        (b'{"error": {"message": "m", "code": "' + b"4" * 5000 + b'"}}', "m"),
+        (b'{"error": {"message": ' + b"[" * 900 + b"]" * 900 + b"}}", "[[["),
+        (b"[" * 100_000, "[[["),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("status", [200, 400, 429])
+def test_error_bodies_that_break_the_rules_of_json(body: bytes, error: str, status: int) -> None:
+    failure = read_completion(HTTPAnswer(status, {}, body), "e")
+    assert isinstance(failure, Failure)
+    failure = classify_refused_field(failure, {"messages": [{}], "temperature": 0})
+    assert error in failure.error.message

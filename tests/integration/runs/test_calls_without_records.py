@@ -1,0 +1,138 @@
+"""Calls whose items have no record are in doubt, with and without a budget."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+
+pytestmark = pytest.mark.integration
+
+BUDGETS: list[Any] = [
+    pytest.param({}, id="without a budget"),
+    pytest.param({"tokens": 10**7}, id="tokens"),
+    pytest.param({"requests": 10**5}, id="requests"),
+]
+
+
+def prepare(lab: Lab, budget: dict[str, Any]) -> None:
+    lab.config["limits"] |= {"hedge": False}
+    lab.config["model"] = {"max_tokens": 48}
+    lab.config |= {"budget": budget} if budget else {}
+
+
+async def told(lab: Lab, command: str) -> dict[str, Any]:
+    async with lab.process(command, str(lab.out), "--json") as process:
+        text, _ = await asyncio.wait_for(process.communicate(), 60)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def sent(lab: Lab) -> int:
+    """Return the requests that the fleet has read, by its own counts."""
+    return int(lab.fleet.stats()["totals"]["requests"])
+
+
+async def check_bound(lab: Lab, exact: bool) -> int:
+    """Check what is in doubt against the fleet's counts; return its requests."""
+    status, cost = await told(lab, "status"), await told(lab, "cost")
+    assert status["in_doubt"] == cost["in_doubt"]
+    doubt = status["in_doubt"]
+    requests, tokens = status["requests"] + doubt["requests"], status["tokens"]
+    assert requests == sent(lab) if exact else requests >= sent(lab)
+    totals = lab.fleet.stats()["totals"]
+    names = ("prompt_tokens", "completion_tokens", "abandoned_tokens")
+    known = tokens["prompt"] + tokens["completion"] + tokens["lost"]
+    assert known + doubt["tokens"] >= sum(int(totals[name]) for name in names)
+    return int(doubt["requests"])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+async def test_a_second_signal_leaves_calls_in_doubt(
+    lab_of: LabMaker, budget: dict[str, Any]
+) -> None:
+    """They were sent and perhaps paid: reported, to the request, and counted until the end."""
+    async with lab_of(items=120, ttft_s=0.1) as lab:
+        prepare(lab, budget)
+        lab.fleet.add_fault(FaultRule("hang", p=0.1, draw="item"))
+        async with lab.process("run", str(write(lab)), "--out", str(lab.out)) as process:
+            await lab.until(lambda: lab.journal_lines() >= 30)
+            process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 5
+        doubt = await check_bound(lab, exact=True)
+        assert 1 <= doubt <= 16
+        lab.fleet._faults.clear()
+        result = await lab.live()
+        assert result.exit_code == 0
+        assert result.cost is not None
+        assert result.cost.unaccounted.requests == doubt
+        await check_bound(lab, exact=True)
+
+
+def write(lab: Lab) -> Any:
+    file = lab.home / "c.json"
+    file.write_text(json.dumps(lab.config))
+    return file
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+async def test_after_a_kill_calls_in_flight_are_in_doubt(
+    lab_of: LabMaker, budget: dict[str, Any]
+) -> None:
+    async with lab_of(items=200, ttft_s=0.2) as lab:
+        prepare(lab, budget)
+        await lab.killed_at(20)
+        doubt = await check_bound(lab, exact=False)
+        assert 16 <= doubt <= 2 * 16 + (1000 if "requests" in budget else 0)  # a block of the level
+        result = await lab.live()
+        assert result.exit_code == 0
+        assert result.cost is not None
+        assert result.cost.unaccounted.requests == doubt
+        await check_bound(lab, exact=False)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+async def test_calls_of_a_session_that_fails_are_counted(
+    lab_of: LabMaker, budget: dict[str, Any]
+) -> None:
+    """The fleet is lost: the calls of items without a record count, in ``status`` as well."""
+    async with lab_of(items=80, ttft_s=0.2) as lab:
+        prepare(lab, budget)
+        lab.config["limits"] |= {"fleet_wait_s": 0.1}
+        life = asyncio.create_task(lab.live(await lab.begin()))
+        await lab.until(lambda: lab.journal_lines() >= 20)
+        for node in (0, 1):
+            await lab.fleet.kill(node)
+        result = await asyncio.wait_for(life, 60)
+        assert result.exit_code == 5
+        assert await check_bound(lab, exact=False) >= 1
+
+
+async def test_nothing_is_in_doubt_after_an_end(lab_of: LabMaker) -> None:
+    """Also not while repairs are sent, and not after a drain."""
+    async with lab_of(items=60, ttft_s=0.1) as lab:
+        prepare(lab, {})
+        lab.fleet.add_fault(FaultRule("bad_schema", p=0.5, first_round=True))
+        async with lab.process() as process:
+            await lab.until(lambda: lab.journal_lines() >= 20)
+            process.send_signal(signal.SIGINT)
+            text, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 5
+        assert json.loads(text)["in_doubt"] == {
+            "requests": 0,
+            "tokens": 0,
+            "usd": None,
+            "node_hours": 0.0,
+        }
+        assert await check_bound(lab, exact=True) == 0
+        assert (await lab.live()).exit_code == 0
+        assert await check_bound(lab, exact=True) == 0
