@@ -365,6 +365,9 @@ class HealthMonitor:
             reachable = answer.status not in _UNREACHABLE_STATUSES
         except (aiohttp.ClientError, TimeoutError):
             reachable = False
+        except FanfoldError as error:  # its key cannot be fetched now
+            _LOG.warning("endpoint %s cannot be probed: %s", endpoint.label, error.message)
+            reachable = False
         finally:
             del self._probes[endpoint]
         if reachable:
@@ -463,7 +466,7 @@ class HealthMonitor:
             own = not isinstance(error, aiohttp.ClientProxyConnectionError)
             refuses = own and error.errno == errno.ECONNREFUSED
             return classify_stopped(endpoint.label, refuses=True) if refuses else None
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError, FanfoldError):  # the latter from fetching a key
             return None
 
     async def _is_idle(self, root: str, headers: Mapping[str, str], fresh: Transport) -> bool:
