@@ -37,7 +37,14 @@ def test_everything_says_simulated(shell: Shell) -> None:
     final = json.loads(said.out)
     assert {"run", "items", "done", "failed", "requests", "tokens", "seconds"} <= final.keys()
     assert (final["items"], final["done"], final["failed"], final["requests"]) == (3, 3, 0, 3)
-    assert set(final["tokens"]) == {"prompt", "cached", "completion", "useful", "wasted"}
+    assert set(final["tokens"]) == {
+        "prompt",
+        "cached",
+        "completion",
+        "lost",
+        "useful",
+        "wasted",
+    }
     assert final["aggregate"][0]["op"] == "top_k"
     folder = shell.folder / "r"
     for name in ("aggregate.json", "provenance.json"):

@@ -268,11 +268,11 @@ ITEMS = ["one", "two", "refused", "three"]
 async def test_a_server_of_any_kind(kind: str) -> None:
     reason = None if kind == "no reason for the end" else "stop"
     plain = await result(Server(lambda *_: STREAMS[kind], reason), invoked, ITEMS)
-    assert ends(plain) == ((3, 1) if reason else (0, 4))
+    assert ends(plain) == (3, 1)
     server = Server(lambda *_: STREAMS[kind], reason)
     assert await result(server, streamed("messages"), ITEMS) == plain
     assert server.asked["one", True] == 1
-    if reason:
+    if reason:  # else the stream counts as cut, and the item is asked again as a whole
         assert set(server.asked.values()) == {1}
 
 
