@@ -512,7 +512,8 @@ class Hedger:
         else:
             if not isinstance(result, Failure):
                 self._record_answer(call)
-                _share_prompt_tokens(call, result)
+                if call.hedges:
+                    _share_prompt_tokens(call, result)
                 return result, endpoint
             call.failed = True
             while call.hedges and call.answer is None:
