@@ -323,7 +323,7 @@ class SpendLogs:
         """Return the most that the lost holder of a lease has spent; None while it may spend more.
 
         No clock of another host is read. A lease that was not received gets a settled spend log
-        here: whoever receives it later finds the log and may spend nothing.
+        here: a worker that receives it later finds the log and may spend nothing.
 
         Args:
             name: The lease's name.

@@ -141,13 +141,14 @@ async def test_requests_to_a_replaced_server_are_sent_again(
     how: Callable[..., Awaitable[str]],
 ) -> None:
     """A vLLM server behaves like this when it is terminated, and another one is started."""
-    async with replaced() as (old, new, fleet):
+    patient = replace(POLICY, timeout=replace(POLICY.timeout, request_s=60.0))
+    async with replaced(policy=patient) as (old, new, fleet):
         calls = [asyncio.ensure_future(how(fleet, f"q{n}")) for n in range(16)]
         await until(lambda: len(old.asked) >= 8)
         began = time.monotonic()
         await replace_server(old, new)
         assert set(await asyncio.gather(*calls)) == {"hello"}
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 30.0  # not the time limit of a request
         assert sorted(new.asked) == sorted(f"q{n}" for n in range(16))
         assert 1 <= new.checks.count("/health") <= 2
         assert fleet.report()[0].state == "in use"
