@@ -111,8 +111,8 @@ def read_json(path: Path) -> Iterator[tuple[int, Row]]:
     """
     lines = list(read_lines(path))
     content = b"\n".join(raw for _, raw in lines)
-    start = content.lstrip()[:1]
-    if start == b"{" and _is_object(lines[0][1]):
+    first = next((raw for _, raw in lines if raw.strip()), b"")
+    if _is_object(first):
         yield from read_jsonl(path)
         return
     try:

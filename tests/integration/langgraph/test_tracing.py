@@ -162,7 +162,7 @@ class LangSmith:
     async def trace(
         self, folder: Path, *command: str, code: int = 0, **variables: str
     ) -> tuple[str, str]:
-        """Run a program that is told to trace here; return its output and error output."""
+        """Run a program whose traces come here; return its output and error output."""
         told = {"LANGSMITH_TRACING": "true", "LANGSMITH_ENDPOINT": self.url}
         environment = os.environ | told | {"LANGSMITH_API_KEY": "lsv2_pt_none"} | variables
         process = await asyncio.create_subprocess_exec(

@@ -145,6 +145,7 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         '[{"x": 1}, {"x": 2}]',
         '\ufeff\n[\n  {"x": 1},\n  {"x": 2}\n]\n',
         '{"x": 1}\n{"x": 2}\n',
+        '\n \n{"x": 1}\n\n{"x": 2}',
     ],
 )
 def test_a_json_file_has_an_array_or_lines(put: Put, load: Load, text: str) -> None:
