@@ -60,6 +60,10 @@ class HTTPAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, 
         self.headers = headers
         self.body = body
 
+    def replace_body(self, status: int, body: bytes) -> HTTPAnswer:
+        """Return an answer to the same request, with the same headers."""
+        return HTTPAnswer(status, self.headers, body, self._sent)
+
     def mask_keys(self) -> HTTPAnswer:
         """Return the answer without the request's keys, which some servers quote in errors."""
         keys = find_sent_keys(self._sent)
