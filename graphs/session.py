@@ -492,7 +492,9 @@ def _first_prompts(
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:
-            messages = build_messages(task.system, prompt, item.row)
+            messages = build_messages(
+                task.system, prompt, item.row, loaded.config.model.system_role
+            )
         except InvalidItemError:
             continue
         tokens.append(estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE)

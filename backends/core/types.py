@@ -88,6 +88,7 @@ class Reply:
         model: The model's name as the server gave it.
         simulated: Whether a simulated fleet answered.
         cached: Whether it is the answer to an earlier request, at no cost.
+        reasoning: The reasoning that the server sent apart from the text, or None.
     """
 
     content: str
@@ -98,6 +99,7 @@ class Reply:
     model: str
     simulated: bool
     cached: bool = False
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

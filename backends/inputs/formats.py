@@ -22,6 +22,7 @@ from .lines import is_gzip, unreadable_error
 from .readers import (
     TEXT_SUFFIXES,
     find_files,
+    name_json_position,
     read_delimited,
     read_folder,
     read_json,
@@ -106,15 +107,20 @@ class InputFormat:
 
     Attributes:
         read: Reads a file; yields the position and the row.
-        position: What a position counts.
+        position: What a position counts; a function if that depends on the file.
         ragged: Whether the rows of one file may differ in their columns.
         packed: Whether files may be packed with gzip.
     """
 
     read: _Reader
-    position: str = "line"
+    position: str | Callable[[Path], str] = "line"
     ragged: bool = False
     packed: bool = True
+
+    def describe(self, path: Path, at: int) -> str:
+        """Return a position of a file in words."""
+        kind = self.position if isinstance(self.position, str) else self.position(path)
+        return f"{path}, {kind} {at}"
 
 
 _JSONL: Final = InputFormat(lambda path, *_: read_jsonl(path), ragged=True)
@@ -124,7 +130,7 @@ FORMATS: Final[dict[str, InputFormat]] = {
     ".tsv": InputFormat(_read_tsv),
     ".jsonl": _JSONL,
     ".ndjson": _JSONL,
-    ".json": InputFormat(lambda path, *_: read_json(path), "row", ragged=True),
+    ".json": InputFormat(lambda path, *_: read_json(path), name_json_position, ragged=True),
     ".smi": InputFormat(lambda path, *_: read_smi(path)),
     ".parquet": InputFormat(_read_parquet, "row", packed=False),
 }
@@ -190,7 +196,7 @@ def _from_path(path: Path, config: InputConfig, needed: Collection[str]) -> RowS
     return RowSource(
         str(path),
         partial(form.read, path, config, needed),
-        lambda at: f"{path}, {form.position} {at}",
+        partial(form.describe, path),
         ragged=form.ragged,
     )
 
@@ -242,7 +248,7 @@ def _from_files(
 
     def describe(at: int) -> str:
         number, position = divmod(at, _SPAN)
-        return f"{folder / chosen[number]}, {form.position} {position}"
+        return form.describe(folder / chosen[number], position)
 
     return RowSource(name, read, describe, ragged=True)
 

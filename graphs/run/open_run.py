@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ...backends.budget.budget import RunBudget, open_budget
 from ...backends.budget.pricing import find_model_price as price_of
@@ -18,14 +19,14 @@ from ...backends.budget.pricing import find_token_prices
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime
 from ...backends.core.types import Item
 from ...backends.discovery.connect import ReadyEndpoints, open_cache, open_fleet
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal
+from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import make_rows, replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
@@ -54,6 +55,10 @@ from .items import (
 from .monitor import serve_metrics
 from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
 from .shutdown import close_at_deadline
+
+_SHOWN_FILES: Final = 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +266,36 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
             folder.journal
         )  # before reading the journal: they may still write to it
         store = stack.enter_context(ItemStore(folder.items))
+        lost = list_lost_files(folder.journal)
         journal = Journal(folder.journal, get_run_ids(about), len(store))
+        stack.callback(_record_extents, folder, journal)
+        if lost:
+            logger.warning("%s", describe_lost_files(lost, journal))
+        write_extents(folder.journal, journal.extents())
         logs = SpendLogs(folder.budget, get_run_ids(about))
         return _RunFiles(
             stack.pop_all(), store, journal, about, logs.next_session(), logs.total_node_time()
         )
+
+
+def describe_lost_files(lost: Sequence[str], journal: Journal) -> str:
+    """Return what it means for a run that files of its journal are missing, in words."""
+    shown = "; ".join(lost[:_SHOWN_FILES])
+    more = f"; and {len(lost) - _SHOWN_FILES} more" if len(lost) > _SHOWN_FILES else ""
+    counts = journal.count_items()
+    total = counts.done + counts.failed + counts.open
+    return (
+        f"{shown}{more}. Items whose only record was there are asked and paid again: "
+        f"{counts.open:,} of {total:,} items are open. To keep their answers, put the files back "
+        "while no session runs"
+    )
+
+
+def _record_extents(folder: RunFolder, journal: Journal) -> None:
+    try:
+        write_extents(folder.journal, journal.extents())
+    except JournalError as error:
+        logger.warning("%s", error.message)  # only the notice of a missing file depends on it
 
 
 def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:
