@@ -92,6 +92,7 @@ class Recorder(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), RecorderHandler)
         self.bodies = list[dict[str, Any]]()
         self.refuses_temperature = True
+        self.pause_s = 0.0
 
     @property
     def url(self) -> str:
@@ -99,6 +100,7 @@ class Recorder(ThreadingHTTPServer):
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.bodies.append(body)
+        time.sleep(self.pause_s)
         if body.get("refuse"):
             return 400, {"error": {"message": "there is no such option", "code": "bad_option"}}
         if self.refuses_temperature and body.get("temperature", 0) > 2:
@@ -541,6 +543,33 @@ def test_kills_lose_nothing(
     )
     # each kill repeats no more than what was in flight then
     assert items - 1 <= fleet.requests <= items - 1 + 2 * STREAMS
+
+
+def test_an_output_that_cannot_be_written_stops_the_batch(shell: Shell, recorder: Recorder) -> None:
+    made = [request(n) for n in range(400)]
+    write(shell.folder / "in.jsonl", made)
+    target, hidden = shell.folder / "target", shell.folder / "hidden"
+    target.mkdir()
+    recorder.pause_s = 0.05
+    command = (
+        *("batch", "in.jsonl", "target/out.jsonl", "--endpoints", recorder.url),
+        *("--folder", "run", "--set", "limits.streams=4"),
+    )
+    with started(shell, *command) as process:
+        while not count_lines(target / "out.jsonl"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        target.rename(hidden)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "out.jsonl: the results cannot be written" in err
+    sent = len(recorder.bodies)
+    assert sent < 400
+    hidden.rename(target)
+    recorder.pause_s = 0.0
+    assert shell(*command).code == 0
+    assert len(by_id("target/out.jsonl")) == 400
+    assert len(recorder.bodies) == 400
 
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "batch.md").read_text()
