@@ -468,20 +468,47 @@ def test_a_pilot_and_two_lists_of_endpoints(
     assert fleet.requests == 20
 
 
-def test_worker_processes(shell: Shell, fleet: Served, urls: str) -> None:
+def test_the_estimate_of_a_batch(shell: Shell, fleet: Served) -> None:
+    unlimited = request(2)
+    del unlimited["body"]["max_tokens"]
+    made = [request(0, max_tokens=10, n=3), request(1, max_completion_tokens=50), unlimited]
+    write(shell.folder / "in.jsonl", [*made, request(3) | {"url": "/v1/embeddings"}])
+    settings = {
+        "input": {"path": "in.jsonl", "format": "openai_batch"},
+        "endpoints": {"urls": [*fleet.urls]},
+    }
+    (shell.folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    said = shell("check", "c.yaml")
+    assert said.code == 0, said.err
+    assert "Say 0" in said.out
+    assert '"messages"' not in said.out
+    assert "sample: 3 prompts" in said.out
+    assert "(answers of 40)" in said.out
+    assert "1 requests have no max_tokens" in said.out
+
+
+WORKERS = {
+    "processes": ("backend.kind=local", "backend.processes=2"),
+    "parsl": ("backend.kind=parsl", "backend.workers=2"),
+}
+
+
+@pytest.mark.parametrize("backend", WORKERS)
+def test_workers(shell: Shell, fleet: Served, urls: str, backend: str) -> None:
     made = [request(n) for n in range(300)]
+    made[0] |= {"url": "/v1/embeddings"}
     made[17] |= {"url": "/v1/embeddings"}
     write(shell.folder / "in.jsonl", made)
     said = shell(
         *("batch", "in.jsonl", "out.jsonl", "--endpoints", urls, "--errors", "errors.jsonl"),
-        *("--set", "backend.kind=local", "--set", "backend.processes=2"),
+        *(part for setting in WORKERS[backend] for part in ("--set", setting)),
         *("--budget-tokens", "1000000", "--set", "limits.hedge=false"),
     )
     assert said.code == 3, said.err
-    assert len(by_id("out.jsonl")) == 299
+    assert len(by_id("out.jsonl")) == 298
     assert all(line.completion for line in read("out.jsonl"))
-    assert [line.custom_id for line in read("errors.jsonl")] == ["request-17"]
-    assert fleet.requests == 299
+    assert by_id("errors.jsonl").keys() == {"request-0", "request-17"}
+    assert fleet.requests == 298
 
 
 @contextmanager
