@@ -42,10 +42,6 @@ _STALE_INSTANCE: Final = "Another instance of this endpoint is running"
 _RESTARTING: Final = "its engine was killed and restarts after three heartbeats"
 
 
-class UnknownTaskError(BackendError):
-    """The service refused a request because it does not know one of the tasks."""
-
-
 def service_error(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
     """Convert an error of the SDK.
 

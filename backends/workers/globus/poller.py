@@ -19,7 +19,7 @@ from ...core.errors import BackendError, FanfoldError
 from ...core.token_bucket import TokenBucket
 from ...core.types import Json
 from ...core.waits import pause_after
-from .errors import UnknownTaskError, offline_error, unknown_task_error
+from .errors import offline_error, unknown_task_error
 from .service import TaskOutcome, TaskService
 
 
@@ -288,11 +288,11 @@ class TaskPoller:
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        try:
-            return await self._connection.request(lambda service: service.fetch_outcomes(tasks))
-        except UnknownTaskError:
-            if len(tasks) == 1:
-                return {}
+        found = await self._connection.request(lambda service: service.fetch_outcomes(tasks))
+        if found is not None:
+            return found
+        if len(tasks) == 1:
+            return {}
         half = len(tasks) // 2
         return await self.fetch_outcomes(tasks[:half]) | await self.fetch_outcomes(tasks[half:])
 

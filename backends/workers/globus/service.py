@@ -12,7 +12,6 @@ from ...core.errors import BackendError, ConfigurationError, FanfoldError
 from ...core.types import Json
 from .errors import (
     LOGIN_HINT,
-    UnknownTaskError,
     malformed_answer_error,
     offline_error,
     overdue_error,
@@ -141,11 +140,10 @@ class TaskService(Protocol):
         """Post tasks."""
         ...
 
-    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None] | None:
         """Return how tasks ended, None for open ones; unknown tasks are omitted.
 
-        Raises:
-            UnknownTaskError: One is unknown, and the service tells nothing about the others.
+        Return None in place of all if the service refuses because one of them is unknown.
         """
         ...
 
@@ -258,12 +256,13 @@ class ComputeService:
                 raise BackendError(msg)
             return SubmittedBatch(str(answer["task_group_id"]), tasks)
 
-    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None] | None:
         """Return how tasks ended, None for open ones; unknown tasks are omitted.
 
+        Return None in place of all if the service refuses because one of them is unknown.
+
         Raises:
-            UnknownTaskError: The service refused because it does not know one of the tasks.
-            FanfoldError: The service refused, or did not answer.
+            FanfoldError: The service refused for another reason, or did not answer.
         """
         from globus_sdk import GlobusAPIError  # noqa: PLC0415 - slow to import
 
@@ -273,7 +272,7 @@ class ComputeService:
             except GlobusAPIError as error:
                 if error.http_status != _NOT_FOUND:
                     raise
-                raise UnknownTaskError("globus_compute: polling tasks: one is unknown") from error
+                return None
             return {task: _read_outcome(state) for task, state in found.items()}
 
     def close(self) -> None:
