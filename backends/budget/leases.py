@@ -15,7 +15,7 @@ from ..core.errors import BudgetExhaustedError, FanfoldError
 from ..core.messages import WALLTIME_REASON, ShardResult, ShardTask
 from ..core.money import Amount, BudgetLimits, TokenPrices
 from ..core.templates import Template
-from ..core.types import Item, Json, Usage
+from ..core.types import CHAT_URL, Item, Json, Usage
 from ..discovery.connect import make_model_params
 from ..fleet.request import max_usage
 from .budget import Budget, BudgetSettings, RunBudget
@@ -171,6 +171,8 @@ class LeaseManager:
 
     def _of_one(self, item: Item, prices: TokenPrices) -> Amount:
         """Return the most that one item may need, including repairs."""
+        if self._config.input.is_batch:
+            return self._of_request(item, prices)
         try:
             question = self._prompt.render(item.row)
         except FanfoldError:
@@ -182,6 +184,12 @@ class LeaseManager:
         rounds = 1 + (0 if self._config.task.graph else self._config.task.repairs)
         longest = Usage((most.prompt or 0) + 2 * rounds * (most.completion or 0), most.completion)
         return prices.amount(longest).times(rounds)
+
+    def _of_request(self, item: Item, prices: TokenPrices) -> Amount:
+        """Return the most that an item may need that is a request itself."""
+        if item.row["url"] != CHAT_URL:
+            return prices.amount(Usage(0, 0))  # it will fail without a call
+        return prices.amount(max_usage(item.row["body"]))
 
     def _of_items(self, count: int, one: Amount) -> Amount:
         """Estimate the need of items from those measured, or from one item before any is."""

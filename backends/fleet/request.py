@@ -314,6 +314,7 @@ class RequestSender:
         limiter: The whole process' quotas, or None.
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
+        own_fields: Whether each request chooses its fields itself.
 
     Attributes:
         simulated: The same, settled by the first answer.
@@ -325,8 +326,10 @@ class RequestSender:
         monitor: HealthMonitor,
         limiter: RateLimiter | None,
         simulated: bool | None,
+        own_fields: bool = False,
     ) -> None:
         self._transport = transport
+        self._own_fields = own_fields
         self._monitor = monitor
         self._limiter = limiter
         self._warned = False
@@ -373,7 +376,8 @@ class RequestSender:
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
             if isinstance(result, Failure):
-                result = failures.classify_refused_field(result, body)
+                if not self._own_fields:
+                    result = failures.classify_refused_field(result, body)
                 result = await self._soften_failure(endpoint, result, headers, charge)
                 outcome = learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
             else:

@@ -17,6 +17,7 @@ from ..core.errors import InputError
 from ..core.templates import Template
 from ..core.types import Json, Row
 from .base import NCI_DATASET, RowSource, describe_line, did_you_mean, find_nci_file
+from .batch_requests import read_requests
 from .lines import is_gzip, unreadable_error
 from .readers import (
     TEXT_SUFFIXES,
@@ -164,6 +165,14 @@ def open_source(
         InputError: The input does not exist or its format is unsupported.
         MissingExtraError: The dataset needs an extra that is not installed.
     """
+    if config.is_batch:
+        return read_requests(_open_rows(config, (), items))
+    return _open_rows(config, needed, items)
+
+
+def _open_rows(
+    config: InputConfig, needed: Collection[str], items: Sequence[Mapping[str, Json]] | None
+) -> RowSource:
     if items is not None:
         return _from_memory(items)
     if config.dataset is not None:
@@ -181,7 +190,7 @@ def _from_path(path: Path, config: InputConfig, needed: Collection[str]) -> RowS
         return _from_files(f"folder {path}", path, find_files(path), config, needed)
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is not a regular file; copy its content to a file first")
-    form = FORMATS.get(get_format_suffix(path))
+    form = FORMATS.get(get_format_suffix(path), _JSONL if config.is_batch else None)
     if form is None or (is_gzip(path) and not form.packed):
         raise _unknown_format(path)
     return RowSource(

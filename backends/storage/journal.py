@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
 from itertools import compress, islice, takewhile
@@ -127,6 +127,8 @@ class Journal:
 
     Attributes:
         usage_by_session: Usage by session number, including records that do not count.
+        on_record: Called with the index of each item whose record is new or replaced, in the thread
+            that reads or writes it; None calls nothing.
         duplicates: Records that replaced another one, or of the same session as the one that
             counts; the aggregate of their items may differ from the journal.
 
@@ -155,6 +157,7 @@ class Journal:
         self._own = -1
         self._session: tuple[str, float] | None = None
         self.session_number = 0
+        self.on_record: Callable[[int], None] | None = None
         self.duplicates = 0
         self._failure: JournalError | None = None
         self.usage_by_session: dict[int, UsageTotals] = {}
@@ -386,6 +389,10 @@ class Journal:
         """Return True if an item has ended."""
         return self._state[index] != _OPEN
 
+    def is_done(self, index: int) -> bool:
+        """Return True if an item has an answer."""
+        return self._state[index] == _DONE
+
     def read_record(self, index: int) -> dict[str, Any]:
         """Read back the record of a finished item.
 
@@ -426,6 +433,8 @@ class Journal:
             return False
         self._state[index] = _CODES[facts[1]]
         self._file[index], self._start[index], self._length[index] = number, start, length
+        if self.on_record is not None:
+            self.on_record(index)
         return not ended
 
     def _is_replacing(self, index: int, number: int, start: int, length: int) -> bool:

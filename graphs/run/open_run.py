@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
 from ...nodes.context import no_account
+from ...nodes.item.steps import ItemStep
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
@@ -42,7 +43,15 @@ from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.heartbeat import stop_earlier_workers
 from ..remote.task_template import make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
-from .items import ItemEngine, RunItem, is_run_by_engine, is_small_batch, make_item_runner
+from .batch_output import write_batch_output
+from .items import (
+    ItemEngine,
+    RunItem,
+    choose_steps,
+    is_run_by_engine,
+    is_small_batch,
+    make_item_runner,
+)
 from .monitor import serve_metrics
 from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
 from .shutdown import close_at_deadline
@@ -64,8 +73,7 @@ class OpenOptions:
             that failed in an earlier superstep of the invocation have already been retried. None
             does not retry failed items.
         progress_streams: By run folder, its progress stream; kept between openings.
-        make_engine: Returns a function that runs one item with LangGraph's engine; True uses
-            ``task.graph``.
+        make_engine: Returns a function that runs one item's steps with LangGraph's engine.
         work_shard: The function that workers run.
         deadline: End of the session, or None.
     """
@@ -74,7 +82,7 @@ class OpenOptions:
     embedded: bool
     retry_before: dict[Path, int] | None
     progress_streams: dict[Path, ProgressStream]
-    make_engine: Callable[[bool], ItemEngine]
+    make_engine: Callable[[Mapping[str, ItemStep]], ItemEngine]
     work_shard: WorkShard
     deadline: Walltime | None = None
 
@@ -158,9 +166,14 @@ async def open_run(
                 by_engine = is_run_by_engine(
                     config, trace=options.trace, embedded=options.embedded, total=total
                 )
-                engine = options.make_engine(config.task.graph is not None) if by_engine else None
-                quiet = not is_small_batch(total) and not options.trace
-                run_item = make_item_runner(loaded, fleet, ready.model, engine, quiet)
+                engine = options.make_engine(choose_steps(config)) if by_engine else None
+                run_item = make_item_runner(
+                    loaded,
+                    fleet,
+                    ready.model,
+                    engine,
+                    quiet=not is_small_batch(total) and not options.trace,
+                )
         tools = OpenRun(
             store=files.store,
             item_journal=journal,
@@ -186,6 +199,7 @@ async def open_run(
             await stack.enter_async_context(
                 charge_node_time(tools, budget, logs, journal.session_number)
             )
+        await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
         stack.enter_context(close_at_deadline(tools.gate, options.deadline))
         yield tools
