@@ -55,7 +55,7 @@ class HTTPAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, 
         sent: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, headers, body)
-        self.sent = sent
+        self._sent = sent
         self.status = status
         self.headers = headers
         self.body = body
@@ -66,7 +66,7 @@ class HTTPAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, 
 
     def mask_keys(self) -> HTTPAnswer:
         """Return the answer without the request's keys, which some servers quote in errors."""
-        keys = find_sent_keys(self.sent)
+        keys = find_sent_keys(self._sent)
         if not keys:
             return self
         try:
@@ -158,7 +158,7 @@ def unwrap_answer(answer: HTTPAnswer) -> HTTPAnswer:
         return answer
     text = found[2].removesuffix(found[1])
     body = _ESCAPE.sub(_unescape, text).encode("latin-1", "replace")
-    return HTTPAnswer(answer.status, answer.headers, _complete_error(body), answer.sent)
+    return answer.replace_body(answer.status, _complete_error(body))
 
 
 def _unescape(found: re.Match[str]) -> str:
