@@ -159,11 +159,12 @@ def describe_columns(schema: pa.Schema) -> dict[str, Json]:
     """Return the JSON Schema of rows with these columns; each may be null."""
     return {
         "type": "object",
-        "properties": {field.name: _describe_type(field.type) for field in schema},
+        "properties": {field.name: describe_type(field.type) for field in schema},
     }
 
 
-def _describe_type(kind: pa.DataType) -> dict[str, Json]:
+def describe_type(kind: pa.DataType) -> dict[str, Json]:
+    """Return the JSON Schema of values of a type."""
     if pa.types.is_boolean(kind):
         return {"type": "boolean"}
     if pa.types.is_integer(kind):
@@ -171,10 +172,10 @@ def _describe_type(kind: pa.DataType) -> dict[str, Json]:
     if pa.types.is_floating(kind):
         return {"type": "number"}
     if pa.types.is_struct(kind):
-        parts = {field.name: _describe_type(field.type) for field in kind}
+        parts = {field.name: describe_type(field.type) for field in kind}
         return {"type": "object", "properties": parts}
     if pa.types.is_nested(kind):
-        return {"type": "array", "items": _describe_type(kind.field(0).type)}
+        return {"type": "array", "items": describe_type(kind.field(0).type)}
     return {"type": "string"}
 
 

@@ -79,6 +79,8 @@ def get_stream_name(stream: IO[bytes]) -> str:
 
 RESULTS_VERSION: Final = "2"
 VERSION_KEY: Final = b"fanfold.results"
+_INPUTS_KEY: Final = b"fanfold.inputs"
+"""Metadata of the table: its version, and the names that the input has for its columns."""
 
 BATCH_ROWS: Final = 4_096
 """Rows held in memory and written together."""
@@ -163,7 +165,10 @@ class ResultLayout:
             | {column.name: column.type for column in self.inputs}
             | {name: types[name] for name in self.tail}
             | last,
-            metadata={VERSION_KEY: RESULTS_VERSION.encode()},
+            metadata={
+                VERSION_KEY: RESULTS_VERSION.encode(),
+                _INPUTS_KEY: orjson.dumps(self.input_names()),
+            },
         )
 
 
@@ -190,6 +195,12 @@ def make_layout(
         for source, name in name_input_columns(inputs.names, id_column).items()
     )
     return ResultLayout(read_cell_type(schema), columns, tuple(optional))
+
+
+def read_input_names(schema: pa.Schema) -> dict[str, str]:
+    """Return the names of the input's columns in a table of results, by their own names."""
+    names: dict[str, str] = orjson.loads((schema.metadata or {})[_INPUTS_KEY])
+    return names
 
 
 def write_parquet(records: Iterable[ResultRow], path: Path, layout: ResultLayout) -> int:

@@ -19,7 +19,6 @@ from ...backends.storage.results_schema import INPUT_ROW, ROW_BYTES, ResultRow
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_extents
 from ...configs.loader import read_settings
 from ...configs.raw_settings import expand_variables, get_at_path
-from ...nodes.item.prepare import build_messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,9 @@ class PromptRenderer:
 
     def render(self, row: Row) -> list[Message]:
         """Return the messages."""
+        # langgraph is slow to import, and only prompts need it here
+        from ...nodes.item.prepare import build_messages  # noqa: PLC0415
+
         return build_messages(self.system, self.prompt, row, self.system_role)
 
 
