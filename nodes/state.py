@@ -22,8 +22,9 @@ class ItemState(TypedDict, total=False):
         row: Its columns.
         problem: Why no request may be sent for it, or None.
         messages: The conversation so far.
-        reply: The last reply: content, finish_reason, refusal; unless it ended regularly, also its
-            completion_tokens and the max_tokens that were sent, or None where unknown.
+        reply: The last reply: content, finish_reason, refusal; its reasoning, if the server sent it
+            apart; unless it ended regularly, also its completion_tokens and the max_tokens that
+            were sent, or None where unknown.
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.

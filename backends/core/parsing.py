@@ -55,12 +55,27 @@ _MARKUP: Final = ("{", "[", '"', "```", "~~~")
 """Beginnings of a text that is JSON, also in a code fence."""
 
 
-def split_reasoning(text: str) -> tuple[str | None, str]:
-    """Split an answer into its leading ``<think>…</think>``, if there is one, and the rest.
+def split_reasoning(text: str, apart: str | None = None) -> tuple[str | None, str]:
+    """Split an answer into its reasoning, if there is any, and the rest.
 
+    The reasoning is what the server sent apart from the text, else a leading ``<think>…</think>``.
     Some chat templates end with the opening tag, so that the answer begins inside the block: then
     the closing tag must end a line, or precede JSON.
+
+    Args:
+        text: The text of the answer.
+        apart: The reasoning that the server sent apart from it, or None.
     """
+    block, rest = _split_block(text)
+    return (apart.strip() if apart and apart.strip() else block), rest
+
+
+def is_unfinished_reasoning(text: str) -> bool:
+    """Return True if a text is only the beginning of a ``<think>…</think>``."""
+    return _OPEN_THINK.match(text) is not None and _END_THINK.search(text) is None
+
+
+def _split_block(text: str) -> tuple[str | None, str]:
     if "</" not in text or (end := _END_THINK.search(text)) is None:
         return None, text
     head, rest = text[: end.start()], text[end.end() :]

@@ -16,6 +16,9 @@ Message: TypeAlias = dict[str, Any]
 
 Status: TypeAlias = Literal["done", "failed"]
 
+CHAT_URL: Final = "/v1/chat/completions"
+"""The ``url`` of a chat request in OpenAI's batch format."""
+
 SIMULATED_FINGERPRINT: Final = "fanfold-simulated"
 """``system_fingerprint`` of every simulated answer, and ``owned_by`` of every simulated model:
 these two fields identify a simulated fleet, no matter how it was reached."""
@@ -85,6 +88,7 @@ class Reply:
         model: The model's name as the server gave it.
         simulated: Whether a simulated fleet answered.
         cached: Whether it is the answer to an earlier request, at no cost.
+        reasoning: The reasoning that the server sent apart from the text, or None.
     """
 
     content: str
@@ -95,6 +99,7 @@ class Reply:
     model: str
     simulated: bool
     cached: bool = False
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -371,7 +371,25 @@ class ChatFleet(ChatOpenAI):
         if "response_format" in payload and "response_format" not in (self.extra_body or {}):
             first["parsed"] = None
         first["refusal"] = document["choices"][0]["message"].get("refusal")
+        for generation, choice in zip(result.generations, document["choices"], strict=True):
+            if reasoning := choice["message"].get("reasoning"):
+                generation.message.response_metadata["reasoning"] = reasoning
         return result
+
+    def _convert_chunk_to_generation_chunk(
+        self,
+        chunk: dict[str, Any],
+        default_chunk_class: type,
+        base_generation_info: dict[str, Any] | None,
+    ) -> ChatGenerationChunk | None:
+        made = super()._convert_chunk_to_generation_chunk(
+            chunk, default_chunk_class, base_generation_info
+        )
+        choices = chunk.get("choices")
+        if made is not None and choices and (reasoning := choices[0]["delta"].get("reasoning")):
+            # LangChain joins the texts of all chunks
+            made.message.response_metadata["reasoning"] = reasoning
+        return made
 
     async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
         stream = super()._astream(*args, **kwargs)
@@ -488,6 +506,7 @@ def _reply(answer: AIMessage) -> Reply:
         model=about.get("model_name") or "",
         simulated=about.get("system_fingerprint") == SIMULATED_FINGERPRINT,
         cached=about.get("endpoint") is None,
+        reasoning=about.get("reasoning"),
     )
 
 

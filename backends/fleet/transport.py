@@ -292,17 +292,15 @@ def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failu
     """Decode an answer, or return why it is not a completion.
 
     Args:
-        answer: The answer as it came, with any status.
+        answer: The answer as it came, with any status. It may be an event stream, although none was
+            requested.
         endpoint: The endpoint's label.
     """
     if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
         return failures.classify_answer(answer.mask_keys(), endpoint)
-    try:
-        document = parse_json(answer.body)
-    except RecursionError:
-        return failures.classify_too_deep(answer.mask_keys(), endpoint)
-    except ValueError:
-        document = None
+    document = _read_body(answer, endpoint)
+    if isinstance(document, Failure):
+        return document
     problem = _problem(document)
     if problem is None:
         normalize_completion(document)
@@ -316,6 +314,16 @@ def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failu
         error_body = ErrorBody.from_json(parse_json(answer.body))
         return failures.classify_error_body(answer, error_body, _inner_status(error_body), endpoint)
     return failures.classify_bad_reply(answer, problem, endpoint)
+
+
+def _read_body(answer: HTTPAnswer, endpoint: str) -> Any:
+    """Return the JSON document that a body is, or the failure; None if it is neither."""
+    try:
+        return parse_json(answer.body)
+    except RecursionError:
+        return failures.classify_too_deep(answer.mask_keys(), endpoint)
+    except ValueError:
+        return _assemble_stream(answer, endpoint)
 
 
 def _problem(document: Any) -> str | None:
@@ -338,7 +346,8 @@ def normalize_completion(document: dict[str, Any]) -> None:
 
     Servers and proxies may send other types. The answer is paid, so it should count: an invalid
     count is removed, a name that is not text becomes null, choices without a message and malformed
-    tool calls are removed, and content that is not text becomes its JSON text.
+    tool calls are removed, and content that is not text becomes its JSON text. Reasoning that is
+    sent apart from the answer becomes the message's field ``reasoning``.
     """
     _normalize_top(document)
     choices = document["choices"] = [one for one in document["choices"] if _has_message(one)]
@@ -397,12 +406,16 @@ def _normalize_choice(choice: dict[str, Any], message: dict[str, Any]) -> None:
         choice["finish_reason"] = only if isinstance(only, str) else to_json_text(reason)
     if logprobs is not None and not isinstance(logprobs, dict):
         choice["logprobs"] = None
+    thoughts = next((text for name in _REASONING if (text := _read_text(message.get(name)))), "")
     for name in ("content", "refusal"):
         value = message.get(name)
         if value is None or isinstance(value, str):
             continue
         joined = _join_parts(value)
         message[name] = to_json_text(value) if joined is None else joined
+        thoughts = thoughts or _join_thoughts(value)
+    if thoughts or message.get("reasoning") is not None:
+        message["reasoning"] = thoughts or None
     if (audio := message.get("audio")) is not None and not isinstance(audio, dict):
         message["audio"] = None
     for name in ("name", "id"):
@@ -487,6 +500,9 @@ def _normalize_function_part(function: Any) -> dict[str, Any] | None:
     return {**function, "name": name if isinstance(name, str) else None, "arguments": arguments}
 
 
+_REASONING: Final = ("reasoning_content", "reasoning")
+"""Fields of a message in which servers send the reasoning apart from the answer."""
+
 _THOUGHTS: Final = frozenset({"thinking", "redacted_thinking", "reasoning", "thought"})
 """Types of content parts that precede the answer and are not part of it."""
 
@@ -495,19 +511,39 @@ def _join_parts(content: Any) -> str | None:
     """Return the text of a content that is a list of parts, or None for other content."""
     if not isinstance(content, list):
         return None
-    texts = [text for part in content if (text := _read_part(part)) is not None]
-    return "".join(texts) if texts else None
+    texts = [_read_text(part) for part in content if not _is_thought(part)]
+    found = [text for text in texts if text is not None]
+    return "".join(found) if found or not texts else None
 
 
-def _read_part(part: Any) -> str | None:
-    """Return the text of a content part, or None if it has none or is a thought."""
-    if isinstance(part, str):
-        return part
+def _join_thoughts(content: Any) -> str:
+    """Return the text of all thoughts in a content that is a list of parts."""
+    parts = content if isinstance(content, list) else ()
+    return "\n\n".join(
+        text for part in parts if _is_thought(part) and (text := _read_thought(part))
+    )
+
+
+def _is_thought(part: Any) -> bool:
     if not isinstance(part, dict):
-        return None
-    kind, text = part.get("type"), part.get("text")
-    if (isinstance(kind, str) and kind in _THOUGHTS) or part.get("thought") is True:
-        return None
+        return False
+    kind = part.get("type")
+    return (isinstance(kind, str) and kind in _THOUGHTS) or part.get("thought") is True
+
+
+def _read_thought(part: Mapping[str, Any]) -> str:
+    """Return the text of a thought; servers name its field in several ways."""
+    for name in ("thinking", "reasoning", "text", "summary", "content"):
+        value = part.get(name)
+        texts = map(_read_text, value) if isinstance(value, list) else [_read_text(value)]
+        if found := "\n".join(text for text in texts if text):
+            return found
+    return ""
+
+
+def _read_text(part: Any) -> str | None:
+    """Return the text of a content part, or None if it has none."""
+    text = part.get("text") if isinstance(part, dict) else part
     if isinstance(text, dict):
         text = text.get("value")
     return text if isinstance(text, str) else None
@@ -601,11 +637,13 @@ def make_reply(document: dict[str, Any], endpoint: str) -> Reply:
         endpoint=endpoint,
         model=document.get("model") or "",
         simulated=is_simulated(document),
+        reasoning=message.get("reasoning"),
     )
 
 
 _DATA: Final = b"data:"
 _DONE: Final = b"data: [DONE]"
+"""The event that ends a stream; some servers write it without the space."""
 _MARK: Final = b"\xef\xbb\xbf"
 """A byte order mark, which may precede the first line."""
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
@@ -654,6 +692,7 @@ class OpenStream:
         hooks: StreamHooks,
     ) -> None:
         self._reader, self._response = reader, reader.response
+        self._answer = _bare_answer(reader.response)
         self._head = head
         self._endpoint = endpoint
         self._silence_s = silence_s
@@ -679,9 +718,9 @@ class OpenStream:
         another endpoint.
         """
         response = reader.response
+        answer = _bare_answer(response)
         if response.status != _OK:
-            sent = response.request_info.headers
-            raw = HTTPAnswer(response.status, response.headers, await reader.read(), sent)
+            raw = answer.replace_body(response.status, await reader.read())
             return failures.classify_answer(raw.mask_keys(), endpoint)
         head: list[bytes] = []
         started = False
@@ -694,7 +733,7 @@ class OpenStream:
             head.append(line)
             try:
                 chunk = _decode(line) if line.startswith(_DATA) else None
-                failure = _error_event(chunk, line, response, endpoint)
+                failure = _error_event(chunk, line, answer, endpoint)
             except ValueError:
                 chunk, failure = None, failures.classify_bad_event(endpoint)
             if failure is not None:
@@ -705,27 +744,23 @@ class OpenStream:
                 stream = cls(reader, head, endpoint, silence_s, hooks)
                 stream.is_empty = not has_content and reason == "stop"
                 return stream
-            if line.startswith(_DONE):
+            if _is_done(line):
                 break
         if started:
             response.close()
             return failures.classify_early_end(endpoint)
-        raw = HTTPAnswer(response.status, response.headers, b"")
-        return failures.classify_bad_reply(raw, "the stream is empty", endpoint)
+        return failures.classify_bad_reply(answer, "the stream is empty", endpoint)
 
     @classmethod
     async def _from_document(
         cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, hooks: StreamHooks
     ) -> OpenStream | Failure:
         """Treat a body that is not an event stream as the whole answer, or return the failure."""
-        response = reader.response
         lines = [first]
         while line := await reader.read_line():
             lines.append(line)
-        raw = HTTPAnswer(
-            response.status, response.headers, b"".join(lines), response.request_info.headers
-        )
-        document = read_completion(raw, endpoint)
+        answer = _bare_answer(reader.response)
+        document = read_completion(answer.replace_body(answer.status, b"".join(lines)), endpoint)
         if isinstance(document, Failure):
             return document
         events = [_event(chunk) for chunk in _chunks_of(document)]
@@ -795,8 +830,10 @@ class OpenStream:
 
     def _process_line(self, line: bytes) -> bytes:
         """Record model, fingerprint, usage and the end; return the line's event."""
-        if line.startswith(_DONE):
-            # Readers stop here, so a missing part must be reported here.
+        if _is_done(line):
+            # Readers stop here, so a missing part must be reported here. Content has come, and the
+            # server says that it has sent all: it names no finish reason.
+            self._collected["finished"] = True
             self._check_end()
             return _DONE + b"\n\n"
         if line.startswith(_DATA):
@@ -810,7 +847,7 @@ class OpenStream:
             for key in ("model", "system_fingerprint", "usage"):
                 if chunk.get(key):
                     self._collected[key] = chunk[key]
-            if failure := _error_event(chunk, line, self._response, self._endpoint):
+            if failure := _error_event(chunk, line, self._answer, self._endpoint):
                 self._failure = failure
                 if isinstance(answer := failure.error.__cause__, HTTPAnswer):
                     chunk = _decode(_DATA + answer.body) or chunk  # without the key
@@ -892,6 +929,15 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return document
 
 
+def _is_done(line: bytes) -> bool:
+    return line.startswith(_DATA) and line[len(_DATA) :].strip() == b"[DONE]"
+
+
+def _bare_answer(response: aiohttp.ClientResponse) -> HTTPAnswer:
+    """Return an answer without its body, which is read apart."""
+    return HTTPAnswer(response.status, response.headers, b"", response.request_info.headers)
+
+
 def _is_whole(choices: Sequence[Any]) -> bool:
     """Return True if an event holds the whole message in place of a part of it."""
     first = next((one for one in choices if isinstance(one, dict)), {})
@@ -916,21 +962,156 @@ def _reason(chunk: Mapping[str, Any] | None) -> Any:
 
 
 def _error_event(
-    document: dict[str, Any] | None, line: bytes, response: aiohttp.ClientResponse, endpoint: str
+    document: dict[str, Any] | None, line: bytes, answer: HTTPAnswer, endpoint: str
 ) -> Failure | None:
+    """Return the failure that an event of an answer reports, or None."""
     if document is None:
         return None
+    body = line[len(_DATA) :].strip()
     if document.get("id") == GATEWAY_ERROR_ID:
-        return failures.classify_abort(_line_answer(line, _OK, response), endpoint)
+        return failures.classify_abort(answer.replace_body(_OK, body).mask_keys(), endpoint)
     if not (document.get("error") or document.get("object") == "error"):
         return None
-    raw = _line_answer(line, 500, response)
+    raw = answer.replace_body(500, body).mask_keys()
     error_body = ErrorBody.from_json(parse_json(raw.body))
     raw.status = _inner_status(error_body)
     return failures.classify_error_body(raw, error_body, raw.status, endpoint)
 
 
-def _line_answer(line: bytes, status: int, response: aiohttp.ClientResponse) -> HTTPAnswer:
-    """Return an event in the form of an HTTP answer, without the request's keys."""
-    body = line[len(_DATA) :].strip()
-    return HTTPAnswer(status, response.headers, body, response.request_info.headers).mask_keys()
+def _assemble_stream(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failure | None:
+    """Return the completion whose parts an event stream has, or why there is none.
+
+    Returns:
+        None if the body is not an event stream.
+    """
+    lines = answer.body.removeprefix(_MARK).splitlines()
+    first = next((line for line in lines if line.strip()), b"")
+    if not first.startswith(_FIELDS):
+        return None
+    parts = _StreamParts()
+    for line in lines:
+        if _is_done(line):
+            parts.is_done = True
+            break
+        if not line.startswith(_DATA):
+            continue
+        try:
+            chunk = _decode(line)
+            failure = _error_event(chunk, line, answer, endpoint)
+        except ValueError:
+            problem = "the answer is a stream, and one of its events is not JSON"
+            return failures.classify_bad_reply(answer.mask_keys(), problem, endpoint)
+        if failure is not None:
+            return failure
+        if chunk is not None:
+            parts.add(chunk)
+    if not parts.choices:
+        problem = "the answer is a stream without an answer"
+        return failures.classify_bad_reply(answer.mask_keys(), problem, endpoint)
+    return parts.join() if parts.has_ended else failures.classify_early_end(endpoint)
+
+
+class _StreamParts:
+    """The parts of a completion that was sent as an event stream.
+
+    Attributes:
+        choices: The choices by their index.
+        is_done: Whether the event came that ends a stream.
+    """
+
+    def __init__(self) -> None:
+        self._top: dict[str, Any] = {}
+        self.choices: dict[int, _ChoiceParts] = {}
+        self.is_done = False
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Add one event, normalized."""
+        self._top |= {name: value for name, value in chunk.items() if value is not None}
+        for choice in chunk.get("choices") or ():
+            index = choice.get("index")
+            key = index if type(index) is int else 0
+            self.choices.setdefault(key, _ChoiceParts()).add(choice)
+
+    @property
+    def has_ended(self) -> bool:
+        """Return True if no part is missing."""
+        return self.is_done or all(one.reason is not None for one in self.choices.values())
+
+    def join(self) -> dict[str, Any]:
+        """Return the completion."""
+        choices = [{"index": key, **one.join()} for key, one in sorted(self.choices.items())]
+        return {**self._top, "object": "chat.completion", "choices": choices}
+
+
+class _ChoiceParts:
+    """The parts of one choice.
+
+    Attributes:
+        reason: Its finish reason, once it has come.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._message: dict[str, Any] = {"role": "assistant", "content": None}
+        self._texts = dict[str, list[str]]()
+        self._calls = dict[int, _CallParts]()
+        self._function: _CallParts | None = None
+        self._logprobs = dict[str, list[Any]]()
+
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """Add what one event has of the choice: a part of the message, or the whole message."""
+        self.reason = choice.get("finish_reason") or self.reason
+        for name, values in (choice.get("logprobs") or {}).items():
+            if isinstance(values, list):
+                self._logprobs.setdefault(name, []).extend(values)
+        if isinstance(message := choice.get("message"), dict):
+            self._message = message
+            return
+        delta = choice["delta"]
+        for name in ("content", "refusal", "reasoning"):
+            if text := delta.get(name):
+                self._texts.setdefault(name, []).append(text)
+        for call in delta.get("tool_calls") or ():
+            self._calls.setdefault(call["index"], _CallParts()).add(call["function"], call["id"])
+        if function := delta.get("function_call"):
+            self._function = self._function or _CallParts()
+            self._function.add(function)
+
+    def join(self) -> dict[str, Any]:
+        """Return message, finish reason and log probabilities."""
+        message = dict(self._message)
+        for name, texts in self._texts.items():
+            message[name] = message.get(name) or "".join(texts)
+        if self._calls:
+            calls = [
+                {"id": call.id, "type": "function", "function": call.join()}
+                for _, call in sorted(self._calls.items())
+            ]
+            message["tool_calls"] = message.get("tool_calls") or calls
+        if self._function is not None:
+            message["function_call"] = message.get("function_call") or self._function.join()
+        logprobs = self._logprobs or None
+        return {"message": message, "finish_reason": self.reason, "logprobs": logprobs}
+
+
+class _CallParts:
+    """The parts of one call of a tool.
+
+    Attributes:
+        id: Its id, or None.
+    """
+
+    def __init__(self) -> None:
+        self.id: str | None = None
+        self._name: str | None = None
+        self._arguments: list[str] = []
+
+    def add(self, function: Mapping[str, Any], name: str | None = None) -> None:
+        """Add a part of the function's name and arguments, and the id of the call."""
+        self.id = self.id or name
+        self._name = self._name or function.get("name")
+        self._arguments.append(function.get("arguments") or "")
+
+    def join(self) -> dict[str, Any]:
+        """Return the name and the arguments of the function."""
+        return {"name": self._name, "arguments": "".join(self._arguments)}

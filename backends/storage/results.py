@@ -279,6 +279,12 @@ def _weight(value: Json) -> int:
     return len(value if isinstance(value, str) else orjson.dumps(value))
 
 
+_PROMPT: Final = CellType(
+    "list",
+    (("element", CellType("struct", (("role", FREE_TEXT), ("content", FREE_TEXT)))),),
+)
+
+
 def _columns(batch: list[ResultRow], table: pa.Schema, layout: ResultLayout) -> pa.RecordBatch:
     columns: dict[str, Any] = {
         name: [record.get(name) for record in batch] for name in (*layout.head, *layout.tail)
@@ -288,6 +294,8 @@ def _columns(batch: list[ResultRow], table: pa.Schema, layout: ResultLayout) -> 
     columns[UNFIT_COLUMN] = [None] * len(batch)
     for row in unfit:
         columns[UNFIT_COLUMN][row] = to_compact_json(outputs[row])
+    if "prompt" in columns:
+        columns["prompt"], _ = fit_column(_PROMPT, columns["prompt"])
     inputs = [record.get(INPUT_ROW) or {} for record in batch]
     arrays = {column.name: _input_array(inputs, column) for column in layout.inputs}
     arrays["finished_at"] = _times(batch)

@@ -10,7 +10,7 @@ from itertools import tee
 from typing import Any
 
 from ...backends.core.templates import Template
-from ...backends.core.types import Json, Message, Row
+from ...backends.core.types import Json, Row
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import RunIds
@@ -27,16 +27,21 @@ class PromptRenderer:
 
     Attributes:
         system: The system text, or ``""``.
-        prompt: The template of the question.
+        prompt: The template of the question; None if the items are requests themselves.
         system_role: Role of the system text.
     """
 
     system: str
-    prompt: Template
+    prompt: Template | None
     system_role: str
 
-    def render(self, row: Row) -> list[Message]:
-        """Return the messages."""
+    def render(self, record: Mapping[str, Any], row: Row) -> Json:
+        """Return the messages, or None if the item failed before they were rendered."""
+        if self.prompt is None:
+            body = row.get("body")
+            return body.get("messages") if isinstance(body, dict) else None
+        if record.get("question") is None:
+            return None
         # langgraph is slow to import, and only prompts need it here
         from ...nodes.item.prepare import build_messages  # noqa: PLC0415
 
@@ -74,9 +79,8 @@ class ResultSource:
         rows = self.store.iter_rows(record["index"] for record in ahead)
         for record, (row, size) in zip(records, rows, strict=True):
             record |= {INPUT_ROW: row, ROW_BYTES: size}
-            # An item without a question failed before its messages were rendered.
-            if self.prompts is not None and record.get("question") is not None:
-                record["prompt"] = self.prompts.render(row)
+            if self.prompts is not None:
+                record["prompt"] = self.prompts.render(record, row)
             yield record
 
 
@@ -125,5 +129,7 @@ def open_result_source(folder: RunFolder, optional: Collection[str] = ()) -> Ite
 def _read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:
     given = {name: get_at_path(settings, ("task", name)) or "" for name in ("system", "prompt")}
     texts = expand_variables(given, os.environ, source, "task")
+    is_request = get_at_path(settings, ("input", "format")) == "openai_batch"
     role = get_at_path(settings, ("model", "system_role")) or "system"
-    return PromptRenderer(texts["system"], Template.parse(texts["prompt"]), role)
+    prompt = None if is_request else Template.parse(texts["prompt"])
+    return PromptRenderer(texts["system"], prompt, role)

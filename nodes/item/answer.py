@@ -15,7 +15,7 @@ from ...backends.core.errors import (
     RefusedAnswerError,
     TruncatedAnswerError,
 )
-from ...backends.core.parsing import classify_finish, parse_answer
+from ...backends.core.parsing import classify_finish, is_unfinished_reasoning, parse_answer
 from ...backends.core.schemas import open_validator
 from ...backends.core.types import Json
 from ...backends.core.values import MAX_DEPTH, is_too_deep, to_json_text
@@ -37,7 +37,9 @@ class AnswerCheck:
         self._validator = None if schema is None else open_validator(schema)
         self._max_tokens = max_tokens
 
-    def check_finish(self, content: str, reply: Mapping[str, Any]) -> str:
+    def check_finish(
+        self, content: str, reply: Mapping[str, Any], *, has_reasoning: bool = False
+    ) -> str:
         """Return the text of a reply, unless it was refused, cut or is empty.
 
         A missing or unknown finish reason is ignored.
@@ -45,6 +47,7 @@ class AnswerCheck:
         Args:
             content: The text without its reasoning.
             reply: The reply, as in an item's state.
+            has_reasoning: Whether there is reasoning before the text.
 
         Raises:
             RefusedAnswerError: The model or a filter refused.
@@ -56,24 +59,32 @@ class AnswerCheck:
             text = f"the model refused: {refusal[:_SHOWN_TEXT]}"
             raise RefusedAnswerError(text, content or refusal)
         if reply["finish_reason"] != "stop":
-            self._check_reason(content, reply)
+            is_thought = has_reasoning and not content.strip()
+            is_thought = is_thought or is_unfinished_reasoning(content)
+            self._check_reason(content, reply, only_reasoning=is_thought)
         if not content.strip():
             msg = "the answer is empty (a reasoning model may need a larger model.max_tokens)"
             raise EmptyAnswerError(msg, content)
         return content
 
-    def _check_reason(self, content: str, reply: Mapping[str, Any]) -> None:
+    def _check_reason(
+        self, content: str, reply: Mapping[str, Any], *, only_reasoning: bool
+    ) -> None:
         stop = classify_finish(reply["finish_reason"])
         if stop == "withheld":
             raise RefusedAnswerError("a content filter withheld the answer", content)
         if stop == "cut":
-            raise TruncatedAnswerError(self._explain_cut(reply), content)
+            raise TruncatedAnswerError(self._explain_cut(reply, only_reasoning), content)
         if stop == "looped" and self._validator is None:
             msg = f"the model stopped for the reason {reply['finish_reason']!r}"
             raise AnswerError(msg, content)
 
-    def _explain_cut(self, reply: Mapping[str, Any]) -> str:
+    def _explain_cut(self, reply: Mapping[str, Any], only_reasoning: bool) -> str:
         """Return why an answer was cut: by the limit that was sent, or by a full context."""
+        limit = self._explain_limit(reply)
+        return f"all tokens went into the model's reasoning: {limit}" if only_reasoning else limit
+
+    def _explain_limit(self, reply: Mapping[str, Any]) -> str:
         used, sent = reply.get("completion_tokens"), reply.get("max_tokens") or self._max_tokens
         if used is not None and used < sent:
             return (

@@ -28,6 +28,8 @@ async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
         "finish_reason": reply.finish_reason,
         "refusal": reply.refusal,
     }
+    if reply.reasoning:
+        said["reasoning"] = reply.reasoning
     if reply.finish_reason != "stop":  # why it was cut
         said["completion_tokens"] = reply.usage.completion
         said["max_tokens"] = calls.max_tokens if calls is not None else None

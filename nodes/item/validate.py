@@ -14,12 +14,12 @@ from .prepare import make_item_error
 async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     """Check the reply against the schema; send an invalid one back while repairs remain."""
     context, reply = runtime.context, state["reply"]
-    reasoning, content = split_reasoning(reply["content"])
+    reasoning, content = split_reasoning(reply["content"], reply.get("reasoning"))
     found: ItemState = {}
     if reasoning is not None or state["repairs"]:  # that of an earlier answer must not stay
         found["reasoning"] = reasoning
     try:
-        text = context.answer_check.check_finish(content, reply)
+        text = context.answer_check.check_finish(content, reply, has_reasoning=bool(reasoning))
         found["output"] = context.answer_check.check_value(text)
         found["raw"] = text
     except InvalidAnswerError as error:

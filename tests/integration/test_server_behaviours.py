@@ -129,16 +129,51 @@ async def run_items(config: dict[str, Any], home: Path) -> tuple[RunFolder, list
         return folder, list(journal.read_records())
 
 
+def stream(*deltas: Any, end: bytes = b"data: [DONE]\n\n") -> Behaviour:
+    """Return a server that streams without being asked to."""
+    events = [
+        {"id": "c", "model": "m", "choices": [{"index": 0, **choice}]}
+        for choice in [*({"delta": delta} for delta in deltas), {"finish_reason": "stop"}]
+    ]
+    events.append({"choices": [], "usage": completion()["usage"]})
+    body = b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in events) + end
+    return lambda _: web.Response(body=body, content_type="text/event-stream")
+
+
+THOUGHT = "Let me see {a: 1}."
 KEPT: dict[str, Behaviour] = {
     "plain": reply(),
+    "reasoning apart": reply(reasoning_content=f"\n{THOUGHT}\n"),
+    "reasoning under its new name": reply(reasoning=THOUGHT),
+    "reasoning under both names": reply(reasoning=THOUGHT, reasoning_content=THOUGHT),
+    "reasoning apart and in the text": reply(
+        f"<think>{THOUGHT}</think>{GOOD}", reasoning_content=THOUGHT
+    ),
+    "reasoning that is blank": reply(f"<think>{THOUGHT}</think>{GOOD}", reasoning_content=" "),
+    "reasoning as a part": reply(
+        [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": GOOD}]
+    ),
+    "reasoning as a part of parts": reply(
+        [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}, {"text": GOOD}]
+    ),
+    "reasoning as a part with a summary": reply(
+        [{"type": "reasoning", "summary": [{"text": THOUGHT}]}, {"type": "text", "text": GOOD}]
+    ),
+    "reasoning as a marked part": reply([{"thought": True, "text": THOUGHT}, {"text": GOOD}]),
+    "a stream": stream({"role": "assistant"}, {"content": GOOD[:9]}, {"content": GOOD[9:]}),
+    "a stream without its last line": stream({"content": GOOD}, end=b""),
+    "reasoning in a stream": stream(
+        {"reasoning_content": THOUGHT[:5]}, {"reasoning_content": THOUGHT[5:]}, {"content": GOOD}
+    ),
+    "an object as reasoning": reply(reasoning={"effort": "low"}),
     "reasoning": reply(f"<think>\nLet me see {{a: 1}}.\n</think>\n\n{GOOD}"),
     "reasoning without its beginning": reply(f"Let me see {{a: 1}}.\n</think>\n\n{GOOD}"),
     "text around a fence": reply(f"Here is the JSON:\n```json\n{GOOD}\n```\nHope that helps!"),
     "fence on one line": reply(f"```json {GOOD} ```"),
     "fence in capitals": reply(f"```JSON\n{GOOD}\n```"),
-    "parts": reply([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": GOOD}]),
+    "parts": reply([{"type": "text", "text": GOOD}]),
     "parts that split the text": reply([{"text": GOOD[:5]}, {"text": GOOD[5:]}]),
-    "parts with a thought": reply([{"type": "reasoning", "text": "hm"}, {"text": GOOD}]),
+    "parts with a hidden thought": reply([{"type": "redacted_thinking", "data": "x"}, GOOD]),
     "parts of an odd type": reply([{"type": ["x"], "text": GOOD}, {"type": {}, "x": 1}]),
     "other name of the end": reply(finish="eos_token"),
     "end in capitals": reply(finish="STOP"),
@@ -150,7 +185,7 @@ KEPT: dict[str, Behaviour] = {
     "byte order mark": reply(f"\ufeff{GOOD}"),
     "half a pair": reply('{"score": 0.5, "why": "\\ud83d"}'),
     "infinity outside": raw('"logprobs":null', '"logprobs":{"content":[{"logprob":-Infinity}]}'),
-    "half a pair outside": raw('"role"', '"reasoning_content":"\\ud83d","role"'),
+    "half a pair outside": raw('"role"', '"x":"\\ud83d","role"'),
     "model is an object": raw('"model":"m"', '"model":{"id":5}'),
     "64 bits": raw('"prompt_tokens":11', f'"prompt_tokens":{2**64 - 1}'),
     "negative": raw('"prompt_tokens":11', '"prompt_tokens":-1'),
@@ -177,7 +212,7 @@ async def test_good_answers_are_kept_and_paid_once(tmp_path: Path, name: str) ->
     assert [(r["status"], r["repairs"], r["output"]["score"]) for r in records] == [
         ("done", 0, 0.5)
     ] * len(ITEMS)
-    wanted = "Let me see {a: 1}." if name.startswith("reasoning") else None
+    wanted = THOUGHT if name.startswith("reasoning") else None
     assert [record.get("reasoning") for record in records] == [wanted] * len(ITEMS)
     assert pq.read_table(folder.results)["reasoning"].to_pylist() == [wanted] * len(ITEMS)
 
@@ -199,6 +234,9 @@ INVALID: dict[str, tuple[Behaviour, str]] = {
     "deeper": (reply('{"score": 0.5, "d": ' + "[" * 900 + "]" * 900 + "}"), "InvalidAnswerError"),
     "deepest": (reply("[" * 50_000), "InvalidAnswerError"),
     "reasoning alone": (reply("<think>so\n</think>\n"), "EmptyAnswerError"),
+    "reasoning apart alone": (reply("", reasoning_content="so"), "EmptyAnswerError"),
+    "thoughts alone": (reply([{"type": "thinking", "thinking": "so"}]), "EmptyAnswerError"),
+    "no parts": (reply([]), "EmptyAnswerError"),
     "cut under another name": (reply(GOOD, "MAX_TOKENS"), "TruncatedAnswerError"),
     "withheld under another name": (reply(GOOD, "SAFETY"), "RefusedAnswerError"),
 }
@@ -211,6 +249,30 @@ async def test_no_exception_of_python_is_an_error_of_an_item(tmp_path: Path, nam
         config = settings(server.address(name), tmp_path)
         _, records = await run_items(config, tmp_path)
     assert [record["error_class"] for record in records] == [error] * len(ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reasoning"),
+    [
+        (reply("", "length", reasoning_content="so"), "so"),
+        (reply(None, "length", reasoning="so"), "so"),
+        (reply([{"type": "thinking", "thinking": "so"}], "length"), "so"),
+        (reply("<think>so", "length"), None),
+        (reply("<think>so</think>", "length"), "so"),
+    ],
+)
+async def test_an_answer_that_is_cut_in_its_reasoning_says_so(
+    tmp_path: Path, behaviour: Behaviour, reasoning: str | None
+) -> None:
+    async with Server({"cut": behaviour}).open() as server:
+        config = settings(server.address("cut"), tmp_path, model={"max_tokens": 7})
+        _, records = await run_items(config, tmp_path)
+    wanted = "all tokens went into the model's reasoning: the answer was cut at 7 tokens"
+    for record in records:
+        assert record["error_class"] == "TruncatedAnswerError"
+        assert record["error"].startswith(wanted)
+        assert record.get("reasoning") == reasoning
+        assert record["repairs"] == 0
 
 
 def refusal(status: int, message: Any, **fields: Any) -> web.Response:
@@ -288,9 +350,19 @@ async def test_a_refused_field_stops_the_run_and_names_the_setting(
     }
     async with Server({name: behaviour}).open() as server:
         config = settings(server.address(name), tmp_path, **sections)
-        with pytest.raises(ConfigurationError, match=advice):
+        with pytest.raises(ConfigurationError, match=advice) as caught:
             await run_items(config, tmp_path)
         folder = open_folder(tmp_path / "run")
+        changed = load_config(
+            config | {name: config.get(name, {}) | values for name, values in changes.items()}
+        )
+        if "start a new run" in caught.value.message:  # the message is right about what helps
+            with pytest.raises(ConfigurationError, match="use a new run folder"):
+                await resume_run(folder, changed)
+        else:
+            assert "can be resumed with it: fanfold resume DIR --set" in caught.value.message
+            await resume_run(folder, changed)
+            await resume_run(folder, load_config(config))
         with pytest.raises(ConfigurationError, match=advice):
             await execute_run(
                 await resume_run(folder, None), RunOptions(quiet=True), Console(quiet=True)

@@ -132,3 +132,28 @@ def test_a_folder_of_texts(shell: Shell) -> None:
         "file": "b.txt",
         "text": "\n".join(["The text of b."] * 3),
     }
+
+
+def test_the_messages_of_a_batch_file(shell: Shell) -> None:
+    parts = [{"type": "text", "text": "Say two"}]
+    requests = [
+        {
+            "custom_id": f"r{n}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": content}]},
+        }
+        for n, content in enumerate(["Say one", parts])
+    ]
+    Path("in.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in requests))
+    shell.write(input={"path": "in.jsonl", "format": "openai_batch"}, task=None, reduce=None)
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    assert [row["prompt"][0]["content"] for row in lines(shell, "--prompt")] == ["Say one", parts]
+    assert shell("results", "r", "-o", "x.parquet", "--prompt").code == 0
+    table = pq.read_table("x.parquet")
+    prompts: list[Any] = table.column("prompt").to_pylist()
+    assert [prompt[0]["content"] for prompt in prompts] == [
+        "Say one",
+        json.dumps(parts, separators=(",", ":")),
+    ]
+    assert table.column("custom_id").to_pylist() == ["r0", "r1"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from langchain_core.callbacks import AsyncCallbackHandler
@@ -49,6 +50,7 @@ PARTS = [chunk({"content": GOOD[:4]}), chunk({"content": GOOD[4:]})]
 END = chunk({}, "stop")
 USAGE = chunk({}) | {"choices": [], "usage": completion()["usage"]}
 EMPTY = completion("")
+THOUGHTS = ["Is it", " {gold}", "?"]
 
 STREAMS: dict[str, tuple[str, str]] = {
     "as it should be": (events(ROLE, *PARTS, END, USAGE), SSE),
@@ -75,6 +77,34 @@ STREAMS: dict[str, tuple[str, str]] = {
     "empty lines": (events(ROLE, *PARTS, END).replace("data: {", "id: 1\n\n\n\ndata: {"), SSE),
     "a mark before all": ("\ufeff" + events(ROLE, *PARTS, END), SSE),
     "whole, after a mark": ("\ufeff" + orjson.dumps(completion()).decode(), "application/json"),
+    "no reason, end without space": (
+        events(ROLE, *PARTS).replace("data: [DONE]", "data:[DONE]"),
+        SSE,
+    ),
+    "reasoning apart": (
+        events(ROLE, *[chunk({"reasoning_content": text}) for text in THOUGHTS], *PARTS, END),
+        SSE,
+    ),
+    "reasoning under its new name": (
+        events(ROLE, *[chunk({"reasoning": text}) for text in THOUGHTS], *PARTS, END),
+        SSE,
+    ),
+    "reasoning in parts": (
+        events(
+            ROLE,
+            *[chunk({"content": [{"type": "thinking", "thinking": text}]}) for text in THOUGHTS],
+            *PARTS,
+            END,
+        ),
+        SSE,
+    ),
+    "reasoning in the text": (
+        events(ROLE, chunk({"content": "<think>"}), chunk({"content": "".join(THOUGHTS)})).replace(
+            "data: [DONE]\n\n", ""
+        )
+        + events(chunk({"content": "</think>\n"}), *PARTS, END),
+        SSE,
+    ),
     "the end told twice": (events(ROLE, *PARTS, END, END, USAGE), SSE),
 }
 
@@ -130,14 +160,23 @@ STREAMS |= {
 class Server:
     """Answers a plain request well; a stream as it is told.
 
+    Args:
+        stream: Returns the body of a stream and its type.
+        reason: The finish reason of plain answers.
+        always: Whether plain requests get a stream too.
+
     Attributes:
         asked: Requests by the item's text and whether a stream was asked for.
     """
 
     def __init__(
-        self, stream: Callable[[str, int], tuple[str, str]], reason: str | None = "stop"
+        self,
+        stream: Callable[[str, int], tuple[str, str]],
+        reason: str | None = "stop",
+        *,
+        always: bool = False,
     ) -> None:
-        self._stream, self._reason = stream, reason
+        self._stream, self._reason, self._always = stream, reason, always
         self.asked: Counter[tuple[str, bool]] = Counter()
         self.first: Counter[str] = Counter()
 
@@ -149,7 +188,7 @@ class Server:
         number = self.first[item]
         if item == "refused":
             return web.json_response({"error": {"message": "no"}}, status=400)
-        if not streamed:
+        if not streamed and not self._always:
             whole = EMPTY if "empty" in item and number == 1 else completion(finish=self._reason)
             if "cut" in item and number == 1:
                 return await _cut(request, orjson.dumps(whole).decode()[:-5], "application/json")
@@ -266,14 +305,43 @@ ITEMS = ["one", "two", "refused", "three"]
 
 @pytest.mark.parametrize("kind", list(STREAMS))
 async def test_a_server_of_any_kind(kind: str) -> None:
-    reason = None if kind == "no reason for the end" else "stop"
+    reason = None if kind.startswith("no reason") else "stop"
     plain = await result(Server(lambda *_: STREAMS[kind], reason), invoked, ITEMS)
     assert ends(plain) == (3, 1)
     server = Server(lambda *_: STREAMS[kind], reason)
     assert await result(server, streamed("messages"), ITEMS) == plain
     assert server.asked["one", True] == 1
-    if reason:  # else the stream counts as cut, and the item is asked again as a whole
-        assert set(server.asked.values()) == {1}
+    assert set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("kind", list(STREAMS))
+@pytest.mark.parametrize("watch", [invoked, streamed("messages")], ids=["plain", "streamed"])
+async def test_a_server_that_always_streams(kind: str, watch: Any) -> None:
+    wanted = await result(Server(lambda *_: ("", SSE)), invoked, ITEMS)
+    server = Server(lambda *_: STREAMS[kind], always=True)
+    async with serving(server) as url:
+        state = await watch(graph_over(url), {"items": [{"x": item} for item in ITEMS]})
+    assert tuple(state["aggregate"]) == wanted
+    assert set(server.asked.values()) == {1}
+    rows = pq.read_table(state["results"]["table"]).to_pylist()
+    thoughts = "".join(THOUGHTS) if kind.startswith("reasoning") else None
+    assert [row["reasoning"] for row in rows] == [thoughts, thoughts, None, thoughts]
+    assert {row["prompt_tokens"] for row in rows} <= {3, None}
+
+
+@pytest.mark.parametrize("watch", [invoked, streamed("messages")], ids=["plain", "streamed"])
+async def test_a_stream_without_an_end_is_cut(watch: Any) -> None:
+    server = Server(
+        lambda _, number: (
+            (events(ROLE, *PARTS[:1], done=False), SSE)
+            if number == 1
+            else STREAMS["as it should be"]
+        ),
+        always=True,
+    )
+    _, counts = await result(server, watch, ["one", "two"])
+    assert (counts["done"], counts["failed"]) == (2, 0)
+    assert server.first == {"one": 2, "two": 2}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ SCHEMA = {
 )
 def test_leading_reasoning_is_split_off(text: str, reasoning: str | None, answer: str) -> None:
     assert split_reasoning(text) == (reasoning, answer)
+    assert split_reasoning(text, " ") == (reasoning, answer)
+    assert split_reasoning(text, " so\n") == ("so", answer)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,27 @@ def test_an_unknown_end_is_ignored_and_a_cut_one_is_not() -> None:
     assert check.check_finish(GOOD, reply("repetition")) == GOOD  # whole if it is valid
     with pytest.raises(TruncatedAnswerError):
         check.check_finish(GOOD, reply("MAX_TOKENS"))
+
+
+@pytest.mark.parametrize(
+    ("content", "has_reasoning", "is_spent"),
+    [
+        ("", True, True),
+        (" \n", True, True),
+        ("<think>so", False, True),
+        (" <THINK>\nso", False, True),
+        ("", False, False),
+        ("begun", True, False),
+        ("begun", False, False),
+        ("<think>so</think> begun", False, False),
+    ],
+)
+def test_a_cut_answer_says_if_it_is_reasoning_only(
+    content: str, has_reasoning: bool, is_spent: bool
+) -> None:
+    with pytest.raises(TruncatedAnswerError) as caught:
+        AnswerCheck(None, 64).check_finish(content, reply("length"), has_reasoning=has_reasoning)
+    assert caught.value.message.startswith("all tokens went into the model's reason") is is_spent
 
 
 @pytest.mark.parametrize(
