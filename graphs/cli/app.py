@@ -134,7 +134,7 @@ def batch(  # noqa: PLR0913 - typer wants one parameter per option
         typer.Option(
             "--endpoints",
             metavar="URLS|FILE|simulated|auto",
-            help="Endpoints that serve the model; may be repeated.",
+            help="Endpoints that serve the model; URLs may be repeated.",
         ),
     ] = None,
     config: Annotated[
