@@ -50,7 +50,7 @@ from ...configs.prices import find_provider_name
 from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting
+from .prepare import check_endpoints, check_input_setting, check_reduce
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -244,6 +244,7 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
+        check_reduce(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     plan = make_run_plan(
