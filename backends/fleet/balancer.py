@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Final
 from ..core.protocols import CallLog
 from .endpoint import BreakerState, Endpoint
 from .policy import AffinityPolicy
+from .rate_limit import Quota
 
 _STALE: Final = 8
 """Entries per endpoint in the heap above which outdated ones are removed."""
@@ -41,13 +43,14 @@ class LoadBalancer:
         endpoints: All members.
         streams: Limit of requests in flight over all endpoints; a call that uses its item's slot is
             not counted.
-        on_quota: Called with an endpoint that has its own quota, and a request's tokens, when it is
-            acquired.
+        on_quota: Called if a call waits for a quota, with the seconds after which ``retry_quotas``
+            must be called.
         on_starved: Called when a call must wait although ``streams`` would allow it.
         slack: A preferred endpoint is passed over if its expected time to an answer is more than
             this factor above the best one's.
 
     Attributes:
+        quota: The quota of the whole process, or None.
         in_flight: Requests in flight.
         alive: Endpoints that are in use.
         long_resting: Endpoints that rest for so long that another endpoint is the better choice.
@@ -57,10 +60,12 @@ class LoadBalancer:
         self,
         endpoints: Sequence[Endpoint],
         streams: int,
-        on_quota: Callable[[Endpoint, int], None],
+        on_quota: Callable[[float], None],
         on_starved: Callable[[], None],
         slack: float = 2.0,
     ) -> None:
+        self.quota: Quota | None = None
+        self._over_quota: set[Endpoint] = set()
         self._streams = streams
         self._slack = slack
         self._on_quota = on_quota
@@ -130,16 +135,16 @@ class LoadBalancer:
         Args:
             avoid: Endpoints to pass over while any other is alive.
             prefer: An endpoint to acquire if it is free and not much busier than the best.
-            tokens: The request's tokens, for endpoints with their own quota.
+            tokens: The request's tokens at most, for quotas.
             item: The item that the request belongs to, if any.
             unfit: Those of ``avoid`` that cannot serve the request at all.
         """
         if item is not None and item.in_flight and item.stalled:
-            endpoint = self._choose_for_stalled(avoid, prefer, unfit)
+            endpoint = self._choose_for_stalled(avoid, prefer, unfit, tokens)
         else:
-            endpoint = None if self._queue else self._choose(avoid, prefer, unfit)
+            endpoint = None if self._queue else self._choose(avoid, prefer, unfit, tokens)
         if endpoint is not None:
-            return self._start(endpoint, tokens, item)
+            return self._start(endpoint, item)
         waiter = self._enqueue(avoid, prefer, tokens, item, unfit)
         try:
             return await waiter.future
@@ -180,13 +185,18 @@ class LoadBalancer:
         """Release what a cancelled call holds: its queue position, or an acquired endpoint."""
         if waiter.future.done() and not waiter.future.cancelled():
             if waiter.future.exception() is None:
-                self.release(waiter.future.result(), item=waiter.item)
+                self.release(waiter.future.result(), None, waiter.item, waiter.tokens, None)
         elif waiter in waiter.queue:
             waiter.queue.remove(waiter)
             self._drop_empty(waiter)
 
     def release(
-        self, endpoint: Endpoint, seconds: float | None = None, item: CallLog | None = None
+        self,
+        endpoint: Endpoint,
+        seconds: float | None = None,
+        item: CallLog | None = None,
+        tokens: int = 0,
+        used: int | None = 0,
     ) -> None:
         """Count one request less in flight.
 
@@ -194,7 +204,15 @@ class LoadBalancer:
             endpoint: The acquired endpoint.
             seconds: How long its answer took, or None if it gave none.
             item: The item for which it was acquired.
+            tokens: The tokens with which it was acquired.
+            used: Those that it used, at most; None if it was never sent.
         """
+        if self.quota is not None:
+            _settle(self.quota, tokens, used)
+        if endpoint.quota is not None:
+            _settle(endpoint.quota, tokens, used)
+            self._over_quota.discard(endpoint)
+            endpoint.over_quota = False
         self.in_flight -= 1
         endpoint.in_flight -= 1
         if item is not None:
@@ -289,6 +307,59 @@ class LoadBalancer:
         avoid: Collection[Endpoint],
         prefer: Endpoint | None = None,
         unfit: Collection[Endpoint] = (),
+        tokens: int = 0,
+    ) -> Endpoint | None:
+        """Choose the best endpoint whose quota covers a request, and reserve it there."""
+        while (endpoint := self._find_best(avoid, prefer, unfit)) is not None:
+            if self._reserve(endpoint, tokens):
+                return endpoint
+            self._rank(endpoint)
+            if not endpoint.over_quota:
+                return None  # the quota of the process does not cover it
+        return None
+
+    def _reserve(
+        self, endpoint: Endpoint, tokens: int, *, count_reserved: bool = True, waits: bool = True
+    ) -> bool:
+        """Reserve a request with the quotas that apply to it; return False if they do not cover it.
+
+        Args:
+            endpoint: Where it would be sent.
+            tokens: Its tokens at most.
+            count_reserved: Whether open reservations count.
+            waits: Whether it is tried again later.
+        """
+        own = endpoint.quota
+        if own is not None and (wait := own.reserve(tokens, count_reserved=count_reserved)):
+            if waits:
+                endpoint.over_quota = True
+                self._over_quota.add(endpoint)
+                self._await_quota(own, wait)
+            return False
+        shared = self.quota
+        if shared is not None and (wait := shared.reserve(tokens, count_reserved=count_reserved)):
+            if own is not None:
+                own.cancel(tokens)
+            if waits:
+                self._await_quota(shared, wait)
+            return False
+        return True
+
+    def _await_quota(self, quota: Quota, seconds: float) -> None:
+        quota.on_free(self.retry_quotas)
+        if seconds < math.inf:
+            self._on_quota(seconds)
+
+    def retry_quotas(self) -> None:
+        """Serve calls that waited for a quota, as far as it covers them now."""
+        for endpoint in self._over_quota:
+            endpoint.over_quota = False
+            self._rank(endpoint)
+        self._over_quota.clear()
+        self._serve_waiters()
+
+    def _find_best(
+        self, avoid: Collection[Endpoint], prefer: Endpoint | None, unfit: Collection[Endpoint]
     ) -> Endpoint | None:
         if self.in_flight - self._extra >= self._streams:
             return None
@@ -319,10 +390,18 @@ class LoadBalancer:
         return chosen
 
     def _choose_for_stalled(
-        self, avoid: Collection[Endpoint], prefer: Endpoint | None, unfit: Collection[Endpoint]
+        self,
+        avoid: Collection[Endpoint],
+        prefer: Endpoint | None,
+        unfit: Collection[Endpoint],
+        tokens: int,
     ) -> Endpoint | None:
-        """Choose for a call that uses its item's slot: it ignores limits but not pauses."""
-        endpoint = self._choose(avoid, prefer, unfit)
+        """Choose for a call that uses its item's slot: it ignores limits but not pauses.
+
+        Quotas must cover it, but what is reserved for open requests does not count: they may wait
+        for this one.
+        """
+        endpoint = self._choose(avoid, prefer, unfit, tokens)
         if endpoint is not None:
             return endpoint
         excluded = self._find_excluded(avoid, unfit)
@@ -333,9 +412,12 @@ class LoadBalancer:
         def rank(one: Endpoint) -> tuple[bool, bool, float]:
             return not one.free, one.breaker.state is not BreakerState.CLOSED, self._score(one)
 
-        return min(able, key=rank)
+        for one in sorted(able, key=rank):
+            if self._reserve(one, tokens, count_reserved=False):
+                return one
+        return None
 
-    def _start(self, endpoint: Endpoint, tokens: int, item: CallLog | None) -> Endpoint:
+    def _start(self, endpoint: Endpoint, item: CallLog | None) -> Endpoint:
         if item is not None:
             item.in_flight += 1
             if self.in_flight - self._extra >= self._streams:
@@ -343,8 +425,6 @@ class LoadBalancer:
                 self._extra_of[id(item)] = self._extra_of.get(id(item), 0) + 1
         self.in_flight += 1
         endpoint.in_flight += 1
-        if endpoint.request_bucket is not None or endpoint.token_bucket is not None:
-            self._on_quota(endpoint, tokens)
         self._rank(endpoint)
         return endpoint
 
@@ -359,7 +439,9 @@ class LoadBalancer:
             return None
         free = (e for e in self.alive if e.free and e not in avoid)
         best = min(free, key=self._expected_s, default=None)
-        return None if best is None else self._start(best, tokens, item)
+        if best is None or not self._reserve(best, tokens, waits=False):
+            return None
+        return self._start(best, item)
 
     def _expected_s(self, endpoint: Endpoint) -> float:
         latency = endpoint.latency_s or self._mean_s
@@ -378,7 +460,7 @@ class LoadBalancer:
             if waiter.future.done():
                 self._queue.popleft()
                 continue
-            endpoint = self._choose((), waiter.prefer)
+            endpoint = self._choose((), waiter.prefer, (), waiter.tokens)
             if endpoint is None:
                 return
             self._grant(waiter, endpoint)
@@ -395,7 +477,7 @@ class LoadBalancer:
         heads = [queue[0] for queue in (self._queue, *self._excluding.values()) if queue]
         heads.sort(key=lambda waiter: waiter.turn)
         for waiter in heads:
-            endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit)
+            endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit, waiter.tokens)
             if endpoint is not None:
                 self._grant(waiter, endpoint)
                 return True
@@ -412,7 +494,7 @@ class LoadBalancer:
             return False
         for waiter in heads:
             if waiter.avoid and len(waiter.avoid) > len(waiter.unfit):
-                endpoint = self._choose(waiter.unfit, waiter.prefer, waiter.unfit)
+                endpoint = self._choose(waiter.unfit, waiter.prefer, waiter.unfit, waiter.tokens)
                 if endpoint is not None:
                     self._grant(waiter, endpoint)
                     return True
@@ -436,7 +518,9 @@ class LoadBalancer:
         if waiter.future.done():
             waiter.queue.remove(waiter)
             return
-        endpoint = self._choose_for_stalled(waiter.avoid, waiter.prefer, waiter.unfit)
+        endpoint = self._choose_for_stalled(
+            waiter.avoid, waiter.prefer, waiter.unfit, waiter.tokens
+        )
         if endpoint is not None:
             self._grant(waiter, endpoint)
         elif waiter.queue is not self._urgent:
@@ -451,12 +535,19 @@ class LoadBalancer:
         else:
             waiter.queue.remove(waiter)
         self._drop_empty(waiter)
-        waiter.future.set_result(self._start(endpoint, waiter.tokens, waiter.item))
+        waiter.future.set_result(self._start(endpoint, waiter.item))
 
     def _drop_empty(self, waiter: _Waiter) -> None:
         """Remove a queue of calls with exclusions when it is empty."""
         if waiter.avoid and not waiter.queue and waiter.queue is not self._urgent:
             self._excluding.pop(frozenset(waiter.avoid), None)
+
+
+def _settle(quota: Quota, tokens: int, used: int | None) -> None:
+    if used is None:
+        quota.cancel(tokens)
+    else:
+        quota.settle(tokens, used)
 
 
 class Affinity:

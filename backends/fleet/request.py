@@ -20,7 +20,7 @@ from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
 from .health import HealthMonitor
-from .rate_limit import RateLimiter, estimate_tokens
+from .rate_limit import RateLimiter
 from .transport import OpenStream, StreamHooks, Transport
 
 _TEMPLATE: Final = 64
@@ -59,6 +59,7 @@ class RequestCharge:
         level: Requests in flight to its endpoint then, its own included.
         marks: Endpoints that have refused the call for now before, with their counts at that time;
             None for its first request.
+        tokens: Its tokens at most, as they are reserved with quotas; 0 if none counts tokens.
         prompt_tokens: Tokens of its prompt, as an answer to the same request reports them; None if
             unknown.
     """
@@ -72,6 +73,7 @@ class RequestCharge:
     sent_at: float = 0.0
     level: int = 0
     marks: Mapping[Endpoint, RefusalMark] | None = None
+    tokens: int = 0
     prompt_tokens: int | None = None
 
     @classmethod
@@ -131,10 +133,9 @@ class RequestCharge:
         if self.log is not None and self.endpoint_usage is not None:
             self.log.endpoint = self.endpoint_usage.endpoint
         self._end_attempt(type(failure.error).__name__)
-        status = failure.error.status
-        if status in _CUT_OFF or (status is None and not failure.rule.free):
+        if may_have_used(failure):
             return self.settle_lost()
-        self.release(sent=status is not None)
+        self.release(sent=failure.error.status is not None)
         return _NO_USAGE
 
     def settle_lost(self) -> Usage:
@@ -173,6 +174,12 @@ class RequestCharge:
         if first and self.log is not None:
             self.log.sent.pop(self, None)
         return first
+
+
+def may_have_used(failure: Failure) -> bool:
+    """Return True if a failed request may have used tokens: its answer may be lost."""
+    status = failure.error.status
+    return status in _CUT_OFF or (status is None and not failure.rule.free)
 
 
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")
@@ -260,7 +267,7 @@ class RequestSender:
     Args:
         transport: The connections.
         monitor: Receives the outcome of each request.
-        limiter: The whole process' quotas, or None.
+        limiter: All quotas; it learns from the usage of answers.
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
 
@@ -272,7 +279,7 @@ class RequestSender:
         self,
         transport: Transport,
         monitor: HealthMonitor,
-        limiter: RateLimiter | None,
+        limiter: RateLimiter,
         simulated: bool | None,
     ) -> None:
         self._transport = transport
@@ -365,15 +372,20 @@ class RequestSender:
     ) -> None:
         """Record a request's outcome, None if it was abandoned, and release its endpoint."""
         seconds: float | None = None
+        used = charge.tokens
         try:
             if isinstance(outcome, Failure):
+                used = charge.tokens if may_have_used(outcome) else 0
                 self._record_failure(endpoint, outcome, charge)
             elif outcome is not None:
                 seconds = time.monotonic() - charge.sent_at
-                self._record_success(endpoint, outcome, seconds, charge)
+                usage = self._record_success(endpoint, outcome, seconds, charge)
+                if charge.tokens and usage.prompt is not None:
+                    used = usage.prompt + (usage.completion or 0)
+                    self._limiter.record_usage(max_usage(charge.body), usage)
         finally:
             endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
-            self._monitor.balancer.release(endpoint, seconds, charge.log)
+            self._monitor.balancer.release(endpoint, seconds, charge.log, charge.tokens, used)
 
     async def _soften_failure(
         self,
@@ -387,7 +399,7 @@ class RequestSender:
             others = endpoint.accepts_others(charge.log, sent, time.monotonic())
             failure = replace(failure, accepts_others=others)
         mark = charge.marks.get(endpoint) if charge.marks else None
-        if mark is not None and failure.has_known_pause:
+        if mark is not None and failure.has_known_pause and not failure.is_quota:
             alone = endpoint.refuses_alone(charge.log, mark, time.monotonic())
             failure = replace(failure, accepts_others=alone)
         if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
@@ -420,9 +432,6 @@ class RequestSender:
     def _record_failure(self, endpoint: Endpoint, failure: Failure, charge: RequestCharge) -> None:
         endpoint.stats.add_failure(type(failure.error).__name__)
         endpoint.stats.add_lost(charge.settle_failed(failure))
-        # A refused request used no tokens; the cost of a lost one is unknown and stays reserved.
-        if failure.error.status is not None:
-            self._settle(endpoint, charge.body, Usage(0, 0))
         self._monitor.record_failure(endpoint, failure, charge.log)
 
     def _record_success(
@@ -431,15 +440,15 @@ class RequestSender:
         document: Mapping[str, Any],
         seconds: float,
         charge: RequestCharge,
-    ) -> None:
-        """Record a good answer."""
+    ) -> Usage:
+        """Record a good answer; return its usage."""
         usage, model = transport.read_usage(document), document.get("model")
-        self._settle(endpoint, charge.body, usage)
         charge.settle_answered(usage, model if isinstance(model, str) else None)
         endpoint.stats.add_answer(seconds, usage)
         self._monitor.record_success(endpoint, charge.level, seconds)
         if charge.log is not None:
             charge.log.simulated = transport.is_simulated(document)
+        return usage
 
     def _check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
@@ -453,16 +462,6 @@ class RequestSender:
         if simulated is self.simulated:
             return result
         return failures.classify_mixture(endpoint.label, simulated)
-
-    def _settle(self, endpoint: Endpoint, body: Mapping[str, Any], usage: Usage) -> None:
-        """Correct a request's reservation of tokens by its actual usage."""
-        if usage.prompt is None or (self._limiter is None and endpoint.token_bucket is None):
-            return
-        used = usage.prompt + (usage.completion or 0)
-        if self._limiter is not None:
-            self._limiter.settle(estimate_tokens(body), used)
-        if endpoint.token_bucket is not None:
-            endpoint.token_bucket.refund(estimate_tokens(body) - used)
 
     def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         if endpoint.spec.model is not None:
