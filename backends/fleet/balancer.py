@@ -14,7 +14,7 @@ from typing import Any, Final
 from ..core.protocols import CallLog
 from .endpoint import BreakerState, Endpoint
 from .policy import AffinityPolicy
-from .rate_limit import Quota
+from .rate_limit import Quota, TokenNeed
 
 _STALE: Final = 8
 """Entries per endpoint in the heap above which outdated ones are removed."""
@@ -30,7 +30,7 @@ class _Waiter:
     avoid: Collection[Endpoint]
     unfit: Collection[Endpoint]
     prefer: Endpoint | None
-    tokens: int
+    need: TokenNeed | None
     item: CallLog | None
     turn: int
     queue: deque[_Waiter]
@@ -126,7 +126,7 @@ class LoadBalancer:
         self,
         avoid: Collection[Endpoint] = (),
         prefer: Endpoint | None = None,
-        tokens: int = 0,
+        need: TokenNeed | None = None,
         item: CallLog | None = None,
         unfit: Collection[Endpoint] = (),
     ) -> Endpoint:
@@ -135,17 +135,17 @@ class LoadBalancer:
         Args:
             avoid: Endpoints to pass over while any other is alive.
             prefer: An endpoint to acquire if it is free and not much busier than the best.
-            tokens: The request's tokens at most, for quotas.
+            need: The request's tokens at most, for quotas; None: none counts tokens.
             item: The item that the request belongs to, if any.
             unfit: Those of ``avoid`` that cannot serve the request at all.
         """
         if item is not None and item.in_flight and item.stalled:
-            endpoint = self._choose_for_stalled(avoid, prefer, unfit, tokens)
+            endpoint = self._choose_for_stalled(avoid, prefer, unfit, need)
         else:
-            endpoint = None if self._queue else self._choose(avoid, prefer, unfit, tokens)
+            endpoint = None if self._queue else self._choose(avoid, prefer, unfit, need)
         if endpoint is not None:
             return self._start(endpoint, item)
-        waiter = self._enqueue(avoid, prefer, tokens, item, unfit)
+        waiter = self._enqueue(avoid, prefer, need, item, unfit)
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -159,7 +159,7 @@ class LoadBalancer:
         self,
         avoid: Collection[Endpoint],
         prefer: Endpoint | None,
-        tokens: int,
+        need: TokenNeed | None,
         item: CallLog | None,
         unfit: Collection[Endpoint],
     ) -> _Waiter:
@@ -170,7 +170,7 @@ class LoadBalancer:
             queue = self._excluding.setdefault(frozenset(avoid), deque()) if avoid else self._queue
         future = asyncio.get_running_loop().create_future()
         turn = next(self._tick)
-        waiter = _Waiter(future, avoid, unfit, prefer, tokens, item, turn, queue)
+        waiter = _Waiter(future, avoid, unfit, prefer, need, item, turn, queue)
         queue.append(waiter)
         if item is not None:
             item.queued += 1
@@ -185,7 +185,8 @@ class LoadBalancer:
         """Release what a cancelled call holds: its queue position, or an acquired endpoint."""
         if waiter.future.done() and not waiter.future.cancelled():
             if waiter.future.exception() is None:
-                self.release(waiter.future.result(), None, waiter.item, waiter.tokens, None)
+                tokens = waiter.need.tokens if waiter.need is not None else 0
+                self.release(waiter.future.result(), None, waiter.item, tokens, None)
         elif waiter in waiter.queue:
             waiter.queue.remove(waiter)
             self._drop_empty(waiter)
@@ -307,11 +308,11 @@ class LoadBalancer:
         avoid: Collection[Endpoint],
         prefer: Endpoint | None = None,
         unfit: Collection[Endpoint] = (),
-        tokens: int = 0,
+        need: TokenNeed | None = None,
     ) -> Endpoint | None:
         """Choose the best endpoint whose quota covers a request, and reserve it there."""
         while (endpoint := self._find_best(avoid, prefer, unfit)) is not None:
-            if self._reserve(endpoint, tokens):
+            if self._reserve(endpoint, need):
                 return endpoint
             self._rank(endpoint)
             if not endpoint.over_quota:
@@ -319,24 +320,31 @@ class LoadBalancer:
         return None
 
     def _reserve(
-        self, endpoint: Endpoint, tokens: int, *, count_reserved: bool = True, waits: bool = True
+        self,
+        endpoint: Endpoint,
+        need: TokenNeed | None,
+        *,
+        count_reserved: bool = True,
+        waits: bool = True,
     ) -> bool:
         """Reserve a request with the quotas that apply to it; return False if they do not cover it.
 
         Args:
             endpoint: Where it would be sent.
-            tokens: Its tokens at most.
+            need: Its tokens at most; they are estimated now.
             count_reserved: Whether open reservations count.
             waits: Whether it is tried again later.
         """
-        own = endpoint.quota
+        own, shared = endpoint.quota, self.quota
+        if own is None and shared is None:
+            return True
+        tokens = need.estimate() if need is not None else 0
         if own is not None and (wait := own.reserve(tokens, count_reserved=count_reserved)):
             if waits:
                 endpoint.over_quota = True
                 self._over_quota.add(endpoint)
                 self._await_quota(own, wait)
             return False
-        shared = self.quota
         if shared is not None and (wait := shared.reserve(tokens, count_reserved=count_reserved)):
             if own is not None:
                 own.cancel(tokens)
@@ -394,14 +402,14 @@ class LoadBalancer:
         avoid: Collection[Endpoint],
         prefer: Endpoint | None,
         unfit: Collection[Endpoint],
-        tokens: int,
+        need: TokenNeed | None,
     ) -> Endpoint | None:
         """Choose for a call that uses its item's slot: it ignores limits but not pauses.
 
         Quotas must cover it, but what is reserved for open requests does not count: they may wait
         for this one.
         """
-        endpoint = self._choose(avoid, prefer, unfit, tokens)
+        endpoint = self._choose(avoid, prefer, unfit, need)
         if endpoint is not None:
             return endpoint
         excluded = self._find_excluded(avoid, unfit)
@@ -413,7 +421,7 @@ class LoadBalancer:
             return not one.free, one.breaker.state is not BreakerState.CLOSED, self._score(one)
 
         for one in sorted(able, key=rank):
-            if self._reserve(one, tokens, count_reserved=False):
+            if self._reserve(one, need, count_reserved=False):
                 return one
         return None
 
@@ -429,7 +437,10 @@ class LoadBalancer:
         return endpoint
 
     def try_acquire(
-        self, avoid: Collection[Endpoint], tokens: int = 0, item: CallLog | None = None
+        self,
+        avoid: Collection[Endpoint],
+        need: TokenNeed | None = None,
+        item: CallLog | None = None,
     ) -> Endpoint | None:
         """Acquire the fastest free endpoint; return None if none is free or a call waits.
 
@@ -439,7 +450,7 @@ class LoadBalancer:
             return None
         free = (e for e in self.alive if e.free and e not in avoid)
         best = min(free, key=self._expected_s, default=None)
-        if best is None or not self._reserve(best, tokens, waits=False):
+        if best is None or not self._reserve(best, need, waits=False):
             return None
         return self._start(best, item)
 
@@ -460,7 +471,7 @@ class LoadBalancer:
             if waiter.future.done():
                 self._queue.popleft()
                 continue
-            endpoint = self._choose((), waiter.prefer, (), waiter.tokens)
+            endpoint = self._choose((), waiter.prefer, (), waiter.need)
             if endpoint is None:
                 return
             self._grant(waiter, endpoint)
@@ -477,7 +488,7 @@ class LoadBalancer:
         heads = [queue[0] for queue in (self._queue, *self._excluding.values()) if queue]
         heads.sort(key=lambda waiter: waiter.turn)
         for waiter in heads:
-            endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit, waiter.tokens)
+            endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit, waiter.need)
             if endpoint is not None:
                 self._grant(waiter, endpoint)
                 return True
@@ -494,7 +505,7 @@ class LoadBalancer:
             return False
         for waiter in heads:
             if waiter.avoid and len(waiter.avoid) > len(waiter.unfit):
-                endpoint = self._choose(waiter.unfit, waiter.prefer, waiter.unfit, waiter.tokens)
+                endpoint = self._choose(waiter.unfit, waiter.prefer, waiter.unfit, waiter.need)
                 if endpoint is not None:
                     self._grant(waiter, endpoint)
                     return True
@@ -518,9 +529,7 @@ class LoadBalancer:
         if waiter.future.done():
             waiter.queue.remove(waiter)
             return
-        endpoint = self._choose_for_stalled(
-            waiter.avoid, waiter.prefer, waiter.unfit, waiter.tokens
-        )
+        endpoint = self._choose_for_stalled(waiter.avoid, waiter.prefer, waiter.unfit, waiter.need)
         if endpoint is not None:
             self._grant(waiter, endpoint)
         elif waiter.queue is not self._urgent:

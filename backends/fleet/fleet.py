@@ -85,7 +85,7 @@ class Fleet:
         self._monitor = HealthMonitor(
             self.endpoints, self.policy, self._transport, self.limiter.quota
         )
-        self._sender = RequestSender(self._transport, self._monitor, self.limiter, simulated)
+        self._sender = RequestSender(self._transport, self._monitor, simulated)
         balancer, hedge = self._monitor.balancer, self.policy.hedge
         self._hedger = Hedger(hedge, balancer, self._sender.send) if hedge else None
         self._send = self._hedger.send if self._hedger else self._sender.send

@@ -256,3 +256,39 @@ class RateLimiter:
             self._answers += 1
             self._ratio = max(self._ratio, used.prompt / most.prompt)
             self._longest = max(self._longest, used.completion or 0)
+
+
+class TokenNeed:
+    """The tokens of one request, estimated when it is sent: answers may have shown more by then.
+
+    Args:
+        limiter: Estimates them.
+        most: The most tokens that it may use.
+
+    Attributes:
+        most: The same.
+        tokens: The last estimate.
+    """
+
+    __slots__ = ("_limiter", "most", "tokens")
+
+    def __init__(self, limiter: RateLimiter, most: Usage) -> None:
+        self._limiter = limiter
+        self.most = most
+        self.tokens = 0
+
+    def copy(self) -> TokenNeed:
+        """Return the need of a second request like it."""
+        return TokenNeed(self._limiter, self.most)
+
+    def estimate(self) -> int:
+        """Estimate them now."""
+        self.tokens = self._limiter.estimate_tokens(self.most)
+        return self.tokens
+
+    def settle(self, used: Usage) -> int:
+        """Return the tokens that the answer reports, and learn from them; else the estimate."""
+        if used.prompt is None:
+            return self.tokens
+        self._limiter.record_usage(self.most, used)
+        return used.prompt + (used.completion or 0)

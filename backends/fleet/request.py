@@ -20,7 +20,7 @@ from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
 from .health import HealthMonitor
-from .rate_limit import RateLimiter
+from .rate_limit import TokenNeed
 from .transport import OpenStream, StreamHooks, Transport
 
 _TEMPLATE: Final = 64
@@ -59,7 +59,7 @@ class RequestCharge:
         level: Requests in flight to its endpoint then, its own included.
         marks: Endpoints that have refused the call for now before, with their counts at that time;
             None for its first request.
-        tokens: Its tokens at most, as they are reserved with quotas; 0 if none counts tokens.
+        need: Its tokens at most, as they are reserved with quotas; None if none counts tokens.
         prompt_tokens: Tokens of its prompt, as an answer to the same request reports them; None if
             unknown.
     """
@@ -73,8 +73,13 @@ class RequestCharge:
     sent_at: float = 0.0
     level: int = 0
     marks: Mapping[Endpoint, RefusalMark] | None = None
-    tokens: int = 0
+    need: TokenNeed | None = None
     prompt_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens that are reserved for it with quotas."""
+        return 0 if self.need is None else self.need.tokens
 
     @classmethod
     async def reserve(cls, log: CallLog | None, body: Mapping[str, Any]) -> RequestCharge:
@@ -267,7 +272,6 @@ class RequestSender:
     Args:
         transport: The connections.
         monitor: Receives the outcome of each request.
-        limiter: All quotas; it learns from the usage of answers.
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
 
@@ -279,12 +283,10 @@ class RequestSender:
         self,
         transport: Transport,
         monitor: HealthMonitor,
-        limiter: RateLimiter,
         simulated: bool | None,
     ) -> None:
         self._transport = transport
         self._monitor = monitor
-        self._limiter = limiter
         self._warned = False
         self.simulated = simulated
 
@@ -380,9 +382,8 @@ class RequestSender:
             elif outcome is not None:
                 seconds = time.monotonic() - charge.sent_at
                 usage = self._record_success(endpoint, outcome, seconds, charge)
-                if charge.tokens and usage.prompt is not None:
-                    used = usage.prompt + (usage.completion or 0)
-                    self._limiter.record_usage(max_usage(charge.body), usage)
+                if charge.need is not None:
+                    used = charge.need.settle(usage)
         finally:
             endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
             self._monitor.balancer.release(endpoint, seconds, charge.log, charge.tokens, used)

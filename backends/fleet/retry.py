@@ -22,7 +22,7 @@ from .endpoint import Endpoint, RefusalMark
 from .failures import Failure, RetryAction
 from .health import HealthMonitor
 from .policy import HedgePolicy, RetryPolicy
-from .rate_limit import RateLimiter
+from .rate_limit import RateLimiter, TokenNeed
 from .request import RequestCharge
 from .transport import OpenStream
 
@@ -323,9 +323,9 @@ class Retrier:
         try:
             self._check_stopped()
             if self._limiter.counts_tokens:
-                charge.tokens = self._limiter.estimate_tokens(request.max_usage(charge.body))
+                charge.need = TokenNeed(self._limiter, request.max_usage(charge.body))
             return await self._monitor.balancer.acquire(
-                avoid, prefer, charge.tokens, charge.log, unfit
+                avoid, prefer, charge.need, charge.log, unfit
             )
         except BaseException:
             charge.release(sent=False)
@@ -565,8 +565,9 @@ class Hedger:
         charge = call.charge.reserve_again()
         if charge is None:  # the budget does not cover a second request
             return
-        charge.tokens = call.charge.tokens
-        endpoint = self._balancer.try_acquire(call.endpoints, charge.tokens, charge.log)
+        if call.charge.need is not None:
+            charge.need = call.charge.need.copy()
+        endpoint = self._balancer.try_acquire(call.endpoints, charge.need, charge.log)
         if endpoint is None:
             charge.release(sent=False)
             return

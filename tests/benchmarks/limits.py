@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
-
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RateLimitPolicy
@@ -31,7 +29,6 @@ ANSWER: Final = 40
 TOKENS: Final = 60_000
 WINDOW_S: Final = 6.0
 PER_S: Final = 100
-KEY: Final = "user org/m"
 
 
 def make_prompt(n: int) -> str:
@@ -62,25 +59,19 @@ async def measure(items: int) -> None:
             started = time.perf_counter()
             done = await send(gateway, items)
             seconds = time.perf_counter() - started
-            _report(name, items, done, seconds, await _read_stats(gateway))
-
-
-async def _read_stats(gateway: GatewayProcess) -> dict[str, Any]:
-    url = f"{gateway.origin}/_standin/stats"
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        stats: dict[str, Any] = await response.json()
-        return stats
+            _report(name, items, done, seconds, await gateway.stats())
 
 
 def _report(name: str, items: int, done: int, seconds: float, stats: dict[str, Any]) -> None:
     answered = [call for call in stats["calls"] if call["tokens"]]
     span = max(c["ended"] for c in answered) - min(c["at"] for c in answered)
-    windows = [window["tokens"] for window in stats["windows"].get(KEY, [])]
-    over = [w["tokens"] - w["carried"] for w in stats["windows"].get(KEY, [])]
+    (windows,) = stats["windows"].values()
+    tokens = [window["tokens"] for window in windows]
+    most = max(window["tokens"] - window["carried"] for window in windows)
     print(
         f"{name:<12} {done:>5} answered, {items - done:>5} lost; {seconds:6.2f} s in all, "
         f"{span:6.2f} s from first request to last answer = {span / compute_bound(items):.3f} of "
-        f"the bound; windows {windows}, most without what was in flight {max(over, default=0):,}; "
+        f"the bound; windows {tokens}, at most {most:,} beyond what was in flight before; "
         f"refused {dict(Counter(stats['refusals']))}"
     )
 
@@ -89,7 +80,7 @@ async def _ask_fleet(gateway: GatewayProcess, items: int) -> int:
     member = EndpointSpec(
         f"{gateway.url}/sophia/vllm/v1", "good", tokens_per_min=TOKENS, window_s=WINDOW_S
     )
-    policy = FleetPolicy(streams=items, rate_limit=RateLimitPolicy(requests_per_s=0.95 * PER_S))
+    policy = FleetPolicy(streams=items, rate_limit=RateLimitPolicy(requests_per_s=0.9 * PER_S))
     async with Fleet([member], replace(policy, whole_answers=True)) as fleet:
         client = FleetClient(fleet, ModelParams("org/m", max_tokens=ANSWER))
         asking = (client.ask([{"role": "user", "content": make_prompt(n)}]) for n in range(items))
@@ -111,7 +102,7 @@ async def _run(gateway: GatewayProcess, items: int) -> int:
                     "base_url": gateway.url,
                     "paths": ["sophia/vllm"],
                     "token_command": "echo good",
-                    "requests_per_s": 0.95 * PER_S,
+                    "requests_per_s": 0.9 * PER_S,
                     "tokens_per_min": TOKENS,
                     "window_s": WINDOW_S,
                 }

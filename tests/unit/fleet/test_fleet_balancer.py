@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.core.protocols import CallLog
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.balancer import Affinity, LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
-from fanfold.backends.fleet.policy import AdaptiveLimitPolicy, AffinityPolicy
-from fanfold.backends.fleet.rate_limit import Quota
+from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
+    AffinityPolicy,
+    RateLimitPolicy,
+)
+from fanfold.backends.fleet.rate_limit import Quota, RateLimiter, TokenNeed
 
 
 def members(count: int, width: int = 4) -> list[Endpoint]:
@@ -112,6 +117,10 @@ async def test_requests_of_others_count_as_load() -> None:
     assert (taken[idle], taken[busy]) == (20, 10)
 
 
+def need(tokens: int) -> TokenNeed:
+    return TokenNeed(RateLimiter(RateLimitPolicy()), Usage(0, tokens))
+
+
 def limited(name: str, tokens: float, now: Callable[[], float]) -> Endpoint:
     quota = Quota(None, tokens, clock=now)
     return Endpoint(EndpointSpec(f"http://{name}:1"), AdaptiveLimitPolicy(start=99), quota=quota)
@@ -121,14 +130,14 @@ async def test_a_call_waits_for_the_quota_of_its_endpoint() -> None:
     now, waits = [0.0], list[float]()
     endpoint = limited("n", 100, lambda: now[0])
     dispatch = LoadBalancer([endpoint], 9, waits.append, lambda: None)
-    await dispatch.acquire(tokens=60)
-    waiter = asyncio.create_task(dispatch.acquire(tokens=60))
+    await dispatch.acquire(need=need(60))
+    waiter = asyncio.create_task(dispatch.acquire(need=need(60)))
     await asyncio.sleep(0)
     assert not waiter.done()
     assert waits == []  # only the end of the first request helps
     dispatch.release(endpoint, tokens=60, used=30)
     assert await waiter is endpoint
-    waiter = asyncio.create_task(dispatch.acquire(tokens=20))
+    waiter = asyncio.create_task(dispatch.acquire(need=need(20)))
     await asyncio.sleep(0)
     assert waits == [pytest.approx(60.6, abs=0.7)]
     dispatch.release(endpoint, tokens=60, used=60)
@@ -142,9 +151,9 @@ async def test_a_call_waits_for_the_quota_of_its_endpoint() -> None:
 async def test_a_call_passes_over_an_endpoint_whose_quota_is_used_up() -> None:
     endpoints = [limited("n", 100, lambda: 0.0), limited("m", 100, lambda: 0.0)]
     dispatch = LoadBalancer(endpoints, 99, lambda _: None, lambda: None)
-    taken = Counter([await dispatch.acquire(tokens=50) for _ in range(4)])
+    taken = Counter([await dispatch.acquire(need=need(50)) for _ in range(4)])
     assert taken == dict.fromkeys(endpoints, 2)
-    assert dispatch.try_acquire((), tokens=50) is None
+    assert dispatch.try_acquire((), need(50)) is None
 
 
 async def test_a_cancelled_call_reserves_nothing() -> None:
@@ -152,8 +161,8 @@ async def test_a_cancelled_call_reserves_nothing() -> None:
     endpoint = limited("n", 100, lambda: now[0])
     dispatch = LoadBalancer([endpoint], 9, lambda _: None, lambda: None)
     dispatch.quota = Quota(None, 1000, clock=lambda: now[0])
-    await dispatch.acquire(tokens=60)
-    waiting, next_one = (asyncio.create_task(dispatch.acquire(tokens=90)) for _ in range(2))
+    await dispatch.acquire(need=need(60))
+    waiting, next_one = (asyncio.create_task(dispatch.acquire(need=need(90))) for _ in range(2))
     await asyncio.sleep(0)
     dispatch.release(endpoint, tokens=60, used=0)
     waiting.cancel()  # it has its endpoint, and does not know it yet
@@ -168,10 +177,10 @@ async def test_an_unread_stream_does_not_block_the_next_call_of_its_item() -> No
     item = CallLog()
     endpoint = limited("n", 100, lambda: 0.0)
     dispatch = LoadBalancer([endpoint], 9, lambda _: None, lambda: None)
-    await dispatch.acquire(tokens=80, item=item)
+    await dispatch.acquire(need=need(80), item=item)
     dispatch.mark_stream_idle(item)
-    assert await dispatch.acquire(tokens=80, item=item) is endpoint
-    other = asyncio.create_task(dispatch.acquire(tokens=80, item=CallLog()))
+    assert await dispatch.acquire(need=need(80), item=item) is endpoint
+    other = asyncio.create_task(dispatch.acquire(need=need(80), item=CallLog()))
     await asyncio.sleep(0)
     assert not other.done()
     other.cancel()
@@ -182,8 +191,8 @@ async def test_the_quota_of_a_process_holds_over_all_endpoints() -> None:
     endpoints = members(3, width=99)
     dispatch = LoadBalancer(endpoints, 99, lambda _: None, lambda: None)
     dispatch.quota = Quota(None, 100)
-    taken = [await dispatch.acquire(tokens=40) for _ in range(2)]
-    waiters = [asyncio.create_task(dispatch.acquire(tokens=40)) for _ in range(3)]
+    taken = [await dispatch.acquire(need=need(40)) for _ in range(2)]
+    waiters = [asyncio.create_task(dispatch.acquire(need=need(40))) for _ in range(3)]
     await asyncio.sleep(0)
     assert [w.done() for w in waiters] == [False] * 3
     dispatch.release(taken[0], tokens=40, used=10)
@@ -201,7 +210,7 @@ async def test_loops_that_share_a_quota_wake_each_other() -> None:
     dispatch = LoadBalancer([endpoint], 9, lambda _: None, lambda: None)
     dispatch.quota = quota
     assert quota.reserve(80) == 0.0
-    waiter = asyncio.create_task(dispatch.acquire(tokens=80))
+    waiter = asyncio.create_task(dispatch.acquire(need=need(80)))
     await asyncio.sleep(0)
     await asyncio.to_thread(quota.settle, 80, 20)
     assert await asyncio.wait_for(waiter, 30) is endpoint
