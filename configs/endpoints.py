@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
@@ -13,6 +14,11 @@ ENDPOINT_KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "si
 
 HOSTS_ONLY_KEYS: Final = ("port", "per_host", "suffix")
 """Keys that require ``hosts``."""
+
+FIRST_REFUSED_FIELDS: Final = re.compile(
+    r"cache_salt|api_port|openai_endpoint|stream_task_.*|streaming_server_.*"
+)
+"""Top-level fields of a request that a FIRST gateway refuses."""
 
 FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
 """ALCF's deployment of the FIRST gateway."""

@@ -37,6 +37,7 @@ from ..backends.core.types import Shard
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
+from ..configs.models import BatchConfig
 from ..nodes.item.prepare import build_messages
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
@@ -88,6 +89,7 @@ class RunResult:
         reason: Why it was interrupted, or None.
         budget: Spent amount and cap, by limit.
         cost: Cost of all sessions; None until this session has ended.
+        batch: Files in OpenAI's batch format, if the run writes them.
     """
 
     exit_code: int
@@ -100,6 +102,7 @@ class RunResult:
     reason: str | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
 
 
 async def execute_run(run: ReadyRun, options: RunOptions, console: Console) -> RunResult:
@@ -154,7 +157,7 @@ async def run_session(
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
-    return replace(result, seconds=seconds, budget=budget, cost=cost)
+    return replace(result, seconds=seconds, budget=budget, cost=cost, batch=run.loaded.config.batch)
 
 
 @contextmanager
@@ -489,7 +492,9 @@ def _first_prompts(
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:
-            messages = build_messages(task.system, prompt, item.row)
+            messages = build_messages(
+                task.system, prompt, item.row, loaded.config.model.system_role
+            )
         except InvalidItemError:
             continue
         tokens.append(estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE)

@@ -75,6 +75,7 @@ def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None
         load=LoadPolicy(source=limits.load) if limits.load else None,
         whole_answers=endpoint_set is not None and endpoint_set.gateway is not None,
         body_bytes=limits.body_bytes,
+        own_fields=config.input.is_batch,
     )
 
 
@@ -410,8 +411,11 @@ async def find_ready_endpoints(
             simulated and real endpoints are mixed.
     """
     matched = select_model(await endpoint_set.probe(), model or endpoint_set.model, names)
+    specs = matched.specs
+    if endpoint_set.gateway is not None:
+        specs = tuple(replace(spec, probe_model=spec.model or matched.model) for spec in specs)
     return ReadyEndpoints(
-        matched.specs,
+        specs,
         matched.model,
         matched.simulated,
         matched.absent,

@@ -139,6 +139,7 @@ class BreakerPolicy:
         open_s: Time until the endpoint is probed, in seconds.
         open_max_s: Longest such time; it doubles with each probe that fails.
         probe_s: Longest wait for a probe's answer, in seconds.
+        request_probe_s: The same, if the probe asks the model for one token.
         outage_s: Longest time between two probes of an endpoint while none is alive, in seconds.
         outage_probes_per_s: Limit of probes per second over all endpoints, while none is alive; it
             lengthens ``outage_s`` for large fleets.
@@ -148,6 +149,7 @@ class BreakerPolicy:
     open_s: float = 2.0
     open_max_s: float = 60.0
     probe_s: float = 5.0
+    request_probe_s: float = 60.0
     outage_s: float = 5.0
     outage_probes_per_s: float = 20.0
 
@@ -247,6 +249,8 @@ class FleetPolicy:
         trust_env: Whether proxy variables of the environment apply to all endpoints, and not only
             to those that ask for it (``EndpointSpec.proxied``).
         body_bytes: Limit of bytes of one answer, after decompression.
+        own_fields: Whether each request chooses its fields itself, so that the refusal of a field
+            is the fault of its item.
     """
 
     streams: int = 256
@@ -261,6 +265,7 @@ class FleetPolicy:
     whole_answers: bool = False
     trust_env: bool = False
     body_bytes: int = 64 * 2**20
+    own_fields: bool = False
 
     @classmethod
     def from_limits(

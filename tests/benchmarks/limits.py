@@ -1,8 +1,9 @@
 """Items through a gateway that counts tokens in windows, against the least time that these allow.
 
 2,000 items of 150 tokens at 60,000 tokens per window of 6 s and 100 requests per second: five
-windows' worth, 30 s. The stand-in of the gateway runs in another process. A naive client sends everything at once,
-as ``asyncio.gather`` over ``ChatOpenAI`` does, with its default of two repetitions.
+windows' worth, 30 s. The stand-in of the gateway runs in another process. A naive client sends
+everything at once, as ``asyncio.gather`` over ``ChatOpenAI`` does, with its default of two
+repetitions.
 """
 
 from __future__ import annotations
