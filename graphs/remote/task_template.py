@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -23,14 +23,9 @@ from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets
 from .heartbeat import stop_file
 
-<<<<<<< HEAD
-=======
-_OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
 _MOST_GROWTH: Final = 3
 """Bytes as ASCII with blanks, at most, for each byte of compact UTF-8."""
-_OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
 
->>>>>>> c25e294bbe6651afca38a2d737f99c0ad919c341
 
 def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
     """Return the settings for workers: streams of an endpoint divided, and no metrics port.
