@@ -141,8 +141,10 @@ async def test_nothing_is_in_doubt_after_an_end(lab_of: LabMaker) -> None:
 
 WORKERS: list[Any] = [
     pytest.param({"kind": "local", "processes": 2}, id="processes"),
-    pytest.param({"kind": "parsl", "workers": 2, "silence_s": 20}, id="parsl"),
-    pytest.param({"kind": "launched", "workers": 2}, id="launched"),
+    pytest.param(
+        {"kind": "parsl", "workers": 2, "silence_s": 20}, id="parsl", marks=pytest.mark.long
+    ),
+    pytest.param({"kind": "launched", "workers": 2}, id="launched", marks=pytest.mark.long),
 ]
 
 
