@@ -466,7 +466,9 @@ class Deployment:
             chat=question.chat,
             usage=usage_object("full", question.prompt_tokens, answer.tokens),
         )
-        return 200, json.dumps(completion_body(envelope, answer)).encode()
+        body = completion_body(envelope, answer)
+        # clients take the stand-in for the service: only upstreams may be simulated
+        return 200, json.dumps({**body, "system_fingerprint": None}).encode()
 
 
 class FirstGateway:

@@ -32,7 +32,8 @@ from fanfold.backends.core.errors import (
     RunStoppedError,
 )
 from fanfold.backends.core.types import Reply
-from fanfold.backends.discovery.gateway import CommandToken, Gateway
+from fanfold.backends.discovery.gateway import Gateway
+from fanfold.backends.discovery.login import CommandToken
 from fanfold.backends.discovery.probe import probe_models
 from fanfold.backends.discovery.sources import RegistrySource
 from fanfold.backends.fleet.endpoint import EndpointSpec
