@@ -91,6 +91,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
         *_graph_lines(loaded),
+        *_unlimited_lines(found),
         *_reuse(loaded),
         *_host_lines(loaded.config),
     ]
@@ -143,6 +144,15 @@ def _graph_lines(loaded: LoadedConfig) -> list[str]:
     return [
         "task.graph makes the calls: these figures assume one call per item with task.prompt; "
         "use fanfold run --pilot to measure the real calls"
+    ]
+
+
+def _unlimited_lines(found: Estimate) -> list[str]:
+    if not found.unlimited:
+        return []
+    return [
+        f"{found.unlimited:,} requests have no max_tokens: their answers may be longer than these "
+        "figures assume"
     ]
 
 

@@ -653,7 +653,6 @@ def test_a_bound_token_is_for_the_bound_gateway(
         "endpoints={first: {base_url: 'http://evil:1'}}",
         "endpoints.first={base_url: 'http://evil:1', paths: [a/b]}",
         "endpoints.first.base_url=http://evil:1",
-        "endpoints.first={}",
     ],
 )
 @pytest.mark.parametrize("bound", [{"first": {}}, {"urls": ["http://node:1"]}])
