@@ -102,14 +102,14 @@ def make_fleet_policy(
 
 
 def _make_rate_limit(config: RunConfig, endpoint_set: EndpointSet | None) -> RateLimitPolicy:
-    limits, share = config.limits, config.backend.concurrent_shards
+    limits, backend = config.limits, config.backend
     gateway = endpoint_set.requests_per_s if endpoint_set is not None else None
     rates = [rate for rate in (limits.requests_per_s, gateway) if rate is not None]
     return RateLimitPolicy(
-        requests_per_s=min(rates) / share if rates else None,
-        tokens_per_min=limits.tokens_per_min / share if limits.tokens_per_min else None,
-        # A gateway counts each second separately: it refuses a burst of saved-up requests.
-        burst=1.0 if gateway is not None else None,
+        requests_per_s=min(rates) if rates else None,
+        tokens_per_min=limits.tokens_per_min,
+        share=1.0 / backend.concurrent_shards,
+        shares_endpoints=not backend.node_endpoints,
     )
 
 

@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, FanfoldError, NoEndpointError
+from ..core.waits import pause_after
 from ..fleet.endpoint import (
     ApiKey,
     DeploymentState,
@@ -21,7 +22,7 @@ from ..fleet.endpoint import (
     normalize_base_url,
 )
 from ..fleet.failures import ErrorBody, HTTPAnswer
-from ..fleet.policy import FleetPolicy
+from ..fleet.policy import FleetPolicy, RetryPolicy
 from ..fleet.transport import Transport
 from .probe import Deployment, ProbeResult, describe_error, simplify_model
 
@@ -31,9 +32,12 @@ _NOT_FOUND: Final = 404
 _TOO_MANY: Final = 429
 _CHAT: Final = "/v1/chat/completions"
 _PATH: Final = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-_TRIES: Final = 4
-_REST_S: Final = 1.1
-"""Pause after a refusal for too many requests: the gateway counts them by the second."""
+_TRIES: Final = 12
+_WAIT: Final = RetryPolicy(refusal_pause_s=1.1, backoff_max_s=15.0).refusal_wait
+"""Pauses after a refusal for too many requests: the gateway counts them by the second, and many
+workers may ask at once."""
+DEFAULT_TOKENS: Final = 60_000.0
+"""Tokens of a model per minute that the gateway allows a user, unless it reports another limit."""
 WAKE_AGAIN_S: Final = 600.0
 """For so many seconds after a request for a model that does not run, others are refused."""
 _LOGIN: Final = "log in again (alcf-tokens login), or correct the token"
@@ -48,6 +52,8 @@ class Gateway:
         key: The token, or where it comes from.
         paths: ``cluster/framework`` of each deployment to use; None: all that serve the model.
         proxied: Whether the environment's proxy variables apply.
+        tokens_per_min: Limit of tokens of a model per window; None: the reported one.
+        window_s: Length of a window in seconds.
         poll_s: Seconds for which the gateway keeps its list of jobs.
         start_wait_s: Longest wait for a model that does not run, in seconds.
     """
@@ -56,6 +62,8 @@ class Gateway:
     key: ApiKey = field(repr=False)
     paths: tuple[str, ...] | None = None
     proxied: bool = True
+    tokens_per_min: float | None = None
+    window_s: float = 60.0
     poll_s: float = 60.0
     start_wait_s: float = 7200.0
     jobs: dict[str, tuple[float, Any]] = field(default_factory=dict, compare=False, repr=False)
@@ -89,7 +97,14 @@ class Gateway:
 
     def make_spec(self, path: str) -> EndpointSpec:
         """Return the endpoint of a deployment."""
-        return EndpointSpec(f"{self.base}/{path}/v1", self.key, label=path, proxied=self.proxied)
+        return EndpointSpec(
+            f"{self.base}/{path}/v1",
+            self.key,
+            label=path,
+            tokens_per_min=self.tokens_per_min or DEFAULT_TOKENS,
+            window_s=self.window_s,
+            proxied=self.proxied,
+        )
 
     async def probe_models(self, timeout_s: float = 10.0) -> list[ProbeResult]:
         """Ask which models the deployments serve, in which state they are, and their limits.
@@ -161,15 +176,16 @@ class Gateway:
             specs: The deployments that serve the model.
             model: The model's name.
         """
-        states = {
-            (one.spec.url, about.model): about.state for one in found for about in one.deployments
-        }
+        known = {(one.spec.url, about.model): about for one in found for about in one.deployments}
         members = []
         for spec in specs:
             served = spec.model or model
-            state = states.get((spec.url, served))
+            about = known.get((spec.url, served))
+            state = None if about is None else about.state
             watch = JobWatch(self, spec.label or "", served)
             member = replace(spec, probe_model=served, watch=watch)
+            if self.tokens_per_min is None and about is not None and about.limit is not None:
+                member = replace(member, tokens_per_min=about.limit)
             members.append((_ORDER.index(state), replace(member, state=state)))
         return tuple(spec for _, spec in sorted(members, key=lambda pair: pair[0]))
 
@@ -199,9 +215,13 @@ class GatewayClient:
     Args:
         gateway: The gateway.
         timeout_s: Longest wait for one answer, in seconds.
+
+    Attributes:
+        latency_s: Time to the last answer, in seconds.
     """
 
     def __init__(self, gateway: Gateway, timeout_s: float) -> None:
+        self.latency_s = 0.0
         self._gateway = gateway
         self._timeout_s = timeout_s
         self._transport = Transport(FleetPolicy())
@@ -227,18 +247,29 @@ class GatewayClient:
         refused = answer.status == _UNAUTHORIZED and with_token
         if refused and await self._endpoint.renew_key(await self._endpoint.headers()):
             answer = await self._get(route, with_token)
-        for _ in range(_TRIES):
+        for tries in range(1, _TRIES + 1):
             if answer.status != _TOO_MANY:
                 break
-            await asyncio.sleep(_REST_S)
+            await asyncio.sleep(pause_after(_WAIT, tries))
             answer = await self._get(route, with_token)
         return answer
 
     async def _get(self, route: str, with_token: bool) -> HTTPAnswer:
         headers = await self._endpoint.headers() if with_token else {}
-        return await self._transport.get(
-            f"{self._gateway.base}/{route}", headers, self._timeout_s, self._gateway.proxied
-        )
+        url, started = f"{self._gateway.base}/{route}", time.monotonic()
+        answer = await self._transport.get(url, headers, self._timeout_s, self._gateway.proxied)
+        self.latency_s = time.monotonic() - started
+        return answer
+
+    async def read_models(self, cluster: str) -> Any:
+        """Return limits and capabilities of a cluster's models, or None without such a list.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+            FanfoldError: The token cannot be fetched.
+        """
+        return _read_json(await self.get(f"{cluster}/models"))
 
     async def read_jobs(self, cluster: str) -> Any:
         """Return the jobs of a cluster, or None if the gateway does not list them.
@@ -324,14 +355,14 @@ async def discover_first(
     gateway: Gateway, client: GatewayClient, document: Any, up: Mapping[str, Any]
 ) -> list[ProbeResult]:
     """List the deployments of a FIRST gateway, with state and limits of their models."""
-    offers = dict(_list_offers(document))
+    offers, latency_s = dict(_list_offers(document)), client.latency_s
     if not offers:
         return gateway.make_unreachable("list-endpoints lists no deployment")
     chosen = gateway.paths or [path for path, models in offers.items() if models is not None]
     jobs, details = dict[str, Any](), dict[str, Any]()
     for cluster in dict.fromkeys(path.partition("/")[0] for path in chosen if offers.get(path)):
         jobs[cluster] = await client.read_jobs(cluster)
-        details[cluster] = _read_json(await client.get(f"{cluster}/models"))
+        details[cluster] = await client.read_models(cluster)
     results = []
     for path in chosen:
         cluster, _, framework = path.partition("/")
@@ -349,6 +380,7 @@ async def discover_first(
                 path,
                 models,
                 tuple((m, n) for m in models if (n := _read_context(about.get(m))) is not None),
+                latency_s=latency_s,
                 is_lenient=True,
                 deployments=tuple(
                     Deployment(

@@ -42,6 +42,12 @@ class Deployment:
     tokens_per_min: int | None
     user_tokens_per_min: int | None
 
+    @property
+    def limit(self) -> int | None:
+        """Return the tokens per minute that one user may use, or None if unknown."""
+        limits = (self.tokens_per_min, self.user_tokens_per_min)
+        return min((limit for limit in limits if limit is not None), default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:

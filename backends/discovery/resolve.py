@@ -175,7 +175,13 @@ def _gateway(first: FirstConfig, proxy: bool | None) -> Gateway:
         gateway = Gateway.from_paths(base, first.paths, key, proxy is not False)
     except ConfigurationError as error:
         raise ConfigurationError(f"endpoints.first.paths: {error.message}") from None
-    return replace(gateway, poll_s=first.poll_s, start_wait_s=first.start_wait_s)
+    return replace(
+        gateway,
+        tokens_per_min=first.tokens_per_min,
+        window_s=first.window_s,
+        poll_s=first.poll_s,
+        start_wait_s=first.start_wait_s,
+    )
 
 
 def get_gateway_url(first: FirstConfig, environment: Mapping[str, str]) -> str:

@@ -466,9 +466,9 @@ class Deployment:
             chat=question.chat,
             usage=usage_object("full", question.prompt_tokens, answer.tokens),
         )
-        body = completion_body(envelope, answer)
-        # clients take the stand-in for the service: only upstreams may be simulated
-        return 200, json.dumps({**body, "system_fingerprint": None}).encode()
+        document = completion_body(envelope, answer)
+        del document["system_fingerprint"]  # the mark of simulated answers: here they are real
+        return 200, json.dumps(document).encode()
 
 
 class FirstGateway:
