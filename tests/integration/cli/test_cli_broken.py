@@ -256,11 +256,6 @@ ENDPOINTS = [
         {"endpoints": {"first": {"paths": ["sophia"], "token": "t"}}},
     ),
     Broken(
-        "token's command",
-        ["endpoints.first.token_command", "exit status 1"],
-        {"endpoints": {"first": {"paths": ["a/b"], "token_command": "false"}}},
-    ),
-    Broken(
         "nobody at the gateway",
         ["no endpoint answers", "a/b: cannot connect"],
         {"endpoints": {"first": {"paths": ["a/b"], "token": "t", "base_url": DEAD}}},

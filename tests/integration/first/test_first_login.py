@@ -150,3 +150,10 @@ async def test_the_variable_of_the_facilitys_tools_names_the_gateway(
         monkeypatch.setenv("inference_base_url", "ftp://x")
         with pytest.raises(ConfigurationError, match="inference_base_url"):
             make_gateway_set(FirstConfig(), None)
+
+
+async def test_a_command_that_fails_is_named() -> None:
+    async with FirstGateway(make_spec()) as first:
+        given = FirstConfig(base_url=first.url, token_command="false")
+        with pytest.raises(ConfigurationError, match=r"first\.token_command.* exit status 1"):
+            await make_gateway_set(given, None).probe()
