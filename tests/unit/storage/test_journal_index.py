@@ -82,8 +82,8 @@ def test_failures_are_counted_by_class(ended: list[tuple[int, str | None]]) -> N
         folder = Path(name)
         latest = dict[int, str | None]()
         for session, (index, error_class) in enumerate(ended, start=1):
-            status = "failed" if error_class else "done"
-            record = sample(index, status) | {"error_class": error_class}
+            record = sample(index, "failed" if error_class else "done")
+            record["error_class"] = error_class
             write_journal(folder / f"{session:04}.jsonl", [record])
             latest[index] = error_class
         failed = [error_class for error_class in latest.values() if error_class]
