@@ -26,7 +26,7 @@ from .transport import OpenStream, StreamHooks, Transport
 _TEMPLATE: Final = 64
 """Tokens that a chat template adds: markers, a fixed system text."""
 _PER_MESSAGE: Final = 8
-_CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
+CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
 """Statuses after which the server may have completed an answer that was lost."""
 _NO_USAGE: Final = Usage()
 
@@ -132,7 +132,7 @@ class RequestCharge:
             self.log.endpoint = self.endpoint_usage.endpoint
         self._end_attempt(type(failure.error).__name__)
         status = failure.error.status
-        if status in _CUT_OFF or (status is None and not failure.rule.free):
+        if status in CUT_OFF or (status is None and not failure.rule.free):
             return self.settle_lost()
         self.release(sent=status is not None)
         return _NO_USAGE
@@ -318,7 +318,7 @@ class RequestSender:
             else:
                 answer = await self._transport.send(endpoint.chat_url, data, headers, proxied)
                 endpoint.record_heard(task)
-                result = self._check_simulated(
+                result = self.check_simulated(
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
             if isinstance(result, Failure):
@@ -353,7 +353,7 @@ class RequestSender:
             if log is not None and log.streams is not None:
                 log.streams.pop(charge, None)
             if outcome is not None:
-                outcome = self._check_simulated(outcome, endpoint)
+                outcome = self.check_simulated(outcome, endpoint)
             self._end(endpoint, charge, outcome)
 
         return StreamHooks(
@@ -441,7 +441,7 @@ class RequestSender:
         if charge.log is not None:
             charge.log.simulated = transport.is_simulated(document)
 
-    def _check_simulated(
+    def check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
         """Reject an answer that would mix simulated and real ones."""

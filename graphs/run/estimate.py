@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from ...backends.batch.files import check_batch_settings
+from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import Price, describe_missing_price, look_up_price
 from ...backends.budget.tokens import (
     LEAST_SHARE,
@@ -195,8 +197,11 @@ async def estimate_run(
     check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     config = loaded.config
     async with _open_probed(loaded) as (ready, lines):
+        if config.backend.is_batch:
+            get_deployment(ready)
         cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
         problem = seen = None
         if cost is None and config.budget.usd is not None:
