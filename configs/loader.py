@@ -273,7 +273,13 @@ def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
 
 def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
     """Change, in place, all settings that are paths of files or folders."""
-    for section, key in (("input", "path"), ("endpoints", "file"), ("backend", "registry")):
+    for section, key in (
+        ("input", "path"),
+        ("batch", "output"),
+        ("batch", "errors"),
+        ("endpoints", "file"),
+        ("backend", "registry"),
+    ):
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])

@@ -107,6 +107,10 @@ SAMPLING_FIELDS: Final = frozenset(
 ``model.extra_body``."""
 
 
+BATCH_PROMPT: Final = "{body}"
+"""``task.prompt`` of a batch in OpenAI's format; its text counts in estimates and digests."""
+
+
 class InputConfig(Section):
     """Where the items come from.
 
@@ -117,6 +121,8 @@ class InputConfig(Section):
         id: Column with the names of the items; None numbers the rows.
         limit: Number of items to take from the beginning.
         on_duplicate: What to do with an id that occurs twice.
+        format: What a row is: ``auto``, columns for the prompt; or ``openai_batch``, a request in
+            OpenAI's batch format, which is sent as it is.
         smiles: Column that RDKit checks before any request.
         quotes: Whether quotes enclose cells of csv and tsv files; ``auto``: of csv files only.
     """
@@ -124,11 +130,12 @@ class InputConfig(Section):
     access: ClassVar[dict[str, Access]] = declare_access(
         path="path",
         lower="limit",
-        closed="dataset id on_duplicate smiles quotes",
+        closed="dataset format id on_duplicate smiles quotes",
     )
 
     path: PathText | None = None
     dataset: str | None = None
+    format: Literal["auto", "openai_batch"] = "auto"
     id: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     on_duplicate: Literal["error", "first", "suffix"] = "error"
@@ -140,6 +147,43 @@ class InputConfig(Section):
         if self.path is not None and self.dataset is not None:
             msg = "give either path or dataset, not both"
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _batch_names_its_items(self) -> InputConfig:
+        if self.is_batch and (self.id, self.smiles, self.dataset) != (None, None, None):
+            msg = "format openai_batch: custom_id names the items; leave out id, smiles and dataset"
+            raise ValueError(msg)
+        if self.is_batch and self.on_duplicate != "error":
+            msg = "format openai_batch: each custom_id must be unique; leave out on_duplicate"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def is_batch(self) -> bool:
+        """Return True if rows are requests in OpenAI's batch format."""
+        return self.format == "openai_batch"
+
+
+class BatchConfig(Section):
+    """Output in OpenAI's batch format, for ``input.format: openai_batch``.
+
+    Attributes:
+        output: File to which a line is added for each item that ends; None writes none.
+        errors: File for the lines of failed items; None puts them into ``output``.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="output errors")
+
+    output: PathText | None = None
+    errors: PathText | None = None
+
+    @model_validator(mode="after")
+    def _two_files(self) -> BatchConfig:
+        if self.errors is not None and self.output is None:
+            raise ValueError("errors needs output beside it")
+        if self.errors is not None and self.errors == self.output:
+            raise ValueError("output and errors name the same file; leave out errors")
         return self
 
 
@@ -347,6 +391,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
     input: InputConfig = InputConfig()
+    batch: BatchConfig = BatchConfig()
     task: TaskConfig
     model: ModelConfig = ModelConfig()
     endpoints: EndpointsConfig
@@ -369,6 +414,36 @@ class RunConfig(Section):
             msg = "is no switch; write run, or the path of a folder"
             raise ValueError(msg)
         return "off" if value is False else value  # YAML reads a bare off as false
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_has_its_task(cls, data: Any) -> Any:
+        rows = data.get("input") if isinstance(data, dict) else None
+        if isinstance(rows, dict) and rows.get("format") == "openai_batch" and "task" not in data:
+            return data | {"task": {"prompt": BATCH_PROMPT}}
+        return data
+
+    @model_validator(mode="after")
+    def _batch_is_sent_as_it_is(self) -> RunConfig:
+        if not self.input.is_batch:
+            if self.batch.output is not None:
+                raise ValueError("batch.output requires input.format: openai_batch")
+            return self
+        if self.task != TaskConfig(prompt=BATCH_PROMPT):
+            msg = (
+                "the lines of a batch in OpenAI's format are whole requests (input.format); leave "
+                "out the section task"
+            )
+            raise ValueError(msg)
+        model = self.model
+        plain = ModelConfig(name=model.name, price=model.price)
+        if unfit := [key for key, value in plain if value != getattr(model, key)]:
+            msg = (
+                f"model.{unfit[0]}: each line of a batch in OpenAI's format sets its own "
+                "(input.format); leave it out"
+            )
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _reuses_what_is_repeatable(self) -> RunConfig:

@@ -88,6 +88,7 @@ class SettingsForm(Context):
     repairs: int = _setting_field("task.repairs")
     reduce: list[dict[str, Any]] = _setting_field("reduce", items={"type": "object"})
     dataset: str | None = _setting_field("input.dataset", examples=list(_DATASETS))
+    input_format: Literal["auto", "openai_batch"] = _setting_field("input.format")
     id_column: str | None = _setting_field("input.id")
     smiles_column: str | None = _setting_field("input.smiles")
     limit: int | None = _setting_field("input.limit")
@@ -156,6 +157,9 @@ class SettingsForm(Context):
     )
     backend_options: dict[str, Any] | None = _options(
         "backend", "Other settings of the section backend.", "kind", "processes", "workers"
+    )
+    batch: dict[str, Any] | None = _options(
+        "batch", "Output files in OpenAI's batch format, for input_format openai_batch."
     )
     node: dict[str, Any] | None = _options("node", "Settings of the model servers on a node.")
     fsync_s: float = _setting_field("journal.fsync_s")

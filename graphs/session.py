@@ -38,6 +38,7 @@ from ..backends.core.types import Shard
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
+from ..configs.models import BatchConfig
 from ..nodes.item.prepare import build_messages
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
@@ -90,6 +91,7 @@ class RunResult:
         budget: Spent amount and cap, by limit.
         cost: Cost of all sessions; None until this session has ended.
         open_batches: Messages about batches whose answers are not collected.
+        batch: Files in OpenAI's batch format, if the run writes them.
     """
 
     exit_code: int
@@ -103,6 +105,7 @@ class RunResult:
     budget: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
     open_batches: tuple[str, ...] = ()
+    batch: BatchConfig = field(default_factory=BatchConfig)
 
 
 async def execute_run(run: ReadyRun, options: RunOptions, console: Console) -> RunResult:
@@ -163,6 +166,7 @@ async def run_session(
         seconds=seconds,
         budget=budget,
         cost=cost,
+        batch=run.loaded.config.batch,
         open_batches=tuple(describe_open_batches(batches)),
     )
 
@@ -499,7 +503,9 @@ def _first_prompts(
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:
-            messages = build_messages(task.system, prompt, item.row)
+            messages = build_messages(
+                task.system, prompt, item.row, loaded.config.model.system_role
+            )
         except InvalidItemError:
             continue
         tokens.append(estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE)

@@ -25,6 +25,7 @@ from ..backends.budget.leases import (
     open_lease,
     spent_of_lease,
 )
+from ..backends.budget.spend_log import read_lease_clock
 from ..backends.budget.tokens import make_prompt_counter, open_token_counter
 from ..backends.core.aio import LoopThread, SharedResource
 from ..backends.core.errors import BackendError, FanfoldError
@@ -356,11 +357,11 @@ def _check_version(task: ShardTask) -> None:
 
 
 async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
-    began = time.monotonic()
+    began, received = time.monotonic(), read_lease_clock()
     async with (
         heartbeat(task) as stop,
         shared.use(task, worker_name()) as resources,
-        open_lease(task, resources.loaded.config, began) as budget,
+        open_lease(task, resources.loaded.config, received) as budget,
     ):
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
         drain = (lambda: late) if late else context.stop_reason

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from ..backends.core.messages import ShardResult, ShardTask
 from ..backends.core.money import NO_PRICES, Amount, TokenPrices
-from ..backends.core.protocols import Account, CallLog, ChatModel
+from ..backends.core.protocols import Account, CallLog, ChatModel, CompletionClient
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Shard
 from .aggregators import AggregatorSet
@@ -34,6 +34,8 @@ class ItemContext:
         repairs: How often an invalid answer is sent back.
         delegate: A user's item graph, called with the columns and the messages.
         system_role: Role of the system text.
+        completions: The client that sends an item's own request in place of the prompt, if items
+            are requests.
     """
 
     system: str
@@ -43,6 +45,7 @@ class ItemContext:
     repairs: int = 1
     delegate: Delegate | None = None
     system_role: str = "system"
+    completions: CompletionClient | None = None
 
 
 class ItemSequence(Protocol):

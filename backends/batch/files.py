@@ -18,11 +18,10 @@ from ...configs.backend import BackendConfig
 from ..core.disk import sync_folder
 from ..core.errors import ConfigurationError, JournalError
 from ..core.money import Amount
-from ..core.types import Usage
+from ..core.types import CHAT_URL, Usage
 from ..core.values import check_counts, is_count, parse_json
 from ..storage.run_folder import write_bytes, write_json
 
-CHAT_PATH: Final = "/v1/chat/completions"
 STAGE: Final = "map"
 """Stage of the requests; a run has one."""
 
@@ -47,7 +46,7 @@ def digest_body(body: Mapping[str, Any]) -> bytes:
 
 def encode_request(custom_id: str, body: Mapping[str, Any]) -> bytes:
     """Return a line of OpenAI's batch format."""
-    line = {"custom_id": custom_id, "method": "POST", "url": CHAT_PATH, "body": body}
+    line = {"custom_id": custom_id, "method": "POST", "url": CHAT_URL, "body": body}
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 

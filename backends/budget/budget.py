@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from ..storage.run_folder import (
     write_raised_limits,
 )
 from .reservations import BudgetBalance, ItemAccount
-from .spend_log import Lease, SpendLog, SpendLogs
+from .spend_log import Lease, SpendLog, SpendLogs, read_lease_clock
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +297,7 @@ class LeaseTable:
         for name, lease in list(self._lost.items()):
             if not lease.has_log:
                 continue
-            waited_s = time.monotonic() - self._found.setdefault(name, time.monotonic())
+            waited_s = read_lease_clock() - self._found.setdefault(name, read_lease_clock())
             try:
                 spent = await asyncio.to_thread(self._logs.recover, name, lease, waited_s)
             except JournalError as error:

@@ -15,11 +15,11 @@ from ..core.errors import BudgetExhaustedError, FanfoldError
 from ..core.messages import WALLTIME_REASON, ShardResult, ShardTask
 from ..core.money import Amount, BudgetLimits, TokenPrices
 from ..core.templates import Template
-from ..core.types import Item, Json, Usage
+from ..core.types import CHAT_URL, Item, Json, Usage
 from ..discovery.connect import make_model_params
 from ..fleet.request import max_usage
 from .budget import Budget, BudgetSettings, RunBudget
-from .spend_log import CLOCK_SKEW_S, Lease, SpendLog, SpendLogs
+from .spend_log import CLOCK_SKEW_S, Lease, SpendLog, SpendLogs, read_lease_clock
 
 _POLL_S: Final = 1.0
 LEASE_EXPIRED: Final = (
@@ -33,8 +33,9 @@ async def open_lease(
 ) -> AsyncIterator[Budget | None]:
     """Open the budget that a task may spend; None means no limit.
 
-    It ends when the task's time has passed since its receipt, by the monotonic clock of this host:
-    no change of a clock, and no difference between clocks, prolongs it.
+    It ends when the task's time has passed since its receipt, by the monotonic clock of this host,
+    which also counts the time while the host is suspended: no change of a clock, and no difference
+    between clocks, prolongs it.
 
     A task that is delivered twice may spend its lease once: the second waits until the first has
     ended, and then may spend nothing. A task that starts after its lease has expired may spend
@@ -43,7 +44,7 @@ async def open_lease(
     Args:
         task: The task.
         config: The run's settings.
-        received: Monotonic time in seconds when the task was received; None: now.
+        received: When the task was received, by ``read_lease_clock``; None: now.
 
     Raises:
         JournalError: The spend log of the lease cannot be written.
@@ -52,7 +53,7 @@ async def open_lease(
     if lease is None:
         yield None
         return
-    until = (time.monotonic() if received is None else received) + task.deadline_s
+    until = (read_lease_clock() if received is None else received) + task.deadline_s
     log, caps = None, lease["caps"]
     if expiry_reason(task):
         caps = dict.fromkeys(caps, 0)
@@ -87,10 +88,10 @@ def _open_lease_log(logs: SpendLogs, name: str, term: float) -> SpendLog | None:
 
 async def _wait_for_holder(logs: SpendLogs, name: str) -> None:
     """Wait until the holder of a lease has settled it, or it expires."""
-    began = time.monotonic()
+    began = read_lease_clock()
     while True:
         state = await asyncio.to_thread(logs.read_lease, name)
-        if state.settled is not None or time.monotonic() - began > state.term:
+        if state.settled is not None or read_lease_clock() - began > state.term:
             return
         await asyncio.sleep(_POLL_S)
 
@@ -170,6 +171,8 @@ class LeaseManager:
 
     def _of_one(self, item: Item, prices: TokenPrices) -> Amount:
         """Return the most that one item may need, including repairs."""
+        if self._config.input.is_batch:
+            return self._of_request(item, prices)
         try:
             question = self._prompt.render(item.row)
         except FanfoldError:
@@ -181,6 +184,12 @@ class LeaseManager:
         rounds = 1 + (0 if self._config.task.graph else self._config.task.repairs)
         longest = Usage((most.prompt or 0) + 2 * rounds * (most.completion or 0), most.completion)
         return prices.amount(longest).times(rounds)
+
+    def _of_request(self, item: Item, prices: TokenPrices) -> Amount:
+        """Return the most that an item may need that is a request itself."""
+        if item.row["url"] != CHAT_URL:
+            return prices.amount(Usage(0, 0))  # it will fail without a call
+        return prices.amount(max_usage(item.row["body"]))
 
     def _of_items(self, count: int, one: Amount) -> Amount:
         """Estimate the need of items from those measured, or from one item before any is."""

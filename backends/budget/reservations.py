@@ -16,7 +16,7 @@ from ..core.errors import BudgetExhaustedError, FanfoldError, JournalError
 from ..core.money import Amount, BudgetLimits, TokenPrices
 from ..core.protocols import CallLog, PromptCounter, Reservation
 from ..core.types import Json, Usage
-from .spend_log import SpendLog
+from .spend_log import SpendLog, read_lease_clock
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class BudgetBalance:
         limits: The most that may be spent here.
         log: Spend log of the level; None trusts this process to return what it was lent.
         exhausted: Describes what is exhausted, for the error.
-        until: Monotonic time in seconds after which nothing more is reserved.
+        until: Time of ``read_lease_clock`` after which nothing more is reserved.
 
     Attributes:
         settled: Spent so far.
@@ -295,7 +295,7 @@ class BudgetBalance:
     def _reserve_if_free(self, amount: Amount, begun: bool) -> bool:
         if self._failure is not None or self._begun or (self._fresh and not begun):
             return False
-        if time.monotonic() > self._until:
+        if read_lease_clock() > self._until:
             return False
         wanted = self._used.plus(amount)
         if not _within(wanted, self._level):
@@ -312,7 +312,7 @@ class BudgetBalance:
                 _first(queue).refuse(self._failure)
                 continue
             wanted = self._used.plus(waiter.amount)
-            if time.monotonic() > self._until:
+            if read_lease_clock() > self._until:
                 _first(queue).refuse(BudgetExhaustedError("the lease has expired"))
             elif _within(wanted, self._level):
                 _first(queue)

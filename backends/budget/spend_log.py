@@ -47,6 +47,17 @@ Level = Mapping[str, int]
 CLOCK_SKEW_S: Final = 600.0
 """Most seconds by which the clocks of two hosts differ, where only their times can be compared."""
 
+_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def read_lease_clock() -> float:
+    """Return seconds of this host's monotonic clock, the time while it was suspended included.
+
+    Linux has such a clock; ``time.monotonic`` stands still while a laptop sleeps. On macOS
+    CLOCK_MONOTONIC goes on.
+    """
+    return time.clock_gettime(_CLOCK)
+
 
 class SpendLog:
     """Write one spend log; every method blocks.

@@ -32,6 +32,30 @@ class ChatModel(Protocol):
         ...
 
 
+class CompletionClient(Protocol):
+    """A client that sends whole requests: ``FleetClient``."""
+
+    @property
+    def model(self) -> str:
+        """Return the model's name."""
+        ...
+
+    async def complete(self, body: Mapping[str, Json]) -> tuple[dict[str, Json], Reply]:
+        """Send one chat request as it is.
+
+        Args:
+            body: The request; ``model`` is replaced by the model's name.
+
+        Returns:
+            The chat completion as the server sent it, and what it says.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: No item can succeed any more.
+        """
+        ...
+
+
 @runtime_checkable
 class Backend(Protocol):
     """Runs shards: it carries JSON messages to workers and back, and depends on nothing else.

@@ -16,6 +16,9 @@ Message: TypeAlias = dict[str, Any]
 
 Status: TypeAlias = Literal["done", "failed"]
 
+CHAT_URL: Final = "/v1/chat/completions"
+"""The ``url`` of a chat request in OpenAI's batch format."""
+
 SIMULATED_FINGERPRINT: Final = "fanfold-simulated"
 """``system_fingerprint`` of every simulated answer, and ``owned_by`` of every simulated model:
 these two fields identify a simulated fleet, no matter how it was reached."""

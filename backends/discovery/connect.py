@@ -75,6 +75,7 @@ def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None
         load=LoadPolicy(source=limits.load) if limits.load else None,
         whole_answers=endpoint_set is not None and endpoint_set.gateway is not None,
         body_bytes=limits.body_bytes,
+        own_fields=config.input.is_batch,
     )
 
 

@@ -476,16 +476,29 @@ def _choose_400_rule(error_body: ErrorBody) -> RetryRule:
     return _REFUSED
 
 
-_SCHEMA_ADVICE: Final = "simplify task.schema to what this server supports, or leave it out"
+_NEW_RUN: Final = "; it may change answers, so start a new run with it, in a new run folder"
+_RESUME: Final = (
+    "; it changes no answer, so the run can be resumed with it: fanfold resume DIR --set"
+)
+_SCHEMA_ADVICE: Final = (
+    f"simplify task.schema to what this server supports, or leave it out{_NEW_RUN}"
+)
 _ADVICE: Final[Mapping[str, str]] = {
-    "temperature": "set model.temperature: null, which sends none, or a value that it accepts",
-    "max_completion_tokens": "set model.max_tokens_field: max_tokens",
-    "max_tokens": "set model.max_tokens_field: max_completion_tokens",
-    "seed": "set model.seed: null",
+    "temperature": (
+        f"set model.temperature: null, which sends none, or a value that it accepts{_NEW_RUN}"
+    ),
+    "max_completion_tokens": (
+        f"set model.max_tokens_field: max_tokens{_RESUME} model.max_tokens_field=max_tokens"
+    ),
+    "max_tokens": (
+        f"set model.max_tokens_field: max_completion_tokens{_RESUME} "
+        "model.max_tokens_field=max_completion_tokens"
+    ),
+    "seed": f"set model.seed: null{_NEW_RUN}",
     "response_format": _SCHEMA_ADVICE,
 }
-"""What to set if a server refuses a field of the request."""
-_ROLE_ADVICE: Final = "set model.system_role: user or developer"
+"""What to set if a server refuses a field of the request, and how a run goes on with it."""
+_ROLE_ADVICE: Final = f"set model.system_role: user or developer{_NEW_RUN}"
 _VARIABLE_FIELDS: Final = frozenset({"messages", "model", "stream"})
 _LENGTH_FIELDS: Final = frozenset({"max_tokens", "max_completion_tokens"})
 _ECHOES: Final = frozenset({"input", "ctx", "url", "body", "messages", "prompt", "request"})
@@ -566,7 +579,7 @@ def _find_refused_field(statements: Iterable[str], body: Mapping[str, Any]) -> s
             return _ROLE_ADVICE
         for field in fields:
             if _refuses_field(statement, field.lower(), body[field]):
-                return _ADVICE.get(field, f"remove {field} from model.extra_body")
+                return _ADVICE.get(field, f"remove {field} from model.extra_body{_NEW_RUN}")
         if _SCHEMA.search(statement) or _refuses_schema(statement, keywords):
             return _SCHEMA_ADVICE
     return None

@@ -93,7 +93,10 @@ class Fleet:
         self._monitor = HealthMonitor(self.endpoints, self.policy, self._transport)
         limited = self.policy.rate_limit != RateLimitPolicy()
         self._limiter = limiter or (RateLimiter(self.policy.rate_limit) if limited else None)
-        self._sender = RequestSender(self._transport, self._monitor, self._limiter, simulated)
+        own_fields = self.policy.own_fields
+        self._sender = RequestSender(
+            self._transport, self._monitor, self._limiter, simulated, own_fields
+        )
         balancer, hedge = self._monitor.balancer, self.policy.hedge
         self._hedger = Hedger(hedge, balancer, self._sender.send, self._limiter) if hedge else None
         self._send = self._hedger.send if self._hedger else self._sender.send
@@ -357,11 +360,27 @@ class FleetClient:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: No item can succeed any more.
         """
-        body = {**self._constant, "messages": messages}
+        return (await self._post({**self._constant, "messages": messages}))[1]
+
+    async def complete(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Reply]:
+        """Send one chat request as it is, but for the model's name; return its completion.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: No item can succeed any more.
+        """
+        return await self._post({**body, "model": self.model})
+
+    @property
+    def model(self) -> str:
+        """Return the model's name."""
+        return str(self._constant["model"])
+
+    async def _post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Reply]:
         document, endpoint = await self._fleet.post(body)
         if endpoint is None:
-            return replace(transport.make_reply(document, ""), cached=True)
-        return transport.make_reply(document, endpoint.label)
+            return document, replace(transport.make_reply(document, ""), cached=True)
+        return document, transport.make_reply(document, endpoint.label)
 
 
 class StatsReporter:

@@ -244,6 +244,8 @@ class FleetPolicy:
         trust_env: Whether proxy variables of the environment apply to all endpoints, and not only
             to those that ask for it (``EndpointSpec.proxied``).
         body_bytes: Limit of bytes of one answer, after decompression.
+        own_fields: Whether each request chooses its fields itself, so that the refusal of a field
+            is the fault of its item.
     """
 
     streams: int = 256
@@ -258,6 +260,7 @@ class FleetPolicy:
     whole_answers: bool = False
     trust_env: bool = False
     body_bytes: int = 64 * 2**20
+    own_fields: bool = False
 
     @classmethod
     def from_limits(

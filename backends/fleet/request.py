@@ -43,6 +43,39 @@ def max_usage(body: Mapping[str, Any]) -> Usage:
     return Usage(prompt, int(answer) * int(body.get("n") or 1))
 
 
+class LostRequests:
+    """The requests of one call whose answers are lost, until the call ends.
+
+    All requests of a call have the same prompt: its answer reveals how many tokens the lost ones
+    were charged for their prompts.
+    """
+
+    def __init__(self) -> None:
+        self._charges: list[tuple[RequestCharge, Endpoint]] = []
+        self._has_ended = False
+
+    def add(self, charge: RequestCharge, endpoint: Endpoint) -> bool:
+        """Add a request; return False if the call has ended."""
+        if not self._has_ended:
+            self._charges.append((charge, endpoint))
+        return not self._has_ended
+
+    def settle(self, answer: object) -> None:
+        """Settle all requests at the end of the call.
+
+        Args:
+            answer: The answer that counts; None if there is none. A stream's length is not known
+                yet.
+        """
+        self._has_ended = True
+        if not self._charges:
+            return
+        prompt = transport.read_usage(answer).prompt if isinstance(answer, dict) else None
+        for charge, endpoint in self._charges:
+            charge.is_deferred, charge.prompt_tokens = False, prompt
+            endpoint.stats.add_lost(charge.settle_lost())
+
+
 @dataclass(slots=True, eq=False)
 class RequestCharge:
     """The cost of one request of an item; the first of its ends counts.
@@ -61,6 +94,8 @@ class RequestCharge:
             None for its first request.
         prompt_tokens: Tokens of its prompt, as an answer to the same request reports them; None if
             unknown.
+        lost: The lost requests of its call; None settles it at once if it is lost.
+        is_deferred: Whether it is lost, and settled at the end of its call.
     """
 
     log: CallLog | None
@@ -73,33 +108,42 @@ class RequestCharge:
     level: int = 0
     marks: Mapping[Endpoint, RefusalMark] | None = None
     prompt_tokens: int | None = None
+    lost: LostRequests | None = None
+    is_deferred: bool = False
 
     @classmethod
-    async def reserve(cls, log: CallLog | None, body: Mapping[str, Any]) -> RequestCharge:
+    async def reserve(
+        cls, log: CallLog | None, body: Mapping[str, Any], lost: LostRequests | None = None
+    ) -> RequestCharge:
         """Reserve the maximum cost of a request.
+
+        Args:
+            log: The item's log, or None.
+            body: The request.
+            lost: The lost requests of its call, or None.
 
         Raises:
             BudgetExhaustedError: The budget does not cover it.
             ConfigurationError: The length of its answer is unlimited.
         """
         if log is None or log.account is None:
-            return cls(log, body)
+            return cls(log, body, lost=lost)
         if not (body.get("max_completion_tokens") or body.get("max_tokens")):
             msg = (
                 "a budget is set, but a request has no max_tokens, so its cost is unlimited; keep "
                 "the model's configured max_tokens, or set one in the call"
             )
             raise ConfigurationError(msg)
-        return cls(log, body, await log.account.reserve(max_usage(body), body, log))
+        return cls(log, body, await log.account.reserve(max_usage(body), body, log), lost=lost)
 
     def reserve_again(self) -> RequestCharge | None:
         """Reserve the same for a second request, if the budget covers it at once."""
         if self.log is None or self.log.account is None:
-            return RequestCharge(self.log, self.body, marks=self.marks)
+            return RequestCharge(self.log, self.body, marks=self.marks, lost=self.lost)
         reserved = self.log.account.try_reserve(max_usage(self.body))
         if reserved is None:
             return None
-        return RequestCharge(self.log, self.body, reserved, marks=self.marks)
+        return RequestCharge(self.log, self.body, reserved, marks=self.marks, lost=self.lost)
 
     def record_sent(self, endpoint: Endpoint) -> None:
         """Count the request as sent."""
@@ -126,20 +170,27 @@ class RequestCharge:
             self.log.model = self.endpoint_usage.model = model
             self.endpoint_usage.usage += usage
 
-    def settle_failed(self, failure: Failure) -> Usage:
-        """Settle a failed request; return the tokens that may have been paid for nothing."""
+    def settle_failed(self, failure: Failure, endpoint: Endpoint | None = None) -> Usage:
+        """Settle a failed request; return the tokens that may have been paid for nothing.
+
+        Args:
+            failure: How it failed.
+            endpoint: Where it was sent; a lost request is then settled at the end of its call.
+        """
         if self.log is not None and self.endpoint_usage is not None:
             self.log.endpoint = self.endpoint_usage.endpoint
         self._end_attempt(type(failure.error).__name__)
         status = failure.error.status
         if status in CUT_OFF or (status is None and not failure.rule.free):
+            if endpoint is not None and self.lost is not None and not self.ended:
+                self.is_deferred = self.lost.add(self, endpoint)
             return self.settle_lost()
         self.release(sent=status is not None)
         return _NO_USAGE
 
     def settle_lost(self) -> Usage:
         """Settle a request whose answer is lost; return the most tokens that it may have cost."""
-        if not self._mark_ended():
+        if self.is_deferred or not self._mark_ended():
             return _NO_USAGE
         self._end_attempt("cancelled")
         if self.prompt_tokens is not None:
@@ -263,6 +314,7 @@ class RequestSender:
         limiter: The whole process' quotas, or None.
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
+        own_fields: Whether each request chooses its fields itself.
 
     Attributes:
         simulated: The same, settled by the first answer.
@@ -274,8 +326,10 @@ class RequestSender:
         monitor: HealthMonitor,
         limiter: RateLimiter | None,
         simulated: bool | None,
+        own_fields: bool = False,
     ) -> None:
         self._transport = transport
+        self._own_fields = own_fields
         self._monitor = monitor
         self._limiter = limiter
         self._warned = False
@@ -322,7 +376,8 @@ class RequestSender:
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
             if isinstance(result, Failure):
-                result = failures.classify_refused_field(result, body)
+                if not self._own_fields:
+                    result = failures.classify_refused_field(result, body)
                 result = await self._soften_failure(endpoint, result, headers, charge)
                 outcome = learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
             else:
@@ -419,7 +474,7 @@ class RequestSender:
 
     def _record_failure(self, endpoint: Endpoint, failure: Failure, charge: RequestCharge) -> None:
         endpoint.stats.add_failure(type(failure.error).__name__)
-        endpoint.stats.add_lost(charge.settle_failed(failure))
+        endpoint.stats.add_lost(charge.settle_failed(failure, endpoint))
         # A refused request used no tokens; the cost of a lost one is unknown and stays reserved.
         if failure.error.status is not None:
             self._settle(endpoint, charge.body, Usage(0, 0))

@@ -23,7 +23,7 @@ from .failures import Failure, RetryAction
 from .health import HealthMonitor
 from .policy import HedgePolicy, RetryPolicy
 from .rate_limit import RateLimiter, estimate_tokens
-from .request import RequestCharge
+from .request import LostRequests, RequestCharge
 from .transport import OpenStream
 
 _OTHERS: Final = 8
@@ -261,27 +261,32 @@ class Retrier:
         tokens = estimate_tokens(body) if self._counts_tokens() else 0
         key = self._affinity.make_key(body) if self._affinity else 0
         prefer = self._affinity.find_endpoint(key) if self._affinity else None
-        charge = await RequestCharge.reserve(log, body)
-        endpoint = await self._acquire_endpoint(charge, tokens, prefer)
-        if self._affinity is not None:
-            self._affinity.record(key, endpoint)
-        result, endpoint = await send(endpoint, body, charge)
-        if isinstance(result, Failure) or _is_empty(result):
-            attempts = AttemptLog(self._policy, prefer)
+        lost, answered = LostRequests(), None
+        try:
+            charge = await RequestCharge.reserve(log, body, lost)
+            endpoint = await self._acquire_endpoint(charge, tokens, prefer)
+            if self._affinity is not None:
+                self._affinity.record(key, endpoint)
+            result, endpoint = await send(endpoint, body, charge)
+            if isinstance(result, Failure) or _is_empty(result):
+                attempts = AttemptLog(self._policy, prefer)
 
-            async def send_again() -> tuple[T | Failure, Endpoint]:
-                charge = await RequestCharge.reserve(log, body)
-                endpoint = await self._acquire_endpoint(
-                    charge, tokens, attempts.prefer, attempts.excluded, attempts.unfit
-                )
-                if self._affinity is not None:
-                    self._affinity.record(key, endpoint)
-                charge.marks = attempts.marks
-                return await send(endpoint, attempts.adapt_body(endpoint, body), charge)
+                async def send_again() -> tuple[T | Failure, Endpoint]:
+                    charge = await RequestCharge.reserve(log, body, lost)
+                    endpoint = await self._acquire_endpoint(
+                        charge, tokens, attempts.prefer, attempts.excluded, attempts.unfit
+                    )
+                    if self._affinity is not None:
+                        self._affinity.record(key, endpoint)
+                    charge.marks = attempts.marks
+                    return await send(endpoint, attempts.adapt_body(endpoint, body), charge)
 
-            answer, endpoint = await self._retry(attempts, (result, endpoint), send_again, log)
-        else:
-            answer = result
+                answer, endpoint = await self._retry(attempts, (result, endpoint), send_again, log)
+            else:
+                answer = result
+            answered = answer
+        finally:
+            lost.settle(answered)
         if log is not None:
             log.endpoint = endpoint.label
         self._monitor.count_answered(log)

@@ -17,10 +17,12 @@ from ..core.errors import InputError
 from ..core.templates import Template
 from ..core.types import Json, Row
 from .base import NCI_DATASET, RowSource, describe_line, did_you_mean, find_nci_file
+from .batch_requests import read_requests
 from .lines import is_gzip, unreadable_error
 from .readers import (
     TEXT_SUFFIXES,
     find_files,
+    name_json_position,
     read_delimited,
     read_folder,
     read_json,
@@ -105,15 +107,20 @@ class InputFormat:
 
     Attributes:
         read: Reads a file; yields the position and the row.
-        position: What a position counts.
+        position: What a position counts; a function if that depends on the file.
         ragged: Whether the rows of one file may differ in their columns.
         packed: Whether files may be packed with gzip.
     """
 
     read: _Reader
-    position: str = "line"
+    position: str | Callable[[Path], str] = "line"
     ragged: bool = False
     packed: bool = True
+
+    def describe(self, path: Path, at: int) -> str:
+        """Return a position of a file in words."""
+        kind = self.position if isinstance(self.position, str) else self.position(path)
+        return f"{path}, {kind} {at}"
 
 
 _JSONL: Final = InputFormat(lambda path, *_: read_jsonl(path), ragged=True)
@@ -123,7 +130,7 @@ FORMATS: Final[dict[str, InputFormat]] = {
     ".tsv": InputFormat(_read_tsv),
     ".jsonl": _JSONL,
     ".ndjson": _JSONL,
-    ".json": InputFormat(lambda path, *_: read_json(path), "row", ragged=True),
+    ".json": InputFormat(lambda path, *_: read_json(path), name_json_position, ragged=True),
     ".smi": InputFormat(lambda path, *_: read_smi(path)),
     ".parquet": InputFormat(_read_parquet, "row", packed=False),
 }
@@ -158,6 +165,14 @@ def open_source(
         InputError: The input does not exist or its format is unsupported.
         MissingExtraError: The dataset needs an extra that is not installed.
     """
+    if config.is_batch:
+        return read_requests(_open_rows(config, (), items))
+    return _open_rows(config, needed, items)
+
+
+def _open_rows(
+    config: InputConfig, needed: Collection[str], items: Sequence[Mapping[str, Json]] | None
+) -> RowSource:
     if items is not None:
         return _from_memory(items)
     if config.dataset is not None:
@@ -175,13 +190,13 @@ def _from_path(path: Path, config: InputConfig, needed: Collection[str]) -> RowS
         return _from_files(f"folder {path}", path, find_files(path), config, needed)
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is not a regular file; copy its content to a file first")
-    form = FORMATS.get(get_format_suffix(path))
+    form = FORMATS.get(get_format_suffix(path), _JSONL if config.is_batch else None)
     if form is None or (is_gzip(path) and not form.packed):
         raise _unknown_format(path)
     return RowSource(
         str(path),
         partial(form.read, path, config, needed),
-        lambda at: f"{path}, {form.position} {at}",
+        partial(form.describe, path),
         ragged=form.ragged,
     )
 
@@ -233,7 +248,7 @@ def _from_files(
 
     def describe(at: int) -> str:
         number, position = divmod(at, _SPAN)
-        return f"{folder / chosen[number]}, {form.position} {position}"
+        return form.describe(folder / chosen[number], position)
 
     return RowSource(name, read, describe, ragged=True)
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,14 @@ import orjson
 
 from ..core.errors import InputError
 from ..core.types import Row
-from .lines import MAX_LINE_BYTES, decode_line, read_lines, read_text_file, unreadable_error
+from .lines import (
+    MAX_LINE_BYTES,
+    decode_line,
+    open_text,
+    read_lines,
+    read_text_file,
+    unreadable_error,
+)
 
 _BATCH_ROWS: Final = 256
 
@@ -104,17 +112,15 @@ def read_json(path: Path) -> Iterator[tuple[int, Row]]:
         path: The file.
 
     Yields:
-        The position in the array (from 1), and the row.
+        The position in the array, or the line's number (from 1), and the row.
 
     Raises:
         InputError: The file cannot be read or is no such array; names its line or the position.
     """
-    lines = list(read_lines(path))
-    content = b"\n".join(raw for _, raw in lines)
-    first = next((raw for _, raw in lines if raw.strip()), b"")
-    if _is_object(first):
+    if name_json_position(path) == "line":
         yield from read_jsonl(path)
         return
+    content = b"\n".join(raw for _, raw in read_lines(path))
     try:
         rows = orjson.loads(content)
     except orjson.JSONDecodeError as error:
@@ -130,6 +136,19 @@ def read_json(path: Path) -> Iterator[tuple[int, Row]]:
         if type(row) is not dict:
             raise InputError(f"{path}, row {number}: not a JSON object but {_kind(row)}")
         yield number, row
+
+
+def name_json_position(path: Path) -> str:
+    """Return what a position in a ``.json`` file counts: a row of its array, or a line.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    with open_text(path) as file:
+        first = next(
+            (raw for raw in iter(partial(file.readline, MAX_LINE_BYTES), b"") if raw.strip()), b""
+        )
+    return "line" if _is_object(first) else "row"
 
 
 def _is_object(raw: bytes) -> bool:

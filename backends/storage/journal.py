@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
 from itertools import compress, islice, takewhile
@@ -19,6 +19,7 @@ from ..core.checksum import PREVIOUS_CRC_BYTES, check_crc, parse_crc
 from ..core.errors import JournalError
 from ..core.money import UsageTotals
 from ..core.types import Json
+from ..core.values import check_counts
 from .journal_file import (
     ItemCounts,
     JournalDelta,
@@ -36,6 +37,7 @@ from .journal_file import (
     scan_lines,
     sum_records,
 )
+from .run_folder import write_json
 
 _MAX_OPEN_FILES: Final = 128
 """Files kept open. Processes have a low limit, and connections need most of it."""
@@ -125,6 +127,8 @@ class Journal:
 
     Attributes:
         usage_by_session: Usage by session number, including records that do not count.
+        on_record: Called with the index of each item whose record is new or replaced, in the thread
+            that reads or writes it; None calls nothing.
         duplicates: Records that replaced another one, or of the same session as the one that
             counts; the aggregate of their items may differ from the journal.
 
@@ -153,6 +157,7 @@ class Journal:
         self._own = -1
         self._session: tuple[str, float] | None = None
         self.session_number = 0
+        self.on_record: Callable[[int], None] | None = None
         self.duplicates = 0
         self._failure: JournalError | None = None
         self.usage_by_session: dict[int, UsageTotals] = {}
@@ -390,6 +395,10 @@ class Journal:
             return 0
         return parse_session_number(self._paths[self._file[index]])
 
+    def is_done(self, index: int) -> bool:
+        """Return True if an item has an answer."""
+        return self._state[index] == _DONE
+
     def read_record(self, index: int) -> dict[str, Any]:
         """Read back the record of a finished item.
 
@@ -430,6 +439,8 @@ class Journal:
             return False
         self._state[index] = _CODES[facts[1]]
         self._file[index], self._start[index], self._length[index] = number, start, length
+        if self.on_record is not None:
+            self.on_record(index)
         return not ended
 
     def _is_replacing(self, index: int, number: int, start: int, length: int) -> bool:
@@ -464,6 +475,47 @@ class Journal:
     def total_usage(self) -> UsageTotals:
         """Return the usage of all sessions."""
         return UsageTotals.total(self.usage_by_session.values())
+
+
+EXTENTS_FILE: Final = "extents.json"
+"""Sizes of the journal files of a run, when a session last opened or closed it."""
+
+
+def write_extents(folder: Path, extents: Mapping[str, int]) -> None:
+    """Record which files the journal has, and how far they were read or written.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
+    write_json(folder / EXTENTS_FILE, {"v": 1, "bytes": extents})
+
+
+def list_lost_files(folder: Path) -> list[str]:
+    """Return a sentence for each file of the journal that is missing or shorter than recorded.
+
+    Raises:
+        JournalError: The record of the files is damaged.
+    """
+    record = folder / EXTENTS_FILE
+    try:
+        extents: dict[str, int] = orjson.loads(record.read_bytes())["bytes"]
+        check_counts(extents, extents, "bytes")
+    except FileNotFoundError:
+        return []  # no session has opened the run yet
+    except OSError as error:
+        raise JournalError(f"{record}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"{record}: damaged ({error}); remove it, and the next session writes it again"
+        raise JournalError(msg) from None
+    lost = []
+    for name, size in extents.items():
+        path = folder / name
+        now = path.stat().st_size if path.exists() else None
+        if now is None:
+            lost.append(f"{path} is missing: it had {size:,} bytes of records")
+        elif now < size:
+            lost.append(f"{path} has {now:,} bytes, and had {size:,}: its last records are missing")
+    return lost
 
 
 def _end_in(extents: Mapping[str, int] | None, path: Path) -> int | None:

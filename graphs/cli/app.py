@@ -34,6 +34,8 @@ from .options import (
     Folder,
     Out,
     OutputMode,
+    Pilot,
+    Yes,
     nonempty,
     nonempty_path,
     take_overrides,
@@ -88,15 +90,8 @@ def run(  # noqa: PLR0913 - typer wants one parameter per option
     *,
     changes: Overrides,
     output: OutputMode,
-    pilot: Annotated[
-        int | None,
-        typer.Option(
-            "--pilot", min=1, help="Run N items first, show an estimate for all, then ask."
-        ),
-    ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Continue after the pilot without asking.")
-    ] = False,
+    pilot: Pilot = None,
+    yes: Yes = False,
 ) -> None:
     """Run a batch, or resume it if the run folder exists."""
     from .run import run_or_resume
@@ -112,6 +107,73 @@ def resume(folder: Folder, changes: Overrides, output: OutputMode) -> None:
     from .run import resume_folder
 
     raise typer.Exit(resume_folder(folder, changes, output))
+
+
+@app.command()
+@take_overrides(
+    "checkpointer",
+    "assignments",
+    "as_json",
+    "quiet",
+    "retry_failed",
+    "metrics_port",
+    *BUDGET_OPTIONS,
+)
+def batch(  # noqa: PLR0913 - typer wants one parameter per option
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", parser=nonempty_path, help="A file in OpenAI's batch format."),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", parser=nonempty_path, help="Output file; lines are added as they end."
+        ),
+    ],
+    *,
+    endpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--endpoints",
+            metavar="URLS|FILE|simulated|auto",
+            help="Endpoints that serve the model; may be repeated.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config", metavar="FILE", parser=nonempty, help="Settings, without input and task."
+        ),
+    ] = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="Output file for failed lines; default: OUT.",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder",
+            metavar="DIR",
+            parser=nonempty_path,
+            help="Run folder; default: OUT.fanfold.",
+        ),
+    ] = None,
+    changes: Overrides,
+    output: OutputMode,
+    pilot: Pilot = None,
+    yes: Yes = False,
+) -> None:
+    """Process a file in OpenAI's batch format, or resume it."""
+    from .batch import BatchFileNames, run_batch
+
+    changes = replace(changes, pilot=pilot, yes=yes)
+    files = BatchFileNames(source, target, errors, folder)
+    raise typer.Exit(run_batch(files, config, endpoints or [], changes, output))
 
 
 @app.command()

@@ -49,6 +49,11 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=nonempty_path, hel
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", parser=nonempty_path, help="Run folder.")
 ]
+Pilot = Annotated[
+    int | None,
+    typer.Option("--pilot", min=1, help="Run N items first, show an estimate for all, then ask."),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Continue after the pilot without asking.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
 
 _SHARED: Final[Mapping[str, Any]] = {

@@ -95,7 +95,14 @@ def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: O
     """Start a run, or resume the one in ``out``; return the exit code."""
     loaded, notices = overrides.resolve(config)
     print_messages(notices)
-    path, pilot = out or default_run_folder(loaded.config.name), None
+    return run_in_folder(out or default_run_folder(loaded.config.name), loaded, overrides, output)
+
+
+def run_in_folder(
+    path: Path, loaded: LoadedConfig, overrides: Overrides, output: OutputMode
+) -> int:
+    """Start a run in a folder, or resume the one in it; return the exit code."""
+    pilot = None
     if overrides.pilot is not None:
         pilot = _run_guarded(_pilot_session(path, loaded, overrides, output), path)
         if not output.as_json:
@@ -236,6 +243,7 @@ def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | No
                 "budget": result.budget,
                 "seconds": result.seconds,
                 "aggregate": result.aggregate,
+                **_batch_files(result),
                 **({} if jobs is None else {"chain": jobs}),
                 "exit_code": result.exit_code,
             }
@@ -274,10 +282,20 @@ def _last_lines(result: RunResult) -> list[str]:
         lines.append(f"Interrupted: {result.reason}")
         lines.append(f"Resume with: fanfold resume {folder.path}")
         return lines
+    if files := _batch_files(result):
+        lines += [f"{name.capitalize()}: {path}" for name, path in files.items()]
+        return lines
     lines.append(f"Results: {folder.results}")
     if progress["failed"]:
         lines.append(f"Failed items and their errors: {folder.failures}")
     return lines
+
+
+def _batch_files(result: RunResult) -> dict[str, str]:
+    """Return the output files in OpenAI's batch format, by name."""
+    batch = result.batch
+    files = {"output": batch.output, "errors": batch.errors}
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def _raise_options(result: RunResult) -> str:

@@ -26,7 +26,7 @@ from ...backends.budget.cost import (
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
-from ...backends.storage.journal import Journal
+from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
@@ -34,6 +34,7 @@ from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..jobs.usage import job_report
 from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
+from ..run.open_run import describe_lost_files
 from .format import format_cell
 from .options import COST_BY
 
@@ -172,6 +173,8 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         counts, spent = journal.count_items(), journal.total_usage()
         cost = read_cost(folder, get_run_ids(about), journal.usage_by_session)
+        if lost := list_lost_files(folder.journal):
+            print_messages([describe_lost_files(lost, journal)])
     last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
     state = "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
     facts = {

@@ -117,7 +117,8 @@ def _render_prompts(
         (item,) = store.read(index, index + 1)
         if item.problem is None:
             try:
-                yield item, build_messages(config.task.system, prompt, item.row)
+                role = config.model.system_role
+                yield item, build_messages(config.task.system, prompt, item.row, role)
             except InvalidItemError:
                 continue  # it will fail without a call
 
@@ -394,10 +395,12 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
         ConfigurationError: The run cannot be read.
     """
     folder = open_folder(path)
-    about, task = folder.read_provenance(), read_settings(folder.settings).data["task"]
+    about, settings = folder.read_provenance(), read_settings(folder.settings).data
+    task = settings["task"]
     if task.get("graph"):
         return []  # it writes its own prompts
     prompt, system = Template.parse(task["prompt"]), task.get("system") or ""
+    role = (settings.get("model") or {}).get("system_role") or "system"
     fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []
     total = about["input"]["items"]
     with (
@@ -409,6 +412,6 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
             record = journal.read_record(index)
             if record["requests"] == 1 and record["prompt_tokens"]:
                 (item,) = store.read(index, index + 1)
-                messages = build_messages(system, prompt, item.row)
+                messages = build_messages(system, prompt, item.row, role)
                 found.append(({**fixed, "messages": messages}, record["prompt_tokens"]))
     return found

@@ -26,14 +26,21 @@ from ...backends.core.errors import (
 from ...backends.core.templates import Template
 from ...backends.core.types import Item
 from ...backends.discovery.connect import make_chat_client, make_chat_fleet, make_model_params
-from ...backends.fleet.fleet import Fleet
+from ...backends.fleet.fleet import Fleet, FleetClient
 from ...backends.workers.registry import import_object
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.context import Delegate, ItemContext, PreparedRun
 from ...nodes.item.answer import AnswerCheck
 from ...nodes.item.prepare import make_item_error
-from ...nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, build_item_graph, walk_steps
+from ...nodes.item.steps import (
+    DELEGATED_STEPS,
+    ITEM_STEPS,
+    REQUEST_STEPS,
+    ItemStep,
+    build_item_graph,
+    walk_steps,
+)
 from ...nodes.shard.local import inherit_config
 from ...nodes.state import ItemState, RunKey
 
@@ -90,7 +97,7 @@ def make_item_runner(
         quiet: Keep items out of traces.
     """
     context = make_item_context(loaded, fleet, model, traced=engine is not None)
-    run = engine or _make_walker(loaded.config.task.graph)
+    run = engine or _make_walker(choose_steps(loaded.config))
     if (most := loaded.config.limits.item_timeout_s) is not None:
         run = _with_timeout(run, most)
     silence = quiet and tracing_is_enabled() is True
@@ -105,9 +112,14 @@ def make_item_runner(
     return run_item
 
 
-def _make_walker(graph: str | None) -> ItemEngine:
-    steps = DELEGATED_STEPS if graph else ITEM_STEPS
+def choose_steps(config: RunConfig) -> Mapping[str, ItemStep]:
+    """Return the steps of an item."""
+    if config.input.is_batch:
+        return REQUEST_STEPS
+    return DELEGATED_STEPS if config.task.graph else ITEM_STEPS
 
+
+def _make_walker(steps: Mapping[str, ItemStep]) -> ItemEngine:
     async def walk(state: ItemState, context: ItemContext) -> ItemState:
         return await walk_steps(steps, state, Runtime(context=context))
 
@@ -146,6 +158,7 @@ def make_item_context(
         repairs=config.task.repairs,
         delegate=delegate,
         system_role=config.model.system_role,
+        completions=FleetClient(fleet, params) if config.input.is_batch else None,
     )
 
 
@@ -247,17 +260,15 @@ _STEPS: Final = 6
 spare. A repair takes two more."""
 
 
-def make_item_engine(delegated: bool) -> ItemEngine:
+def make_item_engine(steps: Mapping[str, ItemStep]) -> ItemEngine:
     """Return a function that runs one item with LangGraph's engine, without a saver.
 
     Only the number of repairs bounds its steps, not the limit of the outer invocation.
 
     Args:
-        delegated: A user's ``task.graph`` replaces the model call.
+        steps: The steps of the item.
     """
-    graph = build_item_graph(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(
-        checkpointer=False
-    )
+    graph = build_item_graph(steps).compile(checkpointer=False)
 
     async def run(state: ItemState, context: ItemContext) -> ItemState:
         config = RunnableConfig(recursion_limit=_STEPS + 2 * context.repairs)

@@ -7,11 +7,11 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ...backends.batch.files import BatchFolder, describe_open_batches
 from ...backends.batch.transport import BatchRun, BatchTransport, open_batches
@@ -21,14 +21,14 @@ from ...backends.budget.pricing import find_token_prices
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime
 from ...backends.core.types import Item
 from ...backends.discovery.connect import ReadyEndpoints, open_cache, open_fleet
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal
+from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import make_rows, replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
@@ -38,6 +38,7 @@ from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
 from ...nodes.context import no_account
+from ...nodes.item.steps import ItemStep
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
@@ -45,10 +46,20 @@ from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.heartbeat import stop_earlier_workers
 from ..remote.task_template import make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
-from .items import ItemEngine, RunItem, is_run_by_engine, is_small_batch, make_item_runner
+from .batch_output import write_batch_output
+from .items import (
+    ItemEngine,
+    RunItem,
+    choose_steps,
+    is_run_by_engine,
+    is_small_batch,
+    make_item_runner,
+)
 from .monitor import serve_metrics
 from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
 from .shutdown import close_at_deadline
+
+_SHOWN_FILES: Final = 3
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +76,7 @@ class OpenOptions:
             that failed in an earlier superstep of the invocation have already been retried. None
             does not retry failed items.
         progress_streams: By run folder, its progress stream; kept between openings.
-        make_engine: Returns a function that runs one item with LangGraph's engine; True uses
-            ``task.graph``.
+        make_engine: Returns a function that runs one item's steps with LangGraph's engine.
         work_shard: The function that workers run.
         deadline: End of the session, or None.
     """
@@ -75,7 +85,7 @@ class OpenOptions:
     embedded: bool
     retry_before: dict[Path, int] | None
     progress_streams: dict[Path, ProgressStream]
-    make_engine: Callable[[bool], ItemEngine]
+    make_engine: Callable[[Mapping[str, ItemStep]], ItemEngine]
     work_shard: WorkShard
     deadline: Walltime | None = None
 
@@ -138,8 +148,8 @@ async def open_run(
                 budget.budget.count_prompt = make_prompt_counter(counter)
             if config.backend.is_remote:
                 _check_trace(options)
-                task_about = {**files.provenance, "session": journal.session_number}
-                template = make_task_template(folder, loaded, ready, task_about, price)
+                about = {**files.provenance, "session": journal.session_number}
+                template = make_task_template(folder, loaded, ready, about, price)
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
                 coordinator = await stack.enter_async_context(
@@ -160,20 +170,24 @@ async def open_run(
                     )
                 )
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
-                about = BatchRun(
-                    runs=files.run,
-                    session=journal.session_number,
-                    model=ready.specs[0].model or ready.model,
-                    folder=folder.batches,
-                    items=journal,
-                    prices=price,
-                    budget=budget,
-                    is_stopping=lambda: gate.is_closed,
-                    body_bytes=config.limits.body_bytes,
-                    attempts=config.limits.attempts,
-                )
                 batches = await stack.enter_async_context(
-                    _open_batches(config.backend, about, ready, fleet)
+                    _open_batches(
+                        config.backend,
+                        BatchRun(
+                            runs=files.run,
+                            session=journal.session_number,
+                            model=ready.specs[0].model or ready.model,
+                            folder=folder.batches,
+                            items=journal,
+                            prices=price,
+                            budget=budget,
+                            is_stopping=lambda: gate.is_closed,
+                            body_bytes=config.limits.body_bytes,
+                            attempts=config.limits.attempts,
+                        ),
+                        ready,
+                        fleet,
+                    )
                 )
         tools = OpenRun(
             store=files.store,
@@ -201,6 +215,7 @@ async def open_run(
             await stack.enter_async_context(
                 charge_node_time(tools, budget, logs, journal.session_number)
             )
+        await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
         stack.enter_context(close_at_deadline(tools.gate, options.deadline))
         yield tools
@@ -212,7 +227,7 @@ def _make_item_runner(
     """Return the function that runs an item of this process, by LangGraph's engine if watched."""
     config, trace = loaded.config, options.trace
     by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
-    engine = options.make_engine(config.task.graph is not None) if by_engine else None
+    engine = options.make_engine(choose_steps(config)) if by_engine else None
     quiet = not is_small_batch(total) and not trace
     return make_item_runner(loaded, fleet, model, engine, quiet)
 
@@ -302,11 +317,36 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
             folder.journal
         )  # before reading the journal: they may still write to it
         store = stack.enter_context(ItemStore(folder.items))
+        lost = list_lost_files(folder.journal)
         journal = Journal(folder.journal, get_run_ids(about), len(store))
+        stack.callback(_record_extents, folder, journal)
+        if lost:
+            logger.warning("%s", describe_lost_files(lost, journal))
+        write_extents(folder.journal, journal.extents())
         logs = SpendLogs(folder.budget, get_run_ids(about))
         return _RunFiles(
             stack.pop_all(), store, journal, about, logs.next_session(), logs.total_node_time()
         )
+
+
+def describe_lost_files(lost: Sequence[str], journal: Journal) -> str:
+    """Return what it means for a run that files of its journal are missing, in words."""
+    shown = "; ".join(lost[:_SHOWN_FILES])
+    more = f"; and {len(lost) - _SHOWN_FILES} more" if len(lost) > _SHOWN_FILES else ""
+    counts = journal.count_items()
+    total = counts.done + counts.failed + counts.open
+    return (
+        f"{shown}{more}. Items whose only record was there are asked and paid again: "
+        f"{counts.open:,} of {total:,} items are open. To keep their answers, put the files back "
+        "while no session runs"
+    )
+
+
+def _record_extents(folder: RunFolder, journal: Journal) -> None:
+    try:
+        write_extents(folder.journal, journal.extents())
+    except JournalError as error:
+        logger.warning("%s", error.message)  # only the notice of a missing file depends on it
 
 
 def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:

@@ -57,7 +57,7 @@ from .items import check_item_graph
 
 logger = logging.getLogger(__name__)
 
-_INPUT = ("dataset", "id", "limit", "on_duplicate", "smiles")
+_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles")
 
 
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:

@@ -34,9 +34,7 @@ async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
         return {"error": make_item_error(error)}
 
 
-def build_messages(
-    system: str, prompt: Template, row: Row, system_role: str = "system"
-) -> list[Message]:
+def build_messages(system: str, prompt: Template, row: Row, system_role: str) -> list[Message]:
     """Return the messages for one item.
 
     Args:

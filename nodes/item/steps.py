@@ -16,6 +16,7 @@ from ..state import ItemState
 from .delegate import delegate
 from .infer import infer
 from .prepare import prepare
+from .request import request
 from .validate import validate
 
 ItemNode = Callable[[ItemState, Runtime[ItemContext]], Awaitable[ItemState]]
@@ -69,6 +70,12 @@ DELEGATED_STEPS: Final[Mapping[str, ItemStep]] = {
     "delegate": ItemStep(delegate, end_item, (END,)),
 }
 """The item graph that calls a user's ``task.graph``."""
+
+REQUEST_STEPS: Final[Mapping[str, ItemStep]] = {
+    "prepare": ItemStep(prepare, next_unless_failed("request"), ("request", END)),
+    "request": ItemStep(request, end_item, (END,)),
+}
+"""The item graph for items that are requests themselves."""
 
 
 async def walk_steps(

@@ -350,9 +350,19 @@ async def test_a_refused_field_stops_the_run_and_names_the_setting(
     }
     async with Server({name: behaviour}).open() as server:
         config = settings(server.address(name), tmp_path, **sections)
-        with pytest.raises(ConfigurationError, match=advice):
+        with pytest.raises(ConfigurationError, match=advice) as caught:
             await run_items(config, tmp_path)
         folder = open_folder(tmp_path / "run")
+        changed = load_config(
+            config | {name: config.get(name, {}) | values for name, values in changes.items()}
+        )
+        if "start a new run" in caught.value.message:  # the message is right about what helps
+            with pytest.raises(ConfigurationError, match="use a new run folder"):
+                await resume_run(folder, changed)
+        else:
+            assert "can be resumed with it: fanfold resume DIR --set" in caught.value.message
+            await resume_run(folder, changed)
+            await resume_run(folder, load_config(config))
         with pytest.raises(ConfigurationError, match=advice):
             await execute_run(
                 await resume_run(folder, None), RunOptions(quiet=True), Console(quiet=True)

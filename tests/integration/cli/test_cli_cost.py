@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fanfold.graphs.run.estimate import _read_answered_prompts
+
 from .conftest import Served, Shell
 
 pytestmark = pytest.mark.integration
@@ -71,6 +73,22 @@ def test_check_counts_a_sample_by_the_endpoints_tokenizer(shell: Shell, fleet: S
     assert like["estimate"]["seconds"]["likely"] > 0
     cost = (10 * ran["tokens"]["prompt"] + 20 * ran["tokens"]["completion"]) / 1e6
     assert like["estimate"]["usd"]["likely"] == pytest.approx(cost, rel=1e-3)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+def test_the_role_of_the_system_text_is_counted(shell: Shell, fleet: Served, role: str) -> None:
+    urls = ",".join(fleet.urls)
+    task = shell.config["task"] | {"system": "Be brief."}
+    shell.write(task=task, model={"max_tokens": 64, "system_role": role})
+    data = json.loads(shell("check", "c.yaml", "--endpoints", urls, "--json").out)
+    ran = json.loads(shell("run", "c.yaml", "--endpoints", urls, "--out", "r", "--json").out)
+    assert data["sample"]["exact"]
+    assert ran["tokens"]["prompt"] == data["estimate"]["prompt_tokens"]["likely"]
+    folder = Path("r").absolute()
+    prompts = _read_answered_prompts(folder, 3)
+    assert [[one["role"] for one in body["messages"]] for body, _ in prompts] == [
+        ["user"] if role == "user" else ["system", "user"] if role == "system" else [role, "user"]
+    ] * 3
 
 
 def test_like_corrects_prompt_tokens_that_no_tokenizer_counts(

@@ -13,7 +13,7 @@ import pytest
 from fanfold.backends.budget import leases as module
 from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable, RunBudget
 from fanfold.backends.budget.leases import LeaseManager, open_lease, spent_of_lease
-from fanfold.backends.budget.spend_log import CLOCK_SKEW_S, SpendLogs
+from fanfold.backends.budget.spend_log import CLOCK_SKEW_S, SpendLogs, read_lease_clock
 from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.messages import WALLTIME_REASON, ShardTask, own_version
 from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
@@ -196,8 +196,29 @@ async def test_time_before_the_task_begins_counts(tmp_path: Path) -> None:
     """Opening endpoints may take long; the term runs from the receipt."""
     lent = Lent(tmp_path, term=60.0)
     await lent.lend()
-    async with open_lease(lent.task, CONFIG, received=time.monotonic() - 61) as held:
+    async with open_lease(lent.task, CONFIG, received=read_lease_clock() - 61) as held:
         assert held is not None
         with pytest.raises(BudgetExhaustedError):
+            await held.balance.reserve(Amount(1))
+    await lent.budget.balance.aclose()
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system has no such clock")
+async def test_a_lease_expires_while_its_host_is_suspended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the monotonic clocks only one goes on; the coordinator took the lease back meanwhile."""
+    lent, real, slept = Lent(tmp_path, term=60.0), time.clock_gettime, [0.0]
+
+    def read(clock: int) -> float:
+        return real(clock) + (slept[0] if clock == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(time, "clock_gettime", read)
+    await lent.lend()
+    async with open_lease(lent.task, CONFIG) as held:
+        assert held is not None
+        await held.balance.reserve(Amount(1))
+        slept[0] = 61.0
+        with pytest.raises(BudgetExhaustedError, match="expired"):
             await held.balance.reserve(Amount(1))
     await lent.budget.balance.aclose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,11 +162,32 @@ def test_a_json_file_has_an_array_or_lines(put: Put, load: Load, text: str) -> N
         ('[{"x": 1}, 2]', r"a\.json, row 2: not a JSON object but a number"),
         ("[]", r"a\.json has no rows"),
         ('[{"x": 1}, {"y": 2}]', r"a\.json, row 2 has no column 'x'"),
+        ('\n{"x": 1}\n\n{"y": 2}', r"a\.json, line 4 has no column 'x'"),
+        ('{"x": 1}\n2', r"a\.json, line 2: the row is not a JSON object but a number"),
+        ('{"x": 1}\n{"x": }', r"a\.json, line 2: the row is not JSON"),
     ],
 )
 def test_faulty_arrays(put: Put, load: Load, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(InputConfig(path=str(put("a.json", text))), "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('[{"k": "a"}, {"k": "b"},\n{"k": "a"}]', "row 3"),
+        ('\ufeff\n{"k": "a"}\n{"k": "b"}\n\n{"k": "a"}', "line 5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_position_in_a_json_file_is_a_row_or_a_line(
+    put: Put, load: Load, text: str, place: str, name: str
+) -> None:
+    content = text.encode()
+    path = put(name, gzip.compress(content) if name.endswith("gz") else content)
+    for given in (path, path.parent):
+        with pytest.raises(InputError, match=re.escape(f"'a' ({path}, {place})")):
+            load(InputConfig(path=str(given), id="k"))
 
 
 @pytest.mark.parametrize("number", [2**64, 10**30, -(2**63) - 1])

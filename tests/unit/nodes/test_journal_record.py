@@ -82,7 +82,12 @@ def question(
     settings = SETTINGS | {name: SETTINGS.get(name, {}) | value for name, value in changes.items()}
     tools = tools_of(folder, settings, model)
     config = load_config(settings).config
-    messages = build_messages(config.task.system, Template.parse(config.task.prompt), {"x": x})
+    messages = build_messages(
+        config.task.system,
+        Template.parse(config.task.prompt),
+        {"x": x},
+        config.model.system_role,
+    )
     state: ItemState = {"messages": messages, "output": {}}
     found: str | None = RecordBuilder(tools).build(Item(0, "i", {"x": x}), state, CallLog(), 0.1)[
         "question"

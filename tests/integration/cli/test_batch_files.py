@@ -1,0 +1,602 @@
+"""``fanfold batch``: OpenAI's batch file format in and out, through kills, stops and changes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, ConfigDict
+
+from .conftest import Served, Shell
+
+pytestmark = pytest.mark.integration
+
+CHAT = "/v1/chat/completions"
+MODEL = "simulated-8b"
+STREAMS = 32
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Answer(Strict):
+    status_code: int
+    request_id: str
+    body: dict[str, Any]
+
+
+class Problem(Strict):
+    code: str
+    message: str
+
+
+class Line(Strict):
+    """A line of the output, as OpenAI's reference describes it."""
+
+    id: str
+    custom_id: str
+    response: Answer | None
+    error: Problem | None
+
+    @property
+    def completion(self) -> ChatCompletion:
+        assert self.response is not None
+        assert self.error is None
+        assert self.response.status_code == 200
+        return ChatCompletion.model_validate(self.response.body)
+
+
+def request(n: int, /, **changes: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"Say {n}"}], "max_tokens": 16}
+    return {"custom_id": f"request-{n}", "method": "POST", "url": CHAT, "body": body | changes}
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def read(path: Path | str) -> list[Line]:
+    return [Line.model_validate_json(line) for line in Path(path).read_text().splitlines()]
+
+
+def by_id(path: Path | str) -> dict[str, Line]:
+    found = {line.custom_id: line for line in read(path)}
+    assert len(found) == len(read(path)), "a custom_id occurs twice"
+    return found
+
+
+class Recorder(ThreadingHTTPServer):
+    """A plain server of one model, which records the bodies of its chat requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), RecorderHandler)
+        self.bodies = list[dict[str, Any]]()
+        self.refuses_temperature = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        self.bodies.append(body)
+        if body.get("refuse"):
+            return 400, {"error": {"message": "there is no such option", "code": "bad_option"}}
+        if self.refuses_temperature and body.get("temperature", 0) > 2:
+            return 400, {"error": {"message": "the parameter 'temperature' must be at most 2"}}
+        message = {"role": "assistant", "content": "cut of"}
+        choice = {"index": 0, "message": message, "finish_reason": "length", "logprobs": None}
+        usage = {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}
+        about = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": MODEL}
+        return 200, about | {"choices": [choice], "usage": usage, "vendor_answer": {"kept": True}}
+
+
+class RecorderHandler(BaseHTTPRequestHandler):
+    server: Recorder
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        listed = {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "me"}]}
+        known = self.path == "/v1/models"
+        self.send(200 if known else 404, listed if known else {"error": {"message": "unknown"}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == CHAT:
+            self.send(*self.server.answer(body))
+        else:
+            self.send(404, {"error": {"message": "unknown"}})
+
+    def send(self, status: int, document: dict[str, Any]) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Write nothing to standard error."""
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    with Recorder() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def urls(fleet: Served) -> str:
+    return ",".join(fleet.urls)
+
+
+@pytest.fixture
+def lines(shell: Shell) -> list[dict[str, Any]]:
+    made = [request(n) for n in range(20)]
+    write(shell.folder / "in.jsonl", made)
+    return made
+
+
+def test_each_line_gets_the_servers_completion(
+    shell: Shell, lines: list[dict[str, Any]], urls: str
+) -> None:
+    said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    assert said.code == 0, said.err
+    assert f"Output: {shell.folder / 'out.jsonl'}" in said.err
+    found = by_id("out.jsonl")
+    assert found.keys() == {line["custom_id"] for line in lines}
+    assert len({line.id for line in found.values()}) == len(lines)
+    for line in found.values():
+        completion = line.completion
+        assert completion.object == "chat.completion"
+        assert completion.model == MODEL
+        assert completion.choices[0].message.role == "assistant"
+        assert completion.choices[0].message.content
+        assert completion.usage is not None
+        assert 0 < completion.usage.completion_tokens <= 16
+        assert line.response is not None
+        assert line.response.request_id == completion.id
+    shown = json.loads(shell("status", "out.jsonl.fanfold", "--json").out)
+    assert (shown["done"], shown["items"]) == (20, 20)
+
+
+def test_the_body_is_sent_as_it_is(shell: Shell, recorder: Recorder) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    own = {
+        "temperature": 1.5,
+        "seed": 7,
+        "tools": tools,
+        "metadata": {"a": [1, None]},
+        "vendor_field": "x",
+        "n": 2,
+        "stop": ["\n"],
+    }
+    changed = request(0, **own, stream=True, stream_options={"include_usage": True})
+    plain = request(1)
+    write(shell.folder / "in.jsonl", [changed, plain])
+    said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
+    assert said.code == 0, said.err
+    sent = {body["messages"][0]["content"]: body for body in recorder.bodies}
+    expected = changed["body"] | {"stream": False}
+    del expected["stream_options"]
+    assert sent["Say 0"] == expected
+    assert sent["Say 1"] == plain["body"] | {"stream": False}
+    answer = by_id("out.jsonl")["request-0"].response
+    assert answer is not None
+    assert answer.body["vendor_answer"] == {"kept": True}
+    assert answer.body["choices"][0]["finish_reason"] == "length"
+
+
+def test_failed_lines_have_the_formats_shape(shell: Shell, recorder: Recorder) -> None:
+    made = [
+        request(0),
+        request(1, refuse=True),
+        request(2) | {"url": "/v1/embeddings", "body": {"model": "e", "input": "text"}},
+        request(3),
+    ]
+    write(shell.folder / "in.jsonl", made)
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
+    said = shell(*command, "--errors", "errors.jsonl")
+    assert said.code == 3, said.err
+    assert f"Errors: {shell.folder / 'errors.jsonl'}" in said.err
+    assert by_id("out.jsonl").keys() == {"request-0", "request-3"}
+    failed = by_id("errors.jsonl")
+    assert failed.keys() == {"request-1", "request-2"}
+    refused, other = failed["request-1"], failed["request-2"]
+    assert refused.error is not None
+    assert refused.error.code == "request_refused"
+    assert "no such option" in refused.error.message
+    assert refused.response is not None
+    assert refused.response.status_code == 400
+    assert "no such option" in refused.response.body["error"]["message"]
+    assert other.response is None
+    assert other.error is not None
+    assert "/v1/embeddings" in other.error.message
+    assert len(recorder.bodies) == 3
+
+    # without --errors all lines are in one file; the run is the same, and nothing is sent
+    Path("out.jsonl").unlink()
+    Path("errors.jsonl").unlink()
+    assert shell(*command, "--set", "batch.errors=null").code == 3
+    assert by_id("out.jsonl").keys() == {f"request-{n}" for n in range(4)}
+    assert not Path("errors.jsonl").exists()
+    assert len(recorder.bodies) == 3
+
+
+def test_a_field_that_a_server_refuses_fails_its_line_only(
+    shell: Shell, recorder: Recorder
+) -> None:
+    made = [request(0, temperature=9), *(request(n) for n in range(1, 4))]
+    write(shell.folder / "in.jsonl", made)
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
+    said = shell(*command, "--set", "limits.streams=1")
+    assert said.code == 3, said.err
+    found = by_id("out.jsonl")
+    assert found["request-0"].error is not None
+    assert all(found[f"request-{n}"].completion for n in range(1, 4))
+
+    recorder.refuses_temperature = False
+    said = shell(*command, "--retry-failed")
+    assert said.code == 0, said.err
+    assert all(line.completion for line in by_id("out.jsonl").values())
+    assert len(recorder.bodies) == 5
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"custom_id": "a", ', "line 3: the row is not JSON"),
+        ("[1]", "line 3: the row is not a JSON object"),
+        ('{"custom_id": "a", "method": "POST", "url": "/v1/x"}', "line 3: 'body' is missing"),
+        (request(0), "'request-0'"),
+        (request(9) | {"custom_id": 9}, "line 3: custom_id must be text"),
+        (request(9) | {"custom_id": " a"}, "line 3: custom_id must be text"),
+        (request(9) | {"method": "GET"}, "line 3: method must be"),
+        (request(9) | {"body": []}, "line 3: body must be an object"),
+        (request(9, messages=[]), "line 3: body.messages must be"),
+        (request(9, messages=["a"]), "line 3: body.messages must be"),
+        (request(9, max_tokens="many"), "line 3: body.max_tokens must be a whole number"),
+        (request(9, n=True), "line 3: body.n must be a whole number"),
+        (request(9, response_format="json"), "line 3: body.response_format must be an object"),
+        (request(9, model="other"), "line 3: the model is 'other', but lines before it name"),
+    ],
+)
+def test_a_bad_line_is_refused_by_its_number(
+    shell: Shell, fleet: Served, urls: str, bad: str | dict[str, Any], message: str
+) -> None:
+    lines = [json.dumps(request(0)), json.dumps(request(1))]
+    lines.append(bad if isinstance(bad, str) else json.dumps(bad))
+    (shell.folder / "in.jsonl").write_text("\n".join(lines))
+    before = fleet.requests
+    said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    assert said.code == 2
+    assert message in said.err
+    assert "line 3" in said.err
+    assert not Path("out.jsonl").exists()
+    assert not Path("out.jsonl.fanfold").exists()
+    assert fleet.requests == before
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "name the endpoints"),
+        ({"task": {"prompt": "x"}}, "the section 'task' has no place"),
+        ({"model": {"temperature": 0.5}}, "model.temperature"),
+        ({"model": {"name": "other"}}, "name the model 'simulated-8b'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    shell: Shell, fleet: Served, config: dict[str, Any] | None, message: str
+) -> None:
+    write(shell.folder / "in.jsonl", [request(0)])
+    settings = {"endpoints": {"urls": [*fleet.urls]}} | (config or {})
+    (shell.folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    given = [] if config is None else ["--config", "c.yaml"]
+    said = shell("batch", "in.jsonl", "out.jsonl", *given)
+    assert said.code == 2
+    assert message in said.err
+    assert not Path("out.jsonl").exists()
+
+
+def test_a_file_of_settings_and_a_packed_input(
+    shell: Shell, lines: list[dict[str, Any]], fleet: Served
+) -> None:
+    with gzip.open(shell.folder / "requests.txt.gz", "wt") as file:
+        file.writelines(f"{json.dumps(line)}\n" for line in lines)
+    settings = {
+        "endpoints": {"urls": [*fleet.urls]},
+        "limits": {"streams": 4},
+        "budget": {"requests": 100},
+        "cache": "run",
+    }
+    (shell.folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    said = shell(
+        "batch", "requests.txt.gz", "o.jsonl", "--config", "c.yaml", "--folder", "runs", "--json"
+    )
+    assert said.code == 0, said.err
+    shown = json.loads(said.out)
+    assert shown["output"] == str(shell.folder / "o.jsonl")
+    assert shown["budget"]["requests"]["spent"] == 20
+    assert len(by_id("o.jsonl")) == 20
+
+
+def test_a_changed_input_is_refused(
+    shell: Shell, lines: list[dict[str, Any]], fleet: Served, urls: str
+) -> None:
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    assert shell(*command).code == 0
+    before, requests = Path("out.jsonl").read_bytes(), fleet.requests
+    assert shell(*command).code == 0, "the same input again adds nothing"
+    write(shell.folder / "in.jsonl", [*lines, request(99)])
+    said = shell(*command)
+    assert said.code == 2
+    assert "in.jsonl changed" in said.err
+    assert Path("out.jsonl").read_bytes() == before
+    assert fleet.requests == requests
+
+
+def test_a_foreign_output_is_not_touched(
+    shell: Shell, lines: list[dict[str, Any]], urls: str
+) -> None:
+    assert lines
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    Path("out.jsonl").write_text("my notes\n")
+    said = shell(*command)
+    assert said.code == 2
+    assert "exists already" in said.err
+    said = shell("batch", "in.jsonl", "in.jsonl", "--endpoints", urls)
+    assert said.code == 2
+    assert "is the input" in said.err
+    Path("out.jsonl").unlink()
+    assert shell(*command).code == 0
+    Path("out.jsonl").write_text("my notes\n")
+    said = shell(*command)
+    assert said.code == 2
+    assert "contains something else" in said.err
+    assert Path("out.jsonl").read_text() == "my notes\n"
+
+
+def cut_last(data: bytes) -> bytes:
+    return data[:-30]
+
+
+def cut_first(data: bytes) -> bytes:
+    return data[:10]
+
+
+def repeat_a_line(data: bytes) -> bytes:
+    return data + data.splitlines(keepends=True)[3]
+
+
+def damage_a_line(data: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    return b"".join([*lines[:5], b"\0" * 40 + b"\n", *lines[6:]])
+
+
+def remove(_: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("break_it", [cut_last, cut_first, repeat_a_line, damage_a_line, remove])
+def test_a_broken_output_is_repaired_from_the_journal(
+    shell: Shell,
+    lines: list[dict[str, Any]],
+    fleet: Served,
+    urls: str,
+    break_it: Callable[[bytes], bytes],
+) -> None:
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    assert shell(*command).code == 0
+    whole, requests = Path("out.jsonl").read_bytes(), fleet.requests
+    Path("out.jsonl").write_bytes(break_it(whole))
+    assert shell(*command).code == 0
+    assert sorted(Path("out.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert len(whole.splitlines()) == len(lines)
+    assert fleet.requests == requests
+
+
+def test_a_budget_pauses_a_batch_and_a_higher_one_ends_it(
+    shell: Shell, lines: list[dict[str, Any]], fleet: Served, urls: str
+) -> None:
+    options = ("--endpoints", urls, "--budget-requests", "8", "--set", "limits.hedge=false")
+    said = shell("batch", "in.jsonl", "out.jsonl", *options)
+    assert said.code == 4, said.err
+    assert "fanfold resume out.jsonl.fanfold --budget-requests N" in said.err
+    first = by_id("out.jsonl")
+    assert 0 < len(first) <= 8
+    said = shell("resume", "out.jsonl.fanfold", "--budget-requests", "12")
+    assert said.code == 4, said.err
+    second = by_id("out.jsonl")
+    assert len(first) < len(second) <= 12
+    assert first.items() <= second.items()
+    said = shell("batch", "in.jsonl", "out.jsonl", "--budget-requests", "100")
+    assert said.code == 0, said.err
+    assert by_id("out.jsonl").keys() == {line["custom_id"] for line in lines}
+    assert fleet.requests == 20
+
+
+def test_a_budget_requires_a_limit_in_each_line(shell: Shell, fleet: Served, urls: str) -> None:
+    unlimited = request(1)
+    del unlimited["body"]["max_tokens"]
+    write(shell.folder / "in.jsonl", [request(0), unlimited])
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    said = shell(*command, "--budget-tokens", "100000")
+    assert said.code == 2
+    assert "line 2: a budget is set" in said.err
+    assert fleet.requests == 0
+    assert shell(*command).code == 0
+
+
+def test_a_pilot_and_two_lists_of_endpoints(
+    shell: Shell, lines: list[dict[str, Any]], fleet: Served
+) -> None:
+    first, second = fleet.urls
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", first, "--endpoints", second)
+    said = shell(*command, "--pilot", "5")
+    assert said.code == 5, said.err
+    assert "pilot: 5 of 20 items" in said.err
+    assert len(by_id("out.jsonl")) == 5
+    said = shell(*command, "--pilot", "5", "--yes")
+    assert said.code == 0, said.err
+    assert len(by_id("out.jsonl")) == len(lines)
+    assert fleet.requests == 20
+
+
+def test_worker_processes(shell: Shell, fleet: Served, urls: str) -> None:
+    made = [request(n) for n in range(300)]
+    made[17] |= {"url": "/v1/embeddings"}
+    write(shell.folder / "in.jsonl", made)
+    said = shell(
+        *("batch", "in.jsonl", "out.jsonl", "--endpoints", urls, "--errors", "errors.jsonl"),
+        *("--set", "backend.kind=local", "--set", "backend.processes=2"),
+        *("--budget-tokens", "1000000", "--set", "limits.hedge=false"),
+    )
+    assert said.code == 3, said.err
+    assert len(by_id("out.jsonl")) == 299
+    assert all(line.completion for line in read("out.jsonl"))
+    assert [line.custom_id for line in read("errors.jsonl")] == ["request-17"]
+    assert fleet.requests == 299
+
+
+@contextmanager
+def started(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fanfold", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=shell.folder,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(shell: Shell, most: int, *command: str) -> None:
+    """Run a batch until its output has so many lines more, then kill it."""
+    output = shell.folder / "out.jsonl"
+    with started(shell, *command) as process:
+        while count_lines(output) < most:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("items", "processes"), [(5000, 1), (600, 2), pytest.param(5000, 2, marks=pytest.mark.long)]
+)
+def test_kills_lose_nothing(
+    shell: Shell, fleet: Served, urls: str, items: int, processes: int
+) -> None:
+    made = [request(n) for n in range(items)]
+    made[5] |= {"url": "/v1/responses"}
+    write(shell.folder / "in.jsonl", made)
+    command = (
+        *("batch", "in.jsonl", "out.jsonl", "--endpoints", urls, "--quiet"),
+        *("--set", f"limits.streams={STREAMS}", "--set", "limits.hedge=false"),
+        *("--set", f"backend.processes={processes}"),
+    )
+    kill_after(shell, items // 5, *command)
+    kill_after(shell, items // 2, *command)
+    with started(shell, *command) as process:
+        _, err = process.communicate(timeout=600)
+    assert process.returncode == 3, err
+    counts = Counter(line.custom_id for line in read("out.jsonl"))
+    assert counts == Counter(line["custom_id"] for line in made)
+    assert sum(line.error is None and bool(line.completion) for line in read("out.jsonl")) == (
+        items - 1
+    )
+    # each kill repeats no more than what was in flight then
+    assert items - 1 <= fleet.requests <= items - 1 + 2 * STREAMS
+
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "batch.md").read_text()
+COMMAND = re.compile(r"^\$ fanfold (.*)$", re.MULTILINE)
+CODES = {"status": 0}
+"""One line of the example fails, so that every command but this one ends with 3."""
+
+
+def read_block(language: str) -> str:
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return str(found)
+
+
+def test_the_commands_of_the_page(shell: Shell, fleet: Served) -> None:
+    Path("requests.jsonl").write_text(read_block("json"))
+    Path("endpoints.txt").write_text("".join(f"{url}\n" for url in fleet.urls))
+    commands = [shlex.split(line) for line in COMMAND.findall(PAGE)]
+    assert [command[0] for command in commands] == [
+        "batch",
+        "batch",
+        "status",
+        "resume",
+        "batch",
+        "batch",
+    ]
+    for command in commands:
+        said = shell(*command)
+        assert said.code == CODES.get(command[0], 3), (command, said.err)
+    assert by_id("answers.jsonl").keys() == {"a-1", "a-2"}
+    (failed,) = read("errors.jsonl")
+    (shown,) = re.findall(r"^\| `errors.jsonl` \| `(.*)` \|$", PAGE, re.MULTILINE)
+    assert json.loads(shown) == failed.model_dump() | {"id": "batch_req_…_2"}
+    assert len(by_id("limited.jsonl")) == len(by_id("more.jsonl")) == 3
+
+
+def test_a_configuration_with_a_batch(shell: Shell, fleet: Served) -> None:
+    Path("requests.jsonl").write_text(read_block("json"))
+    Path("endpoints.txt").write_text("".join(f"{url}\n" for url in fleet.urls))
+    Path("own.yaml").write_text(read_block("yaml"))
+    said = shell("run", "own.yaml", "--out", "folder")
+    assert said.code == 3, said.err
+    assert by_id("answers.jsonl").keys() == {"a-1", "a-2"}
+    assert by_id("errors.jsonl").keys() == {"a-3"}
+    config = yaml.safe_load(Path("own.yaml").read_text())
+    for changes, message in (
+        ({"task": {"prompt": "Say {body}"}}, "leave out the section task"),
+        (
+            {"input": {"path": "requests.jsonl"}, "task": {"prompt": "Say {body}"}},
+            "requires input.format",
+        ),
+        ({"batch": {"errors": "e.jsonl"}}, "errors needs output"),
+        ({"batch": {"output": "o.jsonl", "errors": "o.jsonl"}}, "the same file"),
+        ({"input": config["input"] | {"id": "x"}}, "custom_id names the items"),
+        ({"model": {"max_tokens": 5}}, "model.max_tokens"),
+    ):
+        Path("bad.yaml").write_text(yaml.safe_dump(config | changes))
+        said = shell("run", "bad.yaml", "--out", "other")
+        assert said.code == 2
+        assert message in said.err
