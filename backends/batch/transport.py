@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,6 +71,8 @@ _SLOWER: Final = 1.5
 _CLOSE_S: Final = 30.0
 """Seconds to wait for a submission in progress at the end of a session."""
 _OK: Final = 200
+_LEASE: Final = "batch-"
+"""Beginning of the names of the leases of batches."""
 _NOTHING: Final = Amount()
 _LOST_RULE: Final = RetryRule(EndpointLostError, RetryAction.OTHER)
 
@@ -355,7 +357,20 @@ class BatchTransport:
                 spent = Amount.from_json(dict(record.spent))
                 prefix, name = self._lease_prefix(batch), self._lease_name(batch)
                 await self._run.budget.leases.take_over(prefix, name, spent, _NOTHING)
+        await self._return_unused(
+            {record.number for record in records if record.state != "refused"}
+        )
         self._start(self._collect_files())
+
+    async def _return_unused(self, numbers: Set[int]) -> None:
+        """Return the leases of batches that were never submitted."""
+        if self._run.budget is None:
+            return
+        leases = self._run.budget.leases
+        for name in leases.earlier_leases(_LEASE):
+            number = name.removeprefix(_LEASE).partition("-")[0]
+            if not (number.isdigit() and int(number) in numbers):
+                await leases.take_over(name, "", _NOTHING, _NOTHING)
 
     def _explain_gone(self, record: BatchRecord) -> str:
         path = self._folder.state_path(record.number)
@@ -517,7 +532,7 @@ class BatchTransport:
         return True
 
     def _lease_prefix(self, batch: _Batch) -> str:
-        return f"batch-{batch.record.number:04}-"
+        return f"{_LEASE}{batch.record.number:04}-"
 
     def _lease_name(self, batch: _Batch) -> str:
         return f"{self._lease_prefix(batch)}{self._run.session:04}"

@@ -263,6 +263,10 @@ class LeaseTable:
             line = {"late": name, "used": part.to_json()}
             await self._balance.append_line(line, sync=True)
 
+    def earlier_leases(self, prefix: str) -> list[str]:
+        """Return the names of earlier sessions' leases that begin so and may be returned."""
+        return [name for name in self._earlier if name.startswith(prefix)]
+
     async def settle_kept(self, name: str) -> None:
         """Settle a lease whose spending is now in the journal.
 
