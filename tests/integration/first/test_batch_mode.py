@@ -462,9 +462,54 @@ async def test_check_counts_batches_and_finds_a_bad_folder(tmp_path: Path) -> No
         assert code == 0, said
         assert "batches: 3 files with 90 requests, 40 at most in each, 1 at a time" in out
         code, out, _ = await lab.call("check", file, "--json")
-        assert json.loads(out)["batches"] == 5
+        assert json.loads(out)["batches"] == 3
         for command in (("check", file), ("run", file, "--out", lab.out)):
             code, _, said = await lab.call(*command, "--set", f"backend.dir={tmp_path}/none")
             assert code == 2
             assert f"backend.dir: {tmp_path}/none is not a folder here" in said
         assert not lab.out.exists()
+
+
+@pytest.mark.long
+async def test_twenty_thousand_items_killed_at_every_step(tmp_path: Path) -> None:
+    """20,000 items in files of 2,000: killed around submissions, while one runs, while one is read.
+
+    The counts and CPU times are printed, so that ``pytest -s`` shows them.
+    """
+    async with open_lab(tmp_path, items=20_000, batch=BatchSpec(load_s=1.0)) as lab:
+        lab.config["backend"]["lines"] = 2_000
+        lab.config["budget"] = {"tokens": 50_000_000}
+        steps = [
+            "before the record",
+            "at the second submission",
+            "after the answer",
+            "while output is read",
+            "when it is collected",
+            "while items are recorded",
+        ]
+        began, codes = os.times(), list[int]()
+        for step in steps:
+            where = KILLS[step].replace("17", "1100").replace("23", "900")
+            code, _, said = await lab.run(KILLED.format(where=where), "--quiet")
+            codes.append(code)
+            assert code == -signal.SIGKILL, (step, said)
+        async with lab.process("resume", lab.out, "--quiet") as process:
+            await lab.until(lambda now: now[-1]["status"] == "running")
+            process.kill()
+            await process.wait()
+        used = os.times()
+        code, out, said = await lab.run(None, "--json")
+        await lab.check_whole(code, said)
+        last = os.times()
+        batches = await lab.batches()
+        told = json.loads(out)
+        _, out, _ = await lab.call("status", lab.out, "--json")
+        state = json.loads(out)
+        print(
+            f"\nkills {len(codes) + 1}; batches {[batch['lines'] for batch in batches]}; "
+            f"{told['done']} done in {told['seconds']} s of the last session; CPU s of clients: "
+            f"{used.children_user - began.children_user:.1f} killed, "
+            f"{last.children_user - used.children_user:.1f} last; in doubt {state['in_doubt']}"
+        )
+        assert told["done"] == 20_000
+        assert sum(batch["lines"] for batch in batches) == 20_000
