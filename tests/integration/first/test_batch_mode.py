@@ -30,6 +30,7 @@ from fanfold.tests.support.first_gateway import (
 pytestmark = pytest.mark.integration
 
 DEADLINE_S = 120.0
+LONG_S = 900.0
 QUICK = {"poll_s": 0.1, "poll_most_s": 0.5, "gather_s": 0.3}
 SCHEMA = {
     "type": "object",
@@ -43,6 +44,7 @@ class Lab:
 
     def __init__(self, home: Path, gateway: GatewayProcess, items: int) -> None:
         self.home, self.gateway, self.items = home, gateway, items
+        self.deadline_s = DEADLINE_S
         self.folder, self.out = home / "cluster", home / "run"
         self.folder.mkdir()
         rows = "".join(f"i{n},thing {n}\n" for n in range(items))
@@ -92,7 +94,7 @@ class Lab:
 
     async def call(self, *arguments: str | Path, wrap: str | None = None) -> tuple[int, str, str]:
         async with self.process(*arguments, wrap=wrap) as process:
-            out, err = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+            out, err = await asyncio.wait_for(process.communicate(), self.deadline_s)
             assert process.returncode is not None
             return process.returncode, out.decode(), err.decode()
 
@@ -101,7 +103,7 @@ class Lab:
         return list(stats["batches"])
 
     async def until(self, is_true: Callable[[list[dict[str, Any]]], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(self.deadline_s):
             while True:
                 if is_true(await self.batches()):
                     return
@@ -477,6 +479,7 @@ async def test_twenty_thousand_items_killed_at_every_step(tmp_path: Path) -> Non
     The counts and CPU times are printed, so that ``pytest -s`` shows them.
     """
     async with open_lab(tmp_path, items=20_000, batch=BatchSpec(load_s=1.0)) as lab:
+        lab.deadline_s = LONG_S
         lab.config["backend"]["lines"] = 2_000
         lab.config["budget"] = {"tokens": 50_000_000}
         steps = [
