@@ -753,6 +753,7 @@ class BatchTransport:
             if not line.outcome.done():
                 outcome = "void" if record.is_void else output.answers.get(key)
                 line.outcome.set_result(outcome)
+        self._arrived = time.monotonic()  # items that end make room for others
         self._changed.set()
 
     def _list_spent(self, batch: _Batch, output: BatchOutput) -> dict[LineKey, Amount]:
