@@ -39,14 +39,13 @@ from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
 from ..configs.models import BatchConfig
-from ..nodes.item.prepare import build_messages
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
 from .map_reduce import MapReduce, build_bound_graph
 from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
-from .run.estimate import count_nodes, make_run_plan, sample_indices
+from .run.estimate import count_nodes, make_run_plan, read_messages, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
@@ -498,14 +497,12 @@ def _first_prompts(
     tools: OpenRun, loaded: LoadedConfig, chosen: Sequence[int], items: int
 ) -> Range:
     """Estimate the tokens of first prompts from their length, for servers that report none."""
-    task, tokens = loaded.config.task, list[float]()
-    prompt = Template.parse(task.prompt)
+    tokens = list[float]()
+    prompt = Template.parse(loaded.config.task.prompt)
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:
-            messages = build_messages(
-                task.system, prompt, item.row, loaded.config.model.system_role
-            )
+            messages = read_messages(loaded.config, prompt, item.row)
         except InvalidItemError:
             continue
         tokens.append(estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE)

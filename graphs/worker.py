@@ -33,6 +33,7 @@ from ..backends.core.messages import ShardResult, ShardTask, own_version
 from ..backends.core.money import TokenPrices
 from ..backends.core.protocols import PromptCounter
 from ..backends.core.types import Item, Json, Shard
+from ..backends.core.values import STATUSES, json_size
 from ..backends.discovery.connect import (
     ReadyEndpoints,
     find_ready_endpoints,
@@ -62,6 +63,8 @@ from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
 from .run.items import make_item_runner
 from .run.prepare import compute_question_digest
 
+_MOST_CARRIES: Final = 2
+"""Largest result, as a multiple of its task's `carry`."""
 FSYNC_S: Final = 1.0
 """Seconds between flushes of a worker's journal: the most work that the loss of a node costs."""
 IDLE_S: Final = 60.0
@@ -389,10 +392,30 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
 
 
 def _fit_message(result: ShardResult, carry: int) -> ShardResult:
-    """Drop a partial aggregate that is too large; the coordinator can fold the records."""
-    if result.parts is None or len(orjson.dumps(result.parts)) < carry:
+    """Drop what does not fit: the partial aggregate, then the last records.
+
+    The coordinator can fold the records itself. It sends items without a record again.
+    """
+    most = _MOST_CARRIES * carry
+    if result.parts is not None and json_size(result.parts) > carry:
+        result = replace(result, parts=None)
+    size = json_size(result.to_json())
+    if size <= most or result.records is None:
         return result
-    return replace(result, parts=None)
+    records, result, dropped = list(result.records), replace(result, parts=None), 0
+    size = json_size(result.to_json())
+    while size > most and len(records) > 1:
+        size -= json_size(records.pop()) + len(", ")
+        dropped += 1
+    if not dropped:
+        return result
+    return replace(
+        result,
+        records=records,
+        dropped=dropped,
+        tally={status: sum(r["status"] == status for r in records) for status in STATUSES},
+        stopped=f"{dropped} records did not fit in the result",
+    )
 
 
 def _make_error_result(task: Any, error: FanfoldError) -> ShardResult:

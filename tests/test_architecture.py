@@ -67,6 +67,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
     "graphs.remote": {"configs", "nodes"} | BACKENDS,
     "graphs.run": {"configs", "nodes", "graphs.remote"} | BACKENDS,
     "graphs": {"configs", "nodes", "graphs.remote", "graphs.run"} | BACKENDS,
+    "graphs.analysis": {"configs", "nodes", "graphs.run"} | BACKENDS,
     "graphs.integrations": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
     "graphs.jobs": {"configs", "nodes", "graphs", "graphs.run", "graphs.remote"} | BACKENDS,
     "graphs.cli": {
@@ -76,6 +77,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
         "graphs.run",
         "graphs.remote",
         "graphs.jobs",
+        "graphs.analysis",
         "graphs.integrations",
     }
     | BACKENDS,
@@ -150,11 +152,14 @@ def test_public_names() -> None:
         "FanfoldError",
         "Fleet",
         "MapReduceAgent",
+        "ResultTable",
         "RunContext",
+        "RunResults",
         "SimulatedFleet",
         "SimulationSpec",
         "as_tool",
         "build_graph",
+        "load_results",
     ]
     for name in fanfold.__all__:
         assert getattr(fanfold, name).__name__ == name
@@ -166,6 +171,7 @@ def test_public_names() -> None:
     ("module", "heavy"),
     [
         ("fanfold", {"langgraph", "openai", "pyarrow"}),
+        ("fanfold.graphs.analysis.results", {"langgraph", "openai", "pandas", "polars"}),
         ("fanfold.graphs.worker", {"pyarrow", "fanfold.backends.simulated.server"}),
     ],
 )

@@ -10,14 +10,13 @@ from typing import Any, Final, Self
 
 from .errors import BackendError, ConfigurationError
 from .types import Item, Json, Row
-from .values import check_counts, check_record
+from .values import check_counts, check_record, is_count
 
 WIRE_VERSION: Final = 2
 """Version of the two message formats below."""
 
 MAX_MESSAGE_BYTES: Final = 4_000_000
-"""Limit of bytes of a message: engines accept up to 10 MB, and some encode messages less compactly.
-"""
+"""Bytes of a message that are aimed at, by `json_size`; a result may take twice as many."""
 
 
 WALLTIME_REASON: Final = "walltime"
@@ -51,7 +50,8 @@ class ShardTask:
         deadline_s: Seconds after which the worker starts no more items.
         stop_file: While this file exists, the worker starts no more items; or None.
         ends_at: When the worker stops starting items, in seconds since 1970; or None.
-        carry: Limit of bytes of the shard result, as JSON.
+        carry: Bytes of the records in a result after which no item starts; a result takes at most
+            twice as many, by `json_size`.
         tariff: Prices of tokens, as :class:`~.money.TokenPrices`' fields.
         lease: What the shard task may spend: the lease's ``name``, its ``caps`` as fields of an
             :class:`~.money.Amount`, whether it has a spend log in the run's folder (``booked``),
@@ -111,6 +111,7 @@ class ShardResult:
         lease: The shard task's lease, or None.
         used: Amount of the lease that was spent.
         short: Whether items are left because the lease is used up.
+        dropped: Items whose records were left out because the result would be too large.
         endpoints: Statistics of each endpoint since the worker's last result.
     """
 
@@ -127,6 +128,7 @@ class ShardResult:
     lease: str | None = None
     used: dict[str, int] | None = None
     short: bool = False
+    dropped: int = 0
     endpoints: list[dict[str, Json]] | None = None
 
     def to_json(self) -> dict[str, Json]:
@@ -163,6 +165,9 @@ def _check_numbers(result: ShardResult) -> None:
             check_counts(numbers, numbers.keys(), name)
     for record in result.records or ():
         check_record(record)
+    if not is_count(result.dropped):
+        msg = f"dropped is {result.dropped!r}, not a count"
+        raise ValueError(msg)
 
 
 def _to_plain(message: ShardTask | ShardResult) -> dict[str, Json]:

@@ -116,6 +116,15 @@ class Stoppable(Protocol):
         ...
 
 
+@runtime_checkable
+class ResultKeeper(Protocol):
+    """A backend that keeps results which arrive after their tasks were counted as lost."""
+
+    async def collect(self, shard: str) -> dict[str, Json] | None:
+        """Return the result of a task of the shard that was counted as lost, or None."""
+        ...
+
+
 PromptCounter: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
 """Counts the tokens of a request's prompt as the model does; None if no counter is available."""
 

@@ -43,6 +43,15 @@ _SHOWN: Final = 200
 _MOST_DIGITS: Final = 30
 
 
+def json_size(value: Any) -> int:
+    """Return the bytes of a value as the longest JSON that engines send: ASCII, with blanks.
+
+    Raises:
+        TypeError: The value has no JSON form.
+    """
+    return len(json.dumps(orjson.loads(orjson.dumps(value))))
+
+
 def is_count(value: object) -> bool:
     """Return True if a value is an integer from 0 to :data:`MAX_COUNT`."""
     return type(value) is int and 0 <= value <= MAX_COUNT

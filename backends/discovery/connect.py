@@ -411,8 +411,11 @@ async def find_ready_endpoints(
             simulated and real endpoints are mixed.
     """
     matched = select_model(await endpoint_set.probe(), model or endpoint_set.model, names)
+    specs = matched.specs
+    if endpoint_set.gateway is not None:
+        specs = tuple(replace(spec, probe_model=spec.model or matched.model) for spec in specs)
     return ReadyEndpoints(
-        matched.specs,
+        specs,
         matched.model,
         matched.simulated,
         matched.absent,

@@ -45,6 +45,8 @@ class EndpointSpec:
         max_model_len: Context length in tokens, or None if unknown.
         proxied: Whether the environment's proxy variables apply: for gateways, never for nodes.
         spellings: How its list names the same endpoint once more, for a warning.
+        probe_model: Model that a probe asks for one token, behind a gateway whose list of models
+            does not show whether the server works; None: a probe asks for the list.
     """
 
     url: str
@@ -58,6 +60,7 @@ class EndpointSpec:
     max_model_len: int | None = field(default=None, compare=False)
     proxied: bool = False
     spellings: tuple[str, ...] = field(default=(), compare=False)
+    probe_model: str | None = field(default=None, compare=False)
 
 
 _LOG: Final = logging.getLogger(__name__)

@@ -133,6 +133,68 @@ class ErrorBody:
         return cls(shorten(document))
 
 
+_WRAPPED: Final = re.compile(r"Upstream endpoint returned \d{3}: b(['\"])(.*)", re.DOTALL)
+"""How the FIRST gateway quotes a model server's answer: a Python literal, cut to 256 bytes."""
+_ESCAPE: Final = re.compile(r"\\(x[0-9a-f]{2}|.|$)", re.DOTALL)
+_ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
+_MEMBER: Final = re.compile(
+    r"""[{,]\s*"(message|type|param|code)"\s*:\s*(?:"((?:[^"\\]|\\.)*)|(\d+))""", re.DOTALL
+)
+_LENGTH_FIELD: Final = re.compile(r"\W?(max_(?:completion_)?tokens)\b")
+
+
+def unwrap_answer(answer: HTTPAnswer) -> HTTPAnswer:
+    """Return the answer of the model server if a gateway quotes it in its own error.
+
+    Members that the quotation cuts off are lost, except that a message about the length of the
+    answer names its field at the beginning.
+    """
+    try:
+        error = parse_json(answer.body)["error"]
+        found = _WRAPPED.search(error["message"])
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return answer
+    if found is None:
+        return answer
+    text = found[2].removesuffix(found[1])
+    body = _ESCAPE.sub(_unescape, text).encode("latin-1", "replace")
+    return answer.replace_body(answer.status, _complete_error(body))
+
+
+def _unescape(found: re.Match[str]) -> str:
+    code = found[1]
+    return chr(int(code[1:], 16)) if len(code) > 1 else _ESCAPED.get(code, code)
+
+
+def _complete_error(body: bytes) -> bytes:
+    """Return an error body whose end is cut off as one with the members that are left."""
+    try:
+        parse_json(body)
+    except RecursionError:
+        return body
+    except ValueError:
+        pass
+    else:
+        return body
+    error: dict[str, Any] = {}
+    for name, text, number in _MEMBER.findall(body.decode(errors="ignore")):
+        error.setdefault(name, int(number) if number else _decode_text(text))
+    message = error.get("message")
+    if not isinstance(message, str):
+        return body
+    if "param" not in error and (field := _LENGTH_FIELD.match(message)):
+        error["param"] = field[1]
+    return orjson.dumps({"error": error})
+
+
+def _decode_text(text: str) -> Any:
+    """Return a JSON text, given without quotes, whose end may be cut off."""
+    try:
+        return parse_json(f'"{text}"'.encode())
+    except ValueError:  # it is cut within an escape
+        return text
+
+
 def find_sent_keys(headers: Mapping[str, str] | None) -> list[str]:
     """Return the keys in a request's headers, except those that are too short to be secret."""
     values = (headers.get(name, "") for name in _KEY_HEADERS) if headers else ()
@@ -307,6 +369,7 @@ _SERVER: Final = RetryRule(EndpointError, RetryAction.OTHER, BreakerEffect.COUNT
 _STRANGE: Final = RetryRule(EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT)
 _REFUSED_ODDLY: Final = replace(_STRANGE, refusal=True)
 _LOST: Final = RetryRule(EndpointLostError, RetryAction.OTHER, BreakerEffect.COUNT)
+_UNCONNECTED: Final = replace(_LOST, breaker_effect=BreakerEffect.OPEN, free=True)
 _UNREADABLE: Final = RetryRule(
     EndpointReplyError,
     RetryAction.FAIL,
@@ -396,7 +459,20 @@ _BY_CODE: Final[Mapping[str, RetryRule]] = {
 _BUSY_WORDS: Final = ("currently busy", "backlog limit")
 _THROTTLE_WORDS: Final = "Too many requests"
 _COLD_WORDS: Final = ("not ready to receive tasks",)
-_OFFLINE_WORDS: Final = ("is offline",)
+_OFFLINE_WORDS: Final = ("is offline", "not currently live")
+_LOGIN_AGAIN: Final = RetryRule(
+    AuthenticationError,
+    RetryAction.STOP,
+    advice=(
+        "a new token does not help: log in again (alcf-tokens clear-tokens, then alcf-tokens "
+        "login), then resume the run"
+    ),
+)
+_BY_WORDS: Final = (
+    (401, b"internal policies", _LOGIN_AGAIN),
+    (500, b"All connection attempts failed", _UNCONNECTED),
+)
+"""Rules by status and words of the body, where the FIRST gateway has no code for a failure."""
 _LENGTH_PARAMS: Final = frozenset({"input_tokens", "input_text"})
 _NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_DESCRIPTOR_RULE: Final = RetryRule(
@@ -411,6 +487,7 @@ def classify_answer(answer: HTTPAnswer, endpoint: str) -> Failure:
         answer: The HTTP answer.
         endpoint: The endpoint's label.
     """
+    answer = unwrap_answer(answer)
     return classify_error_body(answer, ErrorBody.parse(answer.body), answer.status, endpoint)
 
 
@@ -418,7 +495,7 @@ def classify_error_body(
     answer: HTTPAnswer, error_body: ErrorBody, status: int, endpoint: str
 ) -> Failure:
     """Classify an error body; ``status`` may come from the body rather than from the answer."""
-    rule, wait = _choose_rule(status, error_body), read_retry_after(answer.headers)
+    rule, wait = _choose_rule(status, error_body, answer.body), read_retry_after(answer.headers)
     if status == 429 and wait is None and _LONG_QUOTA.search(error_body.message):  # noqa: PLR2004
         rule = _USED_UP
     advice = rule.advice
@@ -444,13 +521,16 @@ def classify_error_body(
     return Failure(error, rule)
 
 
-def _choose_rule(status: int, error_body: ErrorBody) -> RetryRule:
-    if rule := _BY_CODE.get(error_body.code or ""):
-        return rule
+def _choose_rule(status: int, error_body: ErrorBody, body: bytes) -> RetryRule:
+    if by_code := _BY_CODE.get(error_body.code or ""):
+        return by_code
     if status == 400:  # noqa: PLR2004 - HTTP's own number
         return _choose_400_rule(error_body)
     if status == 503:  # noqa: PLR2004 - HTTP's own number
         return _choose_503_rule(error_body)
+    for known, words, rule in _BY_WORDS:
+        if status == known and words in body:  # the message of the error body is shortened
+            return rule
     if status == 429 and error_body.message.startswith(_THROTTLE_WORDS):  # noqa: PLR2004 - HTTP's own
         # The gateway counts requests per user: it would refuse its other endpoints too.
         return replace(_BUSY, rest_s=1.0, shared=True)
@@ -781,15 +861,13 @@ def _classify_too_large(cause: BodyTooLargeError, endpoint: str) -> Failure:
 
 def _classify_connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str, RetryRule]:
     if isinstance(cause, aiohttp.ConnectionTimeoutError):
-        return "no connection in time", replace(_LOST, breaker_effect=BreakerEffect.OPEN, free=True)
+        return "no connection in time", _UNCONNECTED
     if isinstance(cause, TimeoutError):
         return "no answer in time", replace(_LOST, shrink=True)
     if isinstance(cause, OSError) and cause.errno in _NO_DESCRIPTOR:
         return "this process has too many open files", _NO_DESCRIPTOR_RULE
     if isinstance(cause, aiohttp.ClientConnectorError | ProxyError):
-        return f"cannot connect: {describe_connection_error(cause)}", replace(
-            _LOST, breaker_effect=BreakerEffect.OPEN, free=True
-        )
+        return f"cannot connect: {describe_connection_error(cause)}", _UNCONNECTED
     if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "the connection was closed before an answer", replace(_LOST, stale=True)
     reason = describe_connection_error(cause)

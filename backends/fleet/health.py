@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
+import orjson
 
 from ..core.errors import (
     ConfigurationError,
@@ -29,15 +30,18 @@ from .failures import (
     BreakerEffect,
     Failure,
     RetryAction,
+    classify_exception,
     classify_stopped,
     make_refused_item_error,
 )
 from .policy import AffinityPolicy, FleetPolicy
-from .transport import Transport
+from .transport import Transport, read_completion
 
 _LOG: Final = logging.getLogger(__name__)
 _UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
 """Statuses of a proxy or a starting server; any other answer shows that the server is up."""
+_UNREACHABLE_ACTIONS: Final = frozenset({RetryAction.OTHER, RetryAction.WAIT})
+"""What follows the failure of a probe by a server that does not work now; others refuse it."""
 _RECENT: Final = 200
 """Number of recent items for the share of items that are refused because of their content."""
 _REFUSED_ITEMS: Final = 2
@@ -356,15 +360,7 @@ class HealthMonitor:
 
     async def _probe(self, endpoint: Endpoint) -> None:
         try:
-            answer = await self._transport.get(
-                f"{endpoint.url}/models",
-                await endpoint.headers(),
-                self._policy.breaker.probe_s,
-                endpoint.spec.proxied,
-            )
-            reachable = answer.status not in _UNREACHABLE_STATUSES
-        except (aiohttp.ClientError, TimeoutError):
-            reachable = False
+            reachable = await self._is_reachable(endpoint)
         except FanfoldError as error:  # its key cannot be fetched now
             _LOG.warning("endpoint %s cannot be probed: %s", endpoint.label, error.message)
             reachable = False
@@ -376,6 +372,51 @@ class HealthMonitor:
         else:
             endpoint.breaker.record_missed_probe()
             self._schedule_probe(endpoint)
+
+    async def _is_reachable(self, endpoint: Endpoint) -> bool:
+        """Return True if an endpoint answers a probe.
+
+        Raises:
+            FanfoldError: Its key cannot be fetched.
+        """
+        if endpoint.spec.probe_model is not None:
+            failure = await self._ask_token(endpoint, self._policy.breaker.request_probe_s)
+            if failure is not None and failure.rule.action in _UNREACHABLE_ACTIONS:
+                self._last_failure = failure.error.message
+                return False
+            return True
+        try:
+            answer = await self._transport.get(
+                f"{endpoint.url}/models",
+                await endpoint.headers(),
+                self._policy.breaker.probe_s,
+                endpoint.spec.proxied,
+            )
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+        return answer.status not in _UNREACHABLE_STATUSES
+
+    async def _ask_token(self, endpoint: Endpoint, timeout_s: float) -> Failure | None:
+        """Ask the model behind an endpoint for one token; return why that failed, or None.
+
+        Raises:
+            FanfoldError: The endpoint's key cannot be fetched.
+        """
+        message = {"role": "user", "content": "1"}
+        body = {"model": endpoint.spec.probe_model, "messages": [message], "max_tokens": 1}
+        headers = await endpoint.headers()
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._transport.send(
+                    endpoint.chat_url,
+                    orjson.dumps(body | {"stream": False}),
+                    headers,
+                    endpoint.spec.proxied,
+                )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return classify_exception(error, endpoint.label, headers)
+        result = read_completion(answer, endpoint.label)
+        return result if isinstance(result, Failure) else None
 
     @property
     def _unhealthy(self) -> list[Endpoint]:
@@ -514,8 +555,9 @@ class HealthMonitor:
                     self._schedule_probe(other)
         elif self._deadline is None and self.stop_reason is None:
             seconds = self._policy.timeout.fleet_s
+            last = f"; the last failure: {self._last_failure}" if self._last_failure else ""
             self.pause_reason = (
-                f"no endpoint is alive; waiting up to {seconds:g} s for one to return"
+                f"no endpoint is alive; waiting up to {seconds:g} s for one to return{last}"
             )
             _LOG.warning("%s", self.pause_reason)
             self._deadline = self._later(seconds, lambda: self._spawn(self._give_up()))

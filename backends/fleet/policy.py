@@ -139,6 +139,7 @@ class BreakerPolicy:
         open_s: Time until the endpoint is probed, in seconds.
         open_max_s: Longest such time; it doubles with each probe that fails.
         probe_s: Longest wait for a probe's answer, in seconds.
+        request_probe_s: The same, if the probe asks the model for one token.
         outage_s: Longest time between two probes of an endpoint while none is alive, in seconds.
         outage_probes_per_s: Limit of probes per second over all endpoints, while none is alive; it
             lengthens ``outage_s`` for large fleets.
@@ -148,6 +149,7 @@ class BreakerPolicy:
     open_s: float = 2.0
     open_max_s: float = 60.0
     probe_s: float = 5.0
+    request_probe_s: float = 60.0
     outage_s: float = 5.0
     outage_probes_per_s: float = 20.0
 

@@ -90,6 +90,7 @@ class BatchFiles:
         self._journal, self._run = journal, run
         self._written = bytearray(items)
         self._paths = {True: output, False: errors or output}
+        self._sizes = dict.fromkeys(self._paths.values(), 0)
         self._is_stale = False
 
     def open(self) -> None:
@@ -100,7 +101,7 @@ class BatchFiles:
             JournalError: A file cannot be read or written.
         """
         agrees = True
-        for path in dict.fromkeys(self._paths.values()):
+        for path in self._sizes:
             with explain_write_errors(str(path)):
                 agrees &= self._read_file(path)
         if not agrees:
@@ -117,7 +118,7 @@ class BatchFiles:
         """
         left = iter(indices)
         while some := list(islice(left, _LINES)):
-            lines: dict[Path, list[bytes]] = {path: [] for path in self._paths.values()}
+            lines: dict[Path, list[bytes]] = {path: [] for path in self._sizes}
             for index in some:
                 if self._written[index]:
                     self._is_stale = True  # its record was replaced by a better one
@@ -127,20 +128,24 @@ class BatchFiles:
                     self._written[index] = True
             for path, added in lines.items():
                 with explain_write_errors(str(path)), path.open("ab") as file:
+                    self._is_stale |= file.tell() != self._sizes[path]  # others changed it
                     file.writelines(added)
+                    self._sizes[path] = file.tell()
 
     def close(self) -> None:
-        """Flush the files to disk; correct lines whose records were replaced.
+        """Flush the files to disk; write them again if they do not agree with the journal.
+
+        They do not if a record was replaced, or if others changed a file meanwhile.
 
         Raises:
             JournalError: A file cannot be written.
         """
+        for path in self._sizes:
+            with explain_write_errors(str(path)), path.open("ab") as file:
+                self._is_stale |= file.tell() != self._sizes[path]
+                os.fsync(file.fileno())
         if self._is_stale:
             self._rebuild()
-            return
-        for path in dict.fromkeys(self._paths.values()):
-            with explain_write_errors(str(path)), path.open("ab") as file:
-                os.fsync(file.fileno())
 
     def _make_line(self, index: int) -> tuple[Path, bytes]:
         record = self._journal.read_record(index)
@@ -155,6 +160,8 @@ class BatchFiles:
         """
         if not path.exists():
             return True
+        if not path.is_file():
+            raise ConfigurationError(f"{path}: is no regular file; choose another output")
         with path.open("r+b") as file:
             end = 0
             for number, line in enumerate(file):
@@ -167,11 +174,12 @@ class BatchFiles:
                     raise ConfigurationError(msg)
                 if not line.endswith(b"\n"):
                     file.truncate(end)
-                    return True
+                    break
                 if index is None or self._written[index] or not self._agrees(path, line, index):
                     return False
                 self._written[index] = True
                 end += len(line)
+        self._sizes[path] = end
         return True
 
     def _read_line(self, line: bytes) -> int | None:
@@ -193,7 +201,7 @@ class BatchFiles:
 
     def _rebuild(self) -> None:
         """Write the files again from the journal, in the order of the input."""
-        for path in dict.fromkeys(self._paths.values()):
+        for path in self._sizes:
             with replace_file(path) as file:
                 for index in range(len(self._written)):
                     if not self._journal.is_finished(index):
@@ -203,6 +211,7 @@ class BatchFiles:
                     if target == path:
                         file.write(line)
                         self._written[index] = True
+                self._sizes[path] = file.tell()
         self._is_stale = False
 
 

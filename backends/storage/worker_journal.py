@@ -6,11 +6,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from ..core.errors import JournalError
 from ..core.messages import MAX_MESSAGE_BYTES
 from ..core.types import Json
+from ..core.values import json_size
 from .journal_file import JournalWriter, make_worker_prefix
 
 
@@ -18,8 +17,9 @@ class ResultJournal:
     """Keep records in memory, to be sent with the shard result.
 
     Args:
-        max_bytes: Upper bound of the records' total size.
-        streams: Items that may still be in flight when the bound is reached.
+        max_bytes: Total size of the records, by `json_size`, at which no further item starts, and
+            the most that one record may take.
+        streams: Items that may still be in flight then.
 
     Attributes:
         records_to_send: The records.
@@ -52,10 +52,10 @@ class ResultJournal:
         Raises:
             TypeError: A value has no JSON form; the record is not kept.
         """
-        size = len(orjson.dumps(record))
+        size = json_size(record)
         if size > self._carry:
             record, self.altered = _too_large(record, size, self._carry), True
-            size = len(orjson.dumps(record))
+            size = json_size(record)
         self._bytes += size
         self.records_to_send.append(record)
 

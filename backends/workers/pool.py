@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from ..core.errors import BackendError, ConfigurationError, FanfoldError, RunStoppedError
 from ..core.messages import ShardResult, ShardTask
-from ..core.protocols import Backend, Stoppable
+from ..core.protocols import Backend, ResultKeeper, Stoppable
 from .member import FirstWorkerTimer, Heartbeat, InFlightTask, PoolMember, PoolPolicy
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,22 @@ class BackendPool:
         name = f"{task.shard}, attempt {task.attempt}"
         answer = member.backend.submit(task.to_json())
         return await member.submit(name, answer, heartbeat).wait_result()
+
+    async def collect(self, member: PoolMember, shard: str) -> ShardResult | None:
+        """Return the result of a shard's task that was counted as lost, if it has arrived since.
+
+        Args:
+            member: A backend that was acquired.
+            shard: The shard's name.
+        """
+        if not isinstance(member.backend, ResultKeeper):
+            return None
+        try:
+            data = await member.backend.collect(shard)
+            return None if data is None else ShardResult.from_json(data)
+        except BackendError as error:
+            logger.warning("shard %s: a result may be lost: %s", shard, error.message)
+            return None
 
     async def stop(self) -> None:
         """Start no more tasks, and ask the backends that can to begin no further item."""

@@ -71,8 +71,8 @@ def _check_files(files: BatchFileNames, is_new: bool) -> None:
     for path in filter(None, (files.output, files.errors)):
         if path.exists() and files.source.exists() and path.samefile(files.source):
             raise ConfigurationError(f"{path}: is the input; choose another file for the output")
-        if path.is_dir():
-            raise ConfigurationError(f"{path}: is a folder; name a file for the output")
+        if path.exists() and not path.is_file():
+            raise ConfigurationError(f"{path}: is no regular file; choose another output")
         if not path.absolute().parent.is_dir():
             raise ConfigurationError(f"{path}: there is no folder {path.absolute().parent}")
         if is_new and path.exists() and path.stat().st_size:

@@ -92,6 +92,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         *budget_lines(found.forecast, found.plan),
         *_graph_lines(loaded),
         *_batch_lines(loaded.config, found),
+        *_unlimited_lines(found),
         *_reuse(loaded),
         *_host_lines(loaded.config),
     ]
@@ -161,6 +162,15 @@ def _batch_lines(config: RunConfig, found: Estimate) -> Iterator[str]:
 def _count_batches(config: RunConfig, found: Estimate) -> int | None:
     """Return the number of batches for the first requests of all items."""
     return -(-found.plan.items // config.backend.lines) if config.backend.is_batch else None
+
+
+def _unlimited_lines(found: Estimate) -> list[str]:
+    if not found.unlimited:
+        return []
+    return [
+        f"{found.unlimited:,} requests have no max_tokens: their answers may be longer than these "
+        "figures assume"
+    ]
 
 
 def list_receiving_hosts(

@@ -258,9 +258,12 @@ def _flatten_row(row: Mapping[str, Any], field: str | None) -> dict[str, Any]:
     flat = {key: row[key] for key in ("rank", "id") if key in row}
     if field is not None and "value" in row:
         flat[field] = row["value"]
-    for part in (row.get("show"), row.get("output")):
-        if isinstance(part, Mapping):
-            flat |= {name: inner for name, inner in part.items() if name not in flat}
+    for source, part in (("input", row.get("show")), ("output", row.get("output"))):
+        for name, inner in part.items() if isinstance(part, Mapping) else ():
+            if name not in flat:
+                flat[name] = inner
+            elif (source, name) not in {("input", "id"), ("output", field)}:  # the same value
+                flat[f"{source}.{name}"] = inner
     if not isinstance(row.get("output"), Mapping) and row.get("output") is not None:
         flat["output"] = row["output"]
     return flat

@@ -212,6 +212,7 @@ class Coordinator:
         self._follower = JournalFollower(journal, progress)
         self._control_files = ControlFiles(template.journal, template.token, pool.policy.silence_s)
         self._attempts = Counter[str]()
+        self._overflows = Counter[str]()  # results of a shard that were too large
         self._adopting = dict[str, asyncio.Task[ShardResult | None]]()
         self._stop_requested = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
@@ -245,6 +246,10 @@ class Coordinator:
             member = await self._pool.acquire(at_front=retries.lost > 0)
             if member is None:
                 return
+            if retries.lost and (late := await self._collect_late(member, name)) is not None:
+                retries.add_result(late)
+                yield None, late
+                continue
             file = self._control_files.task_file(name, self._attempts[name])
             try:
                 answered = await self._run_task(member, name, file, remaining)
@@ -263,6 +268,24 @@ class Coordinator:
             if not any(self._journal.is_finished(item[0]) for item in task.items):
                 pause_s = retries.add_idle_result(result)
                 await wait_first(self._stop_requested.wait(), timeout_s=pause_s)
+
+    async def _collect_late(self, member: PoolMember, shard: str) -> ShardResult | None:
+        """Record the result of a lost task, if it has arrived since, and release the backend.
+
+        Workers that share the folder were told to stop; what they have done is in their journals.
+        """
+        if self._template.journal is not None:
+            return None
+        try:
+            result = await self._pool.collect(member, shard)
+        except BaseException:
+            member.release()
+            raise
+        if result is None:
+            return None
+        member.release()
+        logger.warning("shard %s: the result of a task that was counted as lost arrived", shard)
+        return await self._record_result(result)
 
     async def _run_task(
         self,
@@ -287,6 +310,7 @@ class Coordinator:
                 await self.refresh()  # read the last lines of a lost worker
             if items := await remaining():
                 task = await asyncio.to_thread(self._template.make_task, shard, number, items)
+                task = replace(task, streams=max(1, task.streams >> self._overflows[shard]))
                 if file is not None:
                     heartbeat = await asyncio.to_thread(self._control_files.create, file)
                 task = replace(task, lease=await self._lease_manager.lend(task))
@@ -331,6 +355,16 @@ class Coordinator:
                 continue
             self._journal.put(record)
             self._progress.add_record(record)
+        if result.dropped:
+            self._overflows[result.shard] += 1
+            logger.warning(
+                "worker %s: the answers of %d items of shard %s did not fit in its result and are "
+                "lost; these items are asked again, half as many at a time. Lower limits.streams, "
+                "or set backend.shared_folder: true where the folder is shared",
+                result.worker,
+                result.dropped,
+                result.shard,
+            )
         self._hosts.add(result.worker.partition(":")[0])
         self.stats_collector.add(result.endpoints or ())
         await self._lease_manager.settle(result)

@@ -15,6 +15,7 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.messages import ShardTask, own_version
 from ...backends.core.money import TokenPrices
 from ...backends.core.types import Item, Row
+from ...backends.core.values import json_size
 from ...backends.discovery.connect import ReadyEndpoints
 from ...backends.storage.run_folder import RunFolder
 from ...configs.loader import LoadedConfig
@@ -23,6 +24,8 @@ from ...configs.serialize import find_lost_secrets
 from .heartbeat import stop_file
 
 _OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
+_MOST_GROWTH: Final = 3
+"""Bytes as ASCII with blanks, at most, for each byte of compact UTF-8."""
 _OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
 
 
@@ -107,11 +110,11 @@ class TaskTemplate:
 def _fit_items(items: Sequence[Item], most: int) -> list[tuple[int, str, Row, str | None]]:
     """Return items as a task contains them, without the last ones if they are too large."""
     packed = [(item.index, item.id, item.row, item.problem) for item in items]
-    if len(orjson.dumps(packed)) <= most:  # the usual case
+    if _MOST_GROWTH * len(orjson.dumps(packed)) <= most:  # the usual case
         return packed
     left = most
     for count, item in enumerate(packed):
-        left -= len(orjson.dumps(item))
+        left -= json_size(item)
         if left < 0 and count == 0:
             msg = (
                 f"item {item[1]!r} is larger than the {most:,} bytes of a message to a "

@@ -20,6 +20,7 @@ from ...backends.core.protocols import CallLog
 from ...backends.core.types import Usage
 from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.request import max_usage
+from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.endpoints_table import FILE_NAME, append_endpoints
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder
@@ -34,12 +35,14 @@ class OpenRun(RunTools):
     """An open run: the tools of its nodes, and its fleet for reports.
 
     Attributes:
+        store: The items of the run.
         item_journal: The journal of the run.
         budget: The budget of the run, or None.
         fleet: The fleet; None if no item is open or workers send the requests.
         batches: The transport of batches, if they answer the requests.
     """
 
+    store: ItemStore
     item_journal: Journal
     budget: Budget | None = None
     fleet: Fleet | None = None

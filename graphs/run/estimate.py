@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ from ...backends.budget.tokens import (
 from ...backends.core.errors import InvalidItemError, NoEndpointError
 from ...backends.core.money import BudgetLimits
 from ...backends.core.templates import Template
-from ...backends.core.types import Item, Message
+from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     check_cache,
@@ -39,6 +39,7 @@ from ...backends.discovery.probe import ProbeResult, select_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.policy import ModelParams
+from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
 from ...backends.inputs.item_store import ItemStore, load_input
@@ -51,7 +52,7 @@ from ...configs.prices import find_provider_name
 from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting
+from .prepare import check_endpoints, check_input_setting, check_reduce
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -80,12 +81,16 @@ class Sample:
         messages: The first messages of each item.
         first_id: Id of the first valid item, else of the first item.
         first: Its messages; empty if no item is valid.
+        max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
+        unlimited: Requests without such a limit.
     """
 
     summary: InputSummary
     messages: tuple[list[Message], ...]
     first_id: str
     first: list[Message]
+    max_tokens: int
+    unlimited: int
 
 
 def read_sample(config: RunConfig, count: int) -> Sample:
@@ -105,7 +110,40 @@ def read_sample(config: RunConfig, count: int) -> Sample:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
-    return Sample(summary, rendered, first[0].id, first[1])
+            longest, unlimited = _find_limits(config, store)
+    return Sample(summary, rendered, first[0].id, first[1], longest, unlimited)
+
+
+_SLICE: Final = 256
+
+
+def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
+    """Return the limit of an answer, and the number of requests without one."""
+    if not config.input.is_batch:
+        return config.model.max_tokens, 0
+    total = limited = unlimited = 0
+    for lo in range(0, len(store), _SLICE):
+        for item in store.read(lo, min(len(store), lo + _SLICE)):
+            if item.row["url"] == CHAT_URL:
+                most = max_usage(item.row["body"]).completion
+                total += most or 0
+                limited += bool(most)
+                unlimited += not most
+    return -(-total // max(1, limited)), unlimited
+
+
+def read_messages(config: RunConfig, prompt: Template, row: Row) -> list[Message]:
+    """Return the messages of an item's first request.
+
+    Raises:
+        InvalidItemError: The item fails without a request.
+    """
+    if not config.input.is_batch:
+        return build_messages(config.task.system, prompt, row, config.model.system_role)
+    if row["url"] != CHAT_URL:
+        raise InvalidItemError(f"url {row['url']!r} is not supported")
+    messages: list[Message] = row["body"]["messages"]
+    return messages
 
 
 def _render_prompts(
@@ -117,8 +155,7 @@ def _render_prompts(
         (item,) = store.read(index, index + 1)
         if item.problem is None:
             try:
-                role = config.model.system_role
-                yield item, build_messages(config.task.system, prompt, item.row, role)
+                yield item, read_messages(config, prompt, item.row)
             except InvalidItemError:
                 continue  # it will fail without a call
 
@@ -163,6 +200,7 @@ class Estimate:
         plan: The requests of the run.
         forecast: Estimated tokens, cost and time.
         problem: Why a run with these settings would stop before its first call, or None.
+        unlimited: Requests of a batch without a limit of their answer.
     """
 
     input: InputSummary
@@ -178,6 +216,7 @@ class Estimate:
     plan: RunPlan
     forecast: Forecast
     problem: str | None = None
+    unlimited: int = 0
 
 
 async def estimate_run(
@@ -210,11 +249,13 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
+        check_reduce(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     plan = make_run_plan(
         config, valid, counted.tokens, cost, count_nodes(config, _node_urls(ready))
     )
+    plan = replace(plan, max_tokens=sampled.max_tokens)
     return Estimate(
         input=sampled.summary,
         endpoints=lines,
@@ -229,6 +270,7 @@ async def estimate_run(
         plan=plan,
         forecast=forecast(plan, seen),
         problem=problem,
+        unlimited=sampled.unlimited,
     )
 
 
@@ -403,6 +445,7 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
     role = (settings.get("model") or {}).get("system_role") or "system"
     fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []
     total = about["input"]["items"]
+    is_batch = (settings.get("input") or {}).get("format") == "openai_batch"
     with (
         Journal(folder.journal, get_run_ids(about), total) as journal,
         ItemStore(folder.items) as store,
@@ -412,6 +455,10 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
             record = journal.read_record(index)
             if record["requests"] == 1 and record["prompt_tokens"]:
                 (item,) = store.read(index, index + 1)
-                messages = build_messages(system, prompt, item.row, role)
+                messages = (
+                    item.row["body"]["messages"]
+                    if is_batch
+                    else build_messages(system, prompt, item.row, role)
+                )
                 found.append(({**fixed, "messages": messages}, record["prompt_tokens"]))
     return found

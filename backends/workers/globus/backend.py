@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -76,6 +78,8 @@ class TaskSubmitter:
         self.poller, self.tasks = TaskPoller(self._connection, policy), tasks
         self._opening, self._users = asyncio.Lock(), 0
         self._group: str | None = None
+        self._collecting, self._collected_at = asyncio.Lock(), -math.inf
+        self._late: dict[str, dict[str, Json]] = {}
         self._pending: list[UnpostedTask] = []
         self._submitting: asyncio.Task[None] | None = None
 
@@ -128,6 +132,7 @@ class TaskSubmitter:
             ConfigurationError: It can never be posted.
             RunStoppedError: Its result is too large.
         """
+        self._late.pop(str(task.get("shard")), None)
         payload = await asyncio.to_thread(pack_task, task)
         answer: ResultFuture = asyncio.get_running_loop().create_future()
         seconds = task.get("deadline_s")
@@ -137,6 +142,39 @@ class TaskSubmitter:
         if self._submitting is None or self._submitting.done():
             self._submitting = asyncio.create_task(self._submit_all())
         return await answer
+
+    async def collect(self, shard: str) -> dict[str, Json] | None:
+        """Return the result of a shard's task that was counted as lost, if it has arrived since.
+
+        One request asks for the lost tasks of all shards, and not more often than polls do.
+
+        Raises:
+            FanfoldError: The service refused, or did not answer.
+        """
+        async with self._collecting:
+            lost, now = self._lost_tasks(), time.monotonic()
+            if shard in lost.values() and now - self._collected_at >= self.policy.max_pause_s:
+                self._collected_at = now
+                await self._collect_all(lost)
+        result = self._late.pop(shard, None)
+        if result is not None:
+            self.tasks.close_shard(shard)
+        return result
+
+    def _lost_tasks(self) -> dict[str, str]:
+        """Return the shards of lost tasks, without shards that have another task in flight."""
+        lost = dict[str, str]()
+        for shard, tasks in self.tasks.open_tasks().items():
+            if not any(map(self.poller.is_polled, tasks)):
+                lost |= dict.fromkeys(tasks, shard)
+        return lost
+
+    async def _collect_all(self, lost: dict[str, str]) -> None:
+        for lo in range(0, len(lost), MAX_TASKS_PER_REQUEST):
+            some = list(lost)[lo : lo + MAX_TASKS_PER_REQUEST]
+            for task, outcome in (await self.poller.fetch_outcomes(some)).items():
+                if isinstance(outcome, dict):
+                    self._late[lost[task]] = outcome
 
     async def _submit_all(self) -> None:
         while batch := self._next_batch():
@@ -267,6 +305,14 @@ class GlobusBackend:
         if found:
             logger.warning("%s: waiting for %d shards of an earlier session", self.name, len(found))
         return dict(found)
+
+    async def collect(self, shard: str) -> dict[str, Json] | None:
+        """Return the result of a shard's task that was counted as lost, if it has arrived since.
+
+        Raises:
+            FanfoldError: The service refused, or did not answer.
+        """
+        return await self._submitter.collect(shard)
 
     async def rebuild(self) -> None:
         """Wait until the endpoint is online again; nothing else can break.

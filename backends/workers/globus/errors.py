@@ -36,6 +36,7 @@ _ADVICE: Final = {
     ),
 }
 _LINE: Final = 400
+_FORGOTTEN: Final = "the service no longer knows the task; it keeps a result for half an hour"
 _STALE_INSTANCE: Final = "Another instance of this endpoint is running"
 """Reported by a manager's endpoint while the file of a killed endpoint is recent."""
 _RESTARTING: Final = "its engine was killed and restarts after three heartbeats"
@@ -110,10 +111,7 @@ def overdue_error(endpoint: str) -> BackendError:
 
 def unknown_task_error(endpoint: str) -> BackendError:
     """Return the error for a task that the service no longer knows."""
-    return WorkerLostError(
-        f"globus_compute: endpoint {endpoint}: the service no longer knows the task; it keeps a "
-        "result for half an hour"
-    )
+    return WorkerLostError(f"globus_compute: endpoint {endpoint}: {_FORGOTTEN}")
 
 
 def task_failed_error(text: str) -> FanfoldError:
@@ -141,7 +139,8 @@ def task_failed_error(text: str) -> FanfoldError:
     if "is required here, found" in text:  # printed by the endpoint's template
         advice = f"install fanfold=={own_version()} there, or write a new endpoint template"
         return ConfigurationError(f"{message}; {advice} (fanfold globus template)")
-    return WorkerLostError(message)
+    forgotten = "unknown task" in text.lower()
+    return WorkerLostError(f"{message}: {_FORGOTTEN}" if forgotten else message)
 
 
 def unreadable_result_error(text: str) -> FanfoldError:

@@ -20,7 +20,7 @@ from ...core.token_bucket import TokenBucket
 from ...core.types import Json
 from ...core.waits import pause_after
 from .errors import offline_error, unknown_task_error
-from .service import TaskService
+from .service import TaskOutcome, TaskService
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,10 @@ class TaskPoller:
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._poll_until_done())
 
+    def is_polled(self, task: str) -> bool:
+        """Return True if a task is polled and has no outcome yet."""
+        return task in self._tasks
+
     def is_online(self, endpoint: str) -> bool:
         """Return True if the endpoint was online when last checked."""
         return endpoint not in self._down
@@ -267,8 +271,8 @@ class TaskPoller:
         return ended
 
     async def _poll_batch(self, tasks: list[str]) -> bool:
-        outcomes = await self._connection.request(lambda service: service.fetch_outcomes(tasks))
         before = len(self._tasks)
+        outcomes = await self.fetch_outcomes(tasks)
         for name in tasks:
             if name not in outcomes:
                 self._handle_missing(name)
@@ -277,6 +281,20 @@ class TaskPoller:
             if (outcome := outcomes[name]) is not None:
                 self._resolve(name, outcome)
         return len(self._tasks) < before
+
+    async def fetch_outcomes(self, tasks: list[str]) -> dict[str, TaskOutcome | None]:
+        """Return how tasks ended, None for open ones; unknown tasks are omitted.
+
+        Raises:
+            FanfoldError: The service refused, or did not answer.
+        """
+        found = await self._connection.request(lambda service: service.fetch_outcomes(tasks))
+        if found is not None:
+            return found
+        if len(tasks) == 1:
+            return {}
+        half = len(tasks) // 2
+        return await self.fetch_outcomes(tasks[:half]) | await self.fetch_outcomes(tasks[half:])
 
     def _handle_missing(self, name: str) -> None:
         """Fail a task that the service omits, unless it may only be new to the service."""

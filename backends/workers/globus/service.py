@@ -94,6 +94,7 @@ _RETRY_S: Final = 4.0
 """Pause before a retry, unless the service names one: retries bypass the rate limit."""
 _JSON: Final = "globus_compute_sdk.serialize.JSONData"
 _ENDED: Final = ("success", "failed")
+_NOT_FOUND: Final = 404
 _JSON_ID: Final = "11\n"
 
 
@@ -139,8 +140,11 @@ class TaskService(Protocol):
         """Post tasks."""
         ...
 
-    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
-        """Return how tasks ended, None for open ones; unknown tasks are omitted."""
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None] | None:
+        """Return how tasks ended, None for open ones; unknown tasks are omitted.
+
+        Return None in place of all if the service refuses because one of them is unknown.
+        """
         ...
 
     def close(self) -> None:
@@ -229,6 +233,7 @@ class ComputeService:
             Batch,
             create_user_runtime,
         )
+        from globus_sdk import GlobusAPIError  # noqa: PLC0415 - slow to import
 
         batch = Batch(
             group,
@@ -238,21 +243,36 @@ class ComputeService:
         )
         data = batch.prepare() | {"tasks": {function: [payload.text for payload in payloads]}}
         with convert_errors(f"endpoint {endpoint}", self._hidden):
-            answer = self._v3.submit(endpoint, data).data
+            try:
+                answer = self._v3.submit(endpoint, data).data
+            except GlobusAPIError as error:
+                if group is None or error.http_status != _NOT_FOUND:
+                    raise
+                # the service may have forgotten the group; a refused request posts nothing
+                return self.submit(endpoint, function, payloads, None)
             tasks = tuple(map(str, answer.get("tasks", {}).get(function, ())))
             if len(tasks) != len(payloads):
                 msg = f"endpoint {endpoint}: the service took {len(tasks)} of {len(payloads)} tasks"
                 raise BackendError(msg)
             return SubmittedBatch(str(answer["task_group_id"]), tasks)
 
-    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None] | None:
         """Return how tasks ended, None for open ones; unknown tasks are omitted.
 
+        Return None in place of all if the service refuses because one of them is unknown.
+
         Raises:
-            FanfoldError: The service refused, or did not answer.
+            FanfoldError: The service refused for another reason, or did not answer.
         """
+        from globus_sdk import GlobusAPIError  # noqa: PLC0415 - slow to import
+
         with convert_errors("polling tasks"):
-            found = self._v2.get_task_batch(list(tasks))["results"]
+            try:
+                found = self._v2.get_task_batch(list(tasks))["results"]
+            except GlobusAPIError as error:
+                if error.http_status != _NOT_FOUND:
+                    raise
+                return None
             return {task: _read_outcome(state) for task, state in found.items()}
 
     def close(self) -> None:
@@ -266,7 +286,7 @@ def _pause(context: RetryContext) -> float:
 
 
 def _read_outcome(state: dict[str, Any]) -> TaskOutcome | None:
-    if not state.get("completion_t") and state.get("status") not in _ENDED:
+    if not state.get("completion_t") and str(state.get("status")).lower() not in _ENDED:
         return None
     text = state.get("result")
     if text is None:

@@ -234,12 +234,24 @@ class TaskRegistry:
         tasks = list(self._open.get(shard, ()))
 
         def close(done: ResultFuture) -> None:
-            if self._keeps_open or done.cancelled() or done.exception() is not None:
+            if done.cancelled() or done.exception() is not None:
                 return  # a worker may still run it
-            self._open[shard] = [t for t in self._open.get(shard, ()) if t not in tasks]
-            self._closed.append((time.monotonic(), tasks))
+            self._close(shard, tasks)
 
         answer.add_done_callback(close)
+
+    def open_tasks(self) -> dict[str, list[str]]:
+        """Return the open tasks of this session by shard, lost ones included."""
+        return {shard: list(tasks) for shard, tasks in self._open.items() if tasks}
+
+    def close_shard(self, shard: str) -> None:
+        """Close a shard's tasks: a result of one of them has arrived."""
+        self._close(shard, list(self._open.get(shard, ())))
+
+    def _close(self, shard: str, tasks: list[str]) -> None:
+        if not self._keeps_open:
+            self._open[shard] = [t for t in self._open.get(shard, ()) if t not in tasks]
+            self._closed.append((time.monotonic(), tasks))
 
     async def write_closed(self) -> None:
         """Log the tasks that have ended.

@@ -92,6 +92,7 @@ class Recorder(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), RecorderHandler)
         self.bodies = list[dict[str, Any]]()
         self.refuses_temperature = True
+        self.pause_s = 0.0
 
     @property
     def url(self) -> str:
@@ -99,6 +100,7 @@ class Recorder(ThreadingHTTPServer):
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.bodies.append(body)
+        time.sleep(self.pause_s)
         if body.get("refuse"):
             return 400, {"error": {"message": "there is no such option", "code": "bad_option"}}
         if self.refuses_temperature and body.get("temperature", 0) > 2:
@@ -195,8 +197,9 @@ def test_the_body_is_sent_as_it_is(shell: Shell, recorder: Recorder) -> None:
         "stop": ["\n"],
     }
     changed = request(0, **own, stream=True, stream_options={"include_usage": True})
-    plain = request(1)
-    write(shell.folder / "in.jsonl", [changed, plain])
+    plain, unnamed = request(1), request(2)
+    del unnamed["body"]["model"]
+    write(shell.folder / "in.jsonl", [changed, plain, unnamed])
     said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
     assert said.code == 0, said.err
     sent = {body["messages"][0]["content"]: body for body in recorder.bodies}
@@ -204,6 +207,7 @@ def test_the_body_is_sent_as_it_is(shell: Shell, recorder: Recorder) -> None:
     del expected["stream_options"]
     assert sent["Say 0"] == expected
     assert sent["Say 1"] == plain["body"] | {"stream": False}
+    assert sent["Say 2"] == unnamed["body"] | {"model": MODEL, "stream": False}
     answer = by_id("out.jsonl")["request-0"].response
     assert answer is not None
     assert answer.body["vendor_answer"] == {"kept": True}
@@ -344,6 +348,16 @@ def test_a_file_of_settings_and_a_packed_input(
     assert len(by_id("o.jsonl")) == 20
 
 
+def test_langgraphs_engine_runs_the_same_steps(
+    shell: Shell, lines: list[dict[str, Any]], urls: str
+) -> None:
+    options = ("--endpoints", urls, "--set", "shard.items=1")
+    said = shell("batch", "in.jsonl", "out.jsonl", *options)
+    assert said.code == 0, said.err
+    assert by_id("out.jsonl").keys() == {line["custom_id"] for line in lines}
+    assert all(line.completion for line in read("out.jsonl"))
+
+
 def test_a_changed_input_is_refused(
     shell: Shell, lines: list[dict[str, Any]], fleet: Served, urls: str
 ) -> None:
@@ -466,20 +480,47 @@ def test_a_pilot_and_two_lists_of_endpoints(
     assert fleet.requests == 20
 
 
-def test_worker_processes(shell: Shell, fleet: Served, urls: str) -> None:
+def test_the_estimate_of_a_batch(shell: Shell, fleet: Served) -> None:
+    unlimited = request(2)
+    del unlimited["body"]["max_tokens"]
+    made = [request(0, max_tokens=10, n=3), request(1, max_completion_tokens=50), unlimited]
+    write(shell.folder / "in.jsonl", [*made, request(3) | {"url": "/v1/embeddings"}])
+    settings = {
+        "input": {"path": "in.jsonl", "format": "openai_batch"},
+        "endpoints": {"urls": [*fleet.urls]},
+    }
+    (shell.folder / "c.yaml").write_text(yaml.safe_dump(settings))
+    said = shell("check", "c.yaml")
+    assert said.code == 0, said.err
+    assert "Say 0" in said.out
+    assert '"messages"' not in said.out
+    assert "sample: 3 prompts" in said.out
+    assert "(answers of 40)" in said.out
+    assert "1 requests have no max_tokens" in said.out
+
+
+WORKERS = {
+    "processes": ("backend.kind=local", "backend.processes=2"),
+    "parsl": ("backend.kind=parsl", "backend.workers=2"),
+}
+
+
+@pytest.mark.parametrize("backend", WORKERS)
+def test_workers(shell: Shell, fleet: Served, urls: str, backend: str) -> None:
     made = [request(n) for n in range(300)]
+    made[0] |= {"url": "/v1/embeddings"}
     made[17] |= {"url": "/v1/embeddings"}
     write(shell.folder / "in.jsonl", made)
     said = shell(
         *("batch", "in.jsonl", "out.jsonl", "--endpoints", urls, "--errors", "errors.jsonl"),
-        *("--set", "backend.kind=local", "--set", "backend.processes=2"),
+        *(part for setting in WORKERS[backend] for part in ("--set", setting)),
         *("--budget-tokens", "1000000", "--set", "limits.hedge=false"),
     )
     assert said.code == 3, said.err
-    assert len(by_id("out.jsonl")) == 299
+    assert len(by_id("out.jsonl")) == 298
     assert all(line.completion for line in read("out.jsonl"))
-    assert [line.custom_id for line in read("errors.jsonl")] == ["request-17"]
-    assert fleet.requests == 299
+    assert by_id("errors.jsonl").keys() == {"request-0", "request-17"}
+    assert fleet.requests == 298
 
 
 @contextmanager
@@ -541,6 +582,33 @@ def test_kills_lose_nothing(
     )
     # each kill repeats no more than what was in flight then
     assert items - 1 <= fleet.requests <= items - 1 + 2 * STREAMS
+
+
+def test_an_output_that_cannot_be_written_stops_the_batch(shell: Shell, recorder: Recorder) -> None:
+    made = [request(n) for n in range(400)]
+    write(shell.folder / "in.jsonl", made)
+    target, hidden = shell.folder / "target", shell.folder / "hidden"
+    target.mkdir()
+    recorder.pause_s = 0.05
+    command = (
+        *("batch", "in.jsonl", "target/out.jsonl", "--endpoints", recorder.url),
+        *("--folder", "run", "--set", "limits.streams=4"),
+    )
+    with started(shell, *command) as process:
+        while not count_lines(target / "out.jsonl"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        target.rename(hidden)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "out.jsonl: the results cannot be written" in err
+    sent = len(recorder.bodies)
+    assert sent < 400
+    hidden.rename(target)
+    recorder.pause_s = 0.0
+    assert shell(*command).code == 0
+    assert len(by_id("target/out.jsonl")) == 400
+    assert len(recorder.bodies) == 400
 
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "batch.md").read_text()

@@ -154,17 +154,24 @@ from fanfold.backends.storage.journal import Journal
 from fanfold.graphs.cli.app import main
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
-def kill_at(owner, name, count, after=False):
+def kill_at(owner, name, count):
     original, calls = getattr(owner, name), []
     def deadly(*a, **k):
         calls.append(1)
-        if len(calls) == count and not after:
-            kill()
-        result = original(*a, **k)
         if len(calls) == count:
             kill()
-        return result
+        return original(*a, **k)
     setattr(owner, name, deadly)
+def kill_at_state(state, count, after):
+    original, calls = files.BatchFolder.write, []
+    def deadly(self, record):
+        calls.extend([1] * (record.state == state))
+        if len(calls) == count and not after:
+            kill()
+        original(self, record)
+        if len(calls) == count:
+            kill()
+    files.BatchFolder.write = deadly
 def kill_after_answer(owner, name):
     original = getattr(owner, name)
     async def deadly(*a, **k):
@@ -176,11 +183,11 @@ main()
 """
 
 KILLS = {
-    "before the record": 'kill_at(files.BatchFolder, "write", 1)',
+    "before the record": 'kill_at_state("posting", 1, after=False)',
     "after the answer": 'kill_after_answer(service.BatchService, "submit")',
-    "at the second submission": 'kill_at(files.BatchFolder, "write", 5, after=True)',
+    "at the second submission": 'kill_at_state("submitted", 2, after=True)',
     "while output is read": 'kill_at(files.BatchOutput, "add", 17)',
-    "when it is collected": 'kill_at(files.BatchFolder, "write", 3, after=True)',
+    "when it is collected": 'kill_at_state("collected", 1, after=True)',
     "while items are recorded": 'kill_at(Journal, "put", 23)',
 }
 

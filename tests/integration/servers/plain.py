@@ -1,6 +1,8 @@
 """A minimal model server: answers chat completions without the simulated fleet's mark.
 
-``plain.py PORT [start-delay] [words…]``; with ``fail`` it says some lines and exits with 3.
+``plain.py PORT [start-delay] [words…]``; with ``fail`` it says some lines and exits with 3. With
+``asked:FILE`` it appends the question of each request to a file, with ``says:FOLDER`` it answers
+with the file that has the question as its name, and with ``takes:SECONDS`` an answer takes so long.
 """
 
 from __future__ import annotations
@@ -15,6 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 MODES = sys.argv[2:]
+
+
+def word(name: str) -> str | None:
+    """Return what follows ``name:`` in the command line."""
+    return next((mode.partition(":")[2] for mode in MODES if mode.startswith(f"{name}:")), None)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,9 +62,15 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({}, 404)
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(0.02)
-        message = {"role": "assistant", "content": f"from {sys.argv[1]}"}
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = str(request["messages"][-1]["content"])
+        if file := word("asked"):
+            with Path(file).open("a") as asked:
+                asked.write(question[:100] + "\n")
+        time.sleep(float(word("takes") or 0.02))
+        answers = word("says")
+        text = Path(answers, question).read_text() if answers else f"from {sys.argv[1]}"
+        message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
         self.answer({"id": "x", "model": "plain", "choices": [choice], "usage": usage})

@@ -27,14 +27,19 @@ POLICY = PoolPolicy(poll_s=0.005, rebuild_pause_s=0.001)
 
 
 def template(
-    folder: Path, *, shared: bool = True, backend: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    *,
+    shared: bool = True,
+    backend: dict[str, Any] | None = None,
+    streams: int = 1,
+    **changes: Any,
 ) -> TaskTemplate:
-    """Return the template of tasks for one worker, which runs one item at a time."""
+    """Return the template of tasks for one worker, which by default runs one item at a time."""
     config = load_config(
         {
             "task": {"prompt": "{x}"},
             "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
-            "limits": {"streams": 1},
+            "limits": {"streams": streams},
             "backend": backend or {},
         }
     ).config
@@ -102,13 +107,14 @@ class Lab:
         shared: bool = True,
         policy: PoolPolicy = POLICY,
         backend: dict[str, Any] | None = None,
+        streams: int = 1,
     ) -> None:
         self.folder, self.sites = folder, sites or (Site(),)
         self.site = self.sites[0]
         self.ledger = Journal(folder, "r", ITEMS)
         self.ledger.start_session("test", 1.0)
         self.progress = Progress(total=ITEMS)
-        terms = template(folder, shared=shared, backend=backend)
+        terms = template(folder, shared=shared, backend=backend, streams=streams)
         self.pool = BackendPool(self.sites, policy)
         lender = LeaseManager(None, terms.config, "m", self.pool.capacity)
         self.coordinator = Coordinator(self.pool, terms, self.ledger, self.progress, lender)

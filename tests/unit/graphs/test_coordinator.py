@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fanfold.backends.core.errors import JournalError, WorkerLostError
+from fanfold.backends.core.errors import BackendError, JournalError, WorkerLostError
 from fanfold.backends.core.types import Json
 from fanfold.backends.storage.worker_journal import make_worker_path
 from fanfold.graphs.remote import coordinator as module
 from fanfold.tests.journals import write_journal
-from fanfold.tests.unit.graphs.coordinator_lab import Lab, record, summary, until
+from fanfold.tests.unit.graphs.coordinator_lab import Lab, Site, record, summary, until
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,41 @@ async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path:
         assert answered[0].attempt == 1
         assert lab.names() == {"task-t"}  # a copy that is delivered once more does nothing
     assert lab.names() == set()
+
+
+class Keeper(Site):
+    """A site that may keep a result of a lost task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = list[dict[str, Json] | Exception | None]()
+
+    async def collect(self, _: str) -> dict[str, Json] | None:
+        found = self.late.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.mark.parametrize("failure", [None, BackendError("no answer")])
+async def test_a_result_that_arrives_after_its_loss_replaces_the_next_task(
+    tmp_path: Path, failure: BackendError | None
+) -> None:
+    """If it is not there when the shard is to be sent again, the shard is sent."""
+    site = Keeper()
+    lab = Lab(tmp_path, site, shared=False)
+    site.late += [failure, summary("0-3", range(3), records=[record(n) for n in range(3)])]
+    async with lab.opened():
+        task = lab.send(0, 3)
+        for attempt in range(2):
+            await until(partial(lambda n: len(site.answers) == n + 1, attempt))
+            site.answers[attempt].set_exception(WorkerLostError("gone"))
+        answered = await task
+        assert answered is not None
+        assert answered[0] is None
+        assert len(site.orders) == 2
+        assert lab.progress.done == 3
+        assert lab.pool.in_flight == 0
 
 
 async def test_one_stop_is_enough_for_all_shards(tmp_path: Path) -> None:

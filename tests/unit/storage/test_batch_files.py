@@ -153,3 +153,31 @@ def test_a_failure_without_a_status_has_no_response(raw: str | None) -> None:
 def test_a_completion_without_an_id_has_a_request_id() -> None:
     line = orjson.loads(make_line(record(3, "done") | {"output": {"id": 7}}, RUN))
     assert line["response"] == {"status_code": 200, "request_id": line["id"], "body": {"id": 7}}
+
+
+def test_a_file_that_others_change_meanwhile_is_written_again(tmp_path: Path) -> None:
+    ends = ["done"] * ITEMS
+    write_run(tmp_path, ["open"] * ITEMS)
+    with opened(tmp_path, split=False) as files:
+        files.open()
+        files.close()
+    write_run(tmp_path, ends)
+    with opened(tmp_path, split=False) as files:
+        files.write(range(3))
+        (tmp_path / "out").unlink()
+        files.write(range(3, ITEMS))
+        assert len(listed(tmp_path / "out")) == ITEMS - 3
+        files.close()
+        check(tmp_path, ends, split=False)
+        with (tmp_path / "out").open("ab") as file:
+            file.write(b"note\n")
+        files.close()
+    check(tmp_path, ends, split=False)
+
+
+def test_a_device_is_no_output(tmp_path: Path) -> None:
+    write_run(tmp_path, ["done"] * ITEMS)
+    with Journal(tmp_path, (RUN,), ITEMS) as journal:
+        files = BatchFiles(journal, (RUN,), ITEMS, Path("/dev/null"), None)
+        with pytest.raises(ConfigurationError, match="no regular file"):
+            files.open()

@@ -82,7 +82,7 @@ class Fake:
             raise BackendError("a fault")
         return SubmittedBatch("group", tuple(shards))
 
-    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None] | None:
         self.calls["ends"] += 1
         found = {task: self.told.get(task, {"shard": task}) for task in tasks}
         for end in found.values():
@@ -268,6 +268,71 @@ async def test_an_endpoint_that_goes_offline_loses_its_tasks_only() -> None:
     fake.healths.clear()
     await one.poller.check_endpoint("a")
     assert one.poller.is_online("a")
+    await one.close()
+
+
+async def test_results_that_arrive_after_their_loss_are_kept(tmp_path: Path) -> None:
+    """One request asks for those of all shards; each is given once, and its task is closed."""
+    book = TaskLog(tmp_path / "book")
+    fake = Fake(s=None, t=None, u=None, v=None)
+    one = desk(fake, book)
+    await one.open()
+    sent = [asyncio.create_task(one.submit("a", order(shard))) for shard in "stu"]
+    other = asyncio.create_task(one.submit("b", order("v")))
+    await until(lambda: len(book.read_open()) == 4)
+    fake.healths["a"] = EndpointHealth(online=False)
+    errors = await asyncio.gather(*sent, return_exceptions=True)
+    assert {type(error) for error in errors} == {WorkerLostError}
+    fake.told |= {"s": {"shard": "s"}, "t": {"shard": "t"}, "u": WorkerLostError("died")}
+    fake.told["v"] = {"shard": "v"}
+    await other
+    asked = fake.calls["ends"]
+    assert await one.collect("s") == {"shard": "s"}
+    assert fake.calls["ends"] == asked + 1
+    assert await one.collect("t") == {"shard": "t"}
+    assert await one.collect("s") is None
+    assert await one.collect("u") is None
+    assert await one.collect("v") is None
+    await one.close()
+    assert [left.task for left in book.read_open()] == ["u"]
+
+
+async def test_a_shard_in_flight_again_is_not_collected() -> None:
+    """Its new task brings the result; an older one would be kept for nothing."""
+    fake = Fake(s=None)
+    one = desk(fake)
+    await one.open()
+    first = asyncio.create_task(one.submit("a", order("s")))
+    await until(lambda: bool(fake.posts))
+    fake.healths["a"] = EndpointHealth(online=False)
+    with pytest.raises(WorkerLostError):
+        await first
+    fake.healths.clear()
+    again = asyncio.create_task(one.submit("b", order("s")))
+    await until(lambda: len(fake.posts) == 2 and one.poller.is_polled("s"))
+    assert await one.collect("s") is None
+    fake.told["s"] = {"shard": "s"}
+    assert await again == {"shard": "s"}
+    await one.close()
+
+
+@pytest.mark.parametrize("unknown", [["t3"], ["t0", "t7"], [f"t{n}" for n in range(8)]])
+async def test_an_unknown_task_hides_no_other(unknown: list[str]) -> None:
+    """Even if the service refuses each request that names one."""
+
+    class Refusing(Fake):
+        def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None] | None:
+            if set(unknown) & set(tasks):
+                return None
+            return super().fetch_outcomes(tasks)
+
+    one = desk(Refusing())
+    await one.open()
+    sent = [one.submit("a", order(f"t{n}")) for n in range(8)]
+    answers = await asyncio.gather(*sent, return_exceptions=True)
+    lost = [f"t{n}" for n, answer in enumerate(answers) if isinstance(answer, WorkerLostError)]
+    assert lost == unknown
+    assert sum(isinstance(answer, dict) for answer in answers) == 8 - len(unknown)
     await one.close()
 
 

@@ -1,4 +1,4 @@
-"""The fixtures of `fixtures.py` and `globus_run.py` for the tests of this folder."""
+"""The fixtures of the other modules for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fanfold.tests.integration.workers.globus.fixtures import (
     session_service,
 )
 from fanfold.tests.integration.workers.globus.globus_run import lab_over
+from fanfold.tests.integration.workers.globus.plain_run import plain_run_on
 
 __all__ = [
     "amqp_url",
@@ -23,6 +24,7 @@ __all__ = [
     "executor",
     "executor_of",
     "lab_over",
+    "plain_run_on",
     "service",
     "session_endpoint",
     "session_service",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ class UserEndpoint:
         """End the agent by SIGTERM; after `timeout_s` seconds, and for its workers, by SIGKILL."""
         if self.process.poll() is None:
             self.process.terminate()
+            self.unpause()
             try:
                 self.process.wait(timeout_s)
             except subprocess.TimeoutExpired:
@@ -55,6 +57,16 @@ class UserEndpoint:
             self.process.kill()
         self.process.wait(10)
         kill_session(self.process.pid)
+
+    def pause(self) -> None:
+        """SIGSTOP the agent and its workers: the service goes on taking tasks for it."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGSTOP)
+
+    def unpause(self) -> None:
+        """SIGCONT the agent and its workers."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGCONT)
 
     def processes(self) -> list[int]:
         """Return the processes of the agent and its workers that live."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 
 @dataclass(slots=True)
@@ -16,6 +17,8 @@ class Faults:
         drop_results: So many results from now on are lost: neither stored nor forwarded.
         hold_results: So many results from now on wait for `GlobusService.release()`.
         pages: So many answers from now on are a proxy's page, with status 200.
+        unknown: How the service answers for tasks that it has forgotten: it leaves them out, says
+            that they failed, or refuses the whole request.
         submit_limit: Bytes of a request above which a submission is refused with 413.
     """
 
@@ -25,6 +28,7 @@ class Faults:
     drop_results: int = 0
     hold_results: int = 0
     pages: int = 0
+    unknown: Literal["omitted", "failed", "refused"] = "omitted"
     submit_limit: int = 10 * 1024 * 1024
 
     def clear(self) -> None:

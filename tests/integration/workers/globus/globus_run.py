@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import orjson
 import pytest
 
 from fanfold.backends.simulated.fleet import SimulatedFleet
@@ -66,6 +68,29 @@ def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyP
             yield lab
 
     return make
+
+
+def recorded(out: Path) -> Counter[str]:
+    """Return how often each item has ended, over all journal files of a run."""
+    found: Counter[str] = Counter()
+    for file in (out / "journal").glob("*.jsonl"):
+        records = map(orjson.loads, file.read_bytes().split(b"\n")[:-1])
+        found.update(record["id"] for record in records if "status" in record)
+    return found
+
+
+def asked_again(lab: Lab) -> int:
+    """Return how many requests the fleet has got beyond one per item, by its own counts."""
+    prompts = lab.fleet.stats(prompts=True)["prompts"].values()
+    assert len(prompts) == lab.items
+    return sum(int(prompt["asked"]) - 1 for prompt in prompts)
+
+
+def assert_each_once(lab: Lab, again: int) -> None:
+    """Assert that the journal has one record of each item, and how many were paid for again."""
+    lab.assert_whole(lab.whole, again=lab.items)  # type: ignore[attr-defined]
+    assert recorded(lab.out) == {f"i{n}": 1 for n in range(lab.items)}
+    assert asked_again(lab) <= again
 
 
 def posted(service: GlobusService, since: int) -> dict[str, int]:

@@ -72,5 +72,6 @@ class ServiceRecords:
     endpoints: dict[str, EndpointRecord] = field(default_factory=dict)
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
+    expired: set[str] = field(default_factory=set)
     submissions: list[Submission] = field(default_factory=list)
     stats: Counter[str] = field(default_factory=Counter)

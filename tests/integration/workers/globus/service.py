@@ -90,6 +90,20 @@ class GlobusService:
             for task_id in task_ids:
                 del self._task_queue.records.tasks[task_id]
 
+    def expire_groups(self, since: int) -> list[str]:
+        """Refuse the groups of the submissions after so many; return the ids of their tasks."""
+        with self._task_queue.lock:
+            records = self._task_queue.records
+            groups = {post.group for post in records.submissions[since:]}
+            records.expired |= groups
+            return [task for group in groups for task in records.groups.pop(group, ())]
+
+    def forget_groups(self, since: int) -> int:
+        """Do the same and forget their tasks; return how many."""
+        tasks = self.expire_groups(since)
+        self.forget(tasks)
+        return len(tasks)
+
     def task(self, task_id: str) -> TaskRecord:
         """Return what is known of a task."""
         with self._task_queue.lock:

@@ -133,6 +133,8 @@ class TaskQueue:
             raise RefusedError(413, "TASK_PAYLOAD_TOO_LARGE", f"{size} bytes")
         if endpoint_id not in self.records.endpoints:
             raise RefusedError(404, "ENDPOINT_NOT_FOUND", endpoint_id)
+        if (group := body.get("task_group_id")) in self.records.expired:
+            raise RefusedError(404, "TASK_GROUP_NOT_FOUND", f"Task group {group} not found")
         for function in body["tasks"]:
             if function not in self.records.functions:
                 raise RefusedError(404, "FUNCTION_NOT_FOUND", function)
@@ -162,14 +164,31 @@ class TaskQueue:
         return packed, headers
 
     def status_of(self, task_ids: list[str]) -> Json:
-        """Return the state of those tasks that are known."""
+        """Return the state of those tasks that are known, and of others as the faults say.
+
+        Raises:
+            RefusedError: By a fault, for a task that is not known.
+        """
         with self.lock:
-            known = [self.records.tasks[t] for t in task_ids if t in self.records.tasks]
-            return {task.task_id: task.as_json() for task in known}
+            found = {
+                t: self.records.tasks[t].as_json() for t in task_ids if t in self.records.tasks
+            }
+        for task in (t for t in task_ids if t not in found):
+            if self._faults.unknown == "refused":
+                raise RefusedError(404, "TASK_NOT_FOUND", f"Task {task} not found")
+            if self._faults.unknown == "failed":
+                found[task] = {"task_id": task, "status": "Failed", "reason": "Unknown task id"}
+        return found
 
     def group(self, group: str) -> Json:
-        """Return the tasks of a group, in the order in which they were submitted."""
+        """Return the tasks of a group, in the order in which they were submitted.
+
+        Raises:
+            RefusedError: The group has expired.
+        """
         with self.lock:
+            if group in self.records.expired:
+                raise RefusedError(404, "TASK_GROUP_NOT_FOUND", f"Task group {group} not found")
             tasks = [{"id": task_id} for task_id in self.records.groups.get(group, [])]
         return {"taskgroup_id": group, "tasks": tasks}
 
