@@ -32,7 +32,7 @@ from ..fleet import transport as completions
 from ..fleet.endpoint import Endpoint, EndpointSpec
 from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule
 from ..fleet.fleet import Fleet
-from ..fleet.request import CUT_OFF, RequestCharge, max_usage, read_max_tokens
+from ..fleet.request import RequestCharge, max_usage, may_have_used, read_max_tokens
 from ..fleet.transport import Transport
 from .files import (
     BatchFolder,
@@ -769,8 +769,7 @@ class BatchTransport:
     def _read_spent(self, line: LineRecord, outcome: tuple[int, bytes] | None) -> Usage:
         result = self._read_outcome(outcome)
         if isinstance(result, Failure):
-            status = result.error.status
-            return line.most if status is None or status in CUT_OFF else Usage(0, 0)
+            return line.most if may_have_used(result) else Usage(0, 0)
         usage = completions.read_usage(result)
         return line.most if usage.prompt is None or usage.completion is None else usage
 

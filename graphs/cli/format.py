@@ -82,6 +82,44 @@ def _requests(found: Forecast, plan: RunPlan) -> str:
 
 
 def _times(found: Forecast, plan: RunPlan) -> Iterator[str]:
+    yield from _measured_times(found, plan)
+    yield from _rate_lines(found, plan)
+
+
+_RATE_LIMITS: Final = {
+    "requests_per_s": "{:g} requests per second",
+    "tokens_per_min": "{:,.0f} tokens per minute",
+}
+_SLOW: Final = 1.5
+"""A run that limits slow down by this factor should be run in another way."""
+_LONG_S: Final = 3600.0
+
+
+def _rate_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
+    """Yield how long a run takes under its rate limits, and what to do if that is long."""
+    bound = found.rate_bound
+    if bound is None:
+        return
+    name = _RATE_LIMITS[bound.limit].format(getattr(plan, bound.limit))
+    if found.measured is None:
+        low, high = format_duration(bound.seconds.low), format_duration(bound.seconds.high)
+        yield f"time under the limit of {name}: {low} to {high}"
+    else:
+        yield f"time under the limit of {name}: {format_range(bound.seconds, format_duration)}"
+    slow = bound.slowdown is not None and bound.slowdown >= _SLOW
+    long = bound.slowdown is None and bound.seconds.likely >= _LONG_S
+    factor = "" if bound.slowdown is None else f" ({bound.slowdown:.1f} times as long as without)"
+    if plan.is_gateway and (slow or long):
+        yield (
+            f"advice: this limit decides how long the run takes{factor}; the gateway's batch mode "
+            "and model servers of your own on nodes do not have it (docs/configuration.md, FIRST "
+            "gateway)"
+        )
+    elif slow:
+        yield f"advice: this limit decides how long the run takes{factor}; raise it if you may"
+
+
+def _measured_times(found: Forecast, plan: RunPlan) -> Iterator[str]:
     streams = f"{min(plan.streams, max(1, plan.items)):,} streams"
     if found.seconds is None:
         yield (
