@@ -394,9 +394,10 @@ async def _probe_endpoints(
     found = await endpoint_set.probe()
     matched = select_model(found, config.model.name or endpoint_set.model, config.endpoints.models)
     chosen = () if endpoint_set.reason is None else (endpoint_set.reason,)
-    ready = ReadyEndpoints(
-        matched.specs, matched.model, matched.simulated, matched.absent, endpoint_set
-    )
+    specs, gateway = matched.specs, endpoint_set.gateway
+    if gateway is not None:
+        specs = gateway.make_members(found, specs, matched.model)
+    ready = ReadyEndpoints(specs, matched.model, matched.simulated, matched.absent, endpoint_set)
     repeated = (f"WARNING: {line}" for one in found if (line := describe_spellings(one.spec)))
     return ready, (*chosen, *(_line(one, matched.model) for one in found), *repeated)
 
