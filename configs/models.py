@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..backends.core.templates import ItemPrompt
 from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
@@ -187,12 +188,18 @@ class BatchConfig(Section):
         return self
 
 
+MOST_EXAMPLES: Final = 1000
+"""Most examples of a task."""
+
+
 class TaskConfig(Section):
     """What is asked of each item.
 
     Attributes:
         system: Constant text, sent first so that prefix caches work.
         prompt: Text with the item's columns in braces: ``"… {smiles} …"``.
+        examples: Examples that precede the prompt: objects with the columns of the prompt and
+            ``output``, the answer; or a jsonl or csv file of them.
         answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
         repairs: How often an answer that does not parse or validate is sent back.
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
@@ -201,12 +208,13 @@ class TaskConfig(Section):
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="system prompt schema repairs",
+        open="system prompt examples schema repairs",
         closed="graph",
     )
 
     system: str = ""
     prompt: Annotated[str, Field(min_length=1)]
+    examples: Annotated[list[dict[str, Any]], Field(max_length=MOST_EXAMPLES)] | None = None
     answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     repairs: Annotated[int, Field(ge=0, le=10)] = 1
     graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
@@ -414,6 +422,14 @@ class RunConfig(Section):
             msg = "is no switch; write run, or the path of a folder"
             raise ValueError(msg)
         return "off" if value is False else value  # YAML reads a bare off as false
+
+    def parse_prompt(self) -> ItemPrompt:
+        """Return the templates of an item's messages.
+
+        Raises:
+            ConfigurationError: A template is malformed, or an example lacks a column.
+        """
+        return ItemPrompt.parse(self.task.model_dump(by_alias=True), self.model.system_role)
 
     @model_validator(mode="before")
     @classmethod
