@@ -32,6 +32,7 @@ from ..backends.core.errors import (
     JournalError,
     RunStoppedError,
 )
+from ..backends.core.money import NANO_PER_USD
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
 from ..backends.discovery.connect import make_fleet_policy
@@ -154,6 +155,7 @@ async def run_session(
             session = Session(run, about["run"], context, tools, options, console, stop)
             result = await session.run_graph()
             this["outcome"] = result.reason or "finished"
+            this.update(exit_code=result.exit_code, **_counts_at_end(tools))
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
@@ -322,6 +324,15 @@ def _stages(parts: dict[str, Any]) -> Any:
     return parts.get("v"), [part["of"] for part in parts["stages"]]
 
 
+def _counts_at_end(tools: OpenRun) -> dict[str, Any]:
+    """Return what a session notes about the run at its end, so that lists read no journal."""
+    progress = tools.progress
+    nano = progress.usage.nano_usd + progress.node_time.nano_usd
+    priced = tools.is_priced or progress.node_time.nano_usd > 0
+    usd = nano / NANO_PER_USD if priced else None
+    return {"done": progress.done, "failed": progress.failed, "usd": usd}
+
+
 def _counts(tools: OpenRun) -> dict[str, Any]:
     return tools.progress_json()
 
@@ -405,6 +416,7 @@ async def run_pilot(
                 async with show_progress(tools, console, options.quiet):
                     await _run_items(tools, chosen, stop, folder)
                 this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
+                this.update(_counts_at_end(tools))
             return await asyncio.to_thread(_measure_pilot, tools, loaded, about, chosen)
 
 

@@ -201,6 +201,23 @@ def status(
 
 
 @app.command()
+def failures(
+    folder: Folder,
+    error_class: Annotated[
+        str | None,
+        typer.Option(
+            "--class", metavar="NAME", help="List the ids of the items with this error class."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the error classes of a run, each with a remedy and an example."""
+    from .failures import show_failures
+
+    show_failures(folder, error_class, as_json)
+
+
+@app.command()
 def cost(
     folder: Folder,
     by: Annotated[

@@ -189,8 +189,13 @@ _FRAME: Final = 3
 _HIDDEN: Final = frozenset({"op", "field", "k", "order"})
 
 
-def format_cell(value: Any) -> Text:
-    """Return a value as a table cell: one line, truncated, no markup or control characters."""
+def format_cell(value: Any, most: int | None = _CELL) -> Text:
+    """Return a value as a table cell: one line, truncated, no markup or control characters.
+
+    Args:
+        value: The value.
+        most: Maximum number of characters; None for all.
+    """
     if isinstance(value, float):
         text = f"{value:.4g}"
     elif isinstance(value, str):
@@ -198,7 +203,7 @@ def format_cell(value: Any) -> Text:
     else:
         text = "" if value is None else orjson.dumps(value).decode()
     text = escape_controls(" ".join(text.split()))
-    return Text(text if len(text) <= _CELL else text[: _CELL - 1] + "…")
+    return Text(text if most is None or len(text) <= most else text[: most - 1] + "…")
 
 
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:

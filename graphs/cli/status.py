@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -22,7 +23,7 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import EXIT_BUDGET, ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
@@ -33,6 +34,7 @@ from ..jobs.usage import job_report
 from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
+from .failures import continue_lines, retry_command
 from .format import format_cell
 from .options import COST_BY
 
@@ -170,11 +172,11 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     about = folder.read_provenance()
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         counts, spent = journal.count_items(), journal.total_usage()
+        failures = journal.count_failures()
         cost = read_cost(folder, get_run_ids(about), journal.usage_by_session)
         if lost := list_lost_files(folder.journal):
             print_messages([describe_lost_files(lost, journal)])
-    last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
-    state = "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
+    state = read_state(folder, about)
     facts = {
         "run": about["run"],
         "name": about["name"],
@@ -184,27 +186,76 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "items": about["input"]["items"],
         "done": counts.done,
         "failed": counts.failed,
+        "failed_by_class": failures,
         "open": counts.open,
         "requests": spent.requests,
         "reused": spent.reused,
     }
     jobs = job_report(path, usage, batch)
+    command = _next_command(folder, about, counts, cost) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
             "budget": read_budget(folder, cost),
             "total_to_finish": estimate_total_cost(folder, cost, counts),
         }
         chain = {} if jobs is None else {"chain": jobs}
-        print_json(facts | costs | {"sessions": len(about["sessions"])} | chain)
+        sessions = {"sessions": len(about["sessions"])}
+        print_json(facts | costs | sessions | {"next_command": command} | chain)
         return
     table = Table(show_header=False)
-    for key, value in (
-        facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
-    ).items():
-        table.add_row(key, _format_value(value))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    shown = facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
+    for key, value in shown.items():
+        if key == "failed_by_class":
+            for name, count in failures.items():
+                table.add_row(f"  {name}", _format_value(count))
+        else:
+            table.add_row(key, _format_value(value))
     Terminal().print(table)
     if jobs is not None:
         show_jobs(jobs, Terminal())
+    _print(_hints(folder, failures, command), Terminal())
+
+
+def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:
+    """Return the state of a run: running, or how its last session ended.
+
+    Args:
+        folder: The run's folder.
+        about: Its provenance.
+
+    Raises:
+        JournalError: The lock cannot be read.
+    """
+    last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
+    return "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
+
+
+def _next_command(
+    folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
+) -> str | None:
+    """Return the command that continues a run, or None if there is nothing to do, or a session."""
+    if folder.is_in_use():
+        return None
+    last = about["sessions"][-1] if about["sessions"] else {}
+    if not counts.open and last.get("outcome") == _FINISHED:
+        return retry_command(folder) if counts.failed else None
+    options = ""
+    if last.get("exit_code") == EXIT_BUDGET:
+        limits = read_budget(folder, cost)
+        options = "".join(f" --budget-{name.replace('_', '-')} N" for name in limits)
+    return f"fanfold resume {shlex.quote(str(folder.path))}{options}"
+
+
+def _hints(folder: RunFolder, failures: Collection[str], command: str | None) -> Iterator[str]:
+    """Yield how to look at the failures, and how the run continues."""
+    if failures:
+        yield f"failures with examples: fanfold failures {shlex.quote(str(folder.path))}"
+    if command is not None and command != retry_command(folder):
+        yield f"continue with: {command}"
+    elif command is not None:
+        yield from continue_lines(folder, failures, running=False)
 
 
 def _costs(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Any]:
@@ -238,7 +289,9 @@ def _format_value(value: Any) -> Text:
         return Text(", ".join(f"{_format_value(inner)} {name}" for name, inner in value.items()))
     if isinstance(value, bool):
         return Text(str(value).lower())
-    return Text(f"{value:,}") if isinstance(value, int) else format_cell(value)
+    if isinstance(value, int):
+        return Text(f"{value:,}")
+    return format_cell(value, most=None)
 
 
 def export_results(
@@ -326,6 +379,8 @@ def _write_text(source: ResultSource, form: str, stream: IO[bytes], safe_csv: bo
 
 
 _NO_PRICE: Final = "-"
+_FINISHED: Final = "finished"
+"""Outcome of a session that ended all items."""
 
 
 def show_cost(path: Path, by: str | None, as_json: bool) -> None:

@@ -115,7 +115,7 @@ def open_result_source(folder: RunFolder, optional: Collection[str] = ()) -> Ite
     run: RunIds = get_run_ids(about)
     extents = read_extents(folder)
     settings = read_settings(folder.settings).data
-    prompts = _read_prompts(settings, str(folder.settings)) if "prompt" in optional else None
+    prompts = read_prompts(settings, str(folder.settings)) if "prompt" in optional else None
     with (
         ItemStore(folder.items) as store,
         Journal(folder.journal, run, about["input"]["items"], extents) as journal,
@@ -126,7 +126,16 @@ def open_result_source(folder: RunFolder, optional: Collection[str] = ()) -> Ite
         yield ResultSource(journal, store, layout, priced, prompts)
 
 
-def _read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:
+def read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:
+    """Return what renders the messages of a run.
+
+    Args:
+        settings: The settings of the run as they are in its folder.
+        source: Their name for messages.
+
+    Raises:
+        ConfigurationError: A variable in the prompt is not set.
+    """
     given = {name: get_at_path(settings, ("task", name)) or "" for name in ("system", "prompt")}
     texts = expand_variables(given, os.environ, source, "task")
     is_request = get_at_path(settings, ("input", "format")) == "openai_batch"

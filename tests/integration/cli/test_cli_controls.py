@@ -84,6 +84,8 @@ def test_no_command_shows_them(shell: Shell, url: str) -> None:
         ["-v", "resume", "run", "--retry-failed"],
         ["status", "run"],
         ["status", "run", "--endpoints"],
+        ["failures", "run"],
+        ["failures", "run", "--class", "RequestRefusedError"],
         ["cost", "run", "--by", "model"],
         ["run", "c.yaml", "--set", f"model.name={json.dumps(EVIL)}"],
         ["run", f"none{EVIL}"],
