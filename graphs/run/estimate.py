@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from ...backends.batch.files import check_batch_settings
+from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import Price, describe_missing_price, look_up_price
 from ...backends.budget.tokens import (
     LEAST_SHARE,
@@ -237,8 +239,11 @@ async def estimate_run(
     check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     config = loaded.config
     async with _open_probed(loaded) as (ready, lines):
+        if config.backend.is_batch:
+            get_deployment(ready)
         cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
         problem = seen = None
         if cost is None and config.budget.usd is not None:
@@ -322,6 +327,8 @@ def limit_rates(
         policy: How the fleet is used.
         specs: The endpoints.
     """
+    if config.backend.is_batch:  # batches are not counted
+        return plan
     requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, specs)
     return replace(
         plan,
@@ -387,9 +394,10 @@ async def _probe_endpoints(
     found = await endpoint_set.probe()
     matched = select_model(found, config.model.name or endpoint_set.model, config.endpoints.models)
     chosen = () if endpoint_set.reason is None else (endpoint_set.reason,)
-    ready = ReadyEndpoints(
-        matched.specs, matched.model, matched.simulated, matched.absent, endpoint_set
-    )
+    specs, gateway = matched.specs, endpoint_set.gateway
+    if gateway is not None:
+        specs = gateway.make_members(found, specs, matched.model)
+    ready = ReadyEndpoints(specs, matched.model, matched.simulated, matched.absent, endpoint_set)
     repeated = (f"WARNING: {line}" for one in found if (line := describe_spellings(one.spec)))
     return ready, (*chosen, *(_line(one, matched.model) for one in found), *repeated)
 

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import orjson
 
+from ...backends.batch.files import check_batch_settings
 from ...backends.budget.pricing import find_model_price
 from ...backends.core.errors import (
     ConfigurationError,
@@ -228,6 +229,7 @@ async def prepare_run(
     if not defer_endpoints:
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
         summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
