@@ -54,7 +54,7 @@ from ...configs.prices import find_provider_name
 from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting, check_reduce
+from .prepare import check_endpoints, check_fields, check_input_setting
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -83,6 +83,7 @@ class Sample:
         messages: The first messages of each item.
         first_id: Id of the first valid item, else of the first item.
         first: Its messages; empty if no item is valid.
+        problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
     """
@@ -91,6 +92,7 @@ class Sample:
     messages: tuple[list[Message], ...]
     first_id: str
     first: list[Message]
+    problem: str | None
     max_tokens: int
     unlimited: int
 
@@ -112,8 +114,9 @@ def read_sample(config: RunConfig, count: int) -> Sample:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
+            problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], longest, unlimited)
+    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited)
 
 
 _SLICE: Final = 256
@@ -160,6 +163,17 @@ def _render_prompts(
                 yield item, read_messages(config, prompt, item.row)
             except InvalidItemError:
                 continue  # it will fail without a call
+
+
+def _find_problem(config: RunConfig, item: Item) -> str | None:
+    """Return why an item fails without a call, or None."""
+    if item.problem is not None:
+        return item.problem
+    try:
+        read_messages(config, Template.parse(config.task.prompt), item.row)
+    except InvalidItemError as error:
+        return error.message
+    return None
 
 
 _SHOWN: Final = 3
@@ -251,7 +265,7 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
-        check_reduce(loaded, sampled.summary)
+        check_fields(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     policy = make_fleet_policy(config, ready.endpoint_set)
@@ -282,7 +296,9 @@ async def estimate_run(
 
 
 def _question(sampled: Sample) -> str:
-    return str(sampled.first[-1]["content"]) if sampled.first else "(no valid item)"
+    if sampled.first:
+        return str(sampled.first[-1]["content"])
+    return f"(no valid item; item {sampled.first_id}: {sampled.problem})"
 
 
 def make_run_plan(
