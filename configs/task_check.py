@@ -10,7 +10,7 @@ import orjson
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.schemas import open_validator
-from ..backends.core.templates import EXAMPLE_OUTPUT, ItemPrompt, Template, find_names
+from ..backends.core.templates import EXAMPLE_OUTPUT, ItemPrompt, find_names
 from .models import TaskConfig
 
 
@@ -45,14 +45,14 @@ _ELSEWHERE: Final = _split(
 
 
 def check_task(task: TaskConfig) -> None:
-    """Check the prompt, the schema of the answers, and the examples.
+    """Check the prompt or the messages, the schema of the answers, and the examples.
 
     Raises:
-        ConfigurationError: The prompt has an unmatched brace; or the schema is invalid, contradicts
+        ConfigurationError: A template has an unmatched brace; or the schema is invalid, contradicts
             itself or has a misspelt keyword; or an example lacks a column or an answer that fits
             the schema; the message names the place.
     """
-    Template.parse(task.prompt)
+    ItemPrompt.parse(task.model_dump(by_alias=True) | {"examples": None})
     if task.answer_schema is not None:
         _check_valid(task.answer_schema)
         for where, schema in walk_schemas(task.answer_schema):
@@ -86,9 +86,10 @@ def _check_examples(task: TaskConfig) -> None:
 def find_task_warnings(task: TaskConfig) -> list[str]:
     """Return a line for each part of a task that is allowed but seldom intended."""
     lines = list[str]()
-    if task.graph is None and not Template.parse(task.prompt).columns:
+    if task.graph is None and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
+        where = "task.prompt names" if task.messages is None else "task.messages name"
         lines.append(
-            "task.prompt names no column, so that every item asks the same; write {NAME} where the "
+            f"{where} no column, so that every item asks the same; write {{NAME}} where the "
             "text of a column belongs"
         )
     for name in sorted(find_names([task.system])):

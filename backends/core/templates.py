@@ -160,22 +160,31 @@ class ItemPrompt:
         Raises:
             ConfigurationError: A template is malformed, or an example lacks a column.
         """
-        system: str = task.get("system") or ""
-        head = [("system", Template((system,)))] if system else []
-        turns = [("user", Template.parse(task["prompt"]))]
+        if given := task.get("messages"):
+            asked = [
+                (one["role"], Template.parse(one["content"], f"task.messages[{n}].content"))
+                for n, one in enumerate(given)
+            ]
+            split = next((n for n, (role, _) in enumerate(asked) if role != "system"), len(asked))
+            head, turns = asked[:split], asked[split:]
+        else:
+            system: str = task.get("system") or ""
+            head = [("system", Template((system,)))] if system else []
+            turns = [("user", Template.parse(task["prompt"]))]
         shots = list[tuple[str, Template]]()
         for number, example in enumerate(task.get("examples") or ()):
             try:
-                asked = _render_turns(turns, example)
+                shown = _render_turns(turns, example)
             except InvalidItemError as error:
                 msg = f"task.examples[{number}]: {error.message}"
-                if any(name.partition(".")[0] == EXAMPLE_OUTPUT for name in turns[-1][1].columns):
+                names = [name for _, text in turns for name in text.columns]
+                if any(name.partition(".")[0] == EXAMPLE_OUTPUT for name in names):
                     msg += f"; {EXAMPLE_OUTPUT!r} is the answer of an example: rename that column"
                 raise ConfigurationError(msg) from None
             answer = _answer_text(
                 example.get(EXAMPLE_OUTPUT), is_json=task.get("schema") is not None
             )
-            shots += [*asked, ("assistant", Template((answer,)))]
+            shots += [*shown, ("assistant", Template((answer,)))]
         messages = _place_system([*head, *shots, *turns], system_role)
         fixed = [len(text.parts) == 1 for _, text in messages[:-1]]
         return cls(tuple(messages), fixed.index(False) if False in fixed else len(fixed))

@@ -283,7 +283,7 @@ async def estimate_run(
         simulated=ready.simulated,
         system=config.task.system,
         first_id=sampled.first_id,
-        first_prompt=_question(sampled),
+        first_prompt=_question(sampled, config),
         prompt_count=counted,
         context=min((s.max_model_len for s in ready.specs if s.max_model_len), default=None),
         price=cost,
@@ -294,7 +294,9 @@ async def estimate_run(
     )
 
 
-def _question(sampled: Sample) -> str:
+def _question(sampled: Sample, config: RunConfig) -> str:
+    if sampled.first and config.task.messages is not None and not config.task.examples:
+        return "\n".join(f"{one['role']}: {one['content']}" for one in sampled.first)
     if sampled.first:
         return str(sampled.first[-1]["content"])
     return f"(no valid item; item {sampled.first_id}: {sampled.problem})"

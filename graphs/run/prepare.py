@@ -79,7 +79,7 @@ def _dump_task(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in dumped.items() if k not in _LATER or v is not None}
 
 
-_LATER: Final = ("examples",)
+_LATER: Final = ("examples", "messages")
 """Settings that runs may lack because they began before the setting existed."""
 
 
@@ -94,15 +94,18 @@ def _dump_model(config: RunConfig) -> dict[str, Any]:
 def compute_question_digest(config: RunConfig, model: str) -> bytes:
     """Return a digest of what all prompts of a run share.
 
-    It covers the schema, the model, the sampling, the system text, the examples and the item
-    graph, but not the limit on the length of answers and the endpoints.
+    It covers the schema, the model, the sampling, the system text or the templates of all messages,
+    the examples and the item graph, but not the limit on the length of answers and the endpoints.
     """
     common = make_model_params(config, model).body()
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
     task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
     task |= {k: v for k, v in _dump_task(config).items() if k in _LATER}
-    if config.task.system and config.model.system_role != "system":
+    has_system = bool(config.task.system) or any(
+        message.role == "system" for message in config.task.messages or ()
+    )
+    if has_system and config.model.system_role != "system":
         task["system_role"] = config.model.system_role
     data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(data).digest()
@@ -564,7 +567,8 @@ def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: No row has the field.
     """
-    for name in config.parse_prompt().columns:
+    texts = [text for _, text in config.parse_prompt().messages]
+    for name, where in {name: text.where for text in texts for name in text.columns}.items():
         column, keys = split_column(name, inputs["properties"]) or (name, ())
         at, schema = column, inputs["properties"].get(column, {})
         for key in keys:
@@ -572,7 +576,7 @@ def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
                 break
             if key not in schema["properties"]:
                 raise ConfigurationError(
-                    f"task.prompt uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
+                    f"{where} uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
                     f"any row; its fields: {', '.join(schema['properties'])}"
                     f"{did_you_mean(key, schema['properties'])}"
                 )

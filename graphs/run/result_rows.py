@@ -132,7 +132,7 @@ def read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:
     if get_at_path(settings, ("input", "format")) == "openai_batch":
         return PromptRenderer(None)
     task = dict(settings["task"])
-    texts = {name: task.get(name) for name in ("system", "prompt", "examples")}
+    texts = {name: task.get(name) for name in ("system", "prompt", "messages", "examples")}
     task |= expand_variables(texts, os.environ, source, "task")
     role = get_at_path(settings, ("model", "system_role")) or "system"
     return PromptRenderer(ItemPrompt.parse(task, role))

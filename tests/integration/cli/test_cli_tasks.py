@@ -1,4 +1,4 @@
-"""Tasks: results as the next input and examples, from the page of the documentation."""
+"""Tasks of the documentation: results as the next input, examples, several messages."""
 
 from __future__ import annotations
 
@@ -119,3 +119,28 @@ def test_examples_precede_every_prompt(shell: Shell) -> None:
     other = shell("run", "c.yaml", "--out", "r", "--set", "task.examples=few.jsonl")
     assert other.code == 2
     assert "task.examples" in other.err
+
+
+def test_several_messages_are_sent_in_order(shell: Shell) -> None:
+    settings = read_page_settings("revise")
+    settings["input"]["limit"] = 3
+    Path("c.yaml").write_text(yaml.safe_dump(settings))
+    said = shell("check", "c.yaml")
+    assert said.code == 0, said.err
+    assert "system: You are a strict editor." in said.out
+    assert "assistant: I have read it." in said.out
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    for row in read_lines(shell, "r", "--prompt"):
+        assert [(one["role"], one["content"]) for one in row["prompt"]] == [
+            ("system", "You are a strict editor."),
+            ("user", f"Here is an abstract: {row['abstract']}"),
+            ("assistant", "I have read it. What shall I look for?"),
+            ("user", f"The weakest sentence, in the light of the title: {row['title']}"),
+        ]
+        assert row["status"] == "done"
+    other = shell("run", "c.yaml", "--out", "r", "--set", "task.messages.0.content=Be kind.")
+    assert other.code == 2
+    assert "task.messages" in other.err
+    replaced = ["--set", "task.messages=", "--set", "task.prompt=Improve {abstract}"]
+    said = shell("check", "c.yaml", *replaced)
+    assert said.code == 0, said.err

@@ -124,12 +124,40 @@ def test_a_question_is_the_same_wherever_it_is_asked(
         {"task": {"system": ""}},
         {"task": {"prompt": "What was {x}?"}},
         {"task": {"examples": [{"x": "tin", "output": {"a": 1}}]}},
+        {"task": {"system": "", "prompt": "", "messages": [{"role": "user", "content": "{x}"}]}},
         {"task": {"schema": None}},
         {"task": {"schema": {"type": "object"}}},
     ],
 )
 def test_another_question_has_another_digest(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert question(tmp_path, changes) != question(tmp_path)
+
+
+def test_all_messages_belong_to_the_question(tmp_path: Path) -> None:
+    def ask(x: str, *texts: str) -> str | None:
+        roles = ["system", "user", "assistant", "user"]
+        given = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        task = {"system": "", "prompt": "", "messages": given}
+        return question(tmp_path, {"task": task}, x=x)
+
+    asked = [
+        ask("gold", "{x}", "a", "b", "c"),
+        ask("tin", "{x}", "a", "b", "c"),
+        ask("gold", "a", "{x}", "b", "c"),
+        ask("tin", "a", "{x}", "b", "c"),
+        ask("gold", "a", "b", "{x}", "c"),
+        ask("gold", "a", "b", "c", "{x}"),
+        ask("tin", "a", "b", "c", "{x}"),
+        ask("tin", "a", "{x}{x}", "b{x}", "c"),
+        ask("tin", "a", "{x}", "{x}b{x}", "c"),
+    ]
+    assert len(set(asked)) == len(asked)
+    assert ask("tin", "a", "{x}", "b", "c") == asked[3]
+    role = {"system_role": "developer"}
+    given = {"system": "", "prompt": "", "messages": [{"role": "user", "content": "{x}"}]}
+    assert question(tmp_path, {"task": given}) == question(tmp_path, {"task": given, "model": role})
+    given["messages"].insert(0, {"role": "system", "content": "a"})  # type: ignore[attr-defined]
+    assert question(tmp_path, {"task": given}) != question(tmp_path, {"task": given, "model": role})
 
 
 def test_model_and_item_belong_to_the_question(tmp_path: Path) -> None:
