@@ -29,7 +29,13 @@ from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    open_folder,
+    read_extents,
+    read_state,
+)
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..jobs.usage import job_report
@@ -217,20 +223,6 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())
-
-
-def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:
-    """Return the state of a run: running, or how its last session ended.
-
-    Args:
-        folder: The run's folder.
-        about: Its provenance.
-
-    Raises:
-        JournalError: The lock cannot be read.
-    """
-    last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
-    return "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
 
 
 def _next_command(
