@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .backends.fleet.langchain import ChatFleet
     from .backends.simulated.fleet import SimulatedFleet
     from .backends.simulated.spec import SimulationSpec
+    from .graphs.analysis.results import ResultTable, RunResults, load_results
     from .graphs.context import RunContext
     from .graphs.integrations.academy import MapReduceAgent
     from .graphs.integrations.tool import as_tool
@@ -26,11 +27,14 @@ __all__ = [
     "FanfoldError",
     "Fleet",
     "MapReduceAgent",
+    "ResultTable",
     "RunContext",
+    "RunResults",
     "SimulatedFleet",
     "SimulationSpec",
     "as_tool",
     "build_graph",
+    "load_results",
 ]
 
 _WHERE = {
@@ -39,11 +43,14 @@ _WHERE = {
     "FanfoldError": "backends.core.errors",
     "Fleet": "backends.fleet.fleet",
     "MapReduceAgent": "graphs.integrations.academy",
+    "ResultTable": "graphs.analysis.results",
     "RunContext": "graphs.context",
+    "RunResults": "graphs.analysis.results",
     "SimulatedFleet": "backends.simulated.fleet",
     "SimulationSpec": "backends.simulated.spec",
     "as_tool": "graphs.integrations.tool",
     "build_graph": "graphs.map_reduce",
+    "load_results": "graphs.analysis.results",
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.core.errors import ConfigurationError
+from ..backends.core.fields import resolve_field
 from .base import Access, declare_access
 
 
@@ -97,91 +97,57 @@ AGGREGATOR_CONFIGS: Final[dict[str, type[BaseModel]]] = {
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
-_DEEPEST = 9
-"""Maximum depth of alternatives in which a field is searched."""
 
 
 def check_aggregators(
-    configs: Iterable[AggregatorConfig], schema: Mapping[str, Any] | None
+    configs: Iterable[AggregatorConfig],
+    schema: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that every aggregator's field exists in the answer and has a usable type.
+    """Check that every aggregator's field exists and has a usable type.
+
+    Args:
+        configs: The aggregators.
+        schema: Schema of the answers; None for free text.
+        inputs: Schema of the input's rows; None if it is not known yet: then only fields of the
+            answer are checked.
 
     Raises:
-        ConfigurationError: Names the aggregator, the field, and the fields of the schema.
+        ConfigurationError: Names the aggregator, the field, and the fields that exist.
     """
     for n, config in enumerate(configs):
         field = getattr(config, "field", None)
         if field is not None:
             where = f"reduce.{n} ({config.op})"  # type: ignore[attr-defined]
-            _check_field(where, config, field, schema)
+            _check_field(where, config, field, schema, inputs)
 
 
 def _check_field(
-    where: str, config: AggregatorConfig, field: str, schema: Mapping[str, Any] | None
+    where: str,
+    config: AggregatorConfig,
+    field: str,
+    schema: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any] | None,
 ) -> None:
-    if schema is None:
-        msg = f"{where}: field {field!r} needs task.schema; a free-text answer has no fields"
-        raise ConfigurationError(msg)
-    sub = _find_property(where, field, schema)
+    try:
+        path, sub = resolve_field(field, schema, inputs)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error.message}") from None
     types = _types(sub)
     if isinstance(config, StatsConfig | TopKConfig) and types and not types & _NUMBERS:
-        msg = f"{where}: field {field!r} is {'/'.join(sorted(types))} in task.schema, not a number"
+        place = "task.schema" if path.source == "output" else "the input"
+        msg = f"{where}: field {field!r} is {'/'.join(sorted(types))} in {place}, not a number"
         raise ConfigurationError(msg)
     if isinstance(config, HistogramConfig):
-        _check_histogram(where, config, sub, types)
-
-
-def _find_property(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    sub: Mapping[str, Any] = schema
-    for name in field.split("."):
-        properties = _properties(sub, schema)
-        if name not in properties:
-            close = get_close_matches(name, properties, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            msg = f"{where}: task.schema has no field {field!r} (it has {_names(properties)}){hint}"
+        if path.source == "input" and config.bins is None:
+            msg = f"{where}: a histogram of a column of the input needs bins, low and high"
             raise ConfigurationError(msg)
-        sub = properties[name]
-    return resolve(sub, schema)
-
-
-def _properties(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the properties of an object's schema, those of its alternatives included.
-
-    Alternatives may refer to each other in cycles; each is visited once, the nearest first.
-    """
-    found: dict[str, Any] = {}
-    seen, level = set[int](), [resolve(schema, root)]
-    for _ in range(_DEEPEST):
-        fresh = {id(one): one for one in level if id(one) not in seen}
-        seen |= fresh.keys()
-        level = []
-        for one in fresh.values():
-            found = dict(one.get("properties", {})) | found
-            members = (m for key in ("allOf", "anyOf", "oneOf") for m in one.get(key, ()))
-            level += [resolve(member, root) for member in members]
-    return found
-
-
-def resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow a local ``$ref`` (``#/…``); ``true`` is a schema without rules."""
-    seen: set[str] = set()
-    found: Mapping[str, Any] = schema if isinstance(schema, Mapping) else {}
-    while isinstance(ref := found.get("$ref"), str) and ref.startswith("#/") and ref not in seen:
-        seen.add(ref)
-        target: Any = root
-        for part in ref[2:].split("/"):
-            target = target.get(part, {}) if isinstance(target, Mapping) else {}
-        found = target if isinstance(target, Mapping) else {}
-    return found
+        _check_histogram(where, config, sub, types)
 
 
 def _types(schema: Mapping[str, Any]) -> set[str]:
     declared = schema.get("type")
     return {declared} if isinstance(declared, str) else set(declared or ())
-
-
-def _names(properties: Mapping[str, Any]) -> str:
-    return ", ".join(properties) or "none"
 
 
 def _check_histogram(
@@ -225,10 +191,16 @@ def _is_bounded_integer(schema: Mapping[str, Any], types: set[str]) -> bool:
 def to_aggregator_spec(
     config: AggregatorConfig, schema: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the settings as a plain dict, with a histogram's range filled in from the schema."""
+    """Return the settings as a plain dict.
+
+    The field has its shortest name that says whether it is of the answer or of the input, and a
+    histogram the range of its schema.
+    """
     plain = config.model_dump()
-    if isinstance(config, HistogramConfig) and isinstance(config.bins, int) and schema is not None:
-        sub = _find_property("reduce", config.field, schema)
-        plain["low"] = config.low if config.low is not None else sub.get("minimum")
-        plain["high"] = config.high if config.high is not None else sub.get("maximum")
+    if plain.get("field") is not None:
+        path, sub = resolve_field(plain["field"], schema)
+        plain["field"] = str(path)
+        if isinstance(config, HistogramConfig) and isinstance(config.bins, int):
+            plain["low"] = config.low if config.low is not None else sub.get("minimum")
+            plain["high"] = config.high if config.high is not None else sub.get("maximum")
     return plain

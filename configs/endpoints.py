@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
@@ -13,6 +14,11 @@ ENDPOINT_KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "si
 
 HOSTS_ONLY_KEYS: Final = ("port", "per_host", "suffix")
 """Keys that require ``hosts``."""
+
+FIRST_REFUSED_FIELDS: Final = re.compile(
+    r"cache_salt|api_port|openai_endpoint|stream_task_.*|streaming_server_.*"
+)
+"""Top-level fields of a request that a FIRST gateway refuses."""
 
 FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
 """ALCF's deployment of the FIRST gateway."""
@@ -81,10 +87,13 @@ class FirstConfig(Section):
         token_command: Command that prints the token, run without a shell; it runs once more if
             the gateway refuses the token.
         requests_per_s: Maximum requests per second over all paths; the gateway allows 10 per user.
+        tokens_per_min: Maximum tokens of a model per window; None: as the gateway reports, else
+            its default for a user.
+        window_s: Length in seconds of the gateway's windows.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="base_url paths token token_command requests_per_s",
+        closed="base_url paths token token_command requests_per_s tokens_per_min window_s",
     )
 
     base_url: Annotated[str, Field(min_length=1)] = FIRST_URL
@@ -92,6 +101,8 @@ class FirstConfig(Section):
     token: Secret | None = None
     token_command: Annotated[str, Field(min_length=1)] | None = None
     requests_per_s: Annotated[float, Field(gt=0)] = 8.0
+    tokens_per_min: Annotated[float, Field(gt=0)] | None = None
+    window_s: Annotated[float, Field(gt=0)] = 60.0
 
     @model_validator(mode="after")
     def _one_token(self) -> FirstConfig:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
-from .endpoints import EndpointsConfig
+from .endpoints import FIRST_REFUSED_FIELDS, EndpointsConfig
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
 
@@ -454,6 +454,17 @@ class RunConfig(Section):
                 f"cache: answers drawn at model.temperature {shown} differ from "
                 "call to call, and all equal items would get one of them; set "
                 "model.temperature: 0, cache_sampled: true, or cache: off"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _gateway_accepts_the_fields(self) -> RunConfig:
+        refused = [name for name in self.model.extra_body if FIRST_REFUSED_FIELDS.fullmatch(name)]
+        if self.endpoints.first is not None and refused:
+            msg = (
+                f"model.extra_body: a FIRST gateway refuses requests with {', '.join(refused)}, "
+                "because it sets such fields itself; remove them"
             )
             raise ValueError(msg)
         return self

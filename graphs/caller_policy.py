@@ -49,7 +49,7 @@ _SAMPLED: Final = "model.extra_body"
 
 _NO_ADDRESS: Final = re.compile(
     r"endpoints\.(api_key|models(\..*)?|refresh_s|least|wait_s"
-    r"|first\.(token|token_command|requests_per_s))"
+    r"|first\.(token|token_command|requests_per_s|tokens_per_min|window_s))"
 )
 """Settings of the endpoints that do not change where requests go."""
 

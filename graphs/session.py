@@ -35,6 +35,7 @@ from ..backends.core.errors import (
 from ..backends.core.money import NANO_PER_USD
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
+from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
@@ -45,7 +46,7 @@ from .context import RunContext
 from .map_reduce import MapReduce, build_bound_graph
 from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
-from .run.estimate import count_nodes, make_run_plan, read_messages, sample_indices
+from .run.estimate import count_nodes, limit_rates, make_run_plan, read_messages, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
@@ -472,7 +473,16 @@ def _measure_pilot(
     stats = ItemStats.from_records(records, total, "the pilot")
     items = total - about["input"]["invalid"]
     first = _first_prompts(tools, loaded, chosen, items)
-    plan = make_run_plan(loaded.config, items, first, read_price(about), _nodes(tools, loaded))
+    plan = make_run_plan(
+        loaded.config,
+        items,
+        first,
+        read_price(about),
+        _nodes(tools, loaded),
+    )
+    policy = make_fleet_policy(loaded.config) if tools.fleet is None else tools.fleet.policy
+    endpoints = () if tools.fleet is None else tools.fleet.endpoints
+    plan = limit_rates(plan, loaded.config, policy, [endpoint.spec for endpoint in endpoints])
     done = sum(record["status"] == "done" for record in records)
     return PilotResult(
         items=len(records),

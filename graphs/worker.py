@@ -25,13 +25,13 @@ from ..backends.budget.leases import (
     open_lease,
     spent_of_lease,
 )
-from ..backends.budget.spend_log import read_lease_clock
+from ..backends.budget.spend_log import SpendLogs, read_lease_clock
 from ..backends.budget.tokens import make_prompt_counter, open_token_counter
 from ..backends.core.aio import LoopThread, SharedResource
 from ..backends.core.errors import BackendError, FanfoldError
 from ..backends.core.messages import ShardResult, ShardTask, own_version
 from ..backends.core.money import TokenPrices
-from ..backends.core.protocols import PromptCounter
+from ..backends.core.protocols import CallLog, PromptCounter
 from ..backends.core.types import Item, Json, Shard
 from ..backends.core.values import STATUSES, json_size
 from ..backends.discovery.connect import (
@@ -61,6 +61,7 @@ from ..nodes.shard.local import finish_items
 from ..nodes.shard.progress import Progress
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
 from .run.items import make_item_runner
+from .run.open_calls import record_worker_calls
 from .run.prepare import compute_question_digest
 
 _MOST_CARRIES: Final = 2
@@ -73,13 +74,14 @@ IDLE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class TaskResources:
-    """Resources that the tasks of one run share: settings, fleet, journal file, tokenizer."""
+    """Resources that the tasks of one run share: settings, fleet, journal file, open calls."""
 
     loaded: LoadedConfig
     fleet: Fleet
     model: str
     writer: JournalWriter | None
     stats_reporter: StatsReporter
+    open_calls: dict[int, CallLog]
     count_tokens: PromptCounter | None = None
 
 
@@ -173,15 +175,20 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
             open_cache(loaded.config, ready.simulated, responses)
         )
         fleet = await stack.enter_async_context(open_fleet(loaded.config, ready, cache))
-        writer = None
+        writer, open_calls = None, dict[int, CallLog]()
         if task.journal is not None:
             writer = await _open_journal(Path(task.journal), task, worker)
             stack.push_async_callback(writer.close)
+            logs = SpendLogs(Path(task.journal).parent / "budget", task.run["id"])
+            prices, session = TokenPrices(**task.tariff), task.run["session"]
+            await stack.enter_async_context(
+                record_worker_calls(open_calls, prices, logs, session, worker)
+            )
         count = None
         if task.lease is not None:
             count = make_prompt_counter(await stack.enter_async_context(open_token_counter(ready)))
         yield TaskResources(
-            loaded, fleet, model, writer, StatsReporter(lambda: fleet.endpoints), count
+            loaded, fleet, model, writer, StatsReporter(lambda: fleet.endpoints), open_calls, count
         )
 
 
@@ -289,6 +296,7 @@ def make_task_context(
         token_prices=TokenPrices(**task.tariff),
         open_account=no_account if budget is None else budget.open_account,
         budget=budget,
+        open_calls=resources.open_calls,
     )
     return TaskContext(tools, journal, stop, budget)
 

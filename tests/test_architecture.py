@@ -58,6 +58,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
     "graphs.remote": {"configs", "nodes"} | BACKENDS,
     "graphs.run": {"configs", "nodes", "graphs.remote"} | BACKENDS,
     "graphs": {"configs", "nodes", "graphs.remote", "graphs.run"} | BACKENDS,
+    "graphs.analysis": {"configs", "nodes", "graphs.run"} | BACKENDS,
     "graphs.integrations": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
     "graphs.jobs": {"configs", "nodes", "graphs", "graphs.run", "graphs.remote"} | BACKENDS,
     "graphs.cli": {
@@ -67,6 +68,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
         "graphs.run",
         "graphs.remote",
         "graphs.jobs",
+        "graphs.analysis",
         "graphs.integrations",
     }
     | BACKENDS,
@@ -141,11 +143,14 @@ def test_public_names() -> None:
         "FanfoldError",
         "Fleet",
         "MapReduceAgent",
+        "ResultTable",
         "RunContext",
+        "RunResults",
         "SimulatedFleet",
         "SimulationSpec",
         "as_tool",
         "build_graph",
+        "load_results",
     ]
     for name in fanfold.__all__:
         assert getattr(fanfold, name).__name__ == name
@@ -157,6 +162,7 @@ def test_public_names() -> None:
     ("module", "heavy"),
     [
         ("fanfold", {"langgraph", "openai", "pyarrow"}),
+        ("fanfold.graphs.analysis.results", {"langgraph", "openai", "pandas", "polars"}),
         ("fanfold.graphs.worker", {"pyarrow", "fanfold.backends.simulated.server"}),
     ],
 )

@@ -8,7 +8,8 @@ were cut off. ``held`` is the node time so
 far. ``lease`` records what was lent to a worker, ``back`` that the lease was returned, and
 ``settled`` the final spending of the session. A session that was killed has no ``settled`` line:
 its level counts as spent, minus what the spend logs of its leases prove unspent. The spend log of
-a session without limits contains ``held`` and ``open`` lines only.
+a session without limits contains ``held`` and ``open`` lines only. A worker that shares the run
+folder has a spend log of its own, with ``open`` lines only (``0002-node17-4242-abcdef.jsonl``).
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from ..storage.journal_file import (
     check_renamed_files,
     get_current_run_id,
     make_header,
+    parse_session_number,
     scan_lines,
 )
+from ..storage.worker_journal import make_worker_path
 
 HEADER_KIND: Final = "budget"
 """Kind of file that the header of a spend log names."""
@@ -147,7 +150,8 @@ class SpendState:
         level: Last bound, by field.
         settled: Final spending without leases; None if the session was killed or still runs.
         node_time: Node time recorded so far.
-        open_calls: The most that calls of items without a record may have cost.
+        open_calls: The most that calls of items without a record may have cost; of a session, those
+            of its workers included.
         leases: Leases that have not been returned.
         until: (log of a lease) Unix time in seconds, by the holder's clock, after which nothing
             more is spent.
@@ -239,6 +243,13 @@ class SpendLogs:
         """Return the number of the first session without a spend log, from 1."""
         return 1 + max((int(p.stem) for p in self._session_paths()), default=0)
 
+    def worker_path(self, session: int, worker: str) -> Path:
+        """Return the path of a new spend log for the open calls of a worker in one session."""
+        return make_worker_path(self._folder, session, worker)
+
+    def _worker_paths(self) -> list[Path]:
+        return [path for path in sorted(self._folder.glob("*.jsonl")) if _is_of_worker(path)]
+
     def _session_paths(self) -> list[Path]:
         """Return the spend logs of sessions.
 
@@ -248,7 +259,7 @@ class SpendLogs:
         found = sorted(self._folder.glob("*.jsonl"))
         sessions = [path for path in found if path.stem.isascii() and path.stem.isdigit()]
         for path in found:
-            if not (path.stem.startswith("lease-") or path in sessions):
+            if not (path.stem.startswith("lease-") or path in sessions or _is_of_worker(path)):
                 msg = f"{path}, line 1: not a spend log of fanfold; move it out of the run folder"
                 raise JournalError(msg)
         return sessions
@@ -284,7 +295,14 @@ class SpendLogs:
                 check_renamed_files(self._folder, self._run)
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
-        return {int(path.stem): read_spend_state(path, self._run) for path in self._session_paths()}
+        states = {
+            int(path.stem): read_spend_state(path, self._run) for path in self._session_paths()
+        }
+        for path in self._worker_paths():
+            state = states.setdefault(parse_session_number(path), SpendState())
+            found = read_spend_state(path, self._run).open_calls
+            state.open_calls = state.open_calls.plus(found)
+        return states
 
     def unreturned_leases(self, now: float | None = None) -> dict[str, Amount]:
         """Return, by name, what counts as spent of each lease not returned to its session.
@@ -418,6 +436,12 @@ class SpendLogs:
                 more = more._replace(nano_usd=0)
             total = total.plus(more)
         return total
+
+
+def _is_of_worker(path: Path) -> bool:
+    """Return True if a worker wrote a spend log, by its name: ``0002-node17-4242-abcdef``."""
+    session, dash, _ = path.stem.partition("-")
+    return bool(dash) and session.isascii() and session.isdigit()
 
 
 def _sum_level(state: SpendState, lease: Lease) -> Amount:

@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,14 +80,14 @@ def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None
 
 
 def _make_rate_limit(config: RunConfig, endpoint_set: EndpointSet | None) -> RateLimitPolicy:
-    limits, share = config.limits, config.backend.concurrent_shards
+    limits, backend = config.limits, config.backend
     gateway = endpoint_set.requests_per_s if endpoint_set is not None else None
     rates = [rate for rate in (limits.requests_per_s, gateway) if rate is not None]
     return RateLimitPolicy(
-        requests_per_s=min(rates) / share if rates else None,
-        tokens_per_min=limits.tokens_per_min / share if limits.tokens_per_min else None,
-        # A gateway counts each second separately: it refuses a burst of saved-up requests.
-        burst=1.0 if gateway is not None else None,
+        requests_per_s=min(rates) if rates else None,
+        tokens_per_min=limits.tokens_per_min,
+        share=1.0 / backend.concurrent_shards,
+        shares_endpoints=not backend.node_endpoints,
     )
 
 
@@ -98,6 +98,30 @@ def apply_limits(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
         max_in_flight=spec.max_in_flight or limits.endpoint_streams,
         requests_per_s=spec.requests_per_s or limits.endpoint_requests_per_s,
         tokens_per_min=spec.tokens_per_min or limits.endpoint_tokens_per_min,
+    )
+
+
+def find_rate_limits(
+    policy: RateLimitPolicy, limits: LimitsConfig, specs: Iterable[EndpointSpec]
+) -> tuple[float | None, float | None]:
+    """Return the requests per second and the tokens per minute that all limits together allow.
+
+    Args:
+        policy: The limits of the run.
+        limits: The settings of limits.
+        specs: The endpoints.
+    """
+    own = [apply_limits(limits, spec) for spec in specs]
+    requests = [one.requests_per_s for one in own if one.requests_per_s is not None]
+    tokens = [one.tokens_per_min * 60 / one.window_s for one in own if one.tokens_per_min]
+    rates = [
+        policy.requests_per_s,
+        sum(requests) if requests and len(requests) == len(own) else None,
+    ]
+    flows = [policy.tokens_per_min, sum(tokens) if tokens and len(tokens) == len(own) else None]
+    return (
+        min((rate for rate in rates if rate is not None), default=None),
+        min((flow for flow in flows if flow is not None), default=None),
     )
 
 

@@ -25,6 +25,8 @@ from .probe import ProbeResult, describe_error
 _OK: Final = 200
 _UNAUTHORIZED: Final = 401
 _CHAT: Final = "/v1/chat/completions"
+DEFAULT_TOKENS: Final = 60_000.0
+"""Tokens of a model per minute that the gateway allows a user, unless it reports another limit."""
 _PATH: Final = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
 

@@ -21,7 +21,7 @@ from ..core.templates import find_names, split_command
 from ..fleet.endpoint import ApiKey, EndpointSpec, merge_spellings, normalize_base_url
 from ..servers.plan import NodePlan, list_accelerators, plan_servers
 from ..simulated.process import MODULE
-from .gateway import CommandToken, Gateway
+from .gateway import DEFAULT_TOKENS, CommandToken, Gateway
 from .probe import ProbeResult, probe_models
 from .sources import (
     EndpointSource,
@@ -124,7 +124,23 @@ def check_endpoint_set(endpoints: EndpointsConfig, written: Mapping[str, Any]) -
 def make_gateway_set(first: FirstConfig, proxy: bool | None) -> EndpointSet:
     """Return the deployments behind a gateway."""
     gateway = _gateway(first, proxy)
-    return EndpointSet(gateway.specs, gateway=gateway, requests_per_s=first.requests_per_s)
+    limited = tuple(limit_tokens(first, spec) for spec in gateway.specs)
+    gateway = replace(gateway, specs=limited)
+    return EndpointSet(limited, gateway=gateway, requests_per_s=first.requests_per_s)
+
+
+def limit_tokens(
+    first: FirstConfig, spec: EndpointSpec, reported: float | None = None
+) -> EndpointSpec:
+    """Return a deployment of a gateway with its limit of tokens.
+
+    Args:
+        first: The settings.
+        spec: The deployment.
+        reported: The limit that the gateway reports, or None.
+    """
+    tokens = first.tokens_per_min or reported or DEFAULT_TOKENS
+    return replace(spec, tokens_per_min=tokens, window_s=first.window_s)
 
 
 def get_endpoints_key(endpoints: EndpointsConfig) -> str:

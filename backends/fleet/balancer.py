@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Final
 from ..core.protocols import CallLog
 from .endpoint import BreakerState, Endpoint
 from .policy import AffinityPolicy
+from .rate_limit import Quota, TokenNeed
 
 _STALE: Final = 8
 """Entries per endpoint in the heap above which outdated ones are removed."""
@@ -28,7 +30,7 @@ class _Waiter:
     avoid: Collection[Endpoint]
     unfit: Collection[Endpoint]
     prefer: Endpoint | None
-    tokens: int
+    need: TokenNeed | None
     item: CallLog | None
     turn: int
     queue: deque[_Waiter]
@@ -41,13 +43,14 @@ class LoadBalancer:
         endpoints: All members.
         streams: Limit of requests in flight over all endpoints; a call that uses its item's slot is
             not counted.
-        on_quota: Called with an endpoint that has its own quota, and a request's tokens, when it is
-            acquired.
+        on_quota: Called if a call waits for a quota, with the seconds after which ``retry_quotas``
+            must be called.
         on_starved: Called when a call must wait although ``streams`` would allow it.
         slack: A preferred endpoint is passed over if its expected time to an answer is more than
             this factor above the best one's.
 
     Attributes:
+        quota: The quota of the whole process, or None.
         in_flight: Requests in flight.
         alive: Endpoints that are in use.
         long_resting: Endpoints that rest for so long that another endpoint is the better choice.
@@ -57,10 +60,12 @@ class LoadBalancer:
         self,
         endpoints: Sequence[Endpoint],
         streams: int,
-        on_quota: Callable[[Endpoint, int], None],
+        on_quota: Callable[[float], None],
         on_starved: Callable[[], None],
         slack: float = 2.0,
     ) -> None:
+        self.quota: Quota | None = None
+        self._over_quota: set[Endpoint] = set()
         self._streams = streams
         self._slack = slack
         self._on_quota = on_quota
@@ -121,7 +126,7 @@ class LoadBalancer:
         self,
         avoid: Collection[Endpoint] = (),
         prefer: Endpoint | None = None,
-        tokens: int = 0,
+        need: TokenNeed | None = None,
         item: CallLog | None = None,
         unfit: Collection[Endpoint] = (),
     ) -> Endpoint:
@@ -130,17 +135,17 @@ class LoadBalancer:
         Args:
             avoid: Endpoints to pass over while any other is alive.
             prefer: An endpoint to acquire if it is free and not much busier than the best.
-            tokens: The request's tokens, for endpoints with their own quota.
+            need: The request's tokens at most, for quotas; None: none counts tokens.
             item: The item that the request belongs to, if any.
             unfit: Those of ``avoid`` that cannot serve the request at all.
         """
         if item is not None and item.in_flight and item.stalled:
-            endpoint = self._choose_for_stalled(avoid, prefer, unfit)
+            endpoint = self._choose_for_stalled(avoid, prefer, unfit, need)
         else:
-            endpoint = None if self._queue else self._choose(avoid, prefer, unfit)
+            endpoint = None if self._queue else self._choose(avoid, prefer, unfit, need)
         if endpoint is not None:
-            return self._start(endpoint, tokens, item)
-        waiter = self._enqueue(avoid, prefer, tokens, item, unfit)
+            return self._start(endpoint, item)
+        waiter = self._enqueue(avoid, prefer, need, item, unfit)
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -154,7 +159,7 @@ class LoadBalancer:
         self,
         avoid: Collection[Endpoint],
         prefer: Endpoint | None,
-        tokens: int,
+        need: TokenNeed | None,
         item: CallLog | None,
         unfit: Collection[Endpoint],
     ) -> _Waiter:
@@ -165,7 +170,7 @@ class LoadBalancer:
             queue = self._excluding.setdefault(frozenset(avoid), deque()) if avoid else self._queue
         future = asyncio.get_running_loop().create_future()
         turn = next(self._tick)
-        waiter = _Waiter(future, avoid, unfit, prefer, tokens, item, turn, queue)
+        waiter = _Waiter(future, avoid, unfit, prefer, need, item, turn, queue)
         queue.append(waiter)
         if item is not None:
             item.queued += 1
@@ -180,13 +185,19 @@ class LoadBalancer:
         """Release what a cancelled call holds: its queue position, or an acquired endpoint."""
         if waiter.future.done() and not waiter.future.cancelled():
             if waiter.future.exception() is None:
-                self.release(waiter.future.result(), item=waiter.item)
+                tokens = waiter.need.tokens if waiter.need is not None else 0
+                self.release(waiter.future.result(), None, waiter.item, tokens, None)
         elif waiter in waiter.queue:
             waiter.queue.remove(waiter)
             self._drop_empty(waiter)
 
     def release(
-        self, endpoint: Endpoint, seconds: float | None = None, item: CallLog | None = None
+        self,
+        endpoint: Endpoint,
+        seconds: float | None = None,
+        item: CallLog | None = None,
+        tokens: int = 0,
+        used: int | None = 0,
     ) -> None:
         """Count one request less in flight.
 
@@ -194,7 +205,15 @@ class LoadBalancer:
             endpoint: The acquired endpoint.
             seconds: How long its answer took, or None if it gave none.
             item: The item for which it was acquired.
+            tokens: The tokens with which it was acquired.
+            used: Those that it used, at most; None if it was never sent.
         """
+        if self.quota is not None:
+            _settle(self.quota, tokens, used)
+        if endpoint.quota is not None:
+            _settle(endpoint.quota, tokens, used)
+            self._over_quota.discard(endpoint)
+            endpoint.over_quota = False
         self.in_flight -= 1
         endpoint.in_flight -= 1
         if item is not None:
@@ -289,6 +308,66 @@ class LoadBalancer:
         avoid: Collection[Endpoint],
         prefer: Endpoint | None = None,
         unfit: Collection[Endpoint] = (),
+        need: TokenNeed | None = None,
+    ) -> Endpoint | None:
+        """Choose the best endpoint whose quota covers a request, and reserve it there."""
+        while (endpoint := self._find_best(avoid, prefer, unfit)) is not None:
+            if self._reserve(endpoint, need):
+                return endpoint
+            self._rank(endpoint)
+            if not endpoint.over_quota:
+                return None  # the quota of the process does not cover it
+        return None
+
+    def _reserve(
+        self,
+        endpoint: Endpoint,
+        need: TokenNeed | None,
+        *,
+        count_reserved: bool = True,
+        waits: bool = True,
+    ) -> bool:
+        """Reserve a request with the quotas that apply to it; return False if they do not cover it.
+
+        Args:
+            endpoint: Where it would be sent.
+            need: Its tokens at most; they are estimated now.
+            count_reserved: Whether open reservations count.
+            waits: Whether it is tried again later.
+        """
+        own, shared = endpoint.quota, self.quota
+        if own is None and shared is None:
+            return True
+        tokens = need.estimate() if need is not None else 0
+        if own is not None and (wait := own.reserve(tokens, count_reserved=count_reserved)):
+            if waits:
+                endpoint.over_quota = True
+                self._over_quota.add(endpoint)
+                self._await_quota(own, wait)
+            return False
+        if shared is not None and (wait := shared.reserve(tokens, count_reserved=count_reserved)):
+            if own is not None:
+                own.cancel(tokens)
+            if waits:
+                self._await_quota(shared, wait)
+            return False
+        return True
+
+    def _await_quota(self, quota: Quota, seconds: float) -> None:
+        quota.on_free(self.retry_quotas)
+        if seconds < math.inf:
+            self._on_quota(seconds)
+
+    def retry_quotas(self) -> None:
+        """Serve calls that waited for a quota, as far as it covers them now."""
+        for endpoint in self._over_quota:
+            endpoint.over_quota = False
+            self._rank(endpoint)
+        self._over_quota.clear()
+        self._serve_waiters()
+
+    def _find_best(
+        self, avoid: Collection[Endpoint], prefer: Endpoint | None, unfit: Collection[Endpoint]
     ) -> Endpoint | None:
         if self.in_flight - self._extra >= self._streams:
             return None
@@ -319,10 +398,18 @@ class LoadBalancer:
         return chosen
 
     def _choose_for_stalled(
-        self, avoid: Collection[Endpoint], prefer: Endpoint | None, unfit: Collection[Endpoint]
+        self,
+        avoid: Collection[Endpoint],
+        prefer: Endpoint | None,
+        unfit: Collection[Endpoint],
+        need: TokenNeed | None,
     ) -> Endpoint | None:
-        """Choose for a call that uses its item's slot: it ignores limits but not pauses."""
-        endpoint = self._choose(avoid, prefer, unfit)
+        """Choose for a call that uses its item's slot: it ignores limits but not pauses.
+
+        Quotas must cover it, but what is reserved for open requests does not count: they may wait
+        for this one.
+        """
+        endpoint = self._choose(avoid, prefer, unfit, need)
         if endpoint is not None:
             return endpoint
         excluded = self._find_excluded(avoid, unfit)
@@ -333,9 +420,12 @@ class LoadBalancer:
         def rank(one: Endpoint) -> tuple[bool, bool, float]:
             return not one.free, one.breaker.state is not BreakerState.CLOSED, self._score(one)
 
-        return min(able, key=rank)
+        for one in sorted(able, key=rank):
+            if self._reserve(one, need, count_reserved=False):
+                return one
+        return None
 
-    def _start(self, endpoint: Endpoint, tokens: int, item: CallLog | None) -> Endpoint:
+    def _start(self, endpoint: Endpoint, item: CallLog | None) -> Endpoint:
         if item is not None:
             item.in_flight += 1
             if self.in_flight - self._extra >= self._streams:
@@ -343,13 +433,14 @@ class LoadBalancer:
                 self._extra_of[id(item)] = self._extra_of.get(id(item), 0) + 1
         self.in_flight += 1
         endpoint.in_flight += 1
-        if endpoint.request_bucket is not None or endpoint.token_bucket is not None:
-            self._on_quota(endpoint, tokens)
         self._rank(endpoint)
         return endpoint
 
     def try_acquire(
-        self, avoid: Collection[Endpoint], tokens: int = 0, item: CallLog | None = None
+        self,
+        avoid: Collection[Endpoint],
+        need: TokenNeed | None = None,
+        item: CallLog | None = None,
     ) -> Endpoint | None:
         """Acquire the fastest free endpoint; return None if none is free or a call waits.
 
@@ -359,7 +450,9 @@ class LoadBalancer:
             return None
         free = (e for e in self.alive if e.free and e not in avoid)
         best = min(free, key=self._expected_s, default=None)
-        return None if best is None else self._start(best, tokens, item)
+        if best is None or not self._reserve(best, need, waits=False):
+            return None
+        return self._start(best, item)
 
     def _expected_s(self, endpoint: Endpoint) -> float:
         latency = endpoint.latency_s or self._mean_s
@@ -378,7 +471,7 @@ class LoadBalancer:
             if waiter.future.done():
                 self._queue.popleft()
                 continue
-            endpoint = self._choose((), waiter.prefer)
+            endpoint = self._choose((), waiter.prefer, (), waiter.need)
             if endpoint is None:
                 return
             self._grant(waiter, endpoint)
@@ -395,7 +488,7 @@ class LoadBalancer:
         heads = [queue[0] for queue in (self._queue, *self._excluding.values()) if queue]
         heads.sort(key=lambda waiter: waiter.turn)
         for waiter in heads:
-            endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit)
+            endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit, waiter.need)
             if endpoint is not None:
                 self._grant(waiter, endpoint)
                 return True
@@ -412,7 +505,7 @@ class LoadBalancer:
             return False
         for waiter in heads:
             if waiter.avoid and len(waiter.avoid) > len(waiter.unfit):
-                endpoint = self._choose(waiter.unfit, waiter.prefer, waiter.unfit)
+                endpoint = self._choose(waiter.unfit, waiter.prefer, waiter.unfit, waiter.need)
                 if endpoint is not None:
                     self._grant(waiter, endpoint)
                     return True
@@ -436,7 +529,7 @@ class LoadBalancer:
         if waiter.future.done():
             waiter.queue.remove(waiter)
             return
-        endpoint = self._choose_for_stalled(waiter.avoid, waiter.prefer, waiter.unfit)
+        endpoint = self._choose_for_stalled(waiter.avoid, waiter.prefer, waiter.unfit, waiter.need)
         if endpoint is not None:
             self._grant(waiter, endpoint)
         elif waiter.queue is not self._urgent:
@@ -451,12 +544,19 @@ class LoadBalancer:
         else:
             waiter.queue.remove(waiter)
         self._drop_empty(waiter)
-        waiter.future.set_result(self._start(endpoint, waiter.tokens, waiter.item))
+        waiter.future.set_result(self._start(endpoint, waiter.item))
 
     def _drop_empty(self, waiter: _Waiter) -> None:
         """Remove a queue of calls with exclusions when it is empty."""
         if waiter.avoid and not waiter.queue and waiter.queue is not self._urgent:
             self._excluding.pop(frozenset(waiter.avoid), None)
+
+
+def _settle(quota: Quota, tokens: int, used: int | None) -> None:
+    if used is None:
+        quota.cancel(tokens)
+    else:
+        quota.settle(tokens, used)
 
 
 class Affinity:

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
 from ..core.protocols import CallLog
-from ..core.token_bucket import TokenBucket
 from ..core.waits import pause_after
 from .adaptive_limit import AdaptiveLimit
 from .policy import AdaptiveLimitPolicy, BreakerPolicy
+from .rate_limit import Quota
 from .stats import EndpointReport, EndpointStats
 
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
@@ -41,7 +41,9 @@ class EndpointSpec:
         max_in_flight: Limit of requests in flight to this endpoint, or None for the policy's.
         weight: Relative speed known beforehand; 2.0 is expected to be twice as fast.
         requests_per_s: Limit of requests per second to this endpoint, or None.
-        tokens_per_min: Limit of tokens per minute, prompt and answer, or None.
+        tokens_per_min: Limit of tokens, prompt and answer, within any interval of ``window_s``, or
+            None.
+        window_s: Length in seconds of the windows in which it counts tokens.
         max_model_len: Context length in tokens, or None if unknown.
         proxied: Whether the environment's proxy variables apply: for gateways, never for nodes.
         spellings: How its list names the same endpoint once more, for a warning.
@@ -57,6 +59,7 @@ class EndpointSpec:
     weight: float = 1.0
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
+    window_s: float = 60.0
     max_model_len: int | None = field(default=None, compare=False)
     proxied: bool = False
     spellings: tuple[str, ...] = field(default=(), compare=False)
@@ -303,6 +306,7 @@ class Endpoint:
         spec: The endpoint as configured.
         limit: How its limit of requests in flight adapts.
         breaker: When it is marked unhealthy.
+        quota: Its own quota, or None.
 
     Attributes:
         label: Name in results and messages, without credentials.
@@ -317,8 +321,8 @@ class Endpoint:
         resting: Whether it asked for a pause that still lasts.
         limit: Its adaptive limit of requests in flight.
         breaker: Its circuit breaker.
-        request_bucket: Its own quota of requests, or None.
-        token_bucket: Its own quota of tokens, or None.
+        quota: Its own quota of requests and tokens, or None.
+        over_quota: Whether the next request must wait for this quota.
         foreign_load: Requests of other clients that it processes, as far as it is polled.
         max_answer_tokens: Longest answer in tokens that may be requested, or None if unknown.
         longest: Longest answer in tokens among accepted requests.
@@ -354,16 +358,16 @@ class Endpoint:
         "longest",
         "longest_asked",
         "max_answer_tokens",
+        "over_quota",
+        "quota",
         "refusals",
         "refused_items",
-        "request_bucket",
         "resting",
         "retired",
         "spec",
         "stats",
         "streaming",
         "throttled",
-        "token_bucket",
         "unanswered",
         "url",
     )
@@ -373,6 +377,7 @@ class Endpoint:
         spec: EndpointSpec,
         limit: AdaptiveLimitPolicy | None = None,
         breaker: BreakerPolicy | None = None,
+        quota: Quota | None = None,
     ) -> None:
         self.spec = spec
         self.url = normalize_base_url(spec.url)
@@ -386,10 +391,8 @@ class Endpoint:
         self.resting = False
         self.limit = AdaptiveLimit(limit or AdaptiveLimitPolicy(), spec.max_in_flight)
         self.breaker = Breaker(breaker or BreakerPolicy())
-        self.request_bucket = TokenBucket(spec.requests_per_s) if spec.requests_per_s else None
-        self.token_bucket = (
-            TokenBucket.per_minute(spec.tokens_per_min) if spec.tokens_per_min else None
-        )
+        self.quota = quota
+        self.over_quota = False
         self.foreign_load = 0
         self.refusals = 0
         self.max_answer_tokens = spec.max_model_len
@@ -425,7 +428,8 @@ class Endpoint:
     @property
     def free(self) -> bool:
         """Return True if it may be sent a request now."""
-        return self.alive and not self.resting and self.in_flight < self.width
+        waits = self.resting or self.over_quota
+        return self.alive and not waits and self.in_flight < self.width
 
     @property
     def serves_others(self) -> bool:

@@ -298,6 +298,8 @@ class RetryRule:
         free: Whether the call does not count as one of the item's attempts.
         rest_s: Seconds to rest if the server gives none, or None for the policy's.
         long: Whether that is the policy's long pause.
+        window: Whether the tokens of a window are used up: the endpoint rests until its end.
+        too_fast: Whether requests came too fast: the rate is lowered.
         shared: Whether the rest applies to the whole fleet (a quota of the user or the model).
         poison: Whether the same failure on several endpoints shows that the item is at fault.
         constant: Whether a field that all requests share was refused, so a setting must change.
@@ -315,6 +317,8 @@ class RetryRule:
     free: bool = False
     rest_s: float | None = None
     long: bool = False
+    window: bool = False
+    too_fast: bool = False
     shared: bool = False
     poison: bool = False
     constant: bool = False
@@ -356,6 +360,11 @@ class Failure:
             return False
         known = self.error.retry_after is not None or rule.rest_s is not None
         return known or rule.long
+
+    @property
+    def is_quota(self) -> bool:
+        """Return True if a quota is used up that other items use, too: the item is not at fault."""
+        return self.rule.window or self.rule.too_fast
 
     @property
     def is_clear(self) -> bool:
@@ -446,7 +455,7 @@ _WRONG_PATH: Final = RetryRule(
 _BY_CODE: Final[Mapping[str, RetryRule]] = {
     "quota_exceeded": replace(_BUSY, long=True, shared=True),
     "batch_ongoing": replace(_BUSY, long=True, shared=True),
-    "too_many_requests": replace(_BUSY, long=True, shared=True),
+    "too_many_requests": replace(_BUSY, window=True),
     "request_timeout": RetryRule(EndpointLostError, RetryAction.OTHER, shrink=True, tries=2),
     "insufficient_quota": RetryRule(
         EndpointBusyError, RetryAction.STOP, advice="the account's quota is used up"
@@ -533,7 +542,7 @@ def _choose_rule(status: int, error_body: ErrorBody, body: bytes) -> RetryRule:
             return rule
     if status == 429 and error_body.message.startswith(_THROTTLE_WORDS):  # noqa: PLR2004 - HTTP's own
         # The gateway counts requests per user: it would refuse its other endpoints too.
-        return replace(_BUSY, rest_s=1.0, shared=True)
+        return replace(_BUSY, rest_s=1.0, shared=True, too_fast=True)
     return _BY_STATUS.get(status) or _BY_CLASS.get(status // 100, _STRANGE)
 
 

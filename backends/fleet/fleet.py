@@ -24,7 +24,7 @@ from .endpoint import (
     merge_spellings,
 )
 from .health import HealthMonitor
-from .policy import FleetPolicy, ModelParams, RateLimitPolicy
+from .policy import FleetPolicy, ModelParams
 from .rate_limit import RateLimiter
 from .request import RequestSender
 from .retry import Hedger, Retrier, SendFunction
@@ -53,6 +53,12 @@ class Fleet:
         limiter: Quotas that several fleets share, or None for the policy's own.
         cache: Answers that equal requests share, or None: each request is sent.
 
+    Attributes:
+        policy: Limits, retries and timeouts.
+        endpoints: The members, present and past.
+        limiter: All quotas of the process.
+        portal: Runs calls of threads without a loop.
+
     Raises:
         ConfigurationError: No endpoint, one with a malformed URL, or more streams than the system
             allows open files.
@@ -72,24 +78,21 @@ class Fleet:
         self.policy = policy or FleetPolicy()
         ensure_open_files(self.policy.streams)
         self._specs = tuple(merge_spellings(endpoints, by_model=False))
+        self.limiter = limiter or RateLimiter(self.policy.rate_limit)
         self.endpoints = [self._make_endpoint(spec) for spec in self._specs]
         _warn_spellings(self._specs)
-        self._counts_tokens = self._has_token_quota()
         self._transport = Transport(self.policy)
-        self._monitor = HealthMonitor(self.endpoints, self.policy, self._transport)
-        limited = self.policy.rate_limit != RateLimitPolicy()
-        self._limiter = limiter or (RateLimiter(self.policy.rate_limit) if limited else None)
-        own_fields = self.policy.own_fields
+        self._monitor = HealthMonitor(
+            self.endpoints, self.policy, self._transport, self.limiter.quota
+        )
         self._sender = RequestSender(
-            self._transport, self._monitor, self._limiter, simulated, own_fields
+            self._transport, self._monitor, simulated, self.policy.own_fields
         )
         balancer, hedge = self._monitor.balancer, self.policy.hedge
-        self._hedger = Hedger(hedge, balancer, self._sender.send, self._limiter) if hedge else None
+        self._hedger = Hedger(hedge, balancer, self._sender.send) if hedge else None
         self._send = self._hedger.send if self._hedger else self._sender.send
         affinity = Affinity(self.policy.affinity) if self.policy.affinity else None
-        self._retrier = Retrier(
-            self.policy.retry, self._monitor, self._limiter, affinity, self._is_counting_tokens
-        )
+        self._retrier = Retrier(self.policy.retry, self._monitor, self.limiter, affinity)
         load = self.policy.load
         polled = (load, self.endpoints, self._transport, balancer.refresh) if load else None
         self._load = LoadPoller(*polled) if polled else None
@@ -131,12 +134,11 @@ class Fleet:
             await here.aclose()
             del self._loop_fleets[asyncio.get_running_loop()]
 
-    def _has_token_quota(self) -> bool:
-        ours = self.policy.rate_limit.tokens_per_min is not None
-        return ours or any(spec.tokens_per_min for spec in self._specs)
-
     def _make_endpoint(self, spec: EndpointSpec) -> Endpoint:
-        return Endpoint(spec, self.policy.limit, self.policy.breaker)
+        quota = self.limiter.get_endpoint_quota(
+            identify_endpoint(spec.url), spec.requests_per_s, spec.tokens_per_min, spec.window_s
+        )
+        return Endpoint(spec, self.policy.limit, self.policy.breaker, quota)
 
     def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
         """Add and remove endpoints during a run; the others keep their state and statistics.
@@ -166,7 +168,6 @@ class Fleet:
         for endpoint in (*joining, *leaving):
             self._monitor.refresh(endpoint)
         self._specs = tuple(wanted.values())
-        self._counts_tokens = self._has_token_quota()
         return len(joining), len(leaving)
 
     def stop(self, why: str) -> None:
@@ -188,7 +189,7 @@ class Fleet:
                 [replace(spec, spellings=()) for spec in self._specs],
                 self.policy,
                 simulated=self.simulated,
-                limiter=self._limiter,
+                limiter=self.limiter,
                 cache=self._cache.copy_for_loop() if self._cache else None,
             )
         return self._loop_fleets[loop]
@@ -291,10 +292,6 @@ class Fleet:
         if self._load is not None:
             self._load.start()
         return self._retrier.call(body, send)
-
-    def _is_counting_tokens(self) -> bool:
-        """Return True if a quota counts tokens."""
-        return self._counts_tokens
 
 
 def _warn_spellings(specs: Iterable[EndpointSpec]) -> None:

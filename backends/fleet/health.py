@@ -35,6 +35,7 @@ from .failures import (
     make_refused_item_error,
 )
 from .policy import AffinityPolicy, FleetPolicy
+from .rate_limit import Quota
 from .transport import Transport, read_completion
 
 _LOG: Final = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class HealthMonitor:
         endpoints: All members.
         policy: Thresholds and timings.
         transport: For probes.
+        quota: The quota of the whole process, or None.
 
     Attributes:
         balancer: Assigns the endpoints.
@@ -72,7 +74,11 @@ class HealthMonitor:
     """
 
     def __init__(
-        self, endpoints: Sequence[Endpoint], policy: FleetPolicy, transport: Transport
+        self,
+        endpoints: Sequence[Endpoint],
+        policy: FleetPolicy,
+        transport: Transport,
+        quota: Quota | None = None,
     ) -> None:
         self._endpoints = endpoints
         self._policy = policy
@@ -90,8 +96,10 @@ class HealthMonitor:
         slack = (policy.affinity or AffinityPolicy()).slack
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.balancer = LoadBalancer(
-            endpoints, policy.streams, self._pause_for_quota, self._schedule_widening, slack
+            endpoints, policy.streams, self._await_quota, self._schedule_widening, slack
         )
+        self.balancer.quota = quota
+        self._quota_timer: asyncio.TimerHandle | None = None
         self.stop_reason: str | None = None
         self._stop_class: type[FanfoldError] = RunStoppedError
         self._last_failure = ""
@@ -115,6 +123,7 @@ class HealthMonitor:
         self._outage = None
         self._watches = False
         self._sweeping = False
+        self._quota_timer = None
         self._deadline = None
         self.balancer.long_resting.clear()
         for endpoint in self._endpoints:
@@ -278,12 +287,20 @@ class HealthMonitor:
         self.refusals += 1
         endpoint.throttled += 1
         retry, rule = self._policy.retry, failure.rule
+        if rule.too_fast:
+            for quota in (endpoint.quota, self.balancer.quota):
+                if quota is not None:
+                    quota.slow_down()
         seconds = failure.error.retry_after or rule.rest_s
+        if seconds is None and rule.window:
+            self._pause_for_window(endpoint, failure.error)
+            return
         if seconds is None and rule.long:
             # An endpoint that answers other items is retried soon: the item may be at fault.
             first = endpoint.refusals == 0 and endpoint.is_proven(item, time.monotonic())
             seconds = retry.refusal_pause_s if first else retry.long_pause_s
-        endpoint.limit.record_refusal(endpoint.in_flight)
+        if not rule.too_fast:
+            endpoint.limit.record_refusal(endpoint.in_flight)
         if seconds is None and endpoint.in_flight > 1:
             # It processes its other requests: the lower limit is sufficient.
             return
@@ -295,6 +312,16 @@ class HealthMonitor:
             if other is endpoint or (rule.shared and other.url.split("/")[2] == host):
                 self.pause_endpoint(other, pause)
         self._check_pause(failure.error)
+
+    def _pause_for_window(self, endpoint: Endpoint, error: EndpointError) -> None:
+        """Pause an endpoint until the window ends in which its tokens are used up."""
+        quota, seconds = endpoint.quota, self._policy.retry.long_pause_s
+        if quota is not None and quota.counts_tokens:
+            seconds = quota.get_window_left()
+        if not endpoint.resting:
+            text = "%s; requests to it wait %.0f s, until its window ends"
+            _LOG.info(text, error.message, seconds)
+        self.pause_endpoint(endpoint, seconds)
 
     def _check_pause(self, error: EndpointError) -> None:
         seconds = error.retry_after or 0.0
@@ -516,15 +543,19 @@ class HealthMonitor:
         load = parse_load_metrics(answer.body) if answer.status == _OK else None
         return load is not None and load.running == 0 and not load.waiting
 
-    def _pause_for_quota(self, endpoint: Endpoint, tokens: int) -> None:
-        """Pause an endpoint with its own quota until the next request is due."""
-        now, wait = time.monotonic(), 0.0
-        if endpoint.request_bucket is not None:
-            wait = endpoint.request_bucket.take(1.0, now, reserve=1.0)
-        if endpoint.token_bucket is not None:
-            wait = max(wait, endpoint.token_bucket.take(tokens, now, reserve=tokens))
-        if wait > 0:
-            self.pause_endpoint(endpoint, wait)
+    def _await_quota(self, seconds: float) -> None:
+        """Serve calls that wait for a quota after so many seconds."""
+        timer = self._quota_timer
+        if timer is not None:
+            if timer.when() <= asyncio.get_running_loop().time() + seconds:
+                return
+            timer.cancel()
+            self._timers.discard(timer)
+        self._quota_timer = self._later(seconds, self._retry_quotas)
+
+    def _retry_quotas(self) -> None:
+        self._quota_timer = None
+        self.balancer.retry_quotas()
 
     def _schedule_widening(self) -> None:
         """Check for full limits soon: calls wait although more could be in flight."""

@@ -165,13 +165,16 @@ class RateLimitPolicy:
 
     Attributes:
         requests_per_s: Limit of requests per second, or None.
-        tokens_per_min: Limit of tokens per minute, prompt and answer, or None.
-        burst: Limit of requests at once after a quiet time; None allows a second's worth.
+        tokens_per_min: Limit of tokens within any minute, prompt and answer, or None.
+        share: Part of these limits, and of those of endpoints, that this process may use at first.
+        shares_endpoints: Whether the share applies to the limits of endpoints, too: other processes
+            use the same endpoints.
     """
 
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
-    burst: float | None = None
+    share: float = 1.0
+    shares_endpoints: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
 from .health import HealthMonitor
-from .rate_limit import RateLimiter, estimate_tokens
+from .rate_limit import TokenNeed
 from .transport import OpenStream, StreamHooks, Transport
 
 _TEMPLATE: Final = 64
@@ -92,6 +92,7 @@ class RequestCharge:
         level: Requests in flight to its endpoint then, its own included.
         marks: Endpoints that have refused the call for now before, with their counts at that time;
             None for its first request.
+        need: Its tokens at most, as they are reserved with quotas; None if none counts tokens.
         prompt_tokens: Tokens of its prompt, as an answer to the same request reports them; None if
             unknown.
         lost: The lost requests of its call; None settles it at once if it is lost.
@@ -107,9 +108,15 @@ class RequestCharge:
     sent_at: float = 0.0
     level: int = 0
     marks: Mapping[Endpoint, RefusalMark] | None = None
+    need: TokenNeed | None = None
     prompt_tokens: int | None = None
     lost: LostRequests | None = None
     is_deferred: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens that are reserved for it with quotas."""
+        return 0 if self.need is None else self.need.tokens
 
     @classmethod
     async def reserve(
@@ -180,12 +187,11 @@ class RequestCharge:
         if self.log is not None and self.endpoint_usage is not None:
             self.log.endpoint = self.endpoint_usage.endpoint
         self._end_attempt(type(failure.error).__name__)
-        status = failure.error.status
-        if status in _CUT_OFF or (status is None and not failure.rule.free):
+        if may_have_used(failure):
             if endpoint is not None and self.lost is not None and not self.ended:
                 self.is_deferred = self.lost.add(self, endpoint)
             return self.settle_lost()
-        self.release(sent=status is not None)
+        self.release(sent=failure.error.status is not None)
         return _NO_USAGE
 
     def settle_lost(self) -> Usage:
@@ -224,6 +230,12 @@ class RequestCharge:
         if first and self.log is not None:
             self.log.sent.pop(self, None)
         return first
+
+
+def may_have_used(failure: Failure) -> bool:
+    """Return True if a failed request may have used tokens: its answer may be lost."""
+    status = failure.error.status
+    return status in _CUT_OFF or (status is None and not failure.rule.free)
 
 
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")
@@ -311,7 +323,6 @@ class RequestSender:
     Args:
         transport: The connections.
         monitor: Receives the outcome of each request.
-        limiter: The whole process' quotas, or None.
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
         own_fields: Whether each request chooses its fields itself.
@@ -324,14 +335,12 @@ class RequestSender:
         self,
         transport: Transport,
         monitor: HealthMonitor,
-        limiter: RateLimiter | None,
         simulated: bool | None,
         own_fields: bool = False,
     ) -> None:
         self._transport = transport
         self._own_fields = own_fields
         self._monitor = monitor
-        self._limiter = limiter
         self._warned = False
         self.simulated = simulated
 
@@ -420,15 +429,19 @@ class RequestSender:
     ) -> None:
         """Record a request's outcome, None if it was abandoned, and release its endpoint."""
         seconds: float | None = None
+        used = charge.tokens
         try:
             if isinstance(outcome, Failure):
+                used = charge.tokens if may_have_used(outcome) else 0
                 self._record_failure(endpoint, outcome, charge)
             elif outcome is not None:
                 seconds = time.monotonic() - charge.sent_at
-                self._record_success(endpoint, outcome, seconds, charge)
+                usage = self._record_success(endpoint, outcome, seconds, charge)
+                if charge.need is not None:
+                    used = charge.need.settle(usage)
         finally:
             endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
-            self._monitor.balancer.release(endpoint, seconds, charge.log)
+            self._monitor.balancer.release(endpoint, seconds, charge.log, charge.tokens, used)
 
     async def _soften_failure(
         self,
@@ -442,7 +455,7 @@ class RequestSender:
             others = endpoint.accepts_others(charge.log, sent, time.monotonic())
             failure = replace(failure, accepts_others=others)
         mark = charge.marks.get(endpoint) if charge.marks else None
-        if mark is not None and failure.has_known_pause:
+        if mark is not None and failure.has_known_pause and not failure.is_quota:
             alone = endpoint.refuses_alone(charge.log, mark, time.monotonic())
             failure = replace(failure, accepts_others=alone)
         if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
@@ -475,9 +488,6 @@ class RequestSender:
     def _record_failure(self, endpoint: Endpoint, failure: Failure, charge: RequestCharge) -> None:
         endpoint.stats.add_failure(type(failure.error).__name__)
         endpoint.stats.add_lost(charge.settle_failed(failure, endpoint))
-        # A refused request used no tokens; the cost of a lost one is unknown and stays reserved.
-        if failure.error.status is not None:
-            self._settle(endpoint, charge.body, Usage(0, 0))
         self._monitor.record_failure(endpoint, failure, charge.log)
 
     def _record_success(
@@ -486,15 +496,15 @@ class RequestSender:
         document: Mapping[str, Any],
         seconds: float,
         charge: RequestCharge,
-    ) -> None:
-        """Record a good answer."""
+    ) -> Usage:
+        """Record a good answer; return its usage."""
         usage, model = transport.read_usage(document), document.get("model")
-        self._settle(endpoint, charge.body, usage)
         charge.settle_answered(usage, model if isinstance(model, str) else None)
         endpoint.stats.add_answer(seconds, usage)
         self._monitor.record_success(endpoint, charge.level, seconds)
         if charge.log is not None:
             charge.log.simulated = transport.is_simulated(document)
+        return usage
 
     def _check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
@@ -508,16 +518,6 @@ class RequestSender:
         if simulated is self.simulated:
             return result
         return failures.classify_mixture(endpoint.label, simulated)
-
-    def _settle(self, endpoint: Endpoint, body: Mapping[str, Any], usage: Usage) -> None:
-        """Correct a request's reservation of tokens by its actual usage."""
-        if usage.prompt is None or (self._limiter is None and endpoint.token_bucket is None):
-            return
-        used = usage.prompt + (usage.completion or 0)
-        if self._limiter is not None:
-            self._limiter.settle(estimate_tokens(body), used)
-        if endpoint.token_bucket is not None:
-            endpoint.token_bucket.refund(estimate_tokens(body) - used)
 
     def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         if endpoint.spec.model is not None:

@@ -22,7 +22,7 @@ from .endpoint import Endpoint, RefusalMark
 from .failures import Failure, RetryAction
 from .health import HealthMonitor
 from .policy import HedgePolicy, RetryPolicy
-from .rate_limit import RateLimiter, estimate_tokens
+from .rate_limit import RateLimiter, TokenNeed
 from .request import LostRequests, RequestCharge
 from .transport import OpenStream
 
@@ -123,6 +123,8 @@ class AttemptLog(RetryCallState):
         self._limited += rule.tries is not None
         if rule.action is RetryAction.WAIT:
             self._count_alone(endpoint, failure)
+        if failure.is_quota:  # it says nothing about the item, however long it lasts
+            self.start_time = self.outcome_timestamp
         if failure.max_answer_tokens is not None:
             self._corrections += 1
             self._most[endpoint] = failure.max_answer_tokens
@@ -226,25 +228,22 @@ class Retrier:
     Args:
         policy: How often and for how long.
         monitor: Assigns endpoints and stops runs.
-        limiter: The whole process' quotas, or None.
+        limiter: All quotas.
         affinity: Endpoints by prompt prefix, or None.
-        counts_tokens: Returns True if any quota counts tokens, so that requests must be estimated.
     """
 
     def __init__(
         self,
         policy: RetryPolicy,
         monitor: HealthMonitor,
-        limiter: RateLimiter | None,
+        limiter: RateLimiter,
         affinity: Affinity | None,
-        counts_tokens: Callable[[], bool],
     ) -> None:
         self._policy = policy
         self._stop_retrying = make_stop(policy)
         self._monitor = monitor
         self._limiter = limiter
         self._affinity = affinity
-        self._counts_tokens = counts_tokens
         self._calls = 0
         self._repeated = 0
         self._failed = 0
@@ -258,13 +257,12 @@ class Retrier:
         """
         self._calls += 1
         log = CURRENT_CALLS.get()
-        tokens = estimate_tokens(body) if self._counts_tokens() else 0
         key = self._affinity.make_key(body) if self._affinity else 0
         prefer = self._affinity.find_endpoint(key) if self._affinity else None
         lost, answered = LostRequests(), None
         try:
             charge = await RequestCharge.reserve(log, body, lost)
-            endpoint = await self._acquire_endpoint(charge, tokens, prefer)
+            endpoint = await self._acquire_endpoint(charge, prefer)
             if self._affinity is not None:
                 self._affinity.record(key, endpoint)
             result, endpoint = await send(endpoint, body, charge)
@@ -274,7 +272,7 @@ class Retrier:
                 async def send_again() -> tuple[T | Failure, Endpoint]:
                     charge = await RequestCharge.reserve(log, body, lost)
                     endpoint = await self._acquire_endpoint(
-                        charge, tokens, attempts.prefer, attempts.excluded, attempts.unfit
+                        charge, attempts.prefer, attempts.excluded, attempts.unfit
                     )
                     if self._affinity is not None:
                         self._affinity.record(key, endpoint)
@@ -322,7 +320,6 @@ class Retrier:
     async def _acquire_endpoint(
         self,
         charge: RequestCharge,
-        tokens: int,
         prefer: Endpoint | None,
         avoid: Set[Endpoint] = frozenset(),
         unfit: Set[Endpoint] = frozenset(),
@@ -330,11 +327,11 @@ class Retrier:
         """Wait for an endpoint; release the reservation if there will be none."""
         try:
             self._check_stopped()
-            if self._limiter is not None:
-                await asyncio.sleep(self._limiter.reserve(tokens))
-                # a stop fails only calls that wait for an endpoint, not this one
-                self._check_stopped()
-            return await self._monitor.balancer.acquire(avoid, prefer, tokens, charge.log, unfit)
+            if self._limiter.counts_tokens:
+                charge.need = TokenNeed(self._limiter, request.max_usage(charge.body))
+            return await self._monitor.balancer.acquire(
+                avoid, prefer, charge.need, charge.log, unfit
+            )
         except BaseException:
             charge.release(sent=False)
             raise
@@ -478,7 +475,6 @@ class Hedger:
         policy: When, and how many.
         balancer: Assigns endpoints.
         send: Sends one request and returns its result; it never hedges.
-        limiter: The whole process' quotas, or None; second requests count, too.
     """
 
     def __init__(
@@ -486,9 +482,7 @@ class Hedger:
         policy: HedgePolicy,
         balancer: LoadBalancer,
         send: SendFunction[dict[str, Any]],
-        limiter: RateLimiter | None = None,
     ) -> None:
-        self._limiter = limiter
         self._policy = policy
         self._balancer = balancer
         self._send = send
@@ -573,17 +567,14 @@ class Hedger:
         self._timer = asyncio.get_running_loop().call_later(pause, self._check_stragglers)
 
     def _hedge(self, call: HedgedCall, due: float) -> None:
-        tokens, charge = estimate_tokens(call.charge.body), call.charge.reserve_again()
+        charge = call.charge.reserve_again()
         if charge is None:  # the budget does not cover a second request
             return
-        if self._limiter is not None and not self._limiter.try_reserve(tokens):
-            charge.release(sent=False)
-            return
-        endpoint = self._balancer.try_acquire(call.endpoints, tokens, charge.log)
+        if call.charge.need is not None:
+            charge.need = call.charge.need.copy()
+        endpoint = self._balancer.try_acquire(call.endpoints, charge.need, charge.log)
         if endpoint is None:
             charge.release(sent=False)
-            if self._limiter is not None:
-                self._limiter.settle(tokens, 0)
             return
         self._doubled += 1
         endpoint.stats.hedges += 1
@@ -620,7 +611,7 @@ class Hedger:
                 and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
             )
             if not_started and not task.cancelling():
-                self._balancer.release(endpoint, item=charge.log)
+                self._balancer.release(endpoint, None, charge.log, charge.tokens, None)
                 charge.release(sent=False)
             # At once: the item may be recorded before the task is cancelled.
             endpoint.stats.add_lost(charge.settle_lost())

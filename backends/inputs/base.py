@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.types import Item, Json, Row
+
+if TYPE_CHECKING:
+    from .column_types import ArrowTypes
 
 OnDuplicate: TypeAlias = Literal["error", "first", "suffix"]
 
@@ -35,6 +38,7 @@ class InputSummary:
     Attributes:
         items: Number of items.
         columns: Names of the columns over all items, in order of appearance.
+        row_schema: JSON Schema of the rows.
         digest: BLAKE2b (128 bits, hexadecimal) over ids and rows in order, after the limit.
         skipped: The skipped rows, at most the first 1,000.
         skipped_total: Number of skipped rows.
@@ -45,6 +49,7 @@ class InputSummary:
 
     items: int
     columns: tuple[str, ...]
+    row_schema: dict[str, Json]
     digest: str
     skipped: tuple[SkippedRow, ...]
     skipped_total: int
@@ -151,6 +156,7 @@ class RowSource:
         id: Default column of ids; None for row numbers.
         drop_unparsable: Column of SMILES; rows that RDKit cannot parse are skipped.
         ragged: Whether rows may differ in their columns.
+        types: Returns the types that the input declares for its columns.
     """
 
     name: str
@@ -159,6 +165,7 @@ class RowSource:
     id: str | None = None
     drop_unparsable: str | None = None
     ragged: bool = False
+    types: Callable[[], ArrowTypes] = dict
 
 
 def describe_line(path: Path) -> Callable[[int], str]:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ...configs.models import InputConfig, RunConfig
 from ..core.errors import InputError
@@ -29,6 +29,9 @@ from .readers import (
     read_jsonl,
     read_smi,
 )
+
+if TYPE_CHECKING:
+    from .column_types import ArrowTypes
 
 _SHIPPED: Final = {
     "molecules": ("molecules.csv", "mol_id"),
@@ -101,6 +104,12 @@ def _read_parquet(path: Path, _: InputConfig, needed: Collection[str]) -> Iterat
     return read_parquet(path, needed)
 
 
+def _read_parquet_types(path: Path) -> ArrowTypes:
+    from .parquet import read_types  # noqa: PLC0415 - pyarrow is slow to import
+
+    return read_types(path)
+
+
 @dataclass(frozen=True, slots=True)
 class InputFormat:
     """A format of input files.
@@ -110,12 +119,14 @@ class InputFormat:
         position: What a position counts; a function if that depends on the file.
         ragged: Whether the rows of one file may differ in their columns.
         packed: Whether files may be packed with gzip.
+        types: Returns the types that a file declares for its columns.
     """
 
     read: _Reader
     position: str | Callable[[Path], str] = "line"
     ragged: bool = False
     packed: bool = True
+    types: Callable[[Path], ArrowTypes] = lambda _: {}
 
     def describe(self, path: Path, at: int) -> str:
         """Return a position of a file in words."""
@@ -132,7 +143,7 @@ FORMATS: Final[dict[str, InputFormat]] = {
     ".ndjson": _JSONL,
     ".json": InputFormat(lambda path, *_: read_json(path), name_json_position, ragged=True),
     ".smi": InputFormat(lambda path, *_: read_smi(path)),
-    ".parquet": InputFormat(_read_parquet, "row", packed=False),
+    ".parquet": InputFormat(_read_parquet, "row", packed=False, types=_read_parquet_types),
 }
 """The formats of input files, by suffix. To add one, add its reader here."""
 
@@ -198,6 +209,7 @@ def _from_path(path: Path, config: InputConfig, needed: Collection[str]) -> RowS
         partial(form.read, path, config, needed),
         partial(form.describe, path),
         ragged=form.ragged,
+        types=partial(form.types, path),
     )
 
 
@@ -250,7 +262,12 @@ def _from_files(
         number, position = divmod(at, _SPAN)
         return form.describe(folder / chosen[number], position)
 
-    return RowSource(name, read, describe, ragged=True)
+    def read_types() -> ArrowTypes:
+        from .column_types import unify_types  # noqa: PLC0415 - pyarrow is slow to import
+
+        return unify_types(form.types(folder / file) for file in chosen)
+
+    return RowSource(name, read, describe, ragged=True, types=read_types)
 
 
 def get_format_suffix(path: Path) -> str:

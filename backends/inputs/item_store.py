@@ -18,12 +18,13 @@ import pyarrow as pa
 
 from ...configs.models import InputConfig
 from ..core.errors import JournalError
-from ..core.types import Item, Json
+from ..core.types import Item, Json, Row
 from .base import InputSummary, SkippedRow
+from .column_types import ColumnTypes, decode_schema, describe_columns, encode_schema
 from .formats import open_source
 from .screening import ItemEntry, RowValidator
 
-VERSION: Final = "1"
+VERSION: Final = "2"
 VERSION_KEY: Final = b"fanfold.items"
 SUMMARY_KEY: Final = b"fanfold.summary"
 _FIELDS: Final[list[tuple[str, pa.DataType]]] = [
@@ -50,6 +51,8 @@ class StoreHeader:
         skipped_total: Number of skipped rows.
         invalid: Number of items that carry a problem.
         source: The input in words.
+        types: Types of the columns, as text.
+        id_column: Column whose texts are the ids of all items, or None.
     """
 
     starts: tuple[int, ...]
@@ -60,6 +63,8 @@ class StoreHeader:
     skipped_total: int
     invalid: int
     source: str
+    types: str
+    id_column: str | None
 
     def to_json(self) -> bytes:
         """Convert to JSON."""
@@ -87,6 +92,8 @@ class StoreHeader:
             skipped_total=found["skipped_total"],
             invalid=found["invalid"],
             source=found["source"],
+            types=found["types"],
+            id_column=found["id_column"],
         )
 
 
@@ -113,6 +120,7 @@ class ItemStore:
             try:
                 self._reader = pa.ipc.open_file(self._file)
                 self._header = self._load_header()
+                self._types = decode_schema(self._header.types)
             except BaseException:
                 self._file.close()
                 raise
@@ -125,6 +133,16 @@ class ItemStore:
     def columns(self) -> tuple[str, ...]:
         """Names of the columns over all items, in order of appearance."""
         return self._header.columns
+
+    @property
+    def types(self) -> pa.Schema:
+        """The columns with the types that they were read with, in order of appearance."""
+        return self._types
+
+    @property
+    def id_column(self) -> str | None:
+        """Column whose texts are the ids of all items, unchanged; None if there is none."""
+        return self._header.id_column
 
     @property
     def digest(self) -> str:
@@ -160,6 +178,23 @@ class ItemStore:
         with self._convert_errors():
             return list(self._items(lo, hi))
 
+    def iter_rows(self, indices: Iterable[int]) -> Iterator[tuple[Row, int]]:
+        """Yield the columns of items, and their size in bytes; fast for rising indices.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        rows: list[Any] = []
+        start = 0
+        for index in indices:
+            with self._convert_errors():
+                if not start <= index < start + len(rows):
+                    at = bisect_right(self._header.starts, index) - 1
+                    start = self._header.starts[at]
+                    rows = self._reader.get_batch(at).column("row").to_pylist()
+                row: Row = orjson.loads(rows[index - start])
+            yield row, len(rows[index - start])
+
     def summary(self) -> InputSummary:
         """Return the summary of the input that was written to the store.
 
@@ -170,6 +205,7 @@ class ItemStore:
         return InputSummary(
             items=header.items,
             columns=header.columns,
+            row_schema=describe_columns(self._types),
             digest=header.digest,
             skipped=header.skipped,
             skipped_total=header.skipped_total,
@@ -272,12 +308,17 @@ def _write(file: IOBase, screen: RowValidator) -> None:
     digest = blake2b(digest_size=_DIGEST_BYTES)
     starts: list[int] = []
     items = 0
+    types: ColumnTypes | None = None
     with pa.ipc.new_file(file, SCHEMA) as sink, closing(screen.iter_entries()) as entries:
         for batch in _batches(entries):
+            if types is None:
+                types = ColumnTypes(screen.read_types())
+            types.add_rows([entry.values for entry in batch])
             _update_digest(digest, batch)
             sink.write_batch(_columns(batch))
             starts.append(items)
             items += len(batch)
+        assert types is not None, "an input without rows is refused"
         header = StoreHeader(
             starts=tuple(starts),
             items=items,
@@ -287,6 +328,8 @@ def _write(file: IOBase, screen: RowValidator) -> None:
             skipped_total=screen.skipped_total,
             invalid=screen.invalid,
             source=screen.source,
+            types=encode_schema(types.to_schema(screen.columns)),
+            id_column=screen.id_column,
         )
         sink.write_batch(_columns([]), custom_metadata={SUMMARY_KEY: header.to_json()})
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..core.arrow_text import is_read_as_text
 from ..core.errors import InputError
 from ..core.types import Json, Row
 from .lines import unreadable_error
@@ -23,14 +25,6 @@ _AS_THEY_ARE: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
     pa.types.is_string,
     pa.types.is_large_string,
     pa.types.is_string_view,
-)
-
-
-_AS_TEXT: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
-    pa.types.is_timestamp,
-    pa.types.is_date,
-    pa.types.is_time,
-    pa.types.is_decimal,
 )
 
 
@@ -52,14 +46,30 @@ def read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row
         InputError: The file is unreadable or is not a Parquet file, two columns have the same
             name, or no column or a required one has no JSON form.
     """
+    with _open(path) as file:
+        columns = _columns(path, file.schema_arrow, needed)
+        number = 0
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+            for row in _rows(batch):
+                number += 1
+                yield number, row
+
+
+def read_types(path: Path) -> dict[str, pa.DataType]:
+    """Return the types of the columns that rows contain.
+
+    Raises:
+        InputError: The file is unreadable or is not a Parquet file.
+    """
+    with _open(path) as file:
+        return {field.name: field.type for field in file.schema_arrow if _has_json(field.type)}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw) as file:
-            columns = _columns(path, file.schema_arrow, needed)
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                for row in _rows(batch):
-                    number += 1
-                    yield number, row
+            yield file
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {error}") from error
     except OSError as error:
@@ -73,18 +83,18 @@ def _columns(path: Path, schema: pa.Schema, needed: Collection[str]) -> list[str
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{path} has several columns named {', '.join(map(repr, repeated))}")
     for name in needed:
-        if name in names and not _is_representable(schema.field(name).type):
+        if name in names and not _has_json(schema.field(name).type):
             raise InputError(
                 f"{path}: column {name!r} is of type {schema.field(name).type}, which is "
                 "neither text nor a number; convert the column, or use another one"
             )
-    if not (sayable := [name for name in names if _is_representable(schema.field(name).type)]):
+    if not (sayable := [name for name in names if _has_json(schema.field(name).type)]):
         raise InputError(f"{path} has no column of text or numbers; its columns: {names}")
     return sayable
 
 
-def _is_representable(kind: pa.DataType) -> bool:
-    return _is(kind, _AS_TEXT) or pa.types.is_float16(kind) or _is_json_type(kind)
+def _has_json(kind: pa.DataType) -> bool:
+    return is_read_as_text(kind) or pa.types.is_float16(kind) or _is_json_type(kind)
 
 
 def _is_json_type(kind: pa.DataType) -> bool:
@@ -93,11 +103,7 @@ def _is_json_type(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         inner = [kind.field(at).type for at in range(kind.num_fields)]
         return not pa.types.is_union(kind) and all(map(_is_json_type, inner))
-    return _is(kind, _AS_THEY_ARE)
-
-
-def _is(kind: pa.DataType, tests: tuple[Callable[[pa.DataType], bool], ...]) -> bool:
-    return any(test(kind) for test in tests)
+    return any(test(kind) for test in _AS_THEY_ARE)
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[Row]:
@@ -107,7 +113,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[Row]:
 
 
 def _cells(column: pa.Array[Any]) -> list[Json]:
-    if _is(column.type, _AS_TEXT):
+    if is_read_as_text(column.type):
         column = column.cast(pa.string())
     elif pa.types.is_float16(column.type):
         column = column.cast(pa.float32())

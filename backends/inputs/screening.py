@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import orjson
 
@@ -22,6 +22,9 @@ from .base import (
     missing_column_error,
     open_smiles_check,
 )
+
+if TYPE_CHECKING:
+    from .column_types import ArrowTypes
 
 _REPORTED: Final = 5
 
@@ -143,11 +146,13 @@ class ItemEntry:
         id: The item's name.
         row: Its columns as JSON.
         problem: Why it must not be sent to the model, or None.
+        values: Its columns.
     """
 
     id: str
     row: bytes
     problem: str | None
+    values: Row
 
 
 class RowValidator:
@@ -159,6 +164,8 @@ class RowValidator:
         skipped: The skipped rows, at most `MAX_SKIPPED_ROWS`.
         skipped_total: Number of skipped rows.
         invalid: Number of items that carry a problem.
+        id_column: Column whose texts are the ids of all items so far, unchanged; None if there is
+            none.
     """
 
     def __init__(self, config: InputConfig, source: RowSource, columns: Collection[str]) -> None:
@@ -178,6 +185,7 @@ class RowValidator:
         self._source = source
         id_column = config.id if config.id is not None else source.id
         self._ids = IdAssigner(source, id_column, config.on_duplicate)
+        self.id_column = id_column
         self._needed = dict.fromkeys(columns, "the task")
         if config.smiles is not None:
             self._needed[config.smiles] = "input.smiles"
@@ -233,8 +241,18 @@ class RowValidator:
             return None
         if not row.keys() <= self.columns.keys():
             self.columns.update(dict.fromkeys(row))
+        if self.id_column is not None and row[self.id_column] != unique:
+            self.id_column = None
         self.invalid += problem is not None
-        return ItemEntry(unique, payload, problem)
+        return ItemEntry(unique, payload, problem, row)
+
+    def read_types(self) -> ArrowTypes:
+        """Return the types that the input declares for its columns.
+
+        Raises:
+            InputError: The input cannot be read.
+        """
+        return self._source.types()
 
     def _check_smiles(self, row: Row, check: SmilesCheck) -> tuple[str | None, str | None]:
         """Return why the row is skipped, or else why its item must not be sent to the model."""

@@ -1,4 +1,4 @@
-"""Writers of results: Parquet, CSV, JSON lines."""
+"""Writers of results: Parquet, CSV, JSON lines; and the layout that they share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Final
@@ -16,17 +17,21 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..core.arrow_text import is_read_as_text, parse_texts
 from ..core.errors import JournalError
 from ..core.types import Json
 from .results_schema import (
     FREE_TEXT,
+    INPUT_ROW,
     JSON,
     RESULT_COLUMNS,
+    ROW_BYTES,
     UNFIT_COLUMN,
     CellType,
     ResultRow,
     fit_column,
     make_rows,
+    name_input_columns,
     read_cell_type,
     to_compact_json,
 )
@@ -72,11 +77,16 @@ def get_stream_name(stream: IO[bytes]) -> str:
     return name if isinstance(name, str) else "the output stream"
 
 
+RESULTS_VERSION: Final = "2"
+VERSION_KEY: Final = b"fanfold.results"
+_INPUTS_KEY: Final = b"fanfold.inputs"
+"""Metadata of the table: its version, and the names that the input has for its columns."""
+
 BATCH_ROWS: Final = 4_096
 """Rows held in memory and written together."""
 
 BATCH_BYTES: Final = 16 << 20
-"""Size of outputs and errors at which a smaller batch is written."""
+"""Size of texts, as JSON, at which a smaller batch is written."""
 
 _INTEGERS: Final = (
     "attempts",
@@ -95,18 +105,111 @@ _TYPES: Final[Mapping[str, pa.DataType]] = {
     "latency_s": pa.float64(),
     "finished_at": pa.timestamp("ms", tz="UTC"),
     "simulated": pa.bool_(),
+    "prompt": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+    "raw": pa.string(),
 }
 
+_LONG: Final = ("output", "error", "reasoning", "raw", "prompt")
+"""Columns of unbounded length."""
 
-def write_parquet(
-    records: Iterable[ResultRow], path: Path, schema: Mapping[str, Json] | None
-) -> int:
+
+@dataclass(frozen=True, slots=True)
+class InputColumn:
+    """A column of the input in the results.
+
+    Attributes:
+        source: Its name in the input.
+        name: Its name in the results.
+        type: Its type.
+    """
+
+    source: str
+    name: str
+    type: pa.DataType
+
+
+@dataclass(frozen=True, slots=True)
+class ResultLayout:
+    """The columns of the results of a run.
+
+    Attributes:
+        output: Type of the answers.
+        inputs: Columns of the input.
+        optional: Names of optional columns.
+    """
+
+    output: CellType
+    inputs: tuple[InputColumn, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of the columns before those of the input."""
+        return RESULT_COLUMNS[:_INPUTS_AT]
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Names of the columns after those of the input, without that of unfit answers."""
+        return (*RESULT_COLUMNS[_INPUTS_AT:], *self.optional)
+
+    def input_names(self) -> dict[str, str]:
+        """Return the names of the input's columns in the results."""
+        return {column.source: column.name for column in self.inputs}
+
+    def to_arrow(self) -> pa.Schema:
+        """Return the schema of the table."""
+        types = {**_TYPES, "output": _arrow(self.output)}
+        last = {} if self.output in {FREE_TEXT, JSON} else {UNFIT_COLUMN: pa.string()}
+        return pa.schema(
+            {name: types[name] for name in self.head}
+            | {column.name: column.type for column in self.inputs}
+            | {name: types[name] for name in self.tail}
+            | last,
+            metadata={
+                VERSION_KEY: RESULTS_VERSION.encode(),
+                _INPUTS_KEY: orjson.dumps(self.input_names()),
+            },
+        )
+
+
+_INPUTS_AT: Final = RESULT_COLUMNS.index("output")
+
+
+def make_layout(
+    schema: Mapping[str, Json] | None,
+    inputs: pa.Schema | None = None,
+    id_column: str | None = None,
+    optional: Sequence[str] = (),
+) -> ResultLayout:
+    """Return the columns of the results.
+
+    Args:
+        schema: The task's JSON Schema, which gives ``output`` its type; None makes it text.
+        inputs: The columns of the input with their types.
+        id_column: Column of the input whose texts are the ids, or None.
+        optional: Names of optional columns.
+    """
+    inputs = pa.schema([]) if inputs is None else inputs
+    columns = tuple(
+        InputColumn(source, name, inputs.field(source).type)
+        for source, name in name_input_columns(inputs.names, id_column).items()
+    )
+    return ResultLayout(read_cell_type(schema), columns, tuple(optional))
+
+
+def read_input_names(schema: pa.Schema) -> dict[str, str]:
+    """Return the names of the input's columns in a table of results, by their own names."""
+    names: dict[str, str] = orjson.loads((schema.metadata or {})[_INPUTS_KEY])
+    return names
+
+
+def write_parquet(records: Iterable[ResultRow], path: Path, layout: ResultLayout) -> int:
     """Write the results to a file, completely or not at all, in bounded memory.
 
     Args:
         records: Rows from :func:`make_rows`, in the order of the rows.
         path: The file to create or replace.
-        schema: The task's JSON Schema, which gives ``output`` its type; None makes it text.
+        layout: The columns.
 
     Returns:
         Number of rows written.
@@ -115,20 +218,27 @@ def write_parquet(
         JournalError: The file cannot be written (an existing file is then unchanged), or a record
             is damaged.
     """
-    shape = read_cell_type(schema)
-    table = _table(shape)
-    rows = 0
-    with replace_file(path) as file, pq.ParquetWriter(file, table, compression="zstd") as writer:
-        for batch in _batches(records):
-            writer.write_batch(_columns(batch, table, shape))
-            rows += len(batch)
+    schema, rows = layout.to_arrow(), 0
+    with replace_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in iter_batches(records, layout):
+            writer.write_batch(batch)
+            rows += batch.num_rows
     return rows
 
 
-def _table(shape: CellType) -> pa.Schema:
-    types = {**_TYPES, "output": _arrow(shape)}
-    tail = {} if shape in {FREE_TEXT, JSON} else {UNFIT_COLUMN: pa.string()}
-    return pa.schema({name: types[name] for name in RESULT_COLUMNS} | tail)
+def iter_batches(records: Iterable[ResultRow], layout: ResultLayout) -> Iterator[pa.RecordBatch]:
+    """Yield the table in parts of bounded size.
+
+    Args:
+        records: Rows from :func:`make_rows`, in the order of the rows.
+        layout: The columns.
+
+    Raises:
+        JournalError: A record is damaged.
+    """
+    schema = layout.to_arrow()
+    for batch in _batches(records):
+        yield _columns(batch, schema, layout)
 
 
 def _arrow(shape: CellType) -> pa.DataType:
@@ -145,6 +255,8 @@ def _arrow(shape: CellType) -> pa.DataType:
             return pa.struct([(name, _arrow(part)) for name, part in shape.parts])
         case "free" | "json" | "text":
             return pa.string()
+        case "any":
+            raise TypeError("answers have no cells of any type")
 
 
 def _batches(records: Iterable[ResultRow]) -> Iterator[list[ResultRow]]:
@@ -152,7 +264,7 @@ def _batches(records: Iterable[ResultRow]) -> Iterator[list[ResultRow]]:
     size = 0
     for record in records:
         batch.append(record)
-        size += _weight(record.get("output")) + _weight(record.get("error"))
+        size += record.get(ROW_BYTES, 0) + sum(_weight(record.get(name)) for name in _LONG)
         if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -167,22 +279,54 @@ def _weight(value: Json) -> int:
     return len(value if isinstance(value, str) else orjson.dumps(value))
 
 
-def _columns(batch: list[ResultRow], table: pa.Schema, shape: CellType) -> pa.RecordBatch:
+_PROMPT: Final = CellType(
+    "list",
+    (("element", CellType("struct", (("role", FREE_TEXT), ("content", FREE_TEXT)))),),
+)
+
+
+def _columns(batch: list[ResultRow], table: pa.Schema, layout: ResultLayout) -> pa.RecordBatch:
     columns: dict[str, Any] = {
-        name: [record.get(name) for record in batch] for name in RESULT_COLUMNS
+        name: [record.get(name) for record in batch] for name in (*layout.head, *layout.tail)
     }
     outputs = columns["output"]
-    columns["output"], unfit = fit_column(shape, outputs)
+    columns["output"], unfit = fit_column(layout.output, outputs)
     columns[UNFIT_COLUMN] = [None] * len(batch)
     for row in unfit:
         columns[UNFIT_COLUMN][row] = to_compact_json(outputs[row])
-    arrays = [
-        _times(batch)
-        if column.name == "finished_at"
-        else pa.array(columns[column.name], column.type)
-        for column in table
-    ]
-    return pa.record_batch(arrays, schema=table)
+    if "prompt" in columns:
+        columns["prompt"], _ = fit_column(_PROMPT, columns["prompt"])
+    inputs = [record.get(INPUT_ROW) or {} for record in batch]
+    arrays = {column.name: _input_array(inputs, column) for column in layout.inputs}
+    arrays["finished_at"] = _times(batch)
+    return pa.record_batch(
+        [
+            arrays[field.name]
+            if field.name in arrays
+            else pa.array(columns[field.name], field.type)
+            for field in table
+        ],
+        schema=table,
+    )
+
+
+def _input_array(rows: Sequence[Mapping[str, Json]], column: InputColumn) -> pa.Array[Any]:
+    values = [row.get(column.source) for row in rows]
+    if is_read_as_text(column.type):
+        return parse_texts(values, column.type)
+    cells, _ = fit_column(_cell_type(column.type), values)
+    return pa.array(cells, column.type)
+
+
+def _cell_type(kind: pa.DataType) -> CellType:
+    """Return the cell type of a column of the input; texts also hold values of several types."""
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return FREE_TEXT
+    if pa.types.is_struct(kind):
+        return CellType("struct", tuple((field.name, _cell_type(field.type)) for field in kind))
+    if pa.types.is_nested(kind):
+        return CellType("list", (("element", _cell_type(kind.field(0).type)),))
+    return CellType("any")
 
 
 def _times(batch: list[ResultRow]) -> pa.Array[Any]:
@@ -210,13 +354,13 @@ def _time(record: ResultRow) -> datetime | None:
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_FOREIGN: Final = ("error", "model", "reasoning")
+_FOREIGN: Final = ("error", "model", "raw", "reasoning")
 
 
 def write_csv(
     records: Iterable[ResultRow],
     stream: IO[bytes],
-    schema: Mapping[str, Json] | None,
+    layout: ResultLayout,
     *,
     safe: bool = False,
 ) -> int:
@@ -229,7 +373,7 @@ def write_csv(
     Args:
         records: Rows from :func:`make_rows`, in the order of the rows.
         stream: Stream to write to; it stays open.
-        schema: The task's JSON Schema, or None.
+        layout: The columns.
         safe: Whether to guard all cells and the header, not only text written by a model.
 
     Returns:
@@ -238,7 +382,7 @@ def write_csv(
     Raises:
         JournalError: The stream cannot be written.
     """
-    columns, target, rows = _csv_columns(read_cell_type(schema)), get_stream_name(stream), 0
+    columns, target, rows = _csv_columns(layout), get_stream_name(stream), 0
     with explain_write_errors(target):
         stream.write(_line([_guard_formula(name) for name in columns] if safe else list(columns)))
     for record in records:
@@ -252,10 +396,14 @@ def write_csv(
     return rows
 
 
-def _csv_columns(shape: CellType) -> dict[str, Callable[[ResultRow], str]]:
+def _csv_columns(layout: ResultLayout) -> dict[str, Callable[[ResultRow], str]]:
     """Return, by column, the function that makes a cell from a record."""
-    columns: dict[str, Callable[[ResultRow], str]] = {}
-    for name in RESULT_COLUMNS:
+    shape = layout.output
+    columns: dict[str, Callable[[ResultRow], str]] = {
+        name: _plain(name, guarded=False) for name in layout.head
+    }
+    columns |= {column.name: _input(column.source) for column in layout.inputs}
+    for name in layout.tail:
         if name == "output" and shape.kind == "struct":
             columns |= {f"output.{part}": _property(part) for part, _ in shape.parts}
         else:
@@ -267,6 +415,10 @@ def _csv_columns(shape: CellType) -> dict[str, Callable[[ResultRow], str]]:
 
 def _plain(name: str, *, guarded: bool) -> Callable[[ResultRow], str]:
     return lambda record: _cell(record.get(name), guarded=guarded)
+
+
+def _input(name: str) -> Callable[[ResultRow], str]:
+    return lambda record: _cell((record.get(INPUT_ROW) or {}).get(name), guarded=False)
 
 
 def _property(name: str) -> Callable[[ResultRow], str]:
@@ -306,12 +458,15 @@ def _line(cells: list[str]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes]) -> int:
+def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes], layout: ResultLayout) -> int:
     """Write one JSON object per line, in UTF-8, with ``output`` as the model gave it.
+
+    A line has the columns of the input that its item has.
 
     Args:
         records: Rows from :func:`make_rows`, in the order of the lines.
         stream: Stream to write to; it stays open.
+        layout: The columns.
 
     Returns:
         Number of lines written.
@@ -320,9 +475,13 @@ def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes]) -> int:
         JournalError: The stream cannot be written.
     """
     target = get_stream_name(stream)
-    lines = 0
+    head, names, tail, lines = layout.head, layout.input_names(), layout.tail, 0
     for record in records:
-        row = {name: record.get(name) for name in RESULT_COLUMNS}
+        row = {name: record.get(name) for name in head}
+        for source, value in (record.get(INPUT_ROW) or {}).items():
+            if source in names:
+                row[names[source]] = value
+        row |= {name: record.get(name) for name in tail}
         with explain_write_errors(target):
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         lines += 1
@@ -331,4 +490,13 @@ def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes]) -> int:
     return lines
 
 
-__all__ = ["RESULT_COLUMNS", "make_rows", "write_csv", "write_jsonl", "write_parquet"]
+__all__ = [
+    "RESULT_COLUMNS",
+    "ResultLayout",
+    "iter_batches",
+    "make_layout",
+    "make_rows",
+    "write_csv",
+    "write_jsonl",
+    "write_parquet",
+]

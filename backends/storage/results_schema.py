@@ -14,7 +14,9 @@ from ..core.money import NANO_PER_USD
 from ..core.parsing import resolve_reference
 from ..core.types import Json
 
-Kind: TypeAlias = Literal["free", "json", "text", "integer", "number", "boolean", "list", "struct"]
+Kind: TypeAlias = Literal[
+    "free", "json", "text", "integer", "number", "boolean", "list", "struct", "any"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class CellType:
     """Type of a cell; every cell may be null.
 
     Attributes:
-        kind: ``free`` is text unchanged and anything else as JSON text; ``json`` always JSON text.
+        kind: ``free`` is text unchanged and anything else as JSON text; ``json`` always JSON text;
+            ``any`` is a value that fits.
         parts: A struct's fields by name; a list's element, under ``element``.
     """
 
@@ -173,9 +176,50 @@ RESULT_COLUMNS: Final = (
 )
 """Columns in order."""
 
+OPTIONAL_COLUMNS: Final = ("prompt", "raw")
+"""Columns on request: the rendered messages, and the text of the answer where it was kept."""
+
 UNFIT_COLUMN: Final = "output_unfit"
 """Last column if a schema gives the output typed columns: the whole output as JSON text where the
 columns cannot hold all of it (an undeclared property, an integer beyond 64 bits), else null."""
+
+
+INPUT_ROW: Final = "row"
+"""Key of the input's columns in a :data:`ResultRow`."""
+
+ROW_BYTES: Final = "row_bytes"
+"""Key of their size in bytes."""
+
+_RENAMED: Final = "input_"
+
+
+def name_input_columns(columns: Sequence[str], id_column: str | None = None) -> dict[str, str]:
+    """Return the names of the input's columns in the results, in order.
+
+    A column keeps its name unless the results have, or may have, a column of that name.
+
+    Args:
+        columns: The columns of the input.
+        id_column: Column whose texts are the ids; if it is called ``id``, it is not repeated.
+    """
+    left_out = "id" if id_column == "id" else None
+    names = {name: name for name in columns if name != left_out}
+    taken = {name for name in names if not _is_reserved(name)}
+    for column in [name for name in names if name not in taken]:
+        name = _RENAMED + column
+        while name in taken:
+            name = _RENAMED + name
+        taken.add(name)
+        names[column] = name
+    return names
+
+
+def _is_reserved(name: str) -> bool:
+    # A name with a dot would be read as that of a field of the answer.
+    return name in _RESERVED or name.startswith("output.")
+
+
+_RESERVED: Final = frozenset({*RESULT_COLUMNS, *OPTIONAL_COLUMNS, UNFIT_COLUMN})
 
 
 def make_rows(records: Iterable[ResultRow], *, priced: bool) -> Iterator[ResultRow]:
@@ -253,6 +297,8 @@ def _are_cells(shape: CellType, values: Sequence[Any]) -> bool:
 
     Checking the types of a column costs less than checking its values one by one.
     """
+    if shape.kind == "any":
+        return True
     types = set(map(type, values)) - {NoneType}
     if not types <= _CELLS[shape.kind]:
         return False
@@ -287,6 +333,10 @@ def fit_cell(shape: CellType, value: Json) -> FittedCell:
     if shape.kind == "struct":
         return _struct(shape, value)
     return _SCALARS_FITTING[shape.kind](value)
+
+
+def _any(value: Json) -> FittedCell:
+    return value, True
 
 
 def _free(value: Json) -> FittedCell:
@@ -336,6 +386,7 @@ def _struct(shape: CellType, value: Json) -> FittedCell:
 
 
 _SCALARS_FITTING: Final[Mapping[Kind, Callable[[Json], FittedCell]]] = {
+    "any": _any,
     "free": _free,
     "json": _json,
     "text": _text,

@@ -257,8 +257,9 @@ def endpoints(config: Config, changes: Overrides, as_json: AsJson = False) -> No
 
 
 @app.command()
-def results(
+def results(  # noqa: PLR0913 - typer wants one parameter per option
     folder: Folder,
+    *,
     form: Annotated[
         str | None,
         typer.Option("--format", help="jsonl, csv or parquet; default: by the suffix, or jsonl."),
@@ -277,11 +278,21 @@ def results(
         bool,
         typer.Option("--safe-csv", help="With csv: put ' before cells that start a formula."),
     ] = False,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Add the messages of each item (column prompt).")
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Add the text of the answer where the run kept it (column raw)."
+        ),
+    ] = False,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
     from .status import export_results
 
-    export_results(folder, form, target, safe_csv)
+    optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
+    export_results(folder, form, target, safe_csv, optional)
 
 
 @app.command()

@@ -11,18 +11,16 @@ import orjson
 from rich.console import Console
 from rich.text import Text
 
-from ...backends.core.errors import ConfigurationError, InvalidItemError
+from ...backends.core.errors import ConfigurationError
 from ...backends.core.remedies import find_remedy
-from ...backends.core.templates import Template
 from ...backends.core.terminal import escape_controls
-from ...backends.core.types import CHAT_URL, Item, Message
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import read_settings
-from ...nodes.item.prepare import build_messages
-from ..run.console import Terminal, print_json, print_lines
+from ..run.console import Terminal, print_json, print_lines, print_messages
+from ..run.result_rows import PromptRenderer, read_prompts
 
 _SHOWN: Final = 1_000
 """Characters of a text that the terminal shows; ``--json`` has all that is known."""
@@ -46,9 +44,9 @@ def show_failures(path: Path, error_class: str | None, as_json: bool) -> None:
         if error_class is not None:
             _show_ids(journal, error_class, as_json)
             return
-        requests = _RequestReader(read_settings(folder.settings).data)
+        prompts = _read_prompts(folder)
         rows = [
-            _describe_class(name, count, journal, store, requests)
+            _describe_class(name, count, journal, store, prompts)
             for name, count in journal.count_failures().items()
         ]
         counts = journal.count_items()
@@ -81,46 +79,24 @@ def _show_ids(journal: Journal, error_class: str, as_json: bool) -> None:
         print_lines(" ".join(name.splitlines()) for name in ids)
 
 
-class _RequestReader:
-    """Renders what was asked for an item, from the settings of the run as they are in its folder.
-
-    Keys of endpoints are not resolved: they may be missing, and are not needed.
-
-    Args:
-        settings: The content of ``run.yaml``.
-    """
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._task = settings.get("task") or {}
-        self._role = (settings.get("model") or {}).get("system_role") or "system"
-        self._is_batch = (settings.get("input") or {}).get("format") == "openai_batch"
-
-    def read(self, item: Item) -> list[Message] | None:
-        """Return the messages of the first request; None if none was sent or they are unknown."""
-        if item.problem is not None or self._task.get("graph") is not None:
-            return None
-        if self._is_batch:
-            if item.row.get("url") != CHAT_URL:
-                return None
-            body = item.row.get("body")
-            messages = body.get("messages") if isinstance(body, dict) else None
-            return messages if isinstance(messages, list) else None
-        try:
-            prompt = Template.parse(self._task.get("prompt") or "")
-            return build_messages(self._task.get("system") or "", prompt, item.row, self._role)
-        except InvalidItemError:
-            return None
+def _read_prompts(folder: RunFolder) -> PromptRenderer | None:
+    """Return what renders the requests; None, with a message, if the prompt is incomplete."""
+    try:
+        return read_prompts(read_settings(folder.settings).data, str(folder.settings))
+    except ConfigurationError as error:
+        print_messages([f"{error.message}; rows of the input are shown instead of requests"])
+        return None
 
 
 def _describe_class(
-    name: str, count: int, journal: Journal, store: ItemStore, requests: _RequestReader
+    name: str, count: int, journal: Journal, store: ItemStore, prompts: PromptRenderer | None
 ) -> dict[str, Any]:
     """Return an error class as data, with its first item in input order as the example."""
     index = next(journal.find_failed(name))
     record = journal.read_record(index)
     (item,) = store.read(index, index + 1)
     remedy = find_remedy(name)
-    messages = requests.read(item)
+    messages = prompts.render(record, item.row) if prompts and record.get("requests") else None
     return {
         "class": name,
         "count": count,

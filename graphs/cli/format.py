@@ -83,6 +83,44 @@ def _requests(found: Forecast, plan: RunPlan) -> str:
 
 
 def _times(found: Forecast, plan: RunPlan) -> Iterator[str]:
+    yield from _measured_times(found, plan)
+    yield from _rate_lines(found, plan)
+
+
+_RATE_LIMITS: Final = {
+    "requests_per_s": "{:g} requests per second",
+    "tokens_per_min": "{:,.0f} tokens per minute",
+}
+_SLOW: Final = 1.5
+"""A run that limits slow down by this factor should be run in another way."""
+_LONG_S: Final = 3600.0
+
+
+def _rate_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
+    """Yield how long a run takes under its rate limits, and what to do if that is long."""
+    bound = found.rate_bound
+    if bound is None:
+        return
+    name = _RATE_LIMITS[bound.limit].format(getattr(plan, bound.limit))
+    if found.measured is None:
+        low, high = format_duration(bound.seconds.low), format_duration(bound.seconds.high)
+        yield f"time under the limit of {name}: {low} to {high}"
+    else:
+        yield f"time under the limit of {name}: {format_range(bound.seconds, format_duration)}"
+    slow = bound.slowdown is not None and bound.slowdown >= _SLOW
+    long = bound.slowdown is None and bound.seconds.likely >= _LONG_S
+    factor = "" if bound.slowdown is None else f" ({bound.slowdown:.1f} times as long as without)"
+    if plan.is_gateway and (slow or long):
+        yield (
+            f"advice: this limit decides how long the run takes{factor}; the gateway's batch mode "
+            "and model servers of your own on nodes do not have it (docs/configuration.md, FIRST "
+            "gateway)"
+        )
+    elif slow:
+        yield f"advice: this limit decides how long the run takes{factor}; raise it if you may"
+
+
+def _measured_times(found: Forecast, plan: RunPlan) -> Iterator[str]:
     streams = f"{min(plan.streams, max(1, plan.items)):,} streams"
     if found.seconds is None:
         yield (
@@ -331,9 +369,12 @@ def _flatten_row(row: Mapping[str, Any], field: str | None) -> dict[str, Any]:
     flat = {key: row[key] for key in ("rank", "id") if key in row}
     if field is not None and "value" in row:
         flat[field] = row["value"]
-    for part in (row.get("show"), row.get("output")):
-        if isinstance(part, Mapping):
-            flat |= {name: inner for name, inner in part.items() if name not in flat}
+    for source, part in (("input", row.get("show")), ("output", row.get("output"))):
+        for name, inner in part.items() if isinstance(part, Mapping) else ():
+            if name not in flat:
+                flat[name] = inner
+            elif (source, name) not in {("input", "id"), ("output", field)}:  # the same value
+                flat[f"{source}.{name}"] = inner
     if not isinstance(row.get("output"), Mapping) and row.get("output") is not None:
         flat["output"] = row["output"]
     return flat

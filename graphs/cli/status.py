@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -28,19 +28,12 @@ from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotal
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
-from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
-from ...backends.storage.run_folder import (
-    RunFolder,
-    get_run_ids,
-    open_folder,
-    read_extents,
-    read_state,
-)
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ...backends.storage.results import write_csv, write_jsonl, write_parquet
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..jobs.usage import job_report
 from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
 from ..run.open_run import describe_lost_files
+from ..run.result_rows import ResultSource, open_result_source
 from .failures import continue_lines, retry_command
 from .format import format_cell
 from .options import COST_BY
@@ -288,7 +281,11 @@ def _format_value(value: Any) -> Text:
 
 
 def export_results(
-    path: Path, given: str | None, target: Path | None, safe_csv: bool = False
+    path: Path,
+    given: str | None,
+    target: Path | None,
+    safe_csv: bool = False,
+    optional: Sequence[str] = (),
 ) -> None:
     """Write one row per finished item.
 
@@ -297,6 +294,7 @@ def export_results(
         given: The format; None follows the suffix of ``target``.
         target: The file; None is stdout.
         safe_csv: Whether cells that start a formula are quoted.
+        optional: Names of optional columns.
 
     Raises:
         ConfigurationError: The format is unknown or does not fit, or the file cannot be written.
@@ -309,21 +307,18 @@ def export_results(
     folder = open_folder(path)
     if target is not None:
         _check_target(target)
-    about, schema = folder.read_provenance(), _schema(folder)
-    items, extents = about["input"]["items"], read_extents(folder)
-    with Journal(folder.journal, get_run_ids(about), items, extents) as journal:
-        records = make_rows(journal.read_records(), priced=journal.total_usage().nano_usd > 0)
+    with open_result_source(folder, optional) as source:
         if target is None:
-            _write_text(records, form, open_data_stream(form == "jsonl"), schema, safe_csv)
+            _write_text(source, form, open_data_stream(form == "jsonl"), safe_csv)
             return
         if form == "parquet":
-            write_parquet(records, target, schema)
+            write_parquet(source.iter_rows(), target, source.layout)
         else:
             with _open_target(target) as stream:
-                _write_text(records, form, stream, schema, safe_csv)
-        counts = journal.count_items()
+                _write_text(source, form, stream, safe_csv)
+        counts = source.journal.count_items()
         rows = counts.done + counts.failed
-        print_messages([f"{target}: {rows:,} of {items:,} items as {form}"])
+        print_messages([f"{target}: {rows:,} of {len(source.store):,} items as {form}"])
 
 
 def _choose_format(given: str | None, target: Path | None) -> str:
@@ -348,12 +343,6 @@ def _choose_format(given: str | None, target: Path | None) -> str:
     return form
 
 
-def _schema(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the answer schema, without resolving the endpoints' key, which results do not need."""
-    schema = get_at_path(read_settings(folder.settings).data, ("task", "schema"))
-    return schema if isinstance(schema, dict) else None
-
-
 def _check_target(target: Path) -> None:
     if target.is_dir():
         raise ConfigurationError(f"-o {target}: is a folder; name a file")
@@ -368,17 +357,11 @@ def _open_target(target: Path) -> IO[bytes]:
         raise ConfigurationError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-def _write_text(
-    records: Iterator[Mapping[str, Any]],
-    form: str,
-    stream: IO[bytes],
-    schema: dict[str, Any] | None,
-    safe_csv: bool,
-) -> None:
+def _write_text(source: ResultSource, form: str, stream: IO[bytes], safe_csv: bool) -> None:
     if form == "csv":
-        write_csv(records, stream, schema, safe=safe_csv)
+        write_csv(source.iter_rows(), stream, source.layout, safe=safe_csv)
     else:
-        write_jsonl(records, stream)
+        write_jsonl(source.iter_rows(), stream, source.layout)
 
 
 _NO_PRICE: Final = "-"

@@ -23,29 +23,20 @@ from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets
 from .heartbeat import stop_file
 
-_OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
 _MOST_GROWTH: Final = 3
 """Bytes as ASCII with blanks, at most, for each byte of compact UTF-8."""
-_OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
 
 
 def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return the settings for workers: rates divided by the workers, and no metrics port.
+    """Return the settings for workers: streams of an endpoint divided, and no metrics port.
 
-    Limits of an endpoint are divided as well, unless each worker uses the endpoints of its node.
+    They are not divided if each worker uses the endpoints of its node. Rates are whole: a worker
+    knows its share of them (``backends/fleet/rate_limit.py``).
     """
     settings = copy.deepcopy(loaded.plain)
     backend, limits = loaded.config.backend, settings["limits"]
-    workers = backend.concurrent_shards
-    keys = _OF_THE_RUN if backend.node_endpoints else (*_OF_THE_RUN, *_OF_AN_ENDPOINT)
-    for key in keys:
-        if limits.get(key) is not None:
-            limits[key] = limits[key] / workers
     if limits.get("endpoint_streams") is not None and not backend.node_endpoints:
-        limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // workers)
-    gateway = settings["endpoints"].get("first")
-    if gateway and gateway.get("requests_per_s") is not None:
-        gateway["requests_per_s"] = gateway["requests_per_s"] / workers
+        limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // backend.concurrent_shards)
     settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
     if settings.get("metrics"):
         settings["metrics"] = {"port": None}  # the coordinator serves them

@@ -29,14 +29,16 @@ from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     check_cache,
+    find_rate_limits,
+    make_fleet_policy,
     make_model_params,
     open_endpoint_set,
 )
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import ProbeResult, select_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
-from ...backends.fleet.endpoint import describe_spellings
-from ...backends.fleet.policy import ModelParams
+from ...backends.fleet.endpoint import EndpointSpec, describe_spellings
+from ...backends.fleet.policy import FleetPolicy, ModelParams
 from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
@@ -50,7 +52,7 @@ from ...configs.prices import find_provider_name
 from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting
+from .prepare import check_endpoints, check_input_setting, check_reduce
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -244,12 +246,18 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
+        check_reduce(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
+    policy = make_fleet_policy(config, ready.endpoint_set)
     plan = make_run_plan(
-        config, valid, counted.tokens, cost, count_nodes(config, _node_urls(ready))
+        config,
+        valid,
+        counted.tokens,
+        cost,
+        count_nodes(config, _node_urls(ready)),
     )
-    plan = replace(plan, max_tokens=sampled.max_tokens)
+    plan = limit_rates(replace(plan, max_tokens=sampled.max_tokens), config, policy, ready.specs)
     return Estimate(
         input=sampled.summary,
         endpoints=lines,
@@ -273,9 +281,13 @@ def _question(sampled: Sample) -> str:
 
 
 def make_run_plan(
-    config: RunConfig, items: int, first: Range, cost: Price | None, nodes: int | None
+    config: RunConfig,
+    items: int,
+    first: Range,
+    cost: Price | None,
+    nodes: int | None,
 ) -> RunPlan:
-    """Return the plan of a run.
+    """Return the plan of a run, without the limits on its rate.
 
     Args:
         config: The settings.
@@ -291,13 +303,31 @@ def make_run_plan(
         max_tokens=config.model.max_tokens,
         repairs=config.task.repairs if config.task.answer_schema is not None else 0,
         streams=limits.streams,
-        requests_per_s=limits.requests_per_s,
-        tokens_per_min=limits.tokens_per_min,
         nodes=nodes,
         price=cost,
         caps=BudgetLimits.from_settings(
             budget.usd, budget.tokens, budget.requests, budget.node_hours
         ),
+    )
+
+
+def limit_rates(
+    plan: RunPlan, config: RunConfig, policy: FleetPolicy, specs: Iterable[EndpointSpec]
+) -> RunPlan:
+    """Return a plan with the rates that all limits together allow.
+
+    Args:
+        plan: The plan.
+        config: The settings.
+        policy: How the fleet is used.
+        specs: The endpoints.
+    """
+    requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, specs)
+    return replace(
+        plan,
+        requests_per_s=requests_per_s,
+        tokens_per_min=tokens_per_min,
+        is_gateway=policy.whole_answers,
     )
 
 

@@ -27,7 +27,7 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files, write_extents
-from ...backends.storage.results import make_rows, replace_file, write_jsonl, write_parquet
+from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
 from ...configs.aggregators import to_aggregator_spec
@@ -54,6 +54,7 @@ from .items import (
 )
 from .monitor import serve_metrics
 from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
+from .result_rows import ResultSource, make_result_layout
 from .shutdown import close_at_deadline
 
 _SHOWN_FILES: Final = 3
@@ -358,12 +359,11 @@ def write_results(
         JournalError: A file cannot be written.
     """
     extents = tools.item_journal.extents()
-    schema, priced = loaded.config.task.answer_schema, tools.is_priced
-    write_parquet(
-        make_rows(tools.item_journal.read_records(), priced=priced), folder.results, schema
-    )
+    layout = make_result_layout(loaded.config.task.answer_schema, tools.store)
+    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced)
+    write_parquet(source.iter_rows(), folder.results, layout)
     with replace_file(folder.failures) as file:
-        write_jsonl(make_rows(tools.item_journal.read_records("failed"), priced=priced), file)
+        write_jsonl(source.iter_rows("failed"), file, layout)
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
     write_json(

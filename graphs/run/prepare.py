@@ -48,6 +48,7 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
+from ...configs.aggregators import check_aggregators
 from ...configs.base import expand_home
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
@@ -230,6 +231,7 @@ async def prepare_run(
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
         summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
+        check_reduce(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if simulated and not allow_simulated:
             msg = (
@@ -524,19 +526,34 @@ def _difference_message(folder: RunFolder, lines: list[str]) -> str:
     )
 
 
+def check_reduce(loaded: LoadedConfig, summary: InputSummary) -> None:
+    """Check the fields of the aggregators against the answer and the input.
+
+    Raises:
+        ConfigurationError: A field does not exist, or means two things.
+    """
+    try:
+        check_aggregators(
+            loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
+        )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+
+
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
-    """Check that the copy of the input has the columns that the aggregators show."""
+    """Check that the copy of the input has the columns that the aggregators use."""
     from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - pyarrow is slow to import
 
     with ItemStore(folder.items) as store:
-        known = store.summary().columns
+        summary = store.summary()
     for name in needed_columns(after.config):
-        if name not in known:
+        if name not in summary.columns:
             msg = (
                 f"{folder.path}: the run's copy of the input has no column {name!r}, which "
-                f"reduce shows; its columns: {', '.join(known)}"
+                f"reduce shows; its columns: {', '.join(summary.columns)}"
             )
             raise ConfigurationError(msg)
+    check_reduce(after, summary)
 
 
 async def _check_simulated(

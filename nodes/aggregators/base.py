@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.fields import FieldPath
 from ...backends.core.types import Json, Outcome
 
 State: TypeAlias = dict[str, Json]
@@ -110,9 +111,6 @@ def _freeze(value: Json) -> Json:
     return tuple(value) if isinstance(value, list) else value
 
 
-KeyPath: TypeAlias = tuple[str, ...]
-"""Keys from the output down to a value."""
-
 SHOWN_CHARACTERS: Final = 2_000
 """Longer texts are cut in states, which carry them only for display."""
 
@@ -122,18 +120,10 @@ MAX_STATE_DEPTH: Final = 100
 _INT64: Final = 1 << 63
 
 
-def split_path(field: str) -> KeyPath:
-    """Return the keys of a dotted path, e.g. ``a.b``."""
-    return tuple(field.split("."))
-
-
-def pick_value(output: Json, path: KeyPath) -> Json:
-    """Return the value at a path, or None if there is none."""
-    for key in path:
-        if not isinstance(output, dict):
-            return None
-        output = output.get(key)
-    return output
+def pick_values(field: str, outcomes: Iterable[Outcome]) -> list[Json]:
+    """Return the value of a field of each outcome, or None where there is none."""
+    path = FieldPath.parse(field)
+    return [path.pick(outcome.output, outcome.row) for outcome in outcomes]
 
 
 def finite_number(value: Json) -> int | float | None:

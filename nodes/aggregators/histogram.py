@@ -21,9 +21,8 @@ from .base import (
     State,
     done_outcomes,
     finite_number,
-    pick_value,
+    pick_values,
     sanitize_json,
-    split_path,
     sum_counts,
 )
 
@@ -39,7 +38,7 @@ class Histogram(Aggregator):
     are counted by range: a bin includes its lower edge, and the last one its upper edge too.
 
     Attributes:
-        field: Dotted path into the output. Null, lists and objects count as missing.
+        field: Name of the field. Null, lists and objects count as missing.
         bins: Number of equal bins from ``low`` to ``high``, or the edges, or None.
         low: Lower end of the bins.
         high: Upper end of the bins.
@@ -93,8 +92,7 @@ class Histogram(Aggregator):
         Raises:
             ConfigurationError: Too many different values.
         """
-        path = split_path(self.field)
-        found = [pick_value(outcome.output, path) for outcome in done_outcomes(outcomes)]
+        found = pick_values(self.field, done_outcomes(outcomes))
         if self.bins is None:
             return _check_distinct({"of": self.to_spec(), **_count_values(found)})
         return {"of": self.to_spec(), **_count_bins(found, self.edges)}

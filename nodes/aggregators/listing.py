@@ -15,9 +15,8 @@ from .base import (
     State,
     done_outcomes,
     finite_number,
-    pick_value,
+    pick_values,
     sanitize_json,
-    split_path,
     sum_counts,
 )
 
@@ -27,7 +26,7 @@ class TopK(Aggregator):
     """The k items that rank first by a number in the output; ties go to the earlier item.
 
     Attributes:
-        field: Dotted path into the output. A value that is not a finite number counts as missing.
+        field: Name of the field. A value that is not a finite number counts as missing.
         k: How many items.
         order: Whether the ``largest`` or the ``smallest`` ranks first.
         show: Columns of the input to carry along; texts over 2,000 characters are cut.
@@ -52,12 +51,11 @@ class TopK(Aggregator):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        path, sign = split_path(self.field), _sign(self.order)
-        found = done_outcomes(outcomes)
+        sign, found = _sign(self.order), done_outcomes(outcomes)
         keyed = [
             (sign * value, outcome.index, value, outcome)
-            for outcome in found
-            if (value := finite_number(pick_value(outcome.output, path))) is not None
+            for outcome, picked in zip(found, pick_values(self.field, found), strict=True)
+            if (value := finite_number(picked)) is not None
         ]
         first = nsmallest(self.k, keyed, key=itemgetter(0, 1))
         return {
@@ -110,7 +108,7 @@ class Collect(Aggregator):
 
     Attributes:
         limit: How many items.
-        field: Dotted path to collect, or None for the whole output.
+        field: Name of the field to collect, or None for the whole output.
     """
 
     op: ClassVar[str] = "collect"
@@ -128,10 +126,11 @@ class Collect(Aggregator):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        path = () if self.field is None else split_path(self.field)
         first = nsmallest(self.limit, done_outcomes(outcomes), key=attrgetter("index"))
+        values = pick_values("output" if self.field is None else self.field, first)
         rows = [
-            [o.index, sanitize_json(o.id), sanitize_json(pick_value(o.output, path))] for o in first
+            [outcome.index, sanitize_json(outcome.id), sanitize_json(value)]
+            for outcome, value in zip(first, values, strict=True)
         ]
         return {"of": self.to_spec(), "rows": rows}
 

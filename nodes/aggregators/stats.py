@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
 from . import numeric
-from .base import Aggregator, State, done_outcomes, finite_number, pick_value, split_path
+from .base import Aggregator, State, done_outcomes, finite_number, pick_values
 from .numeric import ExactSum, mean, sample_sd
 
 _SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
@@ -23,7 +23,7 @@ class Stats(Aggregator):
     Mean and standard deviation are exact except for one rounding; quantiles are within 1 %.
 
     Attributes:
-        field: Dotted path into the output. A value that is not a finite number counts as missing.
+        field: Name of the field. A value that is not a finite number counts as missing.
         quantiles: Which quantiles, each in [0, 1].
     """
 
@@ -42,10 +42,7 @@ class Stats(Aggregator):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        path = split_path(self.field)
-        found = [
-            finite_number(pick_value(outcome.output, path)) for outcome in done_outcomes(outcomes)
-        ]
+        found = [finite_number(value) for value in pick_values(self.field, done_outcomes(outcomes))]
         # Adding 0.0 turns -0.0 into 0.0; otherwise the order decides which one is the minimum.
         values = [value + 0.0 for value in found if value is not None]
         return {

@@ -2,7 +2,8 @@
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards`` and ``budget`` take minutes and run only when they are named.
+``storm``, ``streams``, ``shards``, ``budget`` and ``limits`` take minutes and run only when they
+are named.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import budget, calls, end_to_end, parts, reuse, shards, storm, streams
+from . import budget, calls, end_to_end, limits, parts, reuse, shards, storm, streams
 
-NAMES = ("end_to_end", "calls", "parts", "reuse", "shards", "storm", "streams", "budget")
+NAMES = ("end_to_end", "calls", "parts", "reuse", "shards", "storm", "streams", "budget", "limits")
 
 
 def main() -> None:
@@ -44,6 +45,8 @@ def main() -> None:
         asyncio.run(streams.measure(given.streams, given.answer, given.window))
     if "budget" in names:
         asyncio.run(budget.measure(given.streams, given.answer))
+    if "limits" in names:
+        asyncio.run(limits.measure(2_000))
     if "storm" in names:
         storm.measure(given.seeds, 10_000, given.median, given.kinds)
 

@@ -189,5 +189,5 @@ def _choice(count: int) -> float:
     return asyncio.run(run())
 
 
-def _unpaced(endpoint: Endpoint, tokens: int) -> None:
-    raise AssertionError(f"{endpoint} has no quota of {tokens} tokens")
+def _unpaced(seconds: float) -> None:
+    raise AssertionError(f"there is no quota to wait {seconds} s for")

@@ -197,8 +197,9 @@ def test_the_body_is_sent_as_it_is(shell: Shell, recorder: Recorder) -> None:
         "stop": ["\n"],
     }
     changed = request(0, **own, stream=True, stream_options={"include_usage": True})
-    plain = request(1)
-    write(shell.folder / "in.jsonl", [changed, plain])
+    plain, unnamed = request(1), request(2)
+    del unnamed["body"]["model"]
+    write(shell.folder / "in.jsonl", [changed, plain, unnamed])
     said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
     assert said.code == 0, said.err
     sent = {body["messages"][0]["content"]: body for body in recorder.bodies}
@@ -206,6 +207,7 @@ def test_the_body_is_sent_as_it_is(shell: Shell, recorder: Recorder) -> None:
     del expected["stream_options"]
     assert sent["Say 0"] == expected
     assert sent["Say 1"] == plain["body"] | {"stream": False}
+    assert sent["Say 2"] == unnamed["body"] | {"model": MODEL, "stream": False}
     answer = by_id("out.jsonl")["request-0"].response
     assert answer is not None
     assert answer.body["vendor_answer"] == {"kept": True}
@@ -344,6 +346,16 @@ def test_a_file_of_settings_and_a_packed_input(
     assert shown["output"] == str(shell.folder / "o.jsonl")
     assert shown["budget"]["requests"]["spent"] == 20
     assert len(by_id("o.jsonl")) == 20
+
+
+def test_langgraphs_engine_runs_the_same_steps(
+    shell: Shell, lines: list[dict[str, Any]], urls: str
+) -> None:
+    options = ("--endpoints", urls, "--set", "shard.items=1")
+    said = shell("batch", "in.jsonl", "out.jsonl", *options)
+    assert said.code == 0, said.err
+    assert by_id("out.jsonl").keys() == {line["custom_id"] for line in lines}
+    assert all(line.completion for line in read("out.jsonl"))
 
 
 def test_a_changed_input_is_refused(

@@ -36,7 +36,6 @@ from fanfold.backends.fleet.policy import (
     RetryPolicy,
     TimeoutPolicy,
 )
-from fanfold.backends.fleet.rate_limit import RateLimiter
 from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
@@ -312,40 +311,42 @@ async def test_streams_is_the_cap_over_all() -> None:
     assert most == 7
 
 
-class Ruler(RateLimiter):
-    """Lets everybody pass, and keeps what it was told."""
-
-    def __init__(self) -> None:
-        super().__init__(RateLimitPolicy(tokens_per_min=1e9))
-        self.admitted: list[int] = []
-        self.settled: list[tuple[int, int | None]] = []
-
-    def reserve(self, tokens: int) -> float:
-        self.admitted.append(tokens)
-        return 0.0
-
-    def settle(self, estimated: int, used: int | None) -> None:
-        self.settled.append((estimated, used))
-
-
-async def test_every_request_is_paced_and_its_tokens_are_settled(stub: Stub) -> None:
+async def test_the_tokens_of_every_request_are_settled(stub: Stub) -> None:
     stub.answers["m"] = [BOOM, Canned(200, completion())]
     policy = replace(FAST, rate_limit=RateLimitPolicy(tokens_per_min=1e9))
-    ruler = Ruler()
-    async with Fleet(specs(stub.url), policy, limiter=ruler) as fleet:
+    async with Fleet(specs(stub.url), policy) as fleet:
         await ask(fleet, "x" * 40)
-    assert ruler.admitted == [10 + 64, 10 + 64]
-    assert ruler.settled == [(74, 0), (74, 5)]
+        quota = fleet.limiter.quota
+        assert quota is not None
+        window = quota._window
+        assert window is not None
+        assert (window.reserved, window._used) == (0, 5)
 
 
-async def test_who_waits_for_the_pace_is_stopped_too(stub: Stub) -> None:
-    """A stop wakes who waits for an endpoint; these do not wait for one yet."""
+async def test_a_lost_answer_counts_at_its_most(stub: Stub) -> None:
+    stub.answers["m"] = [Canned(200, completion(), held=True)]
+    policy = replace(FAST, rate_limit=RateLimitPolicy(tokens_per_min=1e9))
+    async with Fleet(specs(stub.url), policy) as fleet:
+        call = asyncio.create_task(ask(fleet, "x" * 40))
+        await until(lambda: bool(stub.bodies))
+        quota = fleet.limiter.quota
+        assert quota is not None
+        window = quota._window
+        assert window is not None
+        reserved = window.reserved
+        assert reserved >= 40 + 64
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert (window.reserved, window._used) == (0, reserved)
+
+
+async def test_a_stop_reaches_calls_that_wait_for_a_quota(stub: Stub) -> None:
     stub.answers["m"] = [Canned(200, completion())]
-    policy = replace(FAST, rate_limit=RateLimitPolicy(requests_per_s=4.0))
+    policy = replace(FAST, rate_limit=RateLimitPolicy(requests_per_s=0.01))
     async with Fleet(specs(stub.url), policy) as fleet:
         await ask(fleet)
         later = [asyncio.create_task(ask(fleet)) for _ in range(2)]
-        await asyncio.sleep(0)
+        await until(lambda: fleet.health().waiting == 2)
         fleet._monitor.stop("enough")
         ends = await asyncio.gather(*later, return_exceptions=True)
     assert [type(end) for end in ends] == [RunStoppedError] * 2

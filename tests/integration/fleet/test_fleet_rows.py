@@ -264,9 +264,9 @@ async def test_a_long_refusal_sends_calls_elsewhere(make_stub: Callable[[], Stub
     assert len(busy.bodies) <= AdaptiveLimitPolicy().start
 
 
-@pytest.mark.parametrize("code", ["quota_exceeded", "batch_ongoing", "too_many_requests"])
+@pytest.mark.parametrize("code", ["quota_exceeded", "batch_ongoing"])
 async def test_a_quota_of_the_user_rests_the_whole_host(stub: Stub, code: str) -> None:
-    refusal = Canned(400 if code != "too_many_requests" else 429, {"error": {"code": code}})
+    refusal = Canned(400, {"error": {"code": code}})
     stub.answers["m"] = [refusal, Canned(200, completion())]
     other = stub.url.replace("/v1", "/other/v1")
     policy = replace(FAST, retry=replace(FAST.retry, attempts=1))

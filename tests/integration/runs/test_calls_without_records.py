@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from typing import Any
 
@@ -136,3 +137,79 @@ async def test_nothing_is_in_doubt_after_an_end(lab_of: LabMaker) -> None:
         assert await check_bound(lab, exact=True) == 0
         assert (await lab.live()).exit_code == 0
         assert await check_bound(lab, exact=True) == 0
+
+
+WORKERS: list[Any] = [
+    pytest.param({"kind": "local", "processes": 2}, id="processes"),
+    pytest.param({"kind": "parsl", "workers": 2, "silence_s": 20}, id="parsl"),
+    pytest.param({"kind": "launched", "workers": 2}, id="launched"),
+]
+
+
+@pytest.mark.parametrize("budget", [BUDGETS[0], BUDGETS[1]])
+@pytest.mark.parametrize("backend", WORKERS)
+async def test_calls_of_a_killed_worker_are_in_doubt(
+    lab_of: LabMaker, backend: dict[str, Any], budget: dict[str, Any]
+) -> None:
+    """The run goes on and ends; what the worker had in flight stays in doubt."""
+    async with lab_of(items=300, ttft_s=0.3) as lab:
+        prepare(lab, budget)
+        lab.config["backend"] = backend
+        life = asyncio.create_task(lab.live(await lab.begin()))
+        await lab.until(lambda: life.done() or (len(begun(lab)) == 2 and lab.journal_lines() > 40))
+        assert not life.done()
+        os.kill(begun(lab)[0], signal.SIGKILL)
+        result = await asyncio.wait_for(life, 120)
+        assert result.exit_code == 0
+        assert await check_bound(lab, exact=False) >= 1
+
+
+@pytest.mark.parametrize("backend", WORKERS)
+async def test_calls_of_workers_are_in_doubt_after_a_kill_of_the_coordinator(
+    lab_of: LabMaker, backend: dict[str, Any]
+) -> None:
+    async with lab_of(items=300, ttft_s=0.3) as lab:
+        prepare(lab, {})
+        lab.config["backend"] = backend
+        await lab.killed_at(40)
+        assert await check_bound(lab, exact=False) >= 1
+        result = await lab.live()
+        assert result.exit_code == 0
+        assert await check_bound(lab, exact=False) >= 1
+
+
+@pytest.mark.parametrize("backend", WORKERS)
+async def test_a_second_signal_leaves_calls_of_workers_in_doubt(
+    lab_of: LabMaker, backend: dict[str, Any]
+) -> None:
+    async with lab_of(items=300, ttft_s=0.3) as lab:
+        prepare(lab, {})
+        lab.config["backend"] = backend
+        lab.fleet.add_fault(FaultRule("hang", p=0.1, draw="item"))
+        async with lab.process("run", str(write(lab)), "--out", str(lab.out)) as process:
+            await lab.until(lambda: lab.journal_lines() >= 10)
+            process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            await asyncio.wait_for(process.communicate(), 90)
+        assert process.returncode == 5
+        await lab.until(lab.fleet_is_idle)
+        assert await check_bound(lab, exact=False) >= 1
+
+
+@pytest.mark.parametrize("backend", WORKERS)
+async def test_nothing_of_workers_is_in_doubt_after_an_end(
+    lab_of: LabMaker, backend: dict[str, Any]
+) -> None:
+    async with lab_of(items=120, ttft_s=0.1) as lab:
+        prepare(lab, {})
+        lab.config["backend"] = backend
+        lab.fleet.add_fault(FaultRule("bad_schema", p=0.5, first_round=True))
+        assert (await lab.live(await lab.begin())).exit_code == 0
+        assert await check_bound(lab, exact=True) == 0
+
+
+def begun(lab: Lab) -> list[int]:
+    """Return the workers that have recorded an item, by the names of their journal files."""
+    files = (lab.out / "journal").glob("*-*.jsonl")
+    return [int(f.stem.split("-")[-2]) for f in files if f.read_bytes().count(b"\n") > 1]

@@ -128,5 +128,6 @@ async def test_a_fresh_life_after_each_failure(lab_of: LabMaker) -> None:
         lab.life_ended()
         again: RunResult = await lab.live()
         assert (again.exit_code, again.aggregate) == (0, aggregate)
-        assert sorted(p.name for p in (lab.out / "journal").iterdir()) == ["0001.jsonl", "lock"]
+        names = sorted(p.name for p in (lab.out / "journal").iterdir())
+        assert names == ["0001.jsonl", "extents.json", "lock"]
         lab.assert_whole(aggregate, again=0)

@@ -213,4 +213,4 @@ async def test_leftovers_of_a_killed_life_are_swept_up(
             (folder.journal / name).touch()
         assert (await lab.live(folder)).exit_code == 0
         names = {file.name for file in folder.journal.iterdir() if file.suffix != ".jsonl"}
-        assert names == {"lock", "stop-aaaa", "stop-bbbb"}
+        assert names == {"extents.json", "lock", "stop-aaaa", "stop-bbbb"}

@@ -91,6 +91,18 @@ def test_a_wrong_token_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
+    "field",
+    ["cache_salt", "api_port", "openai_endpoint", "stream_task_id", "streaming_server_host"],
+)
+def test_fields_that_a_gateway_refuses_are_refused_before_it_does(field: str) -> None:
+    settings = TASK | {"model": {"extra_body": {field: "x", "top_k": 3}}}
+    with pytest.raises(ConfigurationError, match=rf"gateway refuses requests with {field},"):
+        load_config(settings | {"endpoints": {"first": FIRST}}, environment={"T": "t"})
+    other = load_config(settings | {"endpoints": {"urls": ["http://h:1"]}}).config
+    assert field in other.model.extra_body
+
+
+@pytest.mark.parametrize(
     "limit",
     [
         *("requests_per_s", "tokens_per_min", "endpoint_requests_per_s"),

@@ -62,7 +62,7 @@ def test_stages_that_fit(stage: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({"op": "stats", "field": "nn"}, "no field 'nn'"),
+        ({"op": "stats", "field": "output.nn"}, "no field 'nn'"),
         ({"op": "stats", "field": "deep.err"}, "did you mean 'er'"),
         ({"op": "stats", "field": "free.x"}, "no field 'free.x'"),
         ({"op": "stats", "field": "s"}, "is string"),
@@ -94,4 +94,69 @@ def test_references_in_a_circle_end() -> None:
     check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "x"})], circle)
     endless: dict[str, Any] = {"allOf": [{"$ref": "#"}]}
     with pytest.raises(ConfigurationError, match="no field"):
-        check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "x"})], endless)
+        check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "output.x"})], endless)
+
+
+INPUT: dict[str, Any] = {
+    "properties": {
+        "n": {"type": "integer"},
+        "w": {"type": "number"},
+        "smiles": {"type": "string"},
+        "meta": {"properties": {"year": {"type": "integer"}}},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"op": "stats", "field": "w"},
+        {"op": "stats", "field": "input.w"},
+        {"op": "top_k", "field": "meta.year"},
+        {"op": "stats", "field": "output.n"},
+        {"op": "stats", "field": "input.n"},
+        {"op": "histogram", "field": "input.w", "bins": 3, "low": 0, "high": 1},
+        {"op": "collect", "field": "smiles"},
+        {"op": "collect", "field": "output"},
+    ],
+    ids=str,
+)
+def test_columns_of_the_input(stage: dict[str, Any]) -> None:
+    config = ADAPTER.validate_python(stage)
+    check_aggregators([config], SCHEMA)
+    check_aggregators([config], SCHEMA, INPUT)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"op": "stats", "field": "n"}, "write 'output.n' or 'input.n'"),
+        ({"op": "stats", "field": "nn"}, "neither task.schema nor the input has a field 'nn'"),
+        ({"op": "stats", "field": "smile"}, "did you mean 'smiles'?"),
+        ({"op": "stats", "field": "meta.yaer"}, "the input has no column 'meta.yaer'"),
+        ({"op": "stats", "field": "input.x"}, "(it has n, w, smiles, meta)"),
+        ({"op": "stats", "field": "smiles"}, "is string in the input, not a number"),
+        ({"op": "histogram", "field": "w"}, "a column of the input needs bins"),
+    ],
+    ids=str,
+)
+def test_columns_that_do_not_fit(stage: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"reduce\.0 \({stage['op']}\)") as error:
+        check_aggregators([ADAPTER.validate_python(stage)], SCHEMA, INPUT)
+    assert words in error.value.message
+
+
+def test_one_name_of_a_field_whatever_the_spelling() -> None:
+    names = {"n": "n", "output.n": "n", "w": "input.w", "input.w": "input.w", "output": "output"}
+    for given, name in names.items():
+        config = ADAPTER.validate_python({"op": "collect", "field": given})
+        assert to_aggregator_spec(config, SCHEMA)["field"] == name
+    assert to_aggregator_spec(ADAPTER.validate_python({"op": "collect"}), SCHEMA)["field"] is None
+
+
+def test_free_text_has_no_fields_but_the_input_has() -> None:
+    check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "w"})], None, INPUT)
+    with pytest.raises(ConfigurationError, match="a free-text answer has no fields"):
+        check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "output.w"})], None)
+    with pytest.raises(ConfigurationError, match="unlimited different values"):
+        check_aggregators([ADAPTER.validate_python({"op": "histogram", "field": "output"})], None)

@@ -40,7 +40,8 @@ def test_every_limit_reaches_the_fleet() -> None:
 def test_workers_share_a_quota() -> None:
     backend = {"kind": "local", "processes": 4}
     policy = make_fleet_policy(config("requests_per_s=8", "tokens_per_min=100", backend=backend))
-    assert (policy.rate_limit.requests_per_s, policy.rate_limit.tokens_per_min) == (2, 25)
+    assert (policy.rate_limit.requests_per_s, policy.rate_limit.tokens_per_min) == (8, 100)
+    assert policy.rate_limit.share == 0.25
 
 
 @pytest.mark.parametrize(("own", "rate"), [(None, 8.0), (3.0, 3.0), (20.0, 8.0)])
@@ -49,8 +50,17 @@ def test_a_gateways_quota_holds_too(own: float | None, rate: float) -> None:
     given = config(f"requests_per_s={own or 'null'}", endpoints={"first": first})
     assert given.endpoints.first is not None
     policy = make_fleet_policy(given, make_gateway_set(given.endpoints.first, None))
-    assert policy.rate_limit == RateLimitPolicy(requests_per_s=rate, burst=1.0)
+    assert policy.rate_limit == RateLimitPolicy(requests_per_s=rate)
     assert policy.whole_answers
+
+
+@pytest.mark.parametrize(("own", "tokens"), [({}, 60_000), ({"tokens_per_min": 5}, 5)])
+def test_a_gateways_tokens_are_limited_by_default(own: dict[str, Any], tokens: float) -> None:
+    first = {"paths": ["a/b", "c/d"], "token": "t", "window_s": 6, **own}
+    given = config(endpoints={"first": first})
+    assert given.endpoints.first is not None
+    specs = make_gateway_set(given.endpoints.first, None).specs
+    assert [(spec.tokens_per_min, spec.window_s) for spec in specs] == [(tokens, 6.0)] * 2
 
 
 def test_an_endpoints_own_limits_count_more() -> None:

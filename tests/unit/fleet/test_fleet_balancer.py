@@ -2,15 +2,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import RunStoppedError
+from fanfold.backends.core.protocols import CallLog
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.balancer import Affinity, LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
-from fanfold.backends.fleet.policy import AdaptiveLimitPolicy, AffinityPolicy
+from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
+    AffinityPolicy,
+    RateLimitPolicy,
+)
+from fanfold.backends.fleet.rate_limit import Quota, RateLimiter, TokenNeed
 
 
 def members(count: int, width: int = 4) -> list[Endpoint]:
@@ -109,18 +117,103 @@ async def test_requests_of_others_count_as_load() -> None:
     assert (taken[idle], taken[busy]) == (20, 10)
 
 
-async def test_quotas_of_an_endpoint_see_the_tokens() -> None:
-    seen: list[int] = []
-    endpoint = Endpoint(
-        EndpointSpec("http://n:1", tokens_per_min=60.0), AdaptiveLimitPolicy(start=1)
-    )
-    dispatch = LoadBalancer([endpoint], 9, lambda _, tokens: seen.append(tokens), lambda: None)
-    await dispatch.acquire(tokens=7)
-    waiter = asyncio.create_task(dispatch.acquire(tokens=8))
+def need(tokens: int) -> TokenNeed:
+    return TokenNeed(RateLimiter(RateLimitPolicy()), Usage(0, tokens))
+
+
+def limited(name: str, tokens: float, now: Callable[[], float]) -> Endpoint:
+    quota = Quota(None, tokens, clock=now)
+    return Endpoint(EndpointSpec(f"http://{name}:1"), AdaptiveLimitPolicy(start=99), quota=quota)
+
+
+async def test_a_call_waits_for_the_quota_of_its_endpoint() -> None:
+    now, waits = [0.0], list[float]()
+    endpoint = limited("n", 100, lambda: now[0])
+    dispatch = LoadBalancer([endpoint], 9, waits.append, lambda: None)
+    await dispatch.acquire(need=need(60))
+    waiter = asyncio.create_task(dispatch.acquire(need=need(60)))
     await asyncio.sleep(0)
-    dispatch.release(endpoint)
-    await waiter
-    assert seen == [7, 8]
+    assert not waiter.done()
+    assert waits == []  # only the end of the first request helps
+    dispatch.release(endpoint, tokens=60, used=30)
+    assert await waiter is endpoint
+    waiter = asyncio.create_task(dispatch.acquire(need=need(20)))
+    await asyncio.sleep(0)
+    assert waits == [pytest.approx(60.6, abs=0.7)]
+    dispatch.release(endpoint, tokens=60, used=60)
+    now[0] = 61.3
+    dispatch.retry_quotas()
+    assert await waiter is endpoint
+    assert endpoint.quota is not None
+    assert endpoint.quota.reserve(80) == 0.0
+
+
+async def test_a_call_passes_over_an_endpoint_whose_quota_is_used_up() -> None:
+    endpoints = [limited("n", 100, lambda: 0.0), limited("m", 100, lambda: 0.0)]
+    dispatch = LoadBalancer(endpoints, 99, lambda _: None, lambda: None)
+    taken = Counter([await dispatch.acquire(need=need(50)) for _ in range(4)])
+    assert taken == dict.fromkeys(endpoints, 2)
+    assert dispatch.try_acquire((), need(50)) is None
+
+
+async def test_a_cancelled_call_reserves_nothing() -> None:
+    now = [0.0]
+    endpoint = limited("n", 100, lambda: now[0])
+    dispatch = LoadBalancer([endpoint], 9, lambda _: None, lambda: None)
+    dispatch.quota = Quota(None, 1000, clock=lambda: now[0])
+    await dispatch.acquire(need=need(60))
+    waiting, next_one = (asyncio.create_task(dispatch.acquire(need=need(90))) for _ in range(2))
+    await asyncio.sleep(0)
+    dispatch.release(endpoint, tokens=60, used=0)
+    waiting.cancel()  # it has its endpoint, and does not know it yet
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert waiting.cancelled()
+    assert await next_one is endpoint
+    dispatch.release(endpoint, tokens=90, used=None)
+    assert dispatch.quota.reserve(1000) == 0.0
+
+
+async def test_an_unread_stream_does_not_block_the_next_call_of_its_item() -> None:
+    item = CallLog()
+    endpoint = limited("n", 100, lambda: 0.0)
+    dispatch = LoadBalancer([endpoint], 9, lambda _: None, lambda: None)
+    await dispatch.acquire(need=need(80), item=item)
+    dispatch.mark_stream_idle(item)
+    assert await dispatch.acquire(need=need(80), item=item) is endpoint
+    other = asyncio.create_task(dispatch.acquire(need=need(80), item=CallLog()))
+    await asyncio.sleep(0)
+    assert not other.done()
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+
+
+async def test_the_quota_of_a_process_holds_over_all_endpoints() -> None:
+    endpoints = members(3, width=99)
+    dispatch = LoadBalancer(endpoints, 99, lambda _: None, lambda: None)
+    dispatch.quota = Quota(None, 100)
+    taken = [await dispatch.acquire(need=need(40)) for _ in range(2)]
+    waiters = [asyncio.create_task(dispatch.acquire(need=need(40))) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert [w.done() for w in waiters] == [False] * 3
+    dispatch.release(taken[0], tokens=40, used=10)
+    await waiters[0]
+    await asyncio.sleep(0)
+    assert [w.done() for w in waiters] == [True, False, False]
+    for waiter in waiters[1:]:
+        waiter.cancel()
+    await asyncio.gather(*waiters, return_exceptions=True)
+
+
+async def test_loops_that_share_a_quota_wake_each_other() -> None:
+    quota = Quota(None, 100)
+    (endpoint,) = members(1)
+    dispatch = LoadBalancer([endpoint], 9, lambda _: None, lambda: None)
+    dispatch.quota = quota
+    assert quota.reserve(80) == 0.0
+    waiter = asyncio.create_task(dispatch.acquire(need=need(80)))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(quota.settle, 80, 20)
+    assert await asyncio.wait_for(waiter, 30) is endpoint
 
 
 def test_a_beginning_finds_its_home_again() -> None:

@@ -1,21 +1,17 @@
-"""Breaker, adaptive limit and token buckets: pure state, time passed in."""
+"""Breaker and adaptive limit: pure state, time passed in."""
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.protocols import CallLog
-from fanfold.backends.core.token_bucket import TokenBucket
 from fanfold.backends.fleet.adaptive_limit import AdaptiveLimit
 from fanfold.backends.fleet.endpoint import Breaker, BreakerState, Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import (
     AdaptiveLimitPolicy,
     BreakerPolicy,
-    RateLimitPolicy,
 )
-from fanfold.backends.fleet.rate_limit import RateLimiter, estimate_tokens
 
 LANE = AdaptiveLimitPolicy(start=8, ceiling=1024, settle_s=1.0, samples=4)
 
@@ -124,50 +120,6 @@ def test_lane_stays_within_its_bounds(events: list[tuple[str, int]]) -> None:
         else:
             lane.record_answer(number, float(number), float(now))
         assert 1 <= lane.width <= 100
-
-
-def test_bucket_spreads_requests() -> None:
-    bucket = TokenBucket(2.0)
-    assert [bucket.take(1, 0.0) for _ in range(4)] == [0.0, 0.0, 0.5, 1.0]
-    assert bucket.take(1, 10.0) == 0.0
-
-
-@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=200))
-def test_bucket_never_lets_more_through_than_its_rate(gaps: list[float]) -> None:
-    bucket, now, due = TokenBucket(5.0), 0.0, []
-    for gap in gaps:
-        now += gap
-        due.append(now + bucket.take(1, now))
-    for i, first in enumerate(due):
-        inside = [t for t in due[i:] if t < first + 1.0 - 1e-9]
-        assert len(inside) <= 5 + 5 + 1
-
-
-def test_pacer_spreads_requests() -> None:
-    pacer = RateLimiter(RateLimitPolicy(requests_per_s=20.0), lambda: 0.0)
-    waits = [pacer.reserve(5) for _ in range(24)]
-    assert waits[:20] == [0.0] * 20
-    assert waits[20:] == pytest.approx([0.05, 0.10, 0.15, 0.20])
-
-
-def test_pacer_reserves_and_settles_tokens() -> None:
-    pacer = RateLimiter(RateLimitPolicy(tokens_per_min=600), lambda: 0.0)
-    assert pacer.reserve(600) == 0.0
-    assert pacer.reserve(100) == pytest.approx(10.0)
-    pacer.settle(600, 200)
-    assert pacer.reserve(300) == pytest.approx(0.0)
-
-
-def test_pacer_spares_nothing_that_would_wait() -> None:
-    pacer = RateLimiter(RateLimitPolicy(requests_per_s=2.0, tokens_per_min=100), lambda: 0.0)
-    assert not pacer.try_reserve(101)
-    assert [pacer.try_reserve(10) for _ in range(3)] == [True, True, False]
-    assert pacer.reserve(0) == pytest.approx(0.5)
-
-
-def test_estimate_counts_prompt_and_longest_answer() -> None:
-    messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": None}]
-    assert estimate_tokens({"messages": messages, "max_completion_tokens": 5}) == 10 + 5
 
 
 def test_a_repetition_before_any_other_request_shows_nothing_new() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError, JournalError
 from fanfold.backends.core.types import Item, Json
+from fanfold.backends.inputs.column_types import encode_schema
 from fanfold.backends.inputs.item_store import (
     SCHEMA,
     SUMMARY_KEY,
@@ -183,7 +184,7 @@ def test_files_that_are_no_store(target: Path) -> None:
     with pytest.raises(JournalError, match="it has other content"):
         ItemStore(target)
     arrow_file(target, SCHEMA.with_metadata({VERSION_KEY: b"99"}), None)
-    with pytest.raises(JournalError, match="it has layout 99, this fanfold reads 1"):
+    with pytest.raises(JournalError, match="it has layout 99, this fanfold reads 2"):
         ItemStore(target)
 
 
@@ -195,7 +196,9 @@ def test_stores_with_a_damaged_summary(target: Path, summary: bytes | None) -> N
 
 
 def test_a_store_that_lacks_a_batch(target: Path) -> None:
-    header = StoreHeader((0, 256), 300, ("n",), "", (), 0, 0, "items")
+    header = StoreHeader(
+        (0, 256), 300, ("n",), "", (), 0, 0, "items", encode_schema(pa.schema({})), None
+    )
     arrow_file(target, SCHEMA, header.to_json())
     with pytest.raises(JournalError, match="its summary and its batches differ"):
         ItemStore(target)

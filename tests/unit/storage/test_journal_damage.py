@@ -273,7 +273,10 @@ def test_what_is_edited_is_refused(home: Path, name: str, kind: str) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = HARMFUL[name](path)
     if name == "copied as a worker's" and kind == "budget":
-        with pytest.raises(JournalError, match=r"line 1: not a spend log"):
+        with pytest.raises(
+            JournalError,
+            match=r"line 1: the file is budget/0001\.jsonl of this run under another name",
+        ):
             look(home)
         return
     if name == "capital checksum" and lines[1][-11:].upper() == lines[1][-11:]:

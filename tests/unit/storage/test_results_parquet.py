@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.types import Json
-from fanfold.backends.storage.results import BATCH_ROWS, RESULT_COLUMNS, write_parquet
+from fanfold.backends.storage.results import (
+    BATCH_ROWS,
+    RESULT_COLUMNS,
+    make_layout,
+    write_parquet,
+)
 
 SCORED: dict[str, Json] = {
     "type": "object",
@@ -35,6 +40,8 @@ SCORED: dict[str, Json] = {
         "step": {"type": "object", "properties": {"n": {"type": "integer"}}},
     },
 }
+
+FREE = make_layout(None)
 
 
 def record(index: int, output: Json, **more: Json) -> dict[str, Json]:
@@ -65,7 +72,7 @@ def written(
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
     records = [record(i, output) for i, output in enumerate(outputs)]
     target = path / "results.parquet"
-    assert write_parquet(records, target, schema) == len(records)
+    assert write_parquet(records, target, make_layout(schema)) == len(records)
     table = pq.read_table(target)
     return table, table.to_pylist()
 
@@ -106,7 +113,7 @@ def test_columns_and_types(tmp_path: Path) -> None:
 def test_failed_rows_have_no_output(tmp_path: Path) -> None:
     failed = record(0, None, status="failed", error_class="BackendError", error="lost")
     target = tmp_path / "r.parquet"
-    write_parquet([failed], target, SCORED)
+    write_parquet([failed], target, make_layout(SCORED))
     (row,) = pq.read_table(target).to_pylist()
     assert (row["status"], row["output"], row["output_unfit"]) == ("failed", None, None)
     assert (row["error_class"], row["error"], row["simulated"]) == ("BackendError", "lost", True)
@@ -156,7 +163,7 @@ def test_no_rows(tmp_path: Path) -> None:
 
 
 def test_missing_keys_are_null(tmp_path: Path) -> None:
-    write_parquet([{"id": "a"}], tmp_path / "r.parquet", None)
+    write_parquet([{"id": "a"}], tmp_path / "r.parquet", FREE)
     (row,) = pq.read_table(tmp_path / "r.parquet").to_pylist()
     assert row == dict.fromkeys(RESULT_COLUMNS) | {"id": "a"}
 
@@ -164,13 +171,13 @@ def test_missing_keys_are_null(tmp_path: Path) -> None:
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     target = tmp_path / "r.parquet"
     assert (
-        write_parquet((record(i, "x") for i in range(BATCH_ROWS + 1)), target, None)
+        write_parquet((record(i, "x") for i in range(BATCH_ROWS + 1)), target, FREE)
         == BATCH_ROWS + 1
     )
     assert pq.ParquetFile(target).metadata.num_row_groups == 2
     assert pq.read_table(target, columns=["id"])["id"].to_pylist()[-1] == f"m{BATCH_ROWS}"
     long = "x" * (5 << 20)
-    write_parquet((record(i, long) for i in range(5)), target, None)
+    write_parquet((record(i, long) for i in range(5)), target, FREE)
     assert pq.ParquetFile(target).metadata.num_row_groups == 2
 
 
@@ -189,7 +196,7 @@ def test_rows_are_taken_one_batch_at_a_time(tmp_path: Path) -> None:
             nonlocal alive
             alive -= 1
 
-    write_parquet((Counted(i) for i in range(3 * BATCH_ROWS)), tmp_path / "r.parquet", None)
+    write_parquet((Counted(i) for i in range(3 * BATCH_ROWS)), tmp_path / "r.parquet", FREE)
     assert most <= 2 * BATCH_ROWS + 1
 
 
@@ -202,7 +209,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     target = tmp_path / "r.parquet"
     target.write_bytes(b"old")
     with pytest.raises(JournalError, match="line 7: damaged"):
-        write_parquet(interrupted(), target, None)
+        write_parquet(interrupted(), target, FREE)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("r.parquet", b"old")]
 
 
@@ -214,7 +221,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(JournalError, match=r"r\.parquet: the results cannot be written: File"):
-            write_parquet(noise, target, None)
+            write_parquet(noise, target, FREE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("r.parquet", b"old")]
@@ -223,14 +230,14 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 def test_a_place_that_is_no_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(JournalError, match=r"file/r\.parquet: .*: Not a directory"):
-        write_parquet([], tmp_path / "file" / "r.parquet", None)
+        write_parquet([], tmp_path / "file" / "r.parquet", FREE)
     with pytest.raises(JournalError, match="No such file"):
-        write_parquet([], tmp_path / "absent" / "r.parquet", None)
+        write_parquet([], tmp_path / "absent" / "r.parquet", FREE)
 
 
 def test_a_damaged_time_names_the_item(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="item 'm0' is damaged: finished_at is 'noon'"):
-        write_parquet([record(0, None, finished_at="noon")], tmp_path / "r.parquet", None)
+        write_parquet([record(0, None, finished_at="noon")], tmp_path / "r.parquet", FREE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.types import Json
-from fanfold.backends.storage.results import RESULT_COLUMNS, write_csv, write_jsonl
+from fanfold.backends.storage.results import RESULT_COLUMNS, make_layout, write_csv, write_jsonl
 
 SCHEMA: dict[str, Json] = {
     "type": "object",
     "properties": {"score": {"type": "number"}, "why": {"type": "string"}, "tags": {}},
 }
+
+FREE = make_layout(None)
 
 
 def record(output: Json, **more: Json) -> dict[str, Json]:
@@ -29,14 +31,14 @@ def rows_of(
     records: list[dict[str, Json]], schema: dict[str, Json] | None, safe: bool = False
 ) -> list[dict[str, str]]:
     stream = io.BytesIO()
-    assert write_csv(records, stream, schema, safe=safe) == len(records)
+    assert write_csv(records, stream, make_layout(schema), safe=safe) == len(records)
     return list(csv.DictReader(io.StringIO(stream.getvalue().decode(), newline="")))
 
 
 def test_jsonl() -> None:
     stream = io.BytesIO()
     failed = record(None, status="failed", error="é")
-    assert write_jsonl([record({"b": [1], "a": 2}), failed], stream) == 2
+    assert write_jsonl([record({"b": [1], "a": 2}), failed], stream, FREE) == 2
     lines = stream.getvalue().splitlines()
     first, second = map(orjson.loads, lines)
     assert tuple(first) == RESULT_COLUMNS
@@ -137,15 +139,15 @@ class Full(io.RawIOBase):
 def test_a_full_disk_is_told(room: int) -> None:
     told = r"/data/out\.csv: the results cannot be written: No space left"
     with pytest.raises(JournalError, match=told):
-        write_csv([record("x")] * 3, Full(room), None)  # type: ignore[arg-type]
+        write_csv([record("x")] * 3, Full(room), FREE)  # type: ignore[arg-type]
     with pytest.raises(JournalError, match=told):
-        write_jsonl([record("x")] * 3, Full(room))  # type: ignore[arg-type]
+        write_jsonl([record("x")] * 3, Full(room), FREE)  # type: ignore[arg-type]
 
 
 def test_a_refused_flush_is_told() -> None:
     stream = io.BufferedWriter(Full(0), 1 << 16)
     with pytest.raises(JournalError, match="No space left"):
-        write_jsonl([record("x")], stream)
+        write_jsonl([record("x")], stream, FREE)
     with pytest.raises(OSError, match="No space left"):
         stream.close()
 
@@ -156,5 +158,5 @@ def test_a_stream_without_a_name() -> None:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     with pytest.raises(JournalError, match=r"the output stream: .*Broken pipe") as caught:
-        write_jsonl([record("x")], Nameless())
+        write_jsonl([record("x")], Nameless(), FREE)
     assert isinstance(caught.value.__cause__, BrokenPipeError)

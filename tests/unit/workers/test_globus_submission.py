@@ -482,9 +482,9 @@ async def test_turns_do_not_gather_behind_a_slow_answer() -> None:
     held, turns = threading.Event(), list[int]()
 
     class Counting(TokenBucket):
-        def take(self, amount: float, now: float, reserve: float = 0.0) -> float:
+        def take(self, amount: float, now: float) -> float:
             turns.append(1)
-            return super().take(amount, now, reserve)
+            return super().take(amount, now)
 
     talk = ServiceConnection(Fake, AT_ONCE)
     await talk.open()

@@ -1,0 +1,1 @@
+"""Finished and unfinished runs as data: tables of results."""

@@ -1,0 +1,125 @@
+"""Calls of items without a record: the most that they may have cost, in a spend log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+from ...backends.budget.spend_log import SpendLog, SpendLogs
+from ...backends.core.errors import JournalError
+from ...backends.core.money import Amount, TokenPrices
+from ...backends.core.protocols import CallLog
+from ...backends.core.types import Json
+from ...backends.fleet.request import max_usage
+from .node_time import WriteLine
+
+logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.05
+_TICK_S: Final = 1.0
+_SHARE: Final = 400
+"""Sums take at most one part in so many of the time."""
+_SHARE_AT_GROWTH: Final = 50
+"""The same while the number of calls in flight grows."""
+
+
+@asynccontextmanager
+async def record_open_calls(
+    open_calls: Mapping[int, CallLog], prices: TokenPrices, write: WriteLine
+) -> AsyncIterator[None]:
+    """Record what calls of items without a record may cost, while the block runs.
+
+    After a kill, the last line counts. A line therefore follows at once when more calls are in
+    flight than before, and each line covers the interval before it too. The line at the end is
+    exact: it contains the items that were cut off.
+
+    Args:
+        open_calls: The calls of the items that have no record yet.
+        prices: Prices of tokens.
+        write: Appends a line to the spend log.
+    """
+    noted = Amount()
+
+    async def note(amount: Amount) -> None:
+        nonlocal noted
+        if amount == noted:
+            return
+        noted = amount
+        try:
+            await write({"open": amount.to_json()})
+        except JournalError as error:
+            logger.warning("%s", error.message)  # the run ends at the journal's next failing write
+
+    async def follow() -> None:
+        most, before, due = 0, Amount(), 0.0
+        while True:
+            await asyncio.sleep(_POLL_S)
+            in_flight = sum(len(log.sent) for log in open_calls.values())
+            began = time.monotonic()
+            if in_flight <= most and began < due:
+                continue
+            now = sum_open_calls(open_calls.values(), prices)
+            took_s = time.monotonic() - began
+            await note(now.maximum(before))
+            most, before, due = in_flight, now, began + max(_TICK_S, _SHARE * took_s)
+            await asyncio.sleep(_SHARE_AT_GROWTH * took_s)
+
+    task = asyncio.create_task(follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await note(sum_open_calls(open_calls.values(), prices))
+
+
+def sum_open_calls(logs: Iterable[CallLog], prices: TokenPrices) -> Amount:
+    """Return the most that the calls of items without a record may have cost."""
+    total = Amount()
+    for log in logs:
+        usage = log.usage + log.lost
+        for body in tuple(log.sent.values()):
+            usage += max_usage(body)
+        total = total.plus(prices.amount(usage, log.requests))
+    return total
+
+
+@asynccontextmanager
+async def record_worker_calls(
+    open_calls: Mapping[int, CallLog],
+    prices: TokenPrices,
+    logs: SpendLogs,
+    session: int,
+    worker: str,
+) -> AsyncIterator[None]:
+    """Record the open calls of a worker in a spend log of its own, while the block runs.
+
+    The file is created when the first request is sent.
+
+    Args:
+        open_calls: The calls of the items that have no record yet.
+        prices: Prices of tokens.
+        logs: The spend logs of the run, in the shared folder.
+        session: Number of the coordinator's session.
+        worker: Host and process, e.g. ``node17:4242``.
+    """
+    log: SpendLog | None = None
+
+    async def write(line: Mapping[str, Json]) -> None:
+        nonlocal log
+        if log is None:
+            path = logs.worker_path(session, worker)
+            log = await asyncio.to_thread(logs.create, path)
+        await asyncio.to_thread(log.write, line, sync=False)
+
+    try:
+        async with record_open_calls(open_calls, prices, write):
+            yield
+    finally:
+        if log is not None:
+            log.close()
