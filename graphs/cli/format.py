@@ -234,8 +234,8 @@ def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
 def _facts(stage: Mapping[str, Any]) -> Table:
     """Return a table with one name and value per row."""
     table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
     for name, value in _pairs(stage):
         table.add_row(format_cell(name), format_cell(value))
     return table

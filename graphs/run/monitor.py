@@ -36,6 +36,8 @@ _BLANK: Final = "  "
 """Between the parts of a line."""
 
 _LEAST_BAR: Final = 10
+"""Characters below which a bar is left out."""
+
 _MOST_CLASSES: Final = 6
 """Error classes that the progress names; ``fanfold failures`` has all."""
 
@@ -89,7 +91,7 @@ class ProgressLine:
         parts = self._parts()
         mark = f"SIMULATED{_BLANK}" if self._tools.simulated else ""
         percent = 100 * ended // total if total else 100  # 100 % only if all have ended
-        counts = f"{_BLANK}{percent:3} %{_BLANK}{parts.counts}"
+        counts = f"{_BLANK}{percent:3} %{_BLANK}{format_count(ended)}/{format_count(total)}"
         room = width - len(mark) - len(counts)
         row = Table.grid()
         if room >= _LEAST_BAR:
@@ -186,11 +188,11 @@ def _duration(seconds: float) -> str:
 
 @asynccontextmanager
 async def show_progress(tools: OpenRun, console: Console, quiet: bool) -> AsyncIterator[None]:
-    """Show progress while the block runs: live on a terminal, else a line every 10 s."""
+    """Show progress while the block runs: a bar on a terminal, else a line every 10 s."""
     if quiet:
         yield
         return
-    show = _show_live if console.is_terminal else _print_lines
+    show = _show_live if console.is_terminal and not console.is_dumb_terminal else _print_lines
     task = asyncio.create_task(show(ProgressLine(tools), console))
     try:
         yield
