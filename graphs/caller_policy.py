@@ -497,6 +497,22 @@ def _changes_hosts(request: CallerSettings) -> bool:
     return any(_NO_ADDRESS.fullmatch(key) is None for key in keys)
 
 
+def _gives_token(request: CallerSettings) -> bool:
+    """Return True if a request gives the token of a gateway itself."""
+    first = request.settings.get("endpoints.first")
+    inner = first if isinstance(first, dict) else {}
+    values = [inner.get("token"), inner.get("token_command")]
+    return any(value is not None for value in (*values, *map(request.settings.get, _BOUND)))
+
+
+def _uses_gateway(request: CallerSettings, is_bound: bool) -> bool:
+    """Return True if a request uses a gateway, by itself or by the bound settings."""
+    keys = [key for key in request.settings if f"{key}.".startswith("endpoints.first.")]
+    if "endpoints.first" in request.settings:
+        return request.settings["endpoints.first"] is not None
+    return is_bound or bool(keys)
+
+
 def _remove_secrets(raw: dict[str, Any], request: CallerSettings) -> None:
     """Remove from the bound settings the secrets and commands for the bound hosts.
 
@@ -505,16 +521,18 @@ def _remove_secrets(raw: dict[str, Any], request: CallerSettings) -> None:
     """
     endpoints = raw["endpoints"]
     endpoints.pop("api_key", None)
+    bound = None
     if isinstance(first := endpoints.get("first"), dict):
         bound = [key for key in ("token", "token_command") if first.pop(key, None) is not None]
-        given = request.settings.keys() & {"endpoints.first", *_BOUND}
-        if bound and not given:
-            msg = (
-                f"endpoints.first.{bound[0]}: the bound one is for the bound gateway only, and the "
-                "request chooses another address; the owner can open endpoints.first.token, so "
-                "that a request names a variable of its own"
-            )
-            raise ConfigurationError(msg)
+    if not _gives_token(request) and _uses_gateway(request, bound is not None):
+        name = (
+            f"endpoints.first.{bound[0]}: the bound one" if bound else "endpoints.first: the login"
+        )
+        msg = (
+            f"{name} is for the bound gateway only, and the request chooses another address; the "
+            "owner can open endpoints.first.token, so that a request names a variable of its own"
+        )
+        raise ConfigurationError(msg)
     body = (raw.get("model") or {}).get("extra_body")
     if isinstance(body, dict):
         kept = {name: part for name, part in body.items() if not _holds_secret(name, part)}

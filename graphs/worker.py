@@ -174,7 +174,9 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
         cache = await stack.enter_async_context(
             open_cache(loaded.config, ready.simulated, responses)
         )
-        fleet = await stack.enter_async_context(open_fleet(loaded.config, ready, cache))
+        fleet = await stack.enter_async_context(
+            open_fleet(loaded.config, ready, cache, task.run["id"])
+        )
         writer, open_calls = None, dict[int, CallLog]()
         if task.journal is not None:
             writer = await _open_journal(Path(task.journal), task, worker)

@@ -18,6 +18,8 @@ Source: TypeAlias = Literal["output", "input"]
 """Where a field is: in the answer, or in the columns of the input."""
 
 _SOURCES: Final[tuple[Source, ...]] = ("output", "input")
+_FREE_TEXT: Final = {"type": "string"}
+"""Schema of an answer without ``task.schema``."""
 _DEEPEST: Final = 9
 """Maximum depth of alternatives in which a field is searched."""
 _SHOWN: Final = 30
@@ -95,7 +97,7 @@ def resolve_field(
     """
     path = FieldPath.parse(name)
     schemas: dict[Source, Schema | None] = {
-        "output": {"type": "string"} if answer is None else answer,
+        "output": _FREE_TEXT if answer is None else answer,
         "input": inputs,
     }
     if name.partition(".")[0] in _SOURCES:
@@ -182,7 +184,7 @@ _HOLDERS: Final[Mapping[Source, str]] = {"output": "task.schema", "input": "the 
 
 def _describe_missing(path: FieldPath, root: Schema) -> str:
     """Say which part of a path is missing, and what exists in its place."""
-    if path.source == "output" and root == {"type": "string"}:
+    if path.source == "output" and root == _FREE_TEXT:
         return f"field {'.'.join(path.keys)!r} needs task.schema; a free-text answer has no fields"
     if not path.keys:
         return f"'input' names no column; write input.NAME (it has {_list(find_properties(root))})"
@@ -209,6 +211,11 @@ def _describe_unknown(path: FieldPath, schemas: Mapping[Source, Schema | None]) 
             return _describe_missing(FieldPath(source, path.keys), root)
     answer, inputs = (find_properties(schemas[source] or {}) for source in _SOURCES)
     near = _hint(path.keys[0], {**answer, **inputs})
+    if schemas["output"] == _FREE_TEXT:
+        return (
+            f"field {'.'.join(path.keys)!r} needs task.schema, since a free-text answer has no "
+            f"fields, or a column of that name in the input (it has {_list(inputs)}){near}"
+        )
     return (
         f"neither task.schema nor the input has a field {'.'.join(path.keys)!r} (task.schema has "
         f"{_list(answer)}; the input has {_list(inputs)}){near}"

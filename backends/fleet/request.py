@@ -373,13 +373,17 @@ class RequestSender:
             endpoint.unanswered[task] = charge.sent_at
             self._monitor.watch_silence()
             if streamed:
-                reader = await self._transport.stream(endpoint.chat_url, data, headers, proxied)
+                reader = await self._transport.stream(
+                    endpoint.chat_url, data, self._add_session(headers, body), proxied
+                )
                 hooks = self._make_hooks(endpoint, charge)
                 silence_s = self._transport.silence_s
                 result = await OpenStream.begin(reader, endpoint.label, silence_s, hooks)
                 endpoint.record_heard(task)
             else:
-                answer = await self._transport.send(endpoint.chat_url, data, headers, proxied)
+                answer = await self._transport.send(
+                    endpoint.chat_url, data, self._add_session(headers, body), proxied
+                )
                 endpoint.record_heard(task)
                 result = self._check_simulated(
                     transport.read_completion(answer, endpoint.label), endpoint
@@ -408,6 +412,13 @@ class RequestSender:
             else:
                 self._end(endpoint, charge, outcome)
         return outcome, endpoint
+
+    def _add_session(
+        self, headers: Mapping[str, str], body: Mapping[str, Any]
+    ) -> Mapping[str, str]:
+        """Return the headers of a request with that of its session, if there are sessions."""
+        session = self._transport.session_policy
+        return headers if session is None else {**headers, **session.make_headers(body["messages"])}
 
     def _make_hooks(self, endpoint: Endpoint, charge: RequestCharge) -> StreamHooks:
         log, balancer = charge.log, self._monitor.balancer

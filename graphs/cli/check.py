@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from ...backends.budget.pricing import explain_no_price
 from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import ConfigurationError, NoEndpointError
-from ...backends.discovery.resolve import list_endpoint_specs
+from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
@@ -180,14 +180,15 @@ def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
     elif endpoints.aegis_registry is not None:
         yield _host(endpoints.aegis_registry), "registry of endpoints, gets no items"
         yield "(not known yet)", "endpoints that the registry lists"
+    elif endpoints.first is not None:
+        yield _host(get_gateway_url(endpoints.first, os.environ)), "gateway"
     else:
-        what = "gateway" if endpoints.first is not None else "endpoint"
         try:
             specs = list_endpoint_specs(endpoints, {})
         except NoEndpointError:
             yield "(not known yet)", f"endpoints that {endpoints.file} will list"
             return
-        yield from ((_host(spec.url), what) for spec in specs)
+        yield from ((_host(spec.url), "endpoint") for spec in specs)
 
 
 def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,12 @@ from rich.text import Text
 from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
 from ...backends.discovery.connect import open_endpoint_set
-from ...backends.discovery.probe import ProbeResult, assume_listed, select_model
+from ...backends.discovery.probe import (
+    ProbeResult,
+    assume_listed,
+    select_model,
+    simplify_model,
+)
 from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
@@ -28,7 +33,7 @@ from .format import Column, make_table
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
-_WORDS: Final = frozenset({"state", "models", "failures"})
+_WORDS: Final = frozenset({"state", "models", "failures", "model"})
 """Columns of texts, which may be long; the others are numbers and short words."""
 
 
@@ -53,7 +58,10 @@ def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
     else:
         print_messages([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
         print_messages([f"WARNING: endpoint {line}; it is used once" for line in listed.repeated])
-        _print(listed.rows, _NOW)
+        if deployments := _list_deployments(listed.rows, listed.model):
+            _print(deployments, _GATEWAY)
+        else:
+            _print(listed.rows, _NOW)
         for row in listed.rows:
             if row["error"]:
                 Terminal().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
@@ -94,6 +102,15 @@ def _row(found: ProbeResult, gauges: ServerLoad) -> dict[str, Any]:
         "waiting": gauges.waiting,
         "latency_s": found.latency_s,
         "error": found.error,
+        "deployments": [
+            {
+                "model": about.model,
+                "state": None if about.state is None else about.state.value,
+                "tokens_per_min": about.tokens_per_min,
+                "user_tokens_per_min": about.user_tokens_per_min,
+            }
+            for about in found.deployments
+        ],
     }
 
 
@@ -105,6 +122,32 @@ def _cells_now(row: dict[str, Any]) -> Iterator[str]:
     yield _count(row["running"])
     yield _count(row["waiting"])
     yield _milliseconds(row["latency_s"])
+
+
+def _cells_gateway(row: dict[str, Any]) -> Iterator[str]:
+    """Yield the cells of one model of a deployment."""
+    yield row[_ENDPOINT]
+    yield row["model"]
+    yield row["error"] or row["state"] or "unknown"
+    yield _count(row["context"])
+    yield _count(row["user_tokens_per_min"])
+    yield _count(row["tokens_per_min"])
+
+
+def _list_deployments(rows: Sequence[dict[str, Any]], model: str | None) -> list[dict[str, Any]]:
+    """Return a row for each model of each deployment; if a model is named, for this one only."""
+    wanted = None if model is None else simplify_model(model)
+    return [
+        {
+            **about,
+            _ENDPOINT: row[_ENDPOINT],
+            "error": row["error"],
+            "context": row["context"].get(about["model"]),
+        }
+        for row in rows
+        for about in row["deployments"]
+        if wanted in {None, simplify_model(about["model"])}
+    ]
 
 
 def show_past_endpoints(path: Path, as_json: bool) -> None:
@@ -144,6 +187,10 @@ def _cells_cost(row: dict[str, Any]) -> Iterator[str]:
 _NOW: Final = (
     (_ENDPOINT, "reachable", "models", "context", "running", "waiting", "latency"),
     _cells_now,
+)
+_GATEWAY: Final = (
+    (_ENDPOINT, "model", "state", "context", "tokens/min", "all users"),
+    _cells_gateway,
 )
 _PAST: Final = (
     (_ENDPOINT, "state", "calls", "failures", "p50 p90 p99", "opened"),

@@ -35,7 +35,7 @@ from ...backends.discovery.connect import (
     open_endpoint_set,
 )
 from ...backends.discovery.node_local import ready_endpoints
-from ...backends.discovery.probe import ProbeResult, select_model
+from ...backends.discovery.probe import Deployment, ProbeResult, select_model, simplify_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.fleet.endpoint import EndpointSpec, describe_spellings
 from ...backends.fleet.policy import FleetPolicy, ModelParams
@@ -394,13 +394,19 @@ async def _probe_endpoints(
     return ready, (*chosen, *(_line(one, matched.model) for one in found), *repeated)
 
 
+def _is_same(deployment: Deployment, model: str) -> bool:
+    return simplify_model(deployment.model) == simplify_model(model)
+
+
 def _line(found: ProbeResult, model: str) -> str:
     """Return one line about an endpoint; the run's model is listed first."""
     if found.error:
         return f"{found.label}: not reachable: {found.error}"
     kind = " SIMULATED" if found.simulated else ""
     context = "".join(f", context {n:,}" for _, n in found.max_model_len[:1])
-    listed = sorted(found.models, key=lambda name: name != model)
+    states = (f", {d.state.value}" for d in found.deployments if d.state and _is_same(d, model))
+    context += "".join(states)
+    listed = sorted(found.models, key=lambda name: simplify_model(name) != simplify_model(model))
     more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
     models = ", ".join(listed[:_SHOWN]) + more
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"

@@ -159,7 +159,9 @@ async def open_run(
                 cache = await stack.enter_async_context(
                     open_cache(config, ready.simulated, folder.responses)
                 )
-                fleet = await stack.enter_async_context(open_fleet(config, ready, cache))
+                fleet = await stack.enter_async_context(
+                    open_fleet(config, ready, cache, files.provenance["run"])
+                )
                 reports = make_reporter(fleet)
                 await stack.enter_async_context(
                     write_reports_at_end(reports, folder, journal.session_number, price)

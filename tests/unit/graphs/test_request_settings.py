@@ -647,6 +647,23 @@ def test_a_bound_token_is_for_the_bound_gateway(
     assert (kept.token is None) == ("token" not in bound)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "endpoints={first: {base_url: 'http://evil:1'}}",
+        "endpoints.first={base_url: 'http://evil:1', paths: [a/b]}",
+        "endpoints.first.base_url=http://evil:1",
+    ],
+)
+@pytest.mark.parametrize("bound", [{"first": {}}, {"urls": ["http://node:1"]}])
+def test_the_owners_login_is_for_the_bound_gateway(bound: dict[str, Any], override: str) -> None:
+    own: dict[str, Any] = {"endpoints": bound}
+    policy = CallerPolicy(frozenset({"endpoints", "endpoints.first.token"}))
+    more = [] if "first" in bound else ["endpoints.urls=null"]
+    said = refused({"overrides": [*more, override]}, policy, **own)
+    assert "the login is for the bound gateway only" in said
+
+
 def test_a_bound_body_gives_no_secret_to_hosts_of_a_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
