@@ -112,10 +112,9 @@ def _read_run(path: Path) -> _Run:
     """
     folder = open_folder(path)
     about = folder.read_provenance()
-    state = read_state(folder, about)
     try:
-        sessions = [session for session in about["sessions"] if isinstance(session, dict)]
-        last = sessions[-1] if sessions else {}
+        state = read_state(folder, about)
+        last = about["sessions"][-1] if about["sessions"] else {}
         done, failed, usd = _read_counts(folder, about, last if state != "running" else {})
         return _Run(
             folder=str(path),
@@ -128,7 +127,7 @@ def _read_run(path: Path) -> _Run:
             usd=usd,
             model=str(about["model"]),
             date=str(last.get("ended") or last.get("started") or ""),
-            simulated=about["simulated"],
+            simulated=None if about["simulated"] is None else bool(about["simulated"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         msg = f"{folder.provenance}: damaged ({type(error).__name__}: {error})"

@@ -31,7 +31,14 @@ from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..jobs.usage import job_report
-from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
+from ..run.console import (
+    Terminal,
+    format_count,
+    open_data_stream,
+    print_json,
+    print_message,
+    print_messages,
+)
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
 from .failures import continue_lines, retry_command
@@ -154,7 +161,7 @@ def _measured(facts: Mapping[str, Any]) -> str:
 
 def _print(lines: Iterator[str], console: Console) -> None:
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        print_message(console, line)
 
 
 def _items(count: int | None) -> str:

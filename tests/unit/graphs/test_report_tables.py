@@ -54,7 +54,8 @@ COLUMN = st.tuples(st.integers(1, 120), st.integers(1, 120), st.booleans())
 def test_tables_fit(columns: list[tuple[int, int, bool]], width: int, gap: int) -> None:
     """Keys are always shown, and shortened only if they alone do not fit; others are whole."""
     wide = [max(one, other) for one, other, _ in columns]
-    least = [w if key else min(one, other) for w, (one, other, key) in zip(wide, columns, strict=1)]
+    pairs = zip(wide, columns, strict=True)
+    least = [most if key else min(one, other) for most, (one, other, key) in pairs]
     keys = [key for *_, key in columns]
     got = fit_columns(wide, least, keys, width, gap)
     assert sum(w + gap for w in got if w) <= width
