@@ -60,6 +60,7 @@ from ..nodes.shard.gate import Gate
 from ..nodes.shard.local import finish_items
 from ..nodes.shard.progress import Progress
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
+from .remote.rate_leases import follow_share
 from .run.items import make_item_runner
 from .run.open_calls import record_worker_calls
 from .run.prepare import compute_question_digest
@@ -372,8 +373,9 @@ def _check_version(task: ShardTask) -> None:
 async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
     began, received = time.monotonic(), read_lease_clock()
     async with (
-        heartbeat(task) as stop,
+        heartbeat(task, worker_name()) as stop,
         shared.use(task, worker_name()) as resources,
+        follow_share(task, resources.fleet.limiter, worker_name()),
         open_lease(task, resources.loaded.config, received) as budget,
     ):
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)

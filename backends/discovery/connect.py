@@ -23,7 +23,7 @@ from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..fleet.cache import RequestCache
-from ..fleet.endpoint import EndpointSpec
+from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.fleet import Fleet, FleetClient
 from ..fleet.policy import (
     AffinityPolicy,
@@ -131,9 +131,11 @@ def find_rate_limits(
     Args:
         policy: The limits of the run.
         limits: The settings of limits.
-        specs: The endpoints.
+        specs: The endpoints; those behind a gateway that do not run join only if the others fail.
     """
     own = [apply_limits(limits, spec) for spec in specs]
+    running = [one for one in own if one.state in (None, DeploymentState.RUNNING)]
+    own = running or own[:1]
     requests = [one.requests_per_s for one in own if one.requests_per_s is not None]
     tokens = [one.tokens_per_min * 60 / one.window_s for one in own if one.tokens_per_min]
     rates = [

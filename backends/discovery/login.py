@@ -213,10 +213,11 @@ class LoginToken(AccessToken):
         try:
             return await asyncio.to_thread(read_login_token, refused)
         except (MissingExtraError, RunStoppedError) as error:
+            reason = error.message.removesuffix(".")
             given = self._environment.get(TOKEN_VARIABLE, "").strip()
             if not given:
                 raise RunStoppedError(
-                    f"{self._where}: no access token: {error.message}; or set {TOKEN_VARIABLE}, or "
+                    f"{self._where}: no access token: {reason}; or set {TOKEN_VARIABLE}, or "
                     f"{self._where}.token or .token_command"
                 ) from None
         if not _is_key(given):
