@@ -459,6 +459,30 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _batch_has_a_service(self) -> RunConfig:
+        if not self.backend.is_batch:
+            return self
+        if self.endpoints.first is None:
+            msg = (
+                "backend.kind: batch is the batch mode of a FIRST gateway, and endpoints names "
+                "none; set endpoints.first, or leave out backend.kind"
+            )
+            raise ValueError(msg)
+        if self.task.graph is not None:
+            msg = (
+                "backend.kind: batch answers one request per item and repair, but the calls of a "
+                "task.graph follow each other; leave out one of the two"
+            )
+            raise ValueError(msg)
+        if self.limits.item_timeout_s is not None:
+            msg = (
+                "limits.item_timeout_s does not fit backend.kind: batch, where an item waits for "
+                "its batch for hours; leave it out"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _gateway_accepts_the_fields(self) -> RunConfig:
         refused = [name for name in self.model.extra_body if FIRST_REFUSED_FIELDS.fullmatch(name)]
         if self.endpoints.first is not None and refused:
@@ -471,7 +495,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _engine_is_here(self) -> RunConfig:
-        if self.shard.items == 1 and (self.backend.kind != "local" or self.backend.processes > 1):
+        if self.shard.items == 1 and self.backend.is_remote:
             msg = (
                 "shard.items: 1 runs each item by LangGraph's engine in this process, but this "
                 "backend sends shards to workers; leave shard.items out"

@@ -16,6 +16,7 @@ from langgraph.errors import GraphDrained
 from langgraph.types import Interrupt
 from rich.console import Console
 
+from ..backends.batch.files import BatchFolder, describe_open_batches
 from ..backends.budget.cost import Cost
 from ..backends.budget.pricing import read_price
 from ..backends.budget.spend_log import SpendLogs
@@ -90,6 +91,7 @@ class RunResult:
         reason: Why it was interrupted, or None.
         budget: Spent amount and cap, by limit.
         cost: Cost of all sessions; None until this session has ended.
+        open_batches: Messages about batches whose answers are not collected.
         batch: Files in OpenAI's batch format, if the run writes them.
     """
 
@@ -103,6 +105,7 @@ class RunResult:
     reason: str | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
+    open_batches: tuple[str, ...] = ()
     batch: BatchConfig = field(default_factory=BatchConfig)
 
 
@@ -159,7 +162,15 @@ async def run_session(
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
-    return replace(result, seconds=seconds, budget=budget, cost=cost, batch=run.loaded.config.batch)
+    batches = await asyncio.to_thread(BatchFolder(folder.batches).read)
+    return replace(
+        result,
+        seconds=seconds,
+        budget=budget,
+        cost=cost,
+        batch=run.loaded.config.batch,
+        open_batches=tuple(describe_open_batches(batches)),
+    )
 
 
 @contextmanager

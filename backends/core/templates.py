@@ -11,7 +11,8 @@ from typing import Final
 import orjson
 
 from .errors import ConfigurationError, InvalidItemError
-from .types import Json
+from .fields import split_column
+from .types import Json, Row
 
 _MEMBER: Final = re.compile(r"""\s*(["'])[^"']*\1\s*:""")
 """How the text of a JSON object begins, after its brace."""
@@ -21,9 +22,16 @@ _TOKEN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A parsed prompt: ``parts`` alternates literal text (even) and column names (odd)."""
+    """A parsed prompt.
+
+    Attributes:
+        parts: Alternates literal text (even) and names in braces (odd): of a column, or of a field
+            inside a column that contains objects, as ``output.score``.
+        where: Key of the setting, for messages.
+    """
 
     parts: tuple[str, ...]
+    where: str = "task.prompt"
 
     @classmethod
     def parse(cls, text: str, where: str = "task.prompt") -> Template:
@@ -46,26 +54,56 @@ class Template:
             else:
                 parts += [literal, name.strip()]
                 literal = ""
-        return cls((*parts, literal + text[at:]))
+        return cls((*parts, literal + text[at:]), where)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the columns that the prompt uses, in order, each once."""
+        """Return the names in braces, in order, each once."""
         return tuple(dict.fromkeys(self.parts[1::2]))
 
-    def render(self, row: Mapping[str, Json]) -> str:
+    def render(self, row: Row) -> str:
         """Fill in one row; a value that is not text becomes compact JSON, None becomes empty text.
 
         Raises:
-            InvalidItemError: The row lacks a column.
+            InvalidItemError: The row lacks a column, or a column has no such field.
         """
         try:
             return "".join(
                 part if n % 2 == 0 else _text(row[part]) for n, part in enumerate(self.parts)
             )
-        except KeyError as error:
-            msg = f"the row has no column {error.args[0]!r}, which task.prompt uses"
-            raise InvalidItemError(msg) from None
+        except KeyError:  # a name that is no column: a field inside a column, or missing
+            return "".join(
+                part if n % 2 == 0 else _text(_read_value(row, part, self.where))
+                for n, part in enumerate(self.parts)
+            )
+
+
+def _read_value(row: Row, name: str, where: str) -> Json:
+    """Return the value of a column, or of a field inside a column.
+
+    Raises:
+        InvalidItemError: The row has no such column or field.
+    """
+    found = split_column(name, row)
+    if found is None:
+        raise InvalidItemError(f"the row has no column {name!r}, which {where} uses")
+    column, keys = found
+    value = row[column]
+    for depth, key in enumerate(keys):
+        at = ".".join((column, *keys[:depth]))
+        if type(value) is not dict:
+            kind = _KINDS.get(type(value), "a number")
+            hint = f"; {_NOT_PARSED}" if type(value) is str else ""
+            msg = f"{where} uses {{{name}}}, but {at!r} is {kind}, not an object{hint}"
+            raise InvalidItemError(msg)
+        if key not in value:
+            raise InvalidItemError(f"{where} uses {{{name}}}, but {at!r} has no field {key!r}")
+        value = value[key]
+    return value
+
+
+_KINDS: Final = {type(None): "null", str: "text", list: "a list", bool: "a boolean"}
+_NOT_PARSED: Final = "text is not parsed as JSON: give the input as JSON lines or Parquet"
 
 
 def _text(value: Json) -> str:

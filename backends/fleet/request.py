@@ -385,7 +385,7 @@ class RequestSender:
                     endpoint.chat_url, data, self._add_session(headers, body), proxied
                 )
                 endpoint.record_heard(task)
-                result = self._check_simulated(
+                result = self.check_simulated(
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
             if isinstance(result, Failure):
@@ -428,7 +428,7 @@ class RequestSender:
             if log is not None and log.streams is not None:
                 log.streams.pop(charge, None)
             if outcome is not None:
-                outcome = self._check_simulated(outcome, endpoint)
+                outcome = self.check_simulated(outcome, endpoint)
             self._end(endpoint, charge, outcome)
 
         return StreamHooks(
@@ -517,7 +517,7 @@ class RequestSender:
             charge.log.simulated = transport.is_simulated(document)
         return usage
 
-    def _check_simulated(
+    def check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
         """Reject an answer that would mix simulated and real ones."""

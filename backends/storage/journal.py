@@ -415,6 +415,12 @@ class Journal:
         """Return True if an item has ended."""
         return self._state[index] != _OPEN
 
+    def get_last_session(self, index: int) -> int:
+        """Return the session of an item's record, also of one that is reopened; 0 without one."""
+        if not self._length[index]:
+            return 0
+        return parse_session_number(self._paths[self._file[index]])
+
     def is_done(self, index: int) -> bool:
         """Return True if an item has an answer."""
         return self._state[index] == _DONE

@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "budget"
 
     @property
+    def batches(self) -> Path:
+        """Return the folder of the records of submitted batches."""
+        return self.path / "batches"
+
+    @property
     def raised_limits(self) -> Path:
         """Return the limits raised at a pause, which override the settings."""
         return self.path / "caps.json"

@@ -44,8 +44,11 @@ from .options import (
 if TYPE_CHECKING:
     from ...configs.resolve import Overrides
 
-_CHOICE_LOGGER: Final = "fanfold.backends.discovery.connect.choice"
-"""Logger of what ``endpoints: auto`` chose; always shown."""
+_SHOWN_LOGGERS: Final = (
+    "fanfold.backends.discovery.connect.choice",
+    "fanfold.backends.batch.transport.events",
+)
+"""Loggers that are always shown: what ``endpoints: auto`` chose, and what happens to batches."""
 
 app = typer.Typer(
     name="fanfold",
@@ -76,8 +79,7 @@ def _setup(
     ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
-    logging.getLogger(_CHOICE_LOGGER).setLevel(logging.INFO)
-    setup_logging(level, _CHOICE_LOGGER)
+    setup_logging(level, _SHOWN_LOGGERS)
 
 
 @app.command()

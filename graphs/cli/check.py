@@ -91,6 +91,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
         *_graph_lines(loaded),
+        *_batch_lines(loaded.config, found),
         *_unlimited_lines(found),
         *_reuse(loaded),
         *_host_lines(loaded.config),
@@ -145,6 +146,22 @@ def _graph_lines(loaded: LoadedConfig) -> list[str]:
         "task.graph makes the calls: these figures assume one call per item with task.prompt; "
         "use fanfold run --pilot to measure the real calls"
     ]
+
+
+def _batch_lines(config: RunConfig, found: Estimate) -> Iterator[str]:
+    if (batches := _count_batches(config, found)) is not None:
+        lines, backend = found.plan.items, config.backend
+        yield (
+            f"batches: {batches:,} files with {lines:,} requests, {backend.lines:,} at most in "
+            f"each, {backend.active:,} at a time, in {backend.dir}; invalid answers and missing "
+            "lines add some; a submitted batch cannot be recalled"
+        )
+        yield "the time above does not apply: a batch service does not say how fast it is"
+
+
+def _count_batches(config: RunConfig, found: Estimate) -> int | None:
+    """Return the number of batches for the first requests of all items."""
+    return -(-found.plan.items // config.backend.lines) if config.backend.is_batch else None
 
 
 def _unlimited_lines(found: Estimate) -> list[str]:
@@ -255,6 +272,7 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "context": found.context,
         "nodes": found.plan.nodes,
         "streams": found.plan.streams,
+        "batches": _count_batches(loaded.config, found),
         "estimate": found.forecast.to_json(),
         "problem": found.problem,
     }

@@ -271,6 +271,7 @@ def _last_lines(result: RunResult) -> list[str]:
     ]
     if result.cost is not None:
         lines += describe_cost(result.cost, result.budget)
+    lines += result.open_batches
     if result.exit_code == EXIT_BUDGET:
         lines.append(f"Paused: {result.reason}")
         lines.append(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...backends.batch.files import BatchFolder, describe_open_batches, summarize_batches
 from ...backends.budget.cost import (
     Cost,
     estimate_total_cost,
@@ -191,6 +192,9 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "requests": spent.requests,
         "reused": spent.reused,
     }
+    batches = BatchFolder(folder.batches).read()
+    if batches:
+        facts["batches"] = summarize_batches(batches)
     jobs = job_report(path, usage, batch)
     command = _next_command(folder, about, counts, cost) if jobs is None else None
     if as_json:
@@ -213,6 +217,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         else:
             table.add_row(key, _format_value(value))
     Terminal().print(table)
+    print_messages(describe_open_batches(batches))
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())

@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import IO, Any, Final
 
 import orjson
@@ -106,7 +106,7 @@ class _Formatter(logging.Formatter):
         return escape_controls(super().format(record))
 
 
-def setup_logging(level: int, always: str) -> None:
+def setup_logging(level: int, always: Collection[str]) -> None:
     """Show the log on standard error.
 
     Engines lower the levels of their own loggers (Dask to INFO, Parsl to DEBUG for its log file),
@@ -114,12 +114,14 @@ def setup_logging(level: int, always: str) -> None:
 
     Args:
         level: The lowest level to show.
-        always: Name of a logger that is always shown.
+        always: Names of loggers that are shown from INFO on.
     """
     shown = logging.StreamHandler()
-    shown.addFilter(lambda record: record.levelno >= level or record.name == always)
+    shown.addFilter(lambda record: record.levelno >= level or record.name in always)
     shown.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[shown])
+    for name in always:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 _WHOLE: Final = 10_000

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from ...backends.batch.files import check_batch_settings
+from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import Price, describe_missing_price, look_up_price
 from ...backends.budget.tokens import (
     LEAST_SHARE,
@@ -52,7 +54,7 @@ from ...configs.prices import find_provider_name
 from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting, check_reduce
+from .prepare import check_endpoints, check_fields, check_input_setting
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -81,6 +83,7 @@ class Sample:
         messages: The first messages of each item.
         first_id: Id of the first valid item, else of the first item.
         first: Its messages; empty if no item is valid.
+        problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
     """
@@ -89,6 +92,7 @@ class Sample:
     messages: tuple[list[Message], ...]
     first_id: str
     first: list[Message]
+    problem: str | None
     max_tokens: int
     unlimited: int
 
@@ -110,8 +114,9 @@ def read_sample(config: RunConfig, count: int) -> Sample:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
+            problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], longest, unlimited)
+    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited)
 
 
 _SLICE: Final = 256
@@ -158,6 +163,17 @@ def _render_prompts(
                 yield item, read_messages(config, prompt, item.row)
             except InvalidItemError:
                 continue  # it will fail without a call
+
+
+def _find_problem(config: RunConfig, item: Item) -> str | None:
+    """Return why an item fails without a call, or None."""
+    if item.problem is not None:
+        return item.problem
+    try:
+        read_messages(config, Template.parse(config.task.prompt), item.row)
+    except InvalidItemError as error:
+        return error.message
+    return None
 
 
 _SHOWN: Final = 3
@@ -237,8 +253,11 @@ async def estimate_run(
     check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     config = loaded.config
     async with _open_probed(loaded) as (ready, lines):
+        if config.backend.is_batch:
+            get_deployment(ready)
         cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
         problem = seen = None
         if cost is None and config.budget.usd is not None:
@@ -246,7 +265,7 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
-        check_reduce(loaded, sampled.summary)
+        check_fields(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     policy = make_fleet_policy(config, ready.endpoint_set)
@@ -277,7 +296,9 @@ async def estimate_run(
 
 
 def _question(sampled: Sample) -> str:
-    return str(sampled.first[-1]["content"]) if sampled.first else "(no valid item)"
+    if sampled.first:
+        return str(sampled.first[-1]["content"])
+    return f"(no valid item; item {sampled.first_id}: {sampled.problem})"
 
 
 def make_run_plan(
@@ -322,6 +343,8 @@ def limit_rates(
         policy: How the fleet is used.
         specs: The endpoints.
     """
+    if config.backend.is_batch:  # batches are not counted
+        return plan
     requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, specs)
     return replace(
         plan,

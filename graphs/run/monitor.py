@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ...backends.batch.transport import BatchProgress
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD
 from ...backends.fleet.fleet import Fleet
@@ -117,6 +118,8 @@ class ProgressLine:
         return f"{_amount(nano / NANO_PER_USD)} USD" if nano else ""
 
     def _in_flight(self, fleet: Fleet | None) -> str:
+        if self._tools.batches is not None:
+            return _describe_batches(self._tools.batches.report())
         if (coordinator := self._tools.coordinator) is not None:
             return f"{format_count(coordinator.in_flight)} shards out"
         if fleet is None:
@@ -138,6 +141,17 @@ class ProgressLine:
         progress = self._tools.progress
         tokens = progress.usage.prompt_tokens + progress.usage.completion_tokens
         return progress.done + progress.failed - progress.ended_before, tokens
+
+
+def _describe_batches(report: BatchProgress) -> str:
+    """Return what happens to the batches in work, and how many requests wait for one."""
+    parts = [
+        f"batch {number} {state} {_duration(seconds)}, {format_count(lines)} requests"
+        for number, lines, state, seconds in report.batches
+    ]
+    if report.waiting or not parts:
+        parts.append(f"{format_count(report.waiting)} requests wait")
+    return "  ".join(parts)
 
 
 def _amount(value: float) -> str:

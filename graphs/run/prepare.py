@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import orjson
 
+from ...backends.batch.files import check_batch_settings
 from ...backends.budget.pricing import find_model_price
 from ...backends.core.errors import (
     ConfigurationError,
@@ -30,11 +31,13 @@ from ...backends.core.errors import (
     MissingExtraError,
     NoEndpointError,
 )
+from ...backends.core.fields import split_column
 from ...backends.core.secrets import mask_arguments
+from ...backends.core.templates import Template
 from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_model_params
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
-from ...backends.inputs.base import InputSummary
+from ...backends.inputs.base import InputSummary, did_you_mean
 from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
@@ -228,10 +231,11 @@ async def prepare_run(
     if not defer_endpoints:
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
         summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
-        check_reduce(loaded, summary)
+        check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if simulated and not allow_simulated:
             msg = (
@@ -526,18 +530,43 @@ def _difference_message(folder: RunFolder, lines: list[str]) -> str:
     )
 
 
-def check_reduce(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields of the aggregators against the answer and the input.
+def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
+    """Check the fields of the prompt and the aggregators against the answer and the input.
 
     Raises:
         ConfigurationError: A field does not exist, or means two things.
     """
     try:
+        _check_prompt_fields(loaded.config, summary.row_schema)
         check_aggregators(
             loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
         )
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+
+
+def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
+    """Check that the fields inside columns that the prompt uses exist in some row.
+
+    A column whose values are no objects, or not only, fails its items instead: it may still have
+    objects with too many keys to be described.
+
+    Raises:
+        ConfigurationError: No row has the field.
+    """
+    for name in Template.parse(config.task.prompt).columns:
+        column, keys = split_column(name, inputs["properties"]) or (name, ())
+        at, schema = column, inputs["properties"].get(column, {})
+        for key in keys:
+            if schema.get("type") != "object":
+                break
+            if key not in schema["properties"]:
+                raise ConfigurationError(
+                    f"task.prompt uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
+                    f"any row; its fields: {', '.join(schema['properties'])}"
+                    f"{did_you_mean(key, schema['properties'])}"
+                )
+            at, schema = f"{at}.{key}", schema["properties"][key]
 
 
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
@@ -547,13 +576,13 @@ def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
     with ItemStore(folder.items) as store:
         summary = store.summary()
     for name in needed_columns(after.config):
-        if name not in summary.columns:
+        if split_column(name, summary.columns) is None:
             msg = (
                 f"{folder.path}: the run's copy of the input has no column {name!r}, which "
                 f"reduce shows; its columns: {', '.join(summary.columns)}"
             )
             raise ConfigurationError(msg)
-    check_reduce(after, summary)
+    check_fields(after, summary)
 
 
 async def _check_simulated(
