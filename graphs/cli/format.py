@@ -113,8 +113,7 @@ def _rate_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
     if plan.is_gateway and (slow or long):
         yield (
             f"advice: this limit decides how long the run takes{factor}; the gateway's batch mode "
-            "and model servers of your own on nodes do not have it (docs/configuration.md, FIRST "
-            "gateway)"
+            "and model servers of your own on nodes do not have it (docs/first.md)"
         )
     elif slow:
         yield f"advice: this limit decides how long the run takes{factor}; raise it if you may"
