@@ -338,8 +338,7 @@ def _counts_at_end(tools: OpenRun) -> dict[str, Any]:
     """Return what a session notes about the run at its end, so that lists read no journal."""
     progress = tools.progress
     nano = progress.usage.nano_usd + progress.node_time.nano_usd
-    priced = tools.is_priced or progress.node_time.nano_usd > 0
-    usd = nano / NANO_PER_USD if priced else None
+    usd = nano / NANO_PER_USD if nano else None
     return {"done": progress.done, "failed": progress.failed, "usd": usd}
 
 
