@@ -34,7 +34,6 @@ from ..backends.core.errors import (
     RunStoppedError,
 )
 from ..backends.core.money import NANO_PER_USD
-from ..backends.core.templates import Template
 from ..backends.core.types import Shard
 from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
@@ -519,7 +518,7 @@ def _first_prompts(
 ) -> Range:
     """Estimate the tokens of first prompts from their length, for servers that report none."""
     tokens = list[float]()
-    prompt = Template.parse(loaded.config.task.prompt)
+    prompt = loaded.config.parse_prompt()
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:

@@ -33,7 +33,6 @@ from ...backends.core.errors import (
 )
 from ...backends.core.fields import split_column
 from ...backends.core.secrets import mask_arguments
-from ...backends.core.templates import Template
 from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_model_params
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
@@ -66,12 +65,22 @@ _INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles")
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
     """Return a digest of what applies to every item: task, model, simulated or not."""
     relevant = {
-        "task": config.task.model_dump(mode="json", by_alias=True),
+        "task": _dump_task(config),
         "model": _dump_model(config) | {"name": model},
         "simulated": simulated,
     }
     data = orjson.dumps(relevant, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _dump_task(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of the task; those that are not set need no place in the digest."""
+    dumped = config.task.model_dump(mode="json", by_alias=True)
+    return {k: v for k, v in dumped.items() if k not in _LATER or v is not None}
+
+
+_LATER: Final = ("examples", "messages")
+"""Settings that runs may lack because they began before the setting existed."""
 
 
 def _dump_model(config: RunConfig) -> dict[str, Any]:
@@ -85,14 +94,18 @@ def _dump_model(config: RunConfig) -> dict[str, Any]:
 def compute_question_digest(config: RunConfig, model: str) -> bytes:
     """Return a digest of what all prompts of a run share.
 
-    It covers the schema, the model, the sampling, the system text and the item graph, but not the
-    limit on the length of answers and the endpoints.
+    It covers the schema, the model, the sampling, the system text or the templates of all messages,
+    the examples and the item graph, but not the limit on the length of answers and the endpoints.
     """
     common = make_model_params(config, model).body()
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
-    task = {"system": config.task.system, "graph": config.task.graph}
-    if config.task.system and config.model.system_role != "system":
+    task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
+    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER}
+    has_system = bool(config.task.system) or any(
+        message.role == "system" for message in config.task.messages or ()
+    )
+    if has_system and config.model.system_role != "system":
         task["system_role"] = config.model.system_role
     data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(data).digest()
@@ -554,7 +567,8 @@ def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: No row has the field.
     """
-    for name in Template.parse(config.task.prompt).columns:
+    texts = [text for _, text in config.parse_prompt().messages]
+    for name, where in {name: text.where for text in texts for name in text.columns}.items():
         column, keys = split_column(name, inputs["properties"]) or (name, ())
         at, schema = column, inputs["properties"].get(column, {})
         for key in keys:
@@ -562,7 +576,7 @@ def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
                 break
             if key not in schema["properties"]:
                 raise ConfigurationError(
-                    f"task.prompt uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
+                    f"{where} uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
                     f"any row; its fields: {', '.join(schema['properties'])}"
                     f"{did_you_mean(key, schema['properties'])}"
                 )

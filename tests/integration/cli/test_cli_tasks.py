@@ -1,4 +1,4 @@
-"""Tasks: results as the next input, from the page of the documentation."""
+"""Tasks of the documentation: results as the next input, examples, several messages."""
 
 from __future__ import annotations
 
@@ -87,3 +87,60 @@ def test_fields_that_do_not_exist_are_refused_or_fail_their_item(shell: Shell) -
     shell.write(input=given | {"path": "in.csv"}, task={"prompt": "Say {x.score}"}, reduce=None)
     said = shell("check", "c.yaml")
     assert "no valid item; item a: task.prompt uses {x.score}, but 'x' is text" in said.out
+
+
+def test_examples_precede_every_prompt(shell: Shell) -> None:
+    settings = read_page_settings("sentiment")
+    Path("reviews.csv").write_text("text\nI slept well.\nA waste of ink.\n")
+    Path("c.yaml").write_text(yaml.safe_dump(settings))
+    bare = shell("check", "c.yaml", "--json", "--set", "task.examples=null")
+    assert bare.code == 0, bare.err
+    said = shell("check", "c.yaml", "--json")
+    assert said.code == 0, said.err
+    few, none = (json.loads(one.out) for one in (said, bare))
+    assert few["sample"]["tokens"]["likely"] > none["sample"]["tokens"]["likely"] + 20
+    assert "examples: 2, before every prompt" in shell("check", "c.yaml").out
+
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    rows = read_lines(shell, "r", "--prompt")
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (system|user|assistant) \| `(.*)`", page, re.MULTILINE)
+    for row in rows:
+        sent = [(one["role"], one["content"]) for one in row["prompt"]]
+        assert sent[:-1] == shown[:5]
+        assert sent[-1] == ("user", f"Review: {row['text']}")
+        assert row["output"]["label"] in {"good", "bad"}
+
+    lines = [json.dumps(one) + "\n" for one in settings["task"]["examples"]]
+    Path("few.jsonl").write_text("".join(lines))
+    same = shell("run", "c.yaml", "--out", "r", "--set", "task.examples=few.jsonl")
+    assert same.code == 0, same.err
+    Path("few.jsonl").write_text(lines[0])
+    other = shell("run", "c.yaml", "--out", "r", "--set", "task.examples=few.jsonl")
+    assert other.code == 2
+    assert "task.examples" in other.err
+
+
+def test_several_messages_are_sent_in_order(shell: Shell) -> None:
+    settings = read_page_settings("revise")
+    settings["input"]["limit"] = 3
+    Path("c.yaml").write_text(yaml.safe_dump(settings))
+    said = shell("check", "c.yaml")
+    assert said.code == 0, said.err
+    assert "system: You are a strict editor." in said.out
+    assert "assistant: I have read it." in said.out
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    for row in read_lines(shell, "r", "--prompt"):
+        assert [(one["role"], one["content"]) for one in row["prompt"]] == [
+            ("system", "You are a strict editor."),
+            ("user", f"Here is an abstract: {row['abstract']}"),
+            ("assistant", "I have read it. What shall I look for?"),
+            ("user", f"The weakest sentence, in the light of the title: {row['title']}"),
+        ]
+        assert row["status"] == "done"
+    other = shell("run", "c.yaml", "--out", "r", "--set", "task.messages.0.content=Be kind.")
+    assert other.code == 2
+    assert "task.messages" in other.err
+    replaced = ["--set", "task.messages=", "--set", "task.prompt=Improve {abstract}"]
+    said = shell("check", "c.yaml", *replaced)
+    assert said.code == 0, said.err
