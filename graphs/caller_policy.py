@@ -25,9 +25,22 @@ from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern
 from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
-from ..configs.loader import LoadedConfig, is_preset, load_config, read_schema, read_settings_file
+from ..configs.loader import (
+    LoadedConfig,
+    is_preset,
+    load_config,
+    read_examples,
+    read_schema,
+    read_settings_file,
+)
 from ..configs.models import SAMPLING_FIELDS, BudgetConfig, RunConfig
-from ..configs.raw_settings import get_at_path, parse_value, parse_yaml
+from ..configs.raw_settings import (
+    REFERENCE_START,
+    escape_variables,
+    get_at_path,
+    parse_value,
+    parse_yaml,
+)
 from ..configs.resolve import endpoint_settings, resolve_config
 from ..configs.serialize import check_plain, find_lost_secrets
 from ..nodes.batch.load import describe_unknown_keys
@@ -53,10 +66,12 @@ _NO_ADDRESS: Final = re.compile(
 )
 """Settings of the endpoints that do not change where requests go."""
 
+_INLINED: Final = frozenset({"task.schema", "task.examples"})
+"""Settings that are data, or a file whose content takes its place."""
+
 _COMMANDS: Final = frozenset({"endpoints.first.token_command", "node.serve", "backend.command"})
 
 _MOST_BYTES: Final = 1_000_000
-_EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +248,7 @@ class CallerPolicy:
         closed = dict[str, None]()
         for assigned_key, assigned_value in assigned:
             for key, value, access in split_settings(assigned_key, assigned_value):
-                if key == "task.schema" and isinstance(value, str):
+                if key in _INLINED and isinstance(value, str):
                     yield key, self._resolve_path(key, value, base)
                 elif self.is_open(key):
                     yield key, value
@@ -341,8 +356,9 @@ class CallerPolicy:
                 raise ConfigurationError(f"{key}: name a variable, as ${{MY_KEY}}")
             if key == "endpoints.hosts" and "$" in str(value):
                 raise ConfigurationError(f"{key}: a request names hosts, not variables")
-            if key == "task.schema" and isinstance(value, str):
-                value = read_schema(Path(value), "context")  # noqa: PLW2901 - replaces the path
+            if key in _INLINED and isinstance(value, str):
+                read = read_schema if key == "task.schema" else read_examples
+                value = read(Path(value), "context")  # noqa: PLW2901 - replaces the path
             changes[key] = value if key in _SECRETS else escape_variables(value)
         loaded = load_config(raw, settings=changes)
         self._check_result(owner.config, loaded.config, request)
@@ -547,7 +563,7 @@ def _holds_secret(key: str, value: Any) -> bool:
         return any(_holds_secret(key, part) for part in value)
     if not isinstance(value, str):
         return False
-    return is_secret(key) or bool(_EXPANDED.search(value)) or mask_command(value) != value
+    return is_secret(key) or bool(REFERENCE_START.search(value)) or mask_command(value) != value
 
 
 def _mask(key: str, value: Any) -> Any:
@@ -581,17 +597,6 @@ def _clear_task(raw: dict[str, Any]) -> None:
     raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
     raw["input"] = {"limit": input_["limit"]} if input_.get("limit") else {}
     raw.pop("reduce", None)
-
-
-def escape_variables(value: Any) -> Any:
-    """Return a value whose texts do not change when variables are expanded."""
-    if isinstance(value, str):
-        return _EXPANDED.sub("$$", value)
-    if isinstance(value, Mapping):
-        return {key: escape_variables(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [escape_variables(part) for part in value]
-    return value
 
 
 def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,6 @@ from ..backends.core.errors import (
     RunStoppedError,
 )
 from ..backends.core.money import NANO_PER_USD
-from ..backends.core.templates import Template
 from ..backends.core.types import Shard
 from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
@@ -339,8 +338,7 @@ def _counts_at_end(tools: OpenRun) -> dict[str, Any]:
     """Return what a session notes about the run at its end, so that lists read no journal."""
     progress = tools.progress
     nano = progress.usage.nano_usd + progress.node_time.nano_usd
-    priced = tools.is_priced or progress.node_time.nano_usd > 0
-    usd = nano / NANO_PER_USD if priced else None
+    usd = nano / NANO_PER_USD if nano else None
     return {"done": progress.done, "failed": progress.failed, "usd": usd}
 
 
@@ -520,7 +518,7 @@ def _first_prompts(
 ) -> Range:
     """Estimate the tokens of first prompts from their length, for servers that report none."""
     tokens = list[float]()
-    prompt = Template.parse(loaded.config.task.prompt)
+    prompt = loaded.config.parse_prompt()
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:

@@ -294,6 +294,7 @@ def make_task_context(
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(task.run["fingerprint"]),
         question_digest=compute_question_digest(loaded.config, resources.model),
+        constant_messages=loaded.config.parse_prompt().constants,
         keep_raw=loaded.config.keep.raw == "all",
         simulated=task.run["simulated"],
         token_prices=TokenPrices(**task.tariff),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
@@ -62,11 +62,30 @@ class FieldPath:
         """
         if self.source == "output":
             return _walk(output, self.keys)
-        for count in range(len(self.keys), 0, -1):
-            name = ".".join(self.keys[:count])
-            if name in row:
-                return _walk(row[name], self.keys[count:])
-        return None
+        found = split_column(".".join(self.keys), row)
+        return None if found is None else _walk(row[found[0]], found[1])
+
+
+def split_column(name: str, columns: Container[str]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the column that a name begins with, and the keys of the field inside it.
+
+    A column may have dots in its name: the longest one counts, so that ``a.b`` is a column of that
+    name rather than the field ``b`` of a column ``a``.
+
+    Args:
+        name: The name.
+        columns: The columns that exist.
+
+    Returns:
+        None if there is no such column.
+    """
+    column, keys = name, tuple[str, ...]()
+    while column not in columns:
+        column, dot, key = column.rpartition(".")
+        if not dot:
+            return None
+        keys = (key, *keys)
+    return column, keys
 
 
 def _walk(value: Json, keys: Sequence[str]) -> Json:
@@ -127,10 +146,8 @@ def _find(path: FieldPath, root: Schema | None) -> Schema | None:
         return {} if path.keys else None
     if path.source == "input":
         columns = find_properties(root)
-        for count in range(len(path.keys), 0, -1):
-            if (column := ".".join(path.keys[:count])) in columns:
-                return _descend(columns[column], path.keys[count:], root)
-        return None
+        found = split_column(".".join(path.keys), columns)
+        return None if found is None else _descend(columns[found[0]], found[1], root)
     return _descend(root, path.keys, root)
 
 

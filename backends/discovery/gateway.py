@@ -424,7 +424,8 @@ def _list_offers(document: Any) -> Iterator[tuple[str, tuple[str, ...] | None]]:
             path = f"{cluster}/{framework}"
             if not _PATH.fullmatch(path):
                 continue
-            has_chat = _CHAT in (offered.get("endpoints") or [_CHAT])
+            listed = offered.get("endpoints")
+            has_chat = not isinstance(listed, list) or not listed or _CHAT in listed
             models = offered.get("models")
             named = models if isinstance(models, list) else []
             yield path, tuple(m for m in named if isinstance(m, str)) if has_chat else None

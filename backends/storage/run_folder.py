@@ -328,6 +328,22 @@ def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
     return (about["run"], *about.get("earlier", ()))
 
 
+def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:
+    """Return the state of a run: running, or how its last session ended.
+
+    Args:
+        folder: The run's folder.
+        about: Its provenance.
+
+    Raises:
+        JournalError: The lock cannot be read.
+    """
+    if folder.is_in_use():
+        return "running"
+    sessions = about["sessions"]
+    return (sessions[-1]["outcome"] if sessions else None) or "killed; resumable"
+
+
 def is_folder_of_run(path: Path, run: str) -> bool:
     """Return True if a folder belongs to a run, by its current or an earlier id."""
     try:

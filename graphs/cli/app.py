@@ -203,6 +203,22 @@ def status(
 
 
 @app.command()
+def ls(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[DIR]", parser=nonempty_path, help="A folder of runs, or a run folder."
+        ),
+    ] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder, the latest first."""
+    from .runs import list_runs
+
+    list_runs(folder, as_json)
+
+
+@app.command()
 def failures(
     folder: Folder,
     error_class: Annotated[

@@ -78,6 +78,11 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
             ("system text:", *(f"  {line}" for line in found.system.splitlines()))
             * bool(found.system)
         ),
+        *(
+            [f"examples: {len(examples):,}, before every prompt"]
+            if (examples := loaded.config.task.examples)
+            else []
+        ),
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
@@ -30,12 +29,12 @@ from ...configs.resolve import Overrides
 from ..run.accounting import endpoints_table_path
 from ..run.console import Terminal, print_json, print_messages
 from ..run.prepare import check_endpoints
-from .format import format_cell
+from .format import Column, make_table
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
-_FOLDED: Final = frozenset({"reachable", "models", "failures", "model", "state"})
-"""Columns with long texts, which wrap; names and numbers stay on one line."""
+_WORDS: Final = frozenset({"state", "models", "failures", "model"})
+"""Columns of texts, which may be long; the others are numbers and short words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,9 @@ def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
         print_messages([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
         print_messages([f"WARNING: endpoint {line}; it is used once" for line in listed.repeated])
         if deployments := _list_deployments(listed.rows, listed.model):
-            _print(_table(deployments, _GATEWAY))
+            _print(deployments, _GATEWAY)
         else:
-            _print(_table(listed.rows, _NOW))
+            _print(listed.rows, _NOW)
         for row in listed.rows:
             if row["error"]:
                 Terminal().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
@@ -157,9 +156,9 @@ def show_past_endpoints(path: Path, as_json: bool) -> None:
     if as_json:
         print_json({"endpoints": rows})
     elif rows:
-        _print(_table(rows, _PAST))
+        _print(rows, _PAST)
         Terminal().print()
-        _print(_table(rows, _COST))
+        _print(rows, _COST)
     else:
         print_messages(
             [f"{path}: no endpoint statistics yet; they are written when a session ends"]
@@ -203,20 +202,22 @@ _COST: Final = (
 )
 
 
-def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
+def _print(rows: Sequence[dict[str, Any]], form: Any) -> None:
+    """Print a table; names of endpoints are never shortened."""
     heads, cells = form
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head in heads:
-        folded = head in _FOLDED
-        least = len("SIMULATED") if folded else None
-        table.add_column(head, overflow="fold", no_wrap=not folded, min_width=least)
-    for row in rows:
-        table.add_row(*(format_cell(text) for text in cells(row)))
-    return table
-
-
-def _print(table: Table) -> None:
-    Terminal().print(table)
+    lines = [tuple(cells(row)) for row in rows]
+    console = Terminal()
+    columns = [
+        Column(
+            head,
+            [line[n] for line in lines],
+            is_key=head == _ENDPOINT,
+            is_number=head not in _WORDS and head != _ENDPOINT,
+        )
+        for n, head in enumerate(heads)
+    ]
+    for part in make_table(columns, console.width, framed=False):
+        console.print(part)
 
 
 def _shorten_error(error: str) -> str:

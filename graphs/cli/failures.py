@@ -19,7 +19,7 @@ from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import read_settings
-from ..run.console import Terminal, print_json, print_lines, print_messages
+from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
 from ..run.result_rows import PromptRenderer, read_prompts
 
 _SHOWN: Final = 1_000
@@ -136,7 +136,7 @@ def _print(
         return
     console.print()
     for line in continue_lines(folder, [row["class"] for row in rows], folder.is_in_use()):
-        console.print(Text(f"{line[0].upper()}{line[1:]}"), soft_wrap=True)
+        print_message(console, f"{line[0].upper()}{line[1:]}")
 
 
 def _print_block(lines: Iterator[tuple[int, str]], console: Console) -> None:

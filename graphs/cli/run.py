@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 import sys
 import time
@@ -288,6 +289,9 @@ def _last_lines(result: RunResult) -> list[str]:
     lines.append(f"Results: {folder.results}")
     if progress["failed"]:
         lines.append(f"Failed items and their errors: {folder.failures}")
+        lines.append(
+            f"With remedies and examples: fanfold failures {shlex.quote(str(folder.path))}"
+        )
     return lines
 
 

@@ -30,24 +30,36 @@ from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import write_csv, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..jobs.usage import job_report
-from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
+from ..run.console import (
+    Terminal,
+    format_count,
+    open_data_stream,
+    print_json,
+    print_message,
+    print_messages,
+)
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
 from .failures import continue_lines, retry_command
-from .format import format_cell
+from .format import Column, format_cell, make_table
 from .options import COST_BY
 
 
 def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
     """Print a :func:`~fanfold.graphs.jobs.usage.job_report`, one row per job."""
-    table = Table("job", "state", "nodes", "began", "ended", "items")
-    for job in facts["jobs"]:
-        row = [job["job"], job["state"], job["nodes"], _time(job["began"]), _time(job["ended"])]
-        items = "" if job["items"] is None else f"{job['items']:,}"
-        table.add_row(*map(str, row), items)
-    console.print(table)
+    jobs = facts["jobs"]
+    columns = [
+        Column("job", [str(job["job"]) for job in jobs], is_key=True),
+        Column("state", [str(job["state"]) for job in jobs]),
+        Column("nodes", [str(job["nodes"]) for job in jobs], is_number=True),
+        Column("began", [_time(job["began"]) for job in jobs], is_number=True),
+        Column("ended", [_time(job["ended"]) for job in jobs], is_number=True),
+        Column("items", [_items(job["items"]) for job in jobs], is_number=True),
+    ]
+    for part in make_table(columns, console.width):
+        console.print(part)
     _print(_lines(facts), console)
 
 
@@ -150,7 +162,11 @@ def _measured(facts: Mapping[str, Any]) -> str:
 
 def _print(lines: Iterator[str], console: Console) -> None:
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        print_message(console, line)
+
+
+def _items(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"
 
 
 def _time(text: str | None) -> str:
@@ -221,20 +237,6 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())
-
-
-def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:
-    """Return the state of a run: running, or how its last session ended.
-
-    Args:
-        folder: The run's folder.
-        about: Its provenance.
-
-    Raises:
-        JournalError: The lock cannot be read.
-    """
-    last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
-    return "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
 
 
 def _next_command(
@@ -422,7 +424,9 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
     if about["simulated"]:
         console.print(Text("simulated: true", style="bold"))
     if by is not None:
-        console.print(_grouped_table(by, [*rows, ("total", cost.usage)], cost.priced))
+        columns = _grouped_columns(by, [*rows, ("total", cost.usage)], cost.priced)
+        for part in make_table(columns, console.width, framed=False):
+            console.print(part)
     else:
         console.print(_total_table(cost, folder.is_in_use()))
     if jobs is not None:
@@ -439,23 +443,24 @@ def _row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
     }
 
 
-def _grouped_table(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(by, overflow="fold")
-    for head in ("requests", "prompt", "cached", "completion", "wasted", "USD"):
-        table.add_column(head, justify="right", no_wrap=True)
+def _grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> list[Column]:
     largest = max(spent.nano_usd for _, spent in rows)
-    for name, spent in rows:
-        numbers = (
-            spent.requests,
-            spent.prompt_tokens,
-            spent.cached_tokens,
-            spent.completion_tokens,
-            spent.wasted_tokens,
-        )
-        usd = format_usd(spent.nano_usd, largest) if priced else _NO_PRICE
-        table.add_row(format_cell(name), *map(format_count, numbers), usd)
-    return table
+    usd = [format_usd(one.nano_usd, largest) if priced else _NO_PRICE for _, one in rows]
+    numbers = {
+        "requests": [spent.requests for _, spent in rows],
+        "prompt": [spent.prompt_tokens for _, spent in rows],
+        "cached": [spent.cached_tokens for _, spent in rows],
+        "completion": [spent.completion_tokens for _, spent in rows],
+        "wasted": [spent.wasted_tokens for _, spent in rows],
+    }
+    return [
+        Column(by, [name for name, _ in rows], is_key=True),
+        *(
+            Column(head, [format_count(value) for value in values], is_number=True)
+            for head, values in numbers.items()
+        ),
+        Column("USD", usd, is_number=True),
+    ]
 
 
 def _total_table(cost: Cost, running: bool) -> Table:

@@ -26,7 +26,7 @@ from ...backends.budget.tokens import (
 )
 from ...backends.core.errors import InvalidItemError, NoEndpointError
 from ...backends.core.money import BudgetLimits
-from ...backends.core.templates import Template
+from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
@@ -51,10 +51,9 @@ from ...backends.storage.run_folder import get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
-from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting, check_reduce
+from .prepare import check_endpoints, check_fields, check_input_setting
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -83,6 +82,7 @@ class Sample:
         messages: The first messages of each item.
         first_id: Id of the first valid item, else of the first item.
         first: Its messages; empty if no item is valid.
+        problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
     """
@@ -91,6 +91,7 @@ class Sample:
     messages: tuple[list[Message], ...]
     first_id: str
     first: list[Message]
+    problem: str | None
     max_tokens: int
     unlimited: int
 
@@ -112,8 +113,9 @@ def read_sample(config: RunConfig, count: int) -> Sample:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
+            problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], longest, unlimited)
+    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited)
 
 
 _SLICE: Final = 256
@@ -134,14 +136,14 @@ def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
     return -(-total // max(1, limited)), unlimited
 
 
-def read_messages(config: RunConfig, prompt: Template, row: Row) -> list[Message]:
+def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Message]:
     """Return the messages of an item's first request.
 
     Raises:
         InvalidItemError: The item fails without a request.
     """
     if not config.input.is_batch:
-        return build_messages(config.task.system, prompt, row, config.model.system_role)
+        return prompt.build_messages(row)
     if row["url"] != CHAT_URL:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
     messages: list[Message] = row["body"]["messages"]
@@ -152,7 +154,7 @@ def _render_prompts(
     config: RunConfig, store: ItemStore, indices: Sequence[int]
 ) -> Iterator[tuple[Item, list[Message]]]:
     """Yield the valid items with their messages."""
-    prompt = Template.parse(config.task.prompt)
+    prompt = config.parse_prompt()
     for index in indices:
         (item,) = store.read(index, index + 1)
         if item.problem is None:
@@ -160,6 +162,17 @@ def _render_prompts(
                 yield item, read_messages(config, prompt, item.row)
             except InvalidItemError:
                 continue  # it will fail without a call
+
+
+def _find_problem(config: RunConfig, item: Item) -> str | None:
+    """Return why an item fails without a call, or None."""
+    if item.problem is not None:
+        return item.problem
+    try:
+        read_messages(config, config.parse_prompt(), item.row)
+    except InvalidItemError as error:
+        return error.message
+    return None
 
 
 _SHOWN: Final = 3
@@ -251,7 +264,7 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
-        check_reduce(loaded, sampled.summary)
+        check_fields(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     policy = make_fleet_policy(config, ready.endpoint_set)
@@ -270,7 +283,7 @@ async def estimate_run(
         simulated=ready.simulated,
         system=config.task.system,
         first_id=sampled.first_id,
-        first_prompt=_question(sampled),
+        first_prompt=_question(sampled, config),
         prompt_count=counted,
         context=min((s.max_model_len for s in ready.specs if s.max_model_len), default=None),
         price=cost,
@@ -281,8 +294,12 @@ async def estimate_run(
     )
 
 
-def _question(sampled: Sample) -> str:
-    return str(sampled.first[-1]["content"]) if sampled.first else "(no valid item)"
+def _question(sampled: Sample, config: RunConfig) -> str:
+    if sampled.first and config.task.messages is not None and not config.task.examples:
+        return "\n".join(f"{one['role']}: {one['content']}" for one in sampled.first)
+    if sampled.first:
+        return str(sampled.first[-1]["content"])
+    return f"(no valid item; item {sampled.first_id}: {sampled.problem})"
 
 
 def make_run_plan(
@@ -479,8 +496,8 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
     task = settings["task"]
     if task.get("graph"):
         return []  # it writes its own prompts
-    prompt, system = Template.parse(task["prompt"]), task.get("system") or ""
     role = (settings.get("model") or {}).get("system_role") or "system"
+    prompt = ItemPrompt.parse(task, role)
     fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []
     total = about["input"]["items"]
     is_batch = (settings.get("input") or {}).get("format") == "openai_batch"
@@ -494,9 +511,7 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
             if record["requests"] == 1 and record["prompt_tokens"]:
                 (item,) = store.read(index, index + 1)
                 messages = (
-                    item.row["body"]["messages"]
-                    if is_batch
-                    else build_messages(system, prompt, item.row, role)
+                    item.row["body"]["messages"] if is_batch else prompt.build_messages(item.row)
                 )
                 found.append(({**fixed, "messages": messages}, record["prompt_tokens"]))
     return found

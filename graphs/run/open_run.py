@@ -203,6 +203,7 @@ async def open_run(
             progress=progress,
             fingerprint=bytes.fromhex(files.fingerprint),
             question_digest=compute_question_digest(config, files.model),
+            constant_messages=config.parse_prompt().constants,
             keep_raw=config.keep.raw == "all",
             simulated=files.simulated,
             token_prices=price,

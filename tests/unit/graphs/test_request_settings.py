@@ -404,7 +404,8 @@ def test_paths_lie_below_the_root(root: Path, path: str) -> None:
     with pytest.raises(InputError, match="outside the folder"):
         policy.resolve_path(path)
     assert "outside the folder" in refused({"config": path}, policy)
-    assert "outside the folder" in refused({"overrides": [f"task.schema={path}"]}, policy)
+    for key in ("task.schema", "task.examples"):
+        assert "outside the folder" in refused({"overrides": [f"{key}={path}"]}, policy)
     assert "outside the folder" in refused({"config": {"input": {"path": path}}}, policy)
 
 
@@ -416,7 +417,7 @@ def test_a_folder_with_a_link_that_leads_out_is_refused(root: Path) -> None:
         policy.resolve_path("sub")
 
 
-@pytest.mark.parametrize("key", ["config", "input.path", "task.schema"])
+@pytest.mark.parametrize("key", ["config", "input.path", "task.schema", "task.examples"])
 def test_without_a_root_no_file_is_read(root: Path, key: str) -> None:
     for text in (str(root / "mine.csv"), "mine.csv", "/etc/passwd"):
         context = {"config": text} if key == "config" else {"overrides": [f"{key}={text}"]}
@@ -434,6 +435,12 @@ def test_a_file_below_the_root_is_a_request_as_well(root: Path) -> None:
     config = loaded({"config": "good.yaml"}, policy).config
     assert config.input.path == str(root / "mine.csv")
     assert config.task.answer_schema == {"type": "object"}
+    (root / "few.jsonl").write_text('{"smiles": "${HOME}", "output": "x"}')
+    (root / "few.yaml").write_text("task: {prompt: 'a {smiles}', examples: few.jsonl}\n")
+    for context in ({"config": "few.yaml"}, {"overrides": [f"task.examples={root}/few.jsonl"]}):
+        task = {"prompt": "a {smiles}", "answer_schema": None} if "overrides" in context else {}
+        found = loaded(context | task, policy).config.task.examples
+        assert found == [{"smiles": "${HOME}", "output": "x"}]
     (root / "bad.yaml").write_text("task: {prompt: x, graph: 'os:system'}\n")
     assert "task.graph" in refused({"config": "bad.yaml"}, policy)
     (root / "bomb.yaml").write_text("task: {prompt: x}\nreduce: [&a {op: count}, *a]\n")
