@@ -219,6 +219,23 @@ def ls(
 
 
 @app.command()
+def show(
+    folder: Folder,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="A,B,…", help="Columns, e.g. id,output.score,smiles."),
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Show failed items only.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of rows.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show the first rows of the results so far."""
+    from .show import show_rows
+
+    show_rows(folder, columns, "failed" if failed else None, limit, as_json)
+
+
+@app.command()
 def failures(
     folder: Folder,
     error_class: Annotated[

@@ -24,6 +24,7 @@ from typing import Any, Final
 import orjson
 
 from ...backends.batch.files import check_batch_settings
+from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import find_model_price
 from ...backends.core.errors import (
     ConfigurationError,
@@ -250,6 +251,8 @@ async def prepare_run(
         summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
         check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
+        if loaded.config.backend.is_batch and ready is not None:
+            get_deployment(ready)
         if simulated and not allow_simulated:
             msg = (
                 "the endpoints are a simulated fleet, whose answers are meaningless; no request "

@@ -85,6 +85,7 @@ def test_no_command_shows_them(shell: Shell, url: str) -> None:
         ["status", "run"],
         ["status", "run", "--endpoints"],
         ["failures", "run"],
+        ["show", "run", "--columns", "error,output.label,text,prompt"],
         ["failures", "run", "--class", "RequestRefusedError"],
         ["cost", "run", "--by", "model"],
         ["run", "c.yaml", "--set", f"model.name={json.dumps(EVIL)}"],

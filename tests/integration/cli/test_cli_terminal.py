@@ -130,6 +130,8 @@ def test_commands_that_look_at_a_run(shell: Shell, width: int) -> None:
         ["status", "run"],
         ["status", "run", "--endpoints"],
         ["failures", "run"],
+        ["show", "run"],
+        ["show", "run", "--failed"],
         ["cost", "run"],
         ["cost", "run", "--by", "endpoint"],
         ["ls"],

@@ -20,6 +20,7 @@ import yaml
 
 from fanfold.tests.support.first_gateway import (
     BatchSpec,
+    DeploymentSpec,
     GatewayProcess,
     GatewaySpec,
     TokenSpec,
@@ -461,6 +462,24 @@ async def test_foreign_lines_in_the_output_are_ignored(tmp_path: Path) -> None:
             _, said = await asyncio.wait_for(process.communicate(), DEADLINE_S)
         await lab.check_whole(process.returncode or 0, said.decode())
         assert "10 answers, 0 failed, 0 missing, 10 lines of others ignored" in said.decode()
+
+
+async def test_one_deployment_answers_batches(tmp_path: Path) -> None:
+    both = (DeploymentSpec(), DeploymentSpec(cluster="metis", framework="api", kind="direct"))
+    async with run_gateway_process(make_spec(*both)) as gateway:
+        lab = Lab(tmp_path, gateway, 5)
+        del lab.config["endpoints"]["first"]["paths"]
+        for command in ("check", "run"):
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump(lab.config))
+            options = ("--out", lab.out) if command == "run" else ()
+            code, _, said = await lab.call(command, tmp_path / "c.yaml", *options)
+            assert code == 2
+            assert "2 serve the model (sophia/vllm, metis/api); set endpoints.first.paths" in said
+        assert not lab.out.exists()
+        lab.config["endpoints"]["first"]["paths"] = ["metis/api"]
+        code, _, said = await lab.run()
+        assert code == 0, said
+        assert {batch["cluster"] for batch in await lab.batches()} == {"metis"}
 
 
 async def test_check_counts_batches_and_finds_a_bad_folder(tmp_path: Path) -> None:
