@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.messages import MAX_MESSAGE_BYTES
 from ..backends.core.templates import find_names, split_command
-from .base import Access, Duration, PositiveDuration, Section, declare_access
+from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
 _SMALL_MESSAGE: Final = 400_000
@@ -35,6 +35,16 @@ _KIND_KEYS: Final[dict[str, set[str]]] = {
     "launched": {"command", "host", "workers"},
     "globus_compute": {"endpoints", "user_endpoint_config", "function", "client", "workers"},
     "academy": {"exchange", "workers", "slots", "executor"},
+    "batch": {
+        "service",
+        "dir",
+        "lines",
+        "active",
+        "leftovers",
+        "poll_s",
+        "poll_most_s",
+        "gather_s",
+    },
 }
 
 
@@ -46,8 +56,15 @@ def _check_command(value: str) -> str:
     return value
 
 
+def _check_absolute(value: str) -> str:
+    if not value.startswith("/"):
+        msg = f"{value!r} is relative; the service needs the absolute path"
+        raise ValueError(msg)
+    return value
+
+
 BackendKind: TypeAlias = Literal[
-    "local", "executor", "parsl", "globus_compute", "academy", "launched"
+    "local", "executor", "parsl", "globus_compute", "academy", "launched", "batch"
 ]
 
 
@@ -81,7 +98,8 @@ class BackendConfig(Section):
     Attributes:
         kind: ``local``: in this process, or in several on this machine; ``executor``: any
             ``concurrent.futures.Executor``; ``parsl``, ``globus_compute``, ``academy``;
-            ``launched``: workers that one command starts.
+            ``launched``: workers that one command starts; ``batch``: items run in this process,
+            and their requests are files that a batch service answers.
         processes: (local) Number of worker processes; 1 uses only this process.
         factory: (executor) ``module:attr``, a function that returns the executor.
         config: (parsl) ``htex_local``; ``htex_job``, a worker per node of the batch job in which
@@ -101,7 +119,18 @@ class BackendConfig(Section):
         slots: (academy) Number of shards that one agent runs at a time.
         executor: (academy) ``module:attr``, a function that returns the executor for the agents;
             None runs them in processes on this machine.
-        workers: (all but local) Number of shards that run at a time, over all backends.
+        service: (batch) ``first``: batch mode of the FIRST gateway of the section endpoints.
+        dir: (batch) Folder for requests and answers on the cluster's file system; the service and
+            this process read and write it under the same path.
+        lines: (batch) Maximum requests in a file; choose what one job of the service finishes.
+        active: (batch) Number of files that the service has at a time.
+        leftovers: (batch) What answers requests that two batches did not: ``interactive``, requests
+            one by one; or ``batch``, further batches, up to ``limits.attempts``.
+        poll_s: (batch) Seconds between two questions for the state of a batch, at first.
+        poll_most_s: (batch) Maximum seconds between two such questions.
+        gather_s: (batch) Seconds without a further request after which a file is submitted that
+            has fewer than ``lines``.
+        workers: (all but local and batch) Number of shards that run at a time, over all backends.
         shared_folder: Whether workers reach the run folder; None takes the default of the kind:
             only globus_compute does not share it.
         node_endpoints: Whether each worker uses only the endpoints of its own node.
@@ -119,6 +148,7 @@ class BackendConfig(Section):
         closed=(
             "kind processes factory config command host endpoints "
             "user_endpoint_config function client slots executor workers "
+            "service dir lines active leftovers poll_s poll_most_s gather_s "
             "shared_folder node_endpoints registry attempts silence_s deadline_s "
             "queue_s shard_least_s shard_most_s"
         ),
@@ -139,6 +169,14 @@ class BackendConfig(Section):
     exchange: ExchangeConfig = ExchangeConfig()
     slots: Annotated[int, Field(ge=1, le=64)] = 1
     executor: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
+    service: Literal["first"] = "first"
+    dir: Annotated[PathText, AfterValidator(_check_absolute)] | None = None
+    lines: Annotated[int, Field(ge=1, le=150_000)] = 20_000
+    active: Annotated[int, Field(ge=1, le=100)] = 1
+    leftovers: Literal["interactive", "batch"] = "interactive"
+    poll_s: PositiveDuration = 30.0
+    poll_most_s: PositiveDuration = 300.0
+    gather_s: PositiveDuration = 5.0
     workers: Annotated[int, Field(ge=1, le=100_000)] = 2
     shared_folder: bool | None = None
     node_endpoints: bool = False
@@ -153,7 +191,12 @@ class BackendConfig(Section):
     @property
     def is_remote(self) -> bool:
         """Return True if shards run outside this process."""
-        return self.kind != "local" or self.processes > 1
+        return self.kind not in {"local", "batch"} or self.processes > 1
+
+    @property
+    def is_batch(self) -> bool:
+        """Return True if requests are answered by batches."""
+        return self.kind == "batch"
 
     @property
     def starts_workers_on_nodes(self) -> bool:
@@ -163,6 +206,8 @@ class BackendConfig(Section):
     @property
     def concurrent_shards(self) -> int:
         """Return how many shards are worked on at the same time, over all workers."""
+        if not self.is_remote:
+            return 1
         if self.kind == "local":
             return self.processes
         return self.workers * (self.slots if self.kind == "academy" else 1)
@@ -207,6 +252,15 @@ class BackendConfig(Section):
                 raise ValueError(msg)
         if self.shard_least_s > self.shard_most_s:
             msg = "the key 'shard_least_s' is above 'shard_most_s'"
+            raise ValueError(msg)
+        if self.poll_s > self.poll_most_s:
+            msg = "the key 'poll_s' is above 'poll_most_s'"
+            raise ValueError(msg)
+        if self.is_batch and self.dir is None:
+            msg = (
+                "kind batch needs the key 'dir': a folder on the cluster's file system that the "
+                "service and this process both use"
+            )
             raise ValueError(msg)
         if self.kind == "executor" and self.factory is None:
             msg = "kind executor needs the key 'factory': package.module:function"

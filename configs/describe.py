@@ -56,11 +56,18 @@ def setting_schema(key: str) -> dict[str, Any]:
     made = TypeAdapter(kind).json_schema()
     sections = made.pop("$defs", {})
     if "anyOf" in made:
-        made["anyOf"] = [
-            sections[option["$ref"].rpartition("/")[2]] if "$ref" in option else option
-            for option in made["anyOf"]
-        ]
+        made["anyOf"] = [_inline_section(option, sections) for option in made["anyOf"]]
     return made
+
+
+def _inline_section(option: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema in which the reference to a section, or to a list of one, is replaced."""
+    if "$ref" in option:
+        found: dict[str, Any] = sections[option["$ref"].rpartition("/")[2]]
+        return found
+    if "$ref" in option.get("items", {}):
+        return option | {"items": _inline_section(option["items"], sections)}
+    return option
 
 
 def section_schema(key: str) -> dict[str, Any]:

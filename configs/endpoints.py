@@ -81,33 +81,45 @@ class FirstConfig(Section):
     """A FIRST gateway: one address for the models of several clusters.
 
     Attributes:
-        base_url: Its address, without the names of the clusters.
-        paths: ``cluster/framework`` of each deployment to use, e.g. ``sophia/vllm``.
-        token: Access token; write it as ``${VAR}``.
-        token_command: Command that prints the token, run without a shell; it runs once more if
-            the gateway refuses the token.
+        base_url: Its address, without the names of the clusters; None: the variable
+            ``inference_base_url``, else ALCF's gateway.
+        paths: ``cluster/framework`` of each deployment to use, e.g. ``sophia/vllm``; None: all that
+            serve the model.
+        token: Access token; write it as ``${VAR}``. Without it and ``token_command``: that of
+            ``alcf-tokens login``, else the variable ``FIRST_API_KEY``.
+        token_command: Command that prints the token, run without a shell, each hour, and once more
+            if the gateway refuses the token.
         requests_per_s: Maximum requests per second over all paths; the gateway allows 10 per user.
         tokens_per_min: Maximum tokens of a model per window; None: as the gateway reports, else
             its default for a user.
         window_s: Length in seconds of the gateway's windows.
+        sessions: Number of sessions of a run; the gateway assigns each one to a replica.
+        poll_s: Seconds between two looks at the gateway's list of jobs, which it keeps so long.
+        start_wait_s: Maximum seconds to wait for a model that does not run.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="base_url paths token token_command requests_per_s tokens_per_min window_s",
+        closed=(
+            "base_url paths token token_command requests_per_s tokens_per_min window_s sessions "
+            "poll_s start_wait_s"
+        ),
     )
 
-    base_url: Annotated[str, Field(min_length=1)] = FIRST_URL
-    paths: Texts
+    base_url: Annotated[str, Field(min_length=1)] | None = None
+    paths: Texts | None = None
     token: Secret | None = None
     token_command: Annotated[str, Field(min_length=1)] | None = None
     requests_per_s: Annotated[float, Field(gt=0)] = 8.0
     tokens_per_min: Annotated[float, Field(gt=0)] | None = None
     window_s: Annotated[float, Field(gt=0)] = 60.0
+    sessions: Annotated[int, Field(ge=1, le=1024)] = 1
+    poll_s: PositiveDuration = 60.0
+    start_wait_s: Duration = 7200.0
 
     @model_validator(mode="after")
     def _one_token(self) -> FirstConfig:
-        if (self.token is None) == (self.token_command is None):
-            msg = "give exactly one of token (as ${VAR}) and token_command"
+        if self.token is not None and self.token_command is not None:
+            msg = "give token (as ${VAR}) or token_command, not both"
             raise ValueError(msg)
         return self
 

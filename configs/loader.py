@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TextIO
 
 import orjson
 from pydantic import ValidationError
 
 from ..backends.core.errors import ConfigurationError
+from ..backends.core.templates import EXAMPLE_OUTPUT
 from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .base import expand_home
@@ -25,6 +28,7 @@ from .models import RunConfig
 from .raw_settings import (
     apply_override,
     check_overrides,
+    escape_variables,
     expand_variables,
     parse_yaml,
     set_path,
@@ -269,6 +273,9 @@ def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
     task = data.get("task")
     if isinstance(task, dict) and isinstance(task.get("schema"), str):
         task["schema"] = read_schema(Path(_absolute(task["schema"], base)), source)
+    if isinstance(task, dict) and isinstance(task.get("examples"), str):
+        examples = read_examples(Path(_absolute(task["examples"], base)), source)
+        task["examples"] = escape_variables(examples)
 
 
 def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
@@ -341,6 +348,62 @@ def read_schema(path: Path, source: str) -> dict[str, Any]:
         msg = f"{source}: task.schema: {path} contains no JSON Schema object"
         raise ConfigurationError(msg)
     return schema
+
+
+def read_examples(path: Path, source: str) -> list[dict[str, Any]]:
+    """Read a jsonl or csv file with examples of a task.
+
+    Raises:
+        ConfigurationError: It cannot be read; names ``source``, the file and the line.
+    """
+    where = f"{source}: task.examples: {path}"
+    readers = {".jsonl": _iter_objects, ".csv": _iter_cells}
+    if (read := readers.get(path.suffix.lower())) is None:
+        raise ConfigurationError(f"{where}: name a .jsonl or .csv file, or write a list")
+    try:
+        if path.stat().st_size > _MOST_EXAMPLE_BYTES:
+            msg = (
+                f"{where}: has more than {_MOST_EXAMPLE_BYTES:,} bytes; every item sends all of it"
+            )
+            raise ConfigurationError(msg)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(read(file, where))
+    except OSError as error:
+        raise ConfigurationError(f"{where} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{where}: not UTF-8 text; save it as UTF-8") from error
+
+
+_MOST_EXAMPLE_BYTES: Final = 10_000_000
+
+
+def _iter_objects(file: TextIO, where: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            msg = f"{where}, line {number}: not valid JSON: {error.msg}"
+            raise ConfigurationError(msg) from None
+        if not isinstance(found, dict):
+            raise ConfigurationError(f"{where}, line {number}: is no JSON object")
+        yield found
+
+
+def _iter_cells(file: TextIO, where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a csv file; an ``output`` that is JSON is read as JSON."""
+    rows = csv.DictReader(file, strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                msg = f"{where}, line {rows.line_num}: has more or fewer cells than the header"
+                raise ConfigurationError(msg)
+            with suppress(KeyError, orjson.JSONDecodeError):
+                row[EXAMPLE_OUTPUT] = orjson.loads(row[EXAMPLE_OUTPUT])
+            yield dict(row)
+    except csv.Error as error:
+        raise ConfigurationError(f"{where}, after line {rows.line_num}: {error}") from None
 
 
 def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> RunConfig:

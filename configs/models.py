@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..backends.core.templates import ItemPrompt
 from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
@@ -75,7 +76,7 @@ class BudgetConfig(Section):
 
 RESERVED: Final = {
     "model": "set model.name",
-    "messages": "set task.system and task.prompt",
+    "messages": "set task.system and task.prompt, or task.messages",
     "temperature": "set model.temperature",
     "max_tokens": "set model.max_tokens",
     "max_completion_tokens": "set model.max_tokens",
@@ -187,12 +188,34 @@ class BatchConfig(Section):
         return self
 
 
+MOST_EXAMPLES: Final = 1000
+"""Most examples of a task."""
+
+
+class MessageConfig(Section):
+    """One message to the model.
+
+    Attributes:
+        role: Who speaks; ``system`` is sent as ``model.system_role``.
+        content: Text with the item's columns in braces.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(open="role content")
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, Field(min_length=1)]
+
+
 class TaskConfig(Section):
     """What is asked of each item.
 
     Attributes:
         system: Constant text, sent first so that prefix caches work.
         prompt: Text with the item's columns in braces: ``"… {smiles} …"``.
+        messages: Messages in place of ``system`` and ``prompt``, each with role and content; the
+            last one is the user's.
+        examples: Examples that precede the prompt: objects with the columns of the prompt and
+            ``output``, the answer; or a jsonl or csv file of them.
         answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
         repairs: How often an answer that does not parse or validate is sent back.
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
@@ -201,15 +224,35 @@ class TaskConfig(Section):
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="system prompt schema repairs",
+        open="system prompt messages examples schema repairs",
         closed="graph",
     )
 
     system: str = ""
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt: str = ""
+    messages: Annotated[list[MessageConfig], Field(min_length=1, max_length=100)] | None = None
+    examples: Annotated[list[dict[str, Any]], Field(max_length=MOST_EXAMPLES)] | None = None
     answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     repairs: Annotated[int, Field(ge=0, le=10)] = 1
     graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _asks_in_one_way(self) -> TaskConfig:
+        if self.messages is None and not self.prompt:
+            msg = "prompt is missing; write what to ask, with columns in braces, or messages"
+            raise ValueError(msg)
+        if self.messages is None:
+            return self
+        if self.prompt:
+            msg = "give either prompt or messages; prompt: '' or messages: null removes one"
+            raise ValueError(msg)
+        if self.system:
+            msg = "messages replace system too; write its text as the first message (role: system)"
+            raise ValueError(msg)
+        if self.messages[-1].role != "user":
+            msg = "the last of messages must have the role user, because the model answers it"
+            raise ValueError(msg)
+        return self
 
 
 class ModelConfig(Section):
@@ -415,6 +458,14 @@ class RunConfig(Section):
             raise ValueError(msg)
         return "off" if value is False else value  # YAML reads a bare off as false
 
+    def parse_prompt(self) -> ItemPrompt:
+        """Return the templates of an item's messages.
+
+        Raises:
+            ConfigurationError: A template is malformed, or an example lacks a column.
+        """
+        return ItemPrompt.parse(self.task.model_dump(by_alias=True), self.model.system_role)
+
     @model_validator(mode="before")
     @classmethod
     def _batch_has_its_task(cls, data: Any) -> Any:
@@ -459,6 +510,30 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _batch_has_a_service(self) -> RunConfig:
+        if not self.backend.is_batch:
+            return self
+        if self.endpoints.first is None:
+            msg = (
+                "backend.kind: batch is the batch mode of a FIRST gateway, and endpoints names "
+                "none; set endpoints.first, or leave out backend.kind"
+            )
+            raise ValueError(msg)
+        if self.task.graph is not None:
+            msg = (
+                "backend.kind: batch answers one request per item and repair, but the calls of a "
+                "task.graph follow each other; leave out one of the two"
+            )
+            raise ValueError(msg)
+        if self.limits.item_timeout_s is not None:
+            msg = (
+                "limits.item_timeout_s does not fit backend.kind: batch, where an item waits for "
+                "its batch for hours; leave it out"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _gateway_accepts_the_fields(self) -> RunConfig:
         refused = [name for name in self.model.extra_body if FIRST_REFUSED_FIELDS.fullmatch(name)]
         if self.endpoints.first is not None and refused:
@@ -471,7 +546,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _engine_is_here(self) -> RunConfig:
-        if self.shard.items == 1 and (self.backend.kind != "local" or self.backend.processes > 1):
+        if self.shard.items == 1 and self.backend.is_remote:
             msg = (
                 "shard.items: 1 runs each item by LangGraph's engine in this process, but this "
                 "backend sends shards to workers; leave shard.items out"

@@ -202,6 +202,20 @@ def expand_variables(data: Any, environment: Mapping[str, str], source: str, key
     return _VARIABLE.sub(value, data)
 
 
+def escape_variables(value: Any) -> Any:
+    """Return a value whose texts do not change when variables are expanded."""
+    if isinstance(value, str):
+        return REFERENCE_START.sub("$$", value)
+    if isinstance(value, Mapping):
+        return {key: escape_variables(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape_variables(part) for part in value]
+    return value
+
+
+REFERENCE_START: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
+
+
 def join_path(prefix: str, key: str) -> str:
     """Return the dotted path of a key below ``prefix``."""
     return f"{prefix}.{key}" if prefix else key

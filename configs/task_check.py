@@ -10,7 +10,7 @@ import orjson
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.schemas import open_validator
-from ..backends.core.templates import Template, find_names
+from ..backends.core.templates import EXAMPLE_OUTPUT, ItemPrompt, find_names
 from .models import TaskConfig
 
 
@@ -45,27 +45,51 @@ _ELSEWHERE: Final = _split(
 
 
 def check_task(task: TaskConfig) -> None:
-    """Check the prompt, and the schema of the answers.
+    """Check the prompt or the messages, the schema of the answers, and the examples.
 
     Raises:
-        ConfigurationError: The prompt has an unmatched brace; or the schema is invalid, contradicts
-            itself or has a misspelt keyword; the message names the place.
+        ConfigurationError: A template has an unmatched brace; or the schema is invalid, contradicts
+            itself or has a misspelt keyword; or an example lacks a column or an answer that fits
+            the schema; the message names the place.
     """
-    Template.parse(task.prompt)
+    ItemPrompt.parse(task.model_dump(by_alias=True) | {"examples": None})
     if task.answer_schema is not None:
         _check_valid(task.answer_schema)
         for where, schema in walk_schemas(task.answer_schema):
             _check_values(schema, where)
             _check_required(schema, where)
             _check_keywords(schema, where)
+    _check_examples(task)
+
+
+def _check_examples(task: TaskConfig) -> None:
+    """Check that examples have the columns of the prompt, and answers that fit the schema."""
+    schema = task.answer_schema
+    validator = None if schema is None else open_validator(schema)
+    for number, example in enumerate(task.examples or ()):
+        where = f"task.examples[{number}]"
+        if EXAMPLE_OUTPUT not in example:
+            msg = f"{where} has no {EXAMPLE_OUTPUT!r}: add the answer that the model should give"
+            raise ConfigurationError(msg)
+        output = example[EXAMPLE_OUTPUT]
+        if validator is None:
+            if output is None or output == "":
+                raise ConfigurationError(f"{where}.{EXAMPLE_OUTPUT} is empty: write the answer")
+            continue
+        for error in validator.iter_errors(output):
+            at = ".".join((f"{where}.{EXAMPLE_OUTPUT}", *map(str, error.instance_path)))
+            msg = f"{at} does not fit task.schema: {error.message}"
+            raise ConfigurationError(msg)
+    ItemPrompt.parse(task.model_dump(by_alias=True))
 
 
 def find_task_warnings(task: TaskConfig) -> list[str]:
     """Return a line for each part of a task that is allowed but seldom intended."""
     lines = list[str]()
-    if task.graph is None and not Template.parse(task.prompt).columns:
+    if task.graph is None and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
+        where = "task.prompt names" if task.messages is None else "task.messages name"
         lines.append(
-            "task.prompt names no column, so that every item asks the same; write {NAME} where the "
+            f"{where} no column, so that every item asks the same; write {{NAME}} where the "
             "text of a column belongs"
         )
     for name in sorted(find_names([task.system])):

@@ -25,9 +25,22 @@ from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern
 from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
-from ..configs.loader import LoadedConfig, is_preset, load_config, read_schema, read_settings_file
+from ..configs.loader import (
+    LoadedConfig,
+    is_preset,
+    load_config,
+    read_examples,
+    read_schema,
+    read_settings_file,
+)
 from ..configs.models import SAMPLING_FIELDS, BudgetConfig, RunConfig
-from ..configs.raw_settings import get_at_path, parse_value, parse_yaml
+from ..configs.raw_settings import (
+    REFERENCE_START,
+    escape_variables,
+    get_at_path,
+    parse_value,
+    parse_yaml,
+)
 from ..configs.resolve import endpoint_settings, resolve_config
 from ..configs.serialize import check_plain, find_lost_secrets
 from ..nodes.batch.load import describe_unknown_keys
@@ -53,10 +66,12 @@ _NO_ADDRESS: Final = re.compile(
 )
 """Settings of the endpoints that do not change where requests go."""
 
+_INLINED: Final = frozenset({"task.schema", "task.examples"})
+"""Settings that are data, or a file whose content takes its place."""
+
 _COMMANDS: Final = frozenset({"endpoints.first.token_command", "node.serve", "backend.command"})
 
 _MOST_BYTES: Final = 1_000_000
-_EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +248,7 @@ class CallerPolicy:
         closed = dict[str, None]()
         for assigned_key, assigned_value in assigned:
             for key, value, access in split_settings(assigned_key, assigned_value):
-                if key == "task.schema" and isinstance(value, str):
+                if key in _INLINED and isinstance(value, str):
                     yield key, self._resolve_path(key, value, base)
                 elif self.is_open(key):
                     yield key, value
@@ -341,8 +356,9 @@ class CallerPolicy:
                 raise ConfigurationError(f"{key}: name a variable, as ${{MY_KEY}}")
             if key == "endpoints.hosts" and "$" in str(value):
                 raise ConfigurationError(f"{key}: a request names hosts, not variables")
-            if key == "task.schema" and isinstance(value, str):
-                value = read_schema(Path(value), "context")  # noqa: PLW2901 - replaces the path
+            if key in _INLINED and isinstance(value, str):
+                read = read_schema if key == "task.schema" else read_examples
+                value = read(Path(value), "context")  # noqa: PLW2901 - replaces the path
             changes[key] = value if key in _SECRETS else escape_variables(value)
         loaded = load_config(raw, settings=changes)
         self._check_result(owner.config, loaded.config, request)
@@ -497,6 +513,22 @@ def _changes_hosts(request: CallerSettings) -> bool:
     return any(_NO_ADDRESS.fullmatch(key) is None for key in keys)
 
 
+def _gives_token(request: CallerSettings) -> bool:
+    """Return True if a request gives the token of a gateway itself."""
+    first = request.settings.get("endpoints.first")
+    inner = first if isinstance(first, dict) else {}
+    values = [inner.get("token"), inner.get("token_command")]
+    return any(value is not None for value in (*values, *map(request.settings.get, _BOUND)))
+
+
+def _uses_gateway(request: CallerSettings, is_bound: bool) -> bool:
+    """Return True if a request uses a gateway, by itself or by the bound settings."""
+    keys = [key for key in request.settings if f"{key}.".startswith("endpoints.first.")]
+    if "endpoints.first" in request.settings:
+        return request.settings["endpoints.first"] is not None
+    return is_bound or bool(keys)
+
+
 def _remove_secrets(raw: dict[str, Any], request: CallerSettings) -> None:
     """Remove from the bound settings the secrets and commands for the bound hosts.
 
@@ -505,16 +537,18 @@ def _remove_secrets(raw: dict[str, Any], request: CallerSettings) -> None:
     """
     endpoints = raw["endpoints"]
     endpoints.pop("api_key", None)
+    bound = None
     if isinstance(first := endpoints.get("first"), dict):
         bound = [key for key in ("token", "token_command") if first.pop(key, None) is not None]
-        given = request.settings.keys() & {"endpoints.first", *_BOUND}
-        if bound and not given:
-            msg = (
-                f"endpoints.first.{bound[0]}: the bound one is for the bound gateway only, and the "
-                "request chooses another address; the owner can open endpoints.first.token, so "
-                "that a request names a variable of its own"
-            )
-            raise ConfigurationError(msg)
+    if not _gives_token(request) and _uses_gateway(request, bound is not None):
+        name = (
+            f"endpoints.first.{bound[0]}: the bound one" if bound else "endpoints.first: the login"
+        )
+        msg = (
+            f"{name} is for the bound gateway only, and the request chooses another address; the "
+            "owner can open endpoints.first.token, so that a request names a variable of its own"
+        )
+        raise ConfigurationError(msg)
     body = (raw.get("model") or {}).get("extra_body")
     if isinstance(body, dict):
         kept = {name: part for name, part in body.items() if not _holds_secret(name, part)}
@@ -529,7 +563,7 @@ def _holds_secret(key: str, value: Any) -> bool:
         return any(_holds_secret(key, part) for part in value)
     if not isinstance(value, str):
         return False
-    return is_secret(key) or bool(_EXPANDED.search(value)) or mask_command(value) != value
+    return is_secret(key) or bool(REFERENCE_START.search(value)) or mask_command(value) != value
 
 
 def _mask(key: str, value: Any) -> Any:
@@ -563,17 +597,6 @@ def _clear_task(raw: dict[str, Any]) -> None:
     raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
     raw["input"] = {"limit": input_["limit"]} if input_.get("limit") else {}
     raw.pop("reduce", None)
-
-
-def escape_variables(value: Any) -> Any:
-    """Return a value whose texts do not change when variables are expanded."""
-    if isinstance(value, str):
-        return _EXPANDED.sub("$$", value)
-    if isinstance(value, Mapping):
-        return {key: escape_variables(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [escape_variables(part) for part in value]
-    return value
 
 
 def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:

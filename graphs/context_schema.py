@@ -84,6 +84,10 @@ class SettingsForm(Context):
     prompt: str = _setting_field(
         "task.prompt", minLength=0, langgraph_nodes=["shard", "prepare"], langgraph_type="prompt"
     )
+    messages: list[dict[str, Any]] | None = _setting_field(
+        "task.messages", langgraph_nodes=["shard", "prepare"]
+    )
+    examples: list[dict[str, Any]] | None = _setting_field("task.examples")
     answer_schema: dict[str, Any] | None = _setting_field("task.schema")
     repairs: int = _setting_field("task.repairs")
     reduce: list[dict[str, Any]] = _setting_field("reduce", items={"type": "object"})

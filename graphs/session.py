@@ -16,6 +16,7 @@ from langgraph.errors import GraphDrained
 from langgraph.types import Interrupt
 from rich.console import Console
 
+from ..backends.batch.files import BatchFolder, describe_open_batches
 from ..backends.budget.cost import Cost
 from ..backends.budget.pricing import read_price
 from ..backends.budget.spend_log import SpendLogs
@@ -32,8 +33,9 @@ from ..backends.core.errors import (
     JournalError,
     RunStoppedError,
 )
-from ..backends.core.templates import Template
+from ..backends.core.money import NANO_PER_USD
 from ..backends.core.types import Shard
+from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
@@ -44,7 +46,7 @@ from .context import RunContext
 from .map_reduce import MapReduce, build_bound_graph
 from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
-from .run.estimate import count_nodes, make_run_plan, read_messages, sample_indices
+from .run.estimate import count_nodes, limit_rates, make_run_plan, read_messages, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
@@ -88,6 +90,7 @@ class RunResult:
         reason: Why it was interrupted, or None.
         budget: Spent amount and cap, by limit.
         cost: Cost of all sessions; None until this session has ended.
+        open_batches: Messages about batches whose answers are not collected.
         batch: Files in OpenAI's batch format, if the run writes them.
     """
 
@@ -101,6 +104,7 @@ class RunResult:
     reason: str | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
+    open_batches: tuple[str, ...] = ()
     batch: BatchConfig = field(default_factory=BatchConfig)
 
 
@@ -153,10 +157,19 @@ async def run_session(
             session = Session(run, about["run"], context, tools, options, console, stop)
             result = await session.run_graph()
             this["outcome"] = result.reason or "finished"
+            this.update(exit_code=result.exit_code, **_counts_at_end(tools))
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
-    return replace(result, seconds=seconds, budget=budget, cost=cost, batch=run.loaded.config.batch)
+    batches = await asyncio.to_thread(BatchFolder(folder.batches).read)
+    return replace(
+        result,
+        seconds=seconds,
+        budget=budget,
+        cost=cost,
+        batch=run.loaded.config.batch,
+        open_batches=tuple(describe_open_batches(batches)),
+    )
 
 
 @contextmanager
@@ -321,6 +334,14 @@ def _stages(parts: dict[str, Any]) -> Any:
     return parts.get("v"), [part["of"] for part in parts["stages"]]
 
 
+def _counts_at_end(tools: OpenRun) -> dict[str, Any]:
+    """Return what a session notes about the run at its end, so that lists read no journal."""
+    progress = tools.progress
+    nano = progress.usage.nano_usd + progress.node_time.nano_usd
+    usd = nano / NANO_PER_USD if nano else None
+    return {"done": progress.done, "failed": progress.failed, "usd": usd}
+
+
 def _counts(tools: OpenRun) -> dict[str, Any]:
     return tools.progress_json()
 
@@ -404,6 +425,7 @@ async def run_pilot(
                 async with show_progress(tools, console, options.quiet):
                     await _run_items(tools, chosen, stop, folder)
                 this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
+                this.update(_counts_at_end(tools))
             return await asyncio.to_thread(_measure_pilot, tools, loaded, about, chosen)
 
 
@@ -460,7 +482,16 @@ def _measure_pilot(
     stats = ItemStats.from_records(records, total, "the pilot")
     items = total - about["input"]["invalid"]
     first = _first_prompts(tools, loaded, chosen, items)
-    plan = make_run_plan(loaded.config, items, first, read_price(about), _nodes(tools, loaded))
+    plan = make_run_plan(
+        loaded.config,
+        items,
+        first,
+        read_price(about),
+        _nodes(tools, loaded),
+    )
+    policy = make_fleet_policy(loaded.config) if tools.fleet is None else tools.fleet.policy
+    endpoints = () if tools.fleet is None else tools.fleet.endpoints
+    plan = limit_rates(plan, loaded.config, policy, [endpoint.spec for endpoint in endpoints])
     done = sum(record["status"] == "done" for record in records)
     return PilotResult(
         items=len(records),
@@ -487,7 +518,7 @@ def _first_prompts(
 ) -> Range:
     """Estimate the tokens of first prompts from their length, for servers that report none."""
     tokens = list[float]()
-    prompt = Template.parse(loaded.config.task.prompt)
+    prompt = loaded.config.parse_prompt()
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:

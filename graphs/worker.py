@@ -60,6 +60,7 @@ from ..nodes.shard.gate import Gate
 from ..nodes.shard.local import finish_items
 from ..nodes.shard.progress import Progress
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
+from .remote.rate_leases import follow_share
 from .run.items import make_item_runner
 from .run.open_calls import record_worker_calls
 from .run.prepare import compute_question_digest
@@ -174,7 +175,9 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
         cache = await stack.enter_async_context(
             open_cache(loaded.config, ready.simulated, responses)
         )
-        fleet = await stack.enter_async_context(open_fleet(loaded.config, ready, cache))
+        fleet = await stack.enter_async_context(
+            open_fleet(loaded.config, ready, cache, task.run["id"])
+        )
         writer, open_calls = None, dict[int, CallLog]()
         if task.journal is not None:
             writer = await _open_journal(Path(task.journal), task, worker)
@@ -291,6 +294,7 @@ def make_task_context(
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(task.run["fingerprint"]),
         question_digest=compute_question_digest(loaded.config, resources.model),
+        constant_messages=loaded.config.parse_prompt().constants,
         keep_raw=loaded.config.keep.raw == "all",
         simulated=task.run["simulated"],
         token_prices=TokenPrices(**task.tariff),
@@ -370,8 +374,9 @@ def _check_version(task: ShardTask) -> None:
 async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
     began, received = time.monotonic(), read_lease_clock()
     async with (
-        heartbeat(task) as stop,
+        heartbeat(task, worker_name()) as stop,
         shared.use(task, worker_name()) as resources,
+        follow_share(task, resources.fleet.limiter, worker_name()),
         open_lease(task, resources.loaded.config, received) as budget,
     ):
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)

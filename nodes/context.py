@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 from ..backends.core.messages import ShardResult, ShardTask
 from ..backends.core.money import NO_PRICES, Amount, TokenPrices
 from ..backends.core.protocols import Account, CallLog, ChatModel, CompletionClient
-from ..backends.core.templates import Template
+from ..backends.core.templates import ItemPrompt
 from ..backends.core.types import Item, Json, Shard
 from .aggregators import AggregatorSet
 from .item.answer import AnswerCheck
@@ -27,24 +27,20 @@ class ItemContext:
     """What the item graph may use.
 
     Attributes:
-        system: The constant system text, or ``""``.
-        prompt: The template of the question.
+        prompt: The templates of an item's messages.
         model: The client of the model.
         answer_check: The check of answers.
         repairs: How often an invalid answer is sent back.
         delegate: A user's item graph, called with the columns and the messages.
-        system_role: Role of the system text.
         completions: The client that sends an item's own request in place of the prompt, if items
             are requests.
     """
 
-    system: str
-    prompt: Template
+    prompt: ItemPrompt
     model: ChatModel
     answer_check: AnswerCheck
     repairs: int = 1
     delegate: Delegate | None = None
-    system_role: str = "system"
     completions: CompletionClient | None = None
 
 
@@ -167,7 +163,9 @@ class RunTools:
         gate: Limits the items in flight, and stops them.
         progress: Its counts.
         fingerprint: Digest of what all items share: prompt, schema, model.
-        question_digest: Digest of what all questions share: schema, model, sampling, system text.
+        question_digest: Digest of what all questions share: schema, model, sampling, system text,
+            examples.
+        constant_messages: Number of messages at the beginning of every item that it covers.
         keep_raw: Whether records keep the text of every answer, not only of rejected ones.
         simulated: Whether the fleet is simulated.
         token_prices: Prices of tokens.
@@ -189,6 +187,7 @@ class RunTools:
     simulated: bool
     token_prices: TokenPrices = NO_PRICES
     question_digest: bytes = b""
+    constant_messages: int = 0
     keep_raw: bool = False
     open_account: Callable[[], Account | None] = no_account
     budget: BudgetStatus | None = None

@@ -26,6 +26,7 @@ BACKENDS = {
     "backends.workers",
     "backends.discovery",
     "backends.budget",
+    "backends.batch",
     "backends.cluster",
 }
 FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest prefix wins
@@ -47,6 +48,14 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
         "configs",
     },
     "backends.budget": {
+        "backends.core",
+        "backends.discovery",
+        "backends.fleet",
+        "backends.storage",
+        "configs",
+    },
+    "backends.batch": {
+        "backends.budget",
         "backends.core",
         "backends.discovery",
         "backends.fleet",
@@ -163,6 +172,8 @@ def test_public_names() -> None:
     [
         ("fanfold", {"langgraph", "openai", "pyarrow"}),
         ("fanfold.graphs.analysis.results", {"langgraph", "openai", "pandas", "polars"}),
+        ("fanfold.graphs.cli.app", {"langgraph", "openai", "pyarrow", "pydantic"}),
+        ("fanfold.graphs.cli.runs", {"langgraph", "langchain_core", "openai", "pyarrow"}),
         ("fanfold.graphs.worker", {"pyarrow", "fanfold.backends.simulated.server"}),
     ],
 )

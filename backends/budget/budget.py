@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -180,6 +180,7 @@ class LeaseTable:
         self._balance, self._logs = balance, logs
         self._out, self._lost = dict[str, Lease](), dict[str, Lease]()
         self._earlier = dict(earlier)
+        self._kept = dict[str, Amount]()
         self._found = dict[str, float]()
 
     async def lend(self, name: str, lease: Lease) -> None:
@@ -195,8 +196,7 @@ class LeaseTable:
         """
         await self._balance.reserve(lease.amount)
         self._out[name] = lease
-        line = {"amount": lease.amount.to_json(), "until": lease.until, "booked": lease.has_log}
-        await self._balance.append_line({"lease": name} | line, sync=True)
+        await self._append_lease(name, lease)
 
     async def return_lease(self, name: str, used: Amount) -> None:
         """Take back what was not spent; a second return of the same lease has no effect.
@@ -219,6 +219,67 @@ class LeaseTable:
             used = used.minimum(counted)
             self._balance.extend_limits(counted.minus(used))
             await self._balance.append_line({"late": name, "used": used.to_json()}, sync=False)
+
+    async def keep_spent(self, name: str, spent: Amount) -> None:
+        """Lower a lease to what was spent of it, until the journal records that.
+
+        Args:
+            name: Name of a lease of this session.
+            spent: What was spent of it.
+
+        Raises:
+            JournalError: The spend log cannot be written.
+        """
+        lease = self._out.pop(name)
+        spent = spent.minimum(lease.amount)
+        self._balance.keep_spent(lease.amount, spent)
+        self._kept[name] = spent
+        await self._append_lease(name, replace(lease, amount=spent))
+
+    async def take_over(self, prefix: str, new: str, recorded: Amount, spent: Amount) -> None:
+        """Move what was spent of leases of earlier sessions, and is not recorded, to this session.
+
+        Args:
+            prefix: Beginning of the names of these leases.
+            new: Name of a lease of this session, which lasts until ``spent`` is recorded.
+            recorded: What was spent of them and is recorded in the journals of earlier sessions.
+            spent: What was spent beyond that.
+
+        Raises:
+            JournalError: The spend log cannot be written.
+        """
+        returned, extra = dict[str, Amount](), Amount()
+        for name in sorted(name for name in self._earlier if name.startswith(prefix)):
+            counted = self._earlier.pop(name)
+            part = recorded.minimum(counted)
+            recorded = recorded.minus(part)
+            if part != counted:
+                returned[name], extra = part, extra.plus(counted.minus(part))
+        self._balance.take_over(extra, spent)
+        if any(spent):
+            self._kept[new] = spent
+            await self._append_lease(new, Lease(spent, 0.0))
+        for name, part in returned.items():
+            line = {"late": name, "used": part.to_json()}
+            await self._balance.append_line(line, sync=True)
+
+    def earlier_leases(self, prefix: str) -> list[str]:
+        """Return the names of earlier sessions' leases that begin so and may be returned."""
+        return [name for name in self._earlier if name.startswith(prefix)]
+
+    async def settle_kept(self, name: str) -> None:
+        """Settle a lease whose spending is now in the journal.
+
+        Raises:
+            JournalError: The spend log cannot be written.
+        """
+        if name in self._kept:
+            self._balance.settle_spent(self._kept.pop(name))
+            await self._balance.append_line({"back": name}, sync=False)
+
+    async def _append_lease(self, name: str, lease: Lease) -> None:
+        line = {"amount": lease.amount.to_json(), "until": lease.until, "booked": lease.has_log}
+        await self._balance.append_line({"lease": name} | line, sync=True)
 
     def mark_lost(self, name: str) -> None:
         """Count the lease of a lost worker as spent until its spend log proves otherwise."""
@@ -256,6 +317,8 @@ class LeaseTable:
         """Count all open leases as spent, at the end of the session."""
         for name in list(self._out):
             self.mark_lost(name)
+        for name in list(self._kept):
+            self._balance.write_off_spent(self._kept.pop(name))
 
 
 @dataclass(frozen=True, slots=True)

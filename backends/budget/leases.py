@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +14,6 @@ from ...configs.models import RunConfig
 from ..core.errors import BudgetExhaustedError, FanfoldError
 from ..core.messages import WALLTIME_REASON, ShardResult, ShardTask
 from ..core.money import Amount, BudgetLimits, TokenPrices
-from ..core.templates import Template
 from ..core.types import CHAT_URL, Item, Json, Usage
 from ..discovery.connect import make_model_params
 from ..fleet.request import max_usage
@@ -136,7 +135,7 @@ class LeaseManager:
     ) -> None:
         self._spending, self._config, self._workers = spending, config, workers
         self._body = make_model_params(config, model).body()
-        self._prompt, self._system = Template.parse(config.task.prompt), config.task.system
+        self._prompt = config.parse_prompt()
         self._open = dict[str, str]()
         self._boost = Counter[str]()
         self._items, self._used = 0, Amount()
@@ -174,13 +173,10 @@ class LeaseManager:
         if self._config.input.is_batch:
             return self._of_request(item, prices)
         try:
-            question = self._prompt.render(item.row)
-        except FanfoldError:
-            question = ""  # it will fail without a call
-        messages = [{"role": "system", "content": self._system}] if self._system else []
-        most = max_usage(
-            {**self._body, "messages": [*messages, {"role": "user", "content": question}]}
-        )
+            messages = self._prompt.build_messages(item.row)
+        except FanfoldError:  # it will fail without a call; others may not
+            messages = self._prompt.build_messages(defaultdict(str))
+        most = max_usage({**self._body, "messages": messages})
         rounds = 1 + (0 if self._config.task.graph else self._config.task.repairs)
         longest = Usage((most.prompt or 0) + 2 * rounds * (most.completion or 0), most.completion)
         return prices.amount(longest).times(rounds)

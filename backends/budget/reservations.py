@@ -92,6 +92,8 @@ class BudgetBalance:
         settled: Spent so far.
         lost: Lent and not returned; counts as spent.
         set_aside: Reserved until the end of the session, such as time; waiting frees none of it.
+        unrecorded: Reserved for answers that are paid, and whose items are not recorded yet;
+            waiting frees none of it.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class BudgetBalance:
         self._level = self._most if log is None else self._unlimited_only()
         self._used = Amount()  # settled, lost and reserved
         self.settled, self.lost, self.set_aside = Amount(), Amount(), Amount()
+        self.unrecorded = Amount()
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
         self._holders = dict[ReservationHolder, None]()
         self._vain, self._poll_at, self._poll_s = False, 0.0, _POLL_S
@@ -134,6 +137,11 @@ class BudgetBalance:
     def reserved(self) -> Amount:
         """Amount that is reserved and not settled."""
         return self._used.minus(self.settled).minus(self.lost)
+
+    @property
+    def returnable(self) -> Amount:
+        """Amount that is reserved and may be released."""
+        return self.reserved.minus(self.set_aside).minus(self.unrecorded)
 
     def limited_fields(self, left: Amount) -> Mapping[str, int]:
         """Return the limited fields of an amount."""
@@ -210,6 +218,41 @@ class BudgetBalance:
             self._most = self._most.plus(amount).minimum(Amount(*(_UNLIMITED,) * len(amount)))
             self._grant_waiters()
 
+    def take_over(self, extra: Amount, spent: Amount) -> None:
+        """Reserve what an earlier session has spent, and which this one records.
+
+        Args:
+            extra: What the earlier session returns; the limits rise by it.
+            spent: The amount that was spent.
+        """
+        with self._lock:
+            self._most = self._most.plus(extra).minimum(Amount(*(_UNLIMITED,) * len(extra)))
+            self._used = self._used.plus(spent)
+            self.unrecorded = self.unrecorded.plus(spent)
+            self._adjust()
+            self._grant_waiters()
+
+    def keep_spent(self, reserved: Amount, spent: Amount) -> None:
+        """Lower a reservation to what was spent, which stays reserved until it is recorded."""
+        with self._lock:
+            self._used = self._used.replace_part(reserved, spent)
+            self.unrecorded = self.unrecorded.plus(spent)
+            self._vain = False
+            self._adjust()
+            self._grant_waiters()
+
+    def write_off_spent(self, spent: Amount) -> None:
+        """Count an amount that was kept reserved as spent: the session ends before its items."""
+        with self._lock:
+            self.unrecorded = self.unrecorded.minus(spent)
+            self.lost = self.lost.plus(spent)
+
+    def settle_spent(self, spent: Amount) -> None:
+        """Turn an amount that was kept reserved into spending: its items are recorded."""
+        with self._lock:
+            self.unrecorded = self.unrecorded.minus(spent)
+            self.settled = self.settled.plus(spent)
+
     def refund(self, lost: Amount, used: Amount) -> None:
         """Replace an amount written off by what was spent of it."""
         with self._lock:
@@ -280,7 +323,7 @@ class BudgetBalance:
             elif _within(wanted, self._most):
                 self._raise(waiter.amount)
                 return
-            elif any(self.reserved.minus(self.set_aside)):
+            elif any(self.returnable):
                 return
             else:
                 self._refuse(_first(queue))
@@ -308,7 +351,7 @@ class BudgetBalance:
             return True  # the spend log is being written
         if any(holder.gives_back for holder in self._holders):
             return True
-        loose = self.reserved.minus(self.set_aside)
+        loose = self.returnable
         for holder in self._holders:
             loose = loose.minus(holder.reserved)
         return any(loose)  # a worker's lease

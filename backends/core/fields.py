@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
@@ -18,6 +18,8 @@ Source: TypeAlias = Literal["output", "input"]
 """Where a field is: in the answer, or in the columns of the input."""
 
 _SOURCES: Final[tuple[Source, ...]] = ("output", "input")
+_FREE_TEXT: Final = {"type": "string"}
+"""Schema of an answer without ``task.schema``."""
 _DEEPEST: Final = 9
 """Maximum depth of alternatives in which a field is searched."""
 _SHOWN: Final = 30
@@ -60,11 +62,30 @@ class FieldPath:
         """
         if self.source == "output":
             return _walk(output, self.keys)
-        for count in range(len(self.keys), 0, -1):
-            name = ".".join(self.keys[:count])
-            if name in row:
-                return _walk(row[name], self.keys[count:])
-        return None
+        found = split_column(".".join(self.keys), row)
+        return None if found is None else _walk(row[found[0]], found[1])
+
+
+def split_column(name: str, columns: Container[str]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the column that a name begins with, and the keys of the field inside it.
+
+    A column may have dots in its name: the longest one counts, so that ``a.b`` is a column of that
+    name rather than the field ``b`` of a column ``a``.
+
+    Args:
+        name: The name.
+        columns: The columns that exist.
+
+    Returns:
+        None if there is no such column.
+    """
+    column, keys = name, tuple[str, ...]()
+    while column not in columns:
+        column, dot, key = column.rpartition(".")
+        if not dot:
+            return None
+        keys = (key, *keys)
+    return column, keys
 
 
 def _walk(value: Json, keys: Sequence[str]) -> Json:
@@ -95,7 +116,7 @@ def resolve_field(
     """
     path = FieldPath.parse(name)
     schemas: dict[Source, Schema | None] = {
-        "output": {"type": "string"} if answer is None else answer,
+        "output": _FREE_TEXT if answer is None else answer,
         "input": inputs,
     }
     if name.partition(".")[0] in _SOURCES:
@@ -125,10 +146,8 @@ def _find(path: FieldPath, root: Schema | None) -> Schema | None:
         return {} if path.keys else None
     if path.source == "input":
         columns = find_properties(root)
-        for count in range(len(path.keys), 0, -1):
-            if (column := ".".join(path.keys[:count])) in columns:
-                return _descend(columns[column], path.keys[count:], root)
-        return None
+        found = split_column(".".join(path.keys), columns)
+        return None if found is None else _descend(columns[found[0]], found[1], root)
     return _descend(root, path.keys, root)
 
 
@@ -182,7 +201,7 @@ _HOLDERS: Final[Mapping[Source, str]] = {"output": "task.schema", "input": "the 
 
 def _describe_missing(path: FieldPath, root: Schema) -> str:
     """Say which part of a path is missing, and what exists in its place."""
-    if path.source == "output" and root == {"type": "string"}:
+    if path.source == "output" and root == _FREE_TEXT:
         return f"field {'.'.join(path.keys)!r} needs task.schema; a free-text answer has no fields"
     if not path.keys:
         return f"'input' names no column; write input.NAME (it has {_list(find_properties(root))})"
@@ -209,6 +228,11 @@ def _describe_unknown(path: FieldPath, schemas: Mapping[Source, Schema | None]) 
             return _describe_missing(FieldPath(source, path.keys), root)
     answer, inputs = (find_properties(schemas[source] or {}) for source in _SOURCES)
     near = _hint(path.keys[0], {**answer, **inputs})
+    if schemas["output"] == _FREE_TEXT:
+        return (
+            f"field {'.'.join(path.keys)!r} needs task.schema, since a free-text answer has no "
+            f"fields, or a column of that name in the input (it has {_list(inputs)}){near}"
+        )
     return (
         f"neither task.schema nor the input has a field {'.'.join(path.keys)!r} (task.schema has "
         f"{_list(answer)}; the input has {_list(inputs)}){near}"

@@ -232,6 +232,7 @@ class CallLog:
     """The calls of one item.
 
     Attributes:
+        index: Index of the item; None outside a run.
         requests: Requests sent, failed ones and retries included.
         usage: Tokens over all answers.
         endpoint: Label of the endpoint that answered last, or that failed last.
@@ -284,6 +285,7 @@ class CallLog:
     )
 
     counted: bool = field(default=False, compare=False)
+    index: int | None = field(default=None, compare=False)
     max_tokens: int | None = field(default=None, compare=False)
 
     @property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
+import secrets
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +23,7 @@ from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..fleet.cache import RequestCache
-from ..fleet.endpoint import EndpointSpec
+from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.fleet import Fleet, FleetClient
 from ..fleet.policy import (
     AffinityPolicy,
@@ -30,10 +32,12 @@ from ..fleet.policy import (
     LoadPolicy,
     ModelParams,
     RateLimitPolicy,
+    SessionPolicy,
 )
 from ..simulated.process import launch, make_simulation_spec
 from ..storage.response_cache import ResponseCache
 from .auto import choose_endpoints
+from .gateway import describe_members
 from .probe import probe_models, select_model
 from .resolve import (
     PROBE_TIMEOUT_S,
@@ -50,7 +54,20 @@ if TYPE_CHECKING:
     from ..fleet.langchain import ChatFleet, LangChainClient
 
 
-def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None) -> FleetPolicy:
+SESSION_HEADER: Final = "X-ALCF-Session-ID"
+"""Header by which the FIRST gateway assigns a user's requests to replicas."""
+
+
+def make_session_policy(run: str, count: int) -> SessionPolicy:
+    """Return the sessions of a run: a name that tells nothing, the same in all its processes."""
+    names = (run, *(f"{run} {n}" for n in range(1, count)))
+    digests = (hashlib.sha256(name.encode()).hexdigest()[:8] for name in names)
+    return SessionPolicy(SESSION_HEADER, tuple(f"ff-{digest}" for digest in digests))
+
+
+def make_fleet_policy(
+    config: RunConfig, endpoint_set: EndpointSet | None = None, run: str | None = None
+) -> FleetPolicy:
     """Return how one process uses the fleet.
 
     Quotas hold for the whole run; if several workers share it, each gets its part.
@@ -58,7 +75,11 @@ def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None
     Args:
         config: The settings.
         endpoint_set: Where the endpoints come from; a gateway has a quota of its own.
+        run: The run's id, from which the sessions at a gateway follow; None: one for this fleet.
     """
+    behind = endpoint_set is not None and endpoint_set.gateway is not None
+    first = config.endpoints.first
+    sessions = first.sessions if first is not None else 1
     limits = config.limits
     policy = FleetPolicy.from_limits(
         streams=limits.streams,
@@ -73,7 +94,8 @@ def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None
         hedge=HedgePolicy() if limits.hedge else None,
         affinity=AffinityPolicy(prefix=limits.affinity) if limits.affinity else None,
         load=LoadPolicy(source=limits.load) if limits.load else None,
-        whole_answers=endpoint_set is not None and endpoint_set.gateway is not None,
+        session=make_session_policy(run or secrets.token_hex(8), sessions) if behind else None,
+        whole_answers=behind,
         body_bytes=limits.body_bytes,
         own_fields=config.input.is_batch,
     )
@@ -98,6 +120,32 @@ def apply_limits(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
         max_in_flight=spec.max_in_flight or limits.endpoint_streams,
         requests_per_s=spec.requests_per_s or limits.endpoint_requests_per_s,
         tokens_per_min=spec.tokens_per_min or limits.endpoint_tokens_per_min,
+    )
+
+
+def find_rate_limits(
+    policy: RateLimitPolicy, limits: LimitsConfig, specs: Iterable[EndpointSpec]
+) -> tuple[float | None, float | None]:
+    """Return the requests per second and the tokens per minute that all limits together allow.
+
+    Args:
+        policy: The limits of the run.
+        limits: The settings of limits.
+        specs: The endpoints; those behind a gateway that do not run join only if the others fail.
+    """
+    own = [apply_limits(limits, spec) for spec in specs]
+    running = [one for one in own if one.state in (None, DeploymentState.RUNNING)]
+    own = running or own[:1]
+    requests = [one.requests_per_s for one in own if one.requests_per_s is not None]
+    tokens = [one.tokens_per_min * 60 / one.window_s for one in own if one.tokens_per_min]
+    rates = [
+        policy.requests_per_s,
+        sum(requests) if requests and len(requests) == len(own) else None,
+    ]
+    flows = [policy.tokens_per_min, sum(tokens) if tokens and len(tokens) == len(own) else None]
+    return (
+        min((rate for rate in rates if rate is not None), default=None),
+        min((flow for flow in flows if flow is not None), default=None),
     )
 
 
@@ -410,10 +458,14 @@ async def find_ready_endpoints(
         ConfigurationError: No endpoint answers, none serves the model, the model is not settled, or
             simulated and real endpoints are mixed.
     """
-    matched = select_model(await endpoint_set.probe(), model or endpoint_set.model, names)
+    found = await endpoint_set.probe()
+    matched = select_model(found, model or endpoint_set.model, names)
     specs = matched.specs
     if endpoint_set.gateway is not None:
-        specs = tuple(replace(spec, probe_model=spec.model or matched.model) for spec in specs)
+        specs = endpoint_set.gateway.make_members(found, specs, matched.model)
+        chosen = describe_members(specs)
+        reason = f"{endpoint_set.reason}: {chosen}" if endpoint_set.reason else chosen
+        endpoint_set = replace(endpoint_set, reason=reason)
     return ReadyEndpoints(
         specs,
         matched.model,
@@ -426,7 +478,10 @@ async def find_ready_endpoints(
 
 @asynccontextmanager
 async def open_fleet(
-    config: RunConfig, ready: ReadyEndpoints, cache: RequestCache | None = None
+    config: RunConfig,
+    ready: ReadyEndpoints,
+    cache: RequestCache | None = None,
+    run: str | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn about those that are not.
 
@@ -436,6 +491,7 @@ async def open_fleet(
         config: The settings.
         ready: The endpoints.
         cache: Cache of responses to equal requests, or None.
+        run: The run's id, or None.
     """
     endpoint_set = ready.endpoint_set
     if endpoint_set is not None and endpoint_set.reason is not None:
@@ -444,7 +500,7 @@ async def open_fleet(
         logger.warning("endpoint %s", line)
     if len(ready.absent) > _WARNED:
         logger.warning("… and %d more endpoints", len(ready.absent) - _WARNED)
-    policy = make_fleet_policy(config, endpoint_set)
+    policy = make_fleet_policy(config, endpoint_set, run)
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
     async with Fleet(specs, policy, simulated=ready.simulated, cache=cache) as fleet:
         if endpoint_set is None or endpoint_set.source is None:

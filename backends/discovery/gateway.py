@@ -1,33 +1,46 @@
-"""The FIRST gateway, and tokens from a command."""
+"""The FIRST gateway: which deployments it has, their states and limits."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-import shlex
 import time
-from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias
 
 import aiohttp
 import orjson
 
-from ..core.errors import ConfigurationError, RunStoppedError
-from ..fleet.endpoint import ApiKey, Endpoint, EndpointSpec, normalize_base_url
+from ..core.errors import ConfigurationError, FanfoldError, NoEndpointError
+from ..core.waits import pause_after
+from ..fleet.endpoint import (
+    ApiKey,
+    DeploymentState,
+    Endpoint,
+    EndpointSpec,
+    normalize_base_url,
+)
 from ..fleet.failures import ErrorBody, HTTPAnswer
-from ..fleet.policy import FleetPolicy
+from ..fleet.policy import FleetPolicy, RetryPolicy
 from ..fleet.transport import Transport
-from .probe import ProbeResult, describe_error
+from .probe import Deployment, ProbeResult, describe_error, simplify_model
 
 _OK: Final = 200
 _UNAUTHORIZED: Final = 401
+_NOT_FOUND: Final = 404
+_TOO_MANY: Final = 429
 _CHAT: Final = "/v1/chat/completions"
+_PATH: Final = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+_TRIES: Final = 12
+_WAIT: Final = RetryPolicy(refusal_pause_s=1.1, backoff_max_s=15.0).refusal_wait
+"""Pauses after a refusal for too many requests: the gateway counts them by the second, and many
+workers may ask at once."""
 DEFAULT_TOKENS: Final = 60_000.0
 """Tokens of a model per minute that the gateway allows a user, unless it reports another limit."""
-_PATH: Final = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+WAKE_AGAIN_S: Final = 600.0
+"""For so many seconds after a request for a model that does not run, others are refused."""
+_LOGIN: Final = "log in again (alcf-tokens login), or correct the token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +49,34 @@ class Gateway:
 
     Attributes:
         base: Its address, without cluster and framework.
-        specs: One endpoint per deployment, each with the label ``cluster/framework``.
+        key: The token, or where it comes from.
+        paths: ``cluster/framework`` of each deployment to use; None: all that serve the model.
+        proxied: Whether the environment's proxy variables apply.
+        tokens_per_min: Limit of tokens of a model per window; None: the reported one.
+        window_s: Length of a window in seconds.
+        poll_s: Seconds for which the gateway keeps its list of jobs.
+        start_wait_s: Longest wait for a model that does not run, in seconds.
     """
 
     base: str
-    specs: tuple[EndpointSpec, ...]
+    key: ApiKey = field(repr=False)
+    paths: tuple[str, ...] | None = None
+    proxied: bool = True
+    tokens_per_min: float | None = None
+    window_s: float = 60.0
+    poll_s: float = 60.0
+    start_wait_s: float = 7200.0
+    jobs: dict[str, tuple[float, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_paths(
-        cls, base: str, paths: Sequence[str], key: ApiKey, proxied: bool = True
+        cls, base: str, paths: Sequence[str] | None, key: ApiKey, proxied: bool = True
     ) -> Gateway:
-        """Build a gateway from the paths of its deployments.
+        """Build a gateway, and check its address and paths.
 
         Args:
             base: The gateway's address.
-            paths: ``cluster/framework`` of each deployment.
+            paths: ``cluster/framework`` of each deployment, or None.
             key: The token, or where it comes from.
             proxied: Whether the environment's proxy variables apply.
 
@@ -58,209 +84,408 @@ class Gateway:
             ConfigurationError: The address or a path is malformed.
         """
         root = normalize_base_url(base.rstrip("/")).removesuffix("/v1")
-        for path in paths:
+        for path in paths or ():
             if not _PATH.fullmatch(path):
                 msg = f"{path!r} is not a cluster/framework path, such as sophia/vllm"
                 raise ConfigurationError(msg)
-        return cls(
-            root,
-            tuple(
-                EndpointSpec(f"{root}/{path}/v1", key, label=path, proxied=proxied)
-                for path in dict.fromkeys(paths)
-            ),
+        return cls(root, key, None if paths is None else tuple(dict.fromkeys(paths)), proxied)
+
+    @property
+    def specs(self) -> tuple[EndpointSpec, ...]:
+        """One endpoint for each configured path, with the label ``cluster/framework``."""
+        return tuple(map(self.make_spec, self.paths or ()))
+
+    def make_spec(self, path: str) -> EndpointSpec:
+        """Return the endpoint of a deployment."""
+        return EndpointSpec(
+            f"{self.base}/{path}/v1",
+            self.key,
+            label=path,
+            tokens_per_min=self.tokens_per_min or DEFAULT_TOKENS,
+            window_s=self.window_s,
+            proxied=self.proxied,
         )
 
     async def probe_models(self, timeout_s: float = 10.0) -> list[ProbeResult]:
-        """Ask in one request which models the deployments serve.
+        """Ask which models the deployments serve, in which state they are, and their limits.
 
         Args:
-            timeout_s: Longest wait for the answer, in seconds.
+            timeout_s: Longest wait for one answer, in seconds.
 
         Returns:
             One result per deployment.
 
         Raises:
-            RunStoppedError: The token cannot be fetched.
+            NoEndpointError: The gateway does not answer, or is under maintenance.
+            ConfigurationError: It is of a kind that is not supported.
+            FanfoldError: The token cannot be fetched.
         """
-        first, transport = Endpoint(self.specs[0]), Transport(FleetPolicy())
-        started = time.monotonic()
+        client = GatewayClient(self, timeout_s)
         try:
-            headers = await first.headers()
-            answer = await self._ask(transport, first, headers, timeout_s)
-            if answer.status == _UNAUTHORIZED and await first.renew_key(headers):
-                answer = await self._ask(transport, first, await first.headers(), timeout_s)
+            up = await self._check_maintenance(client)
+            answer: HTTPAnswer | None = None
+            for route, discover in _KINDS:
+                answer = await client.get(route)
+                document = _read_json(answer)
+                if document is not None:
+                    return await discover(self, client, document, up)
+                if answer.status != _NOT_FOUND:
+                    break
         except TimeoutError:
-            return self._make_unreachable(f"no answer within {timeout_s:g} s")
+            return self.make_unreachable(f"no answer within {timeout_s:g} s")
         except aiohttp.ClientError as error:
-            return self._make_unreachable(describe_error(error))
+            return self.make_unreachable(describe_error(error))
         finally:
-            await transport.aclose()
-        clusters = _clusters(answer)
-        if clusters is None:
-            return self._make_unreachable(_refusal(answer))
-        seconds = time.monotonic() - started
-        return [_make_result(spec, clusters, seconds) for spec in self.specs]
+            await client.aclose()
+        assert answer is not None, "there is a kind"
+        return self.make_unreachable(_describe_refusal(answer))
 
-    async def _ask(
-        self, transport: Transport, first: Endpoint, headers: Mapping[str, str], timeout_s: float
-    ) -> HTTPAnswer:
-        url = f"{self.base}/list-endpoints"
-        return await transport.get(url, headers, timeout_s, first.spec.proxied)
+    async def _check_maintenance(self, client: GatewayClient) -> Mapping[str, Any]:
+        """Return which clusters are up, as far as the gateway says so; no token is needed.
 
-    def _make_unreachable(self, error: str) -> list[ProbeResult]:
+        Raises:
+            NoEndpointError: None of those that are to be used is.
+        """
+        up = _read_json(await client.get("status", with_token=False))
+        if not isinstance(up, dict):
+            return {}
+        used = {path.partition("/")[0] for path in self.paths} if self.paths else up.keys()
+        if used and all(up.get(cluster) is False for cluster in used):
+            names = ", ".join(sorted(used))
+            msg = f"{self.base}: under maintenance: {names}; try again later"
+            raise NoEndpointError(msg)
+        return up
+
+    def make_unreachable(self, error: str) -> list[ProbeResult]:
+        """Return that the configured deployments do not answer.
+
+        Raises:
+            NoEndpointError: None is configured.
+        """
+        if self.paths is None:
+            raise NoEndpointError(f"{self.base}: {error}")
         return [ProbeResult(spec, spec.label or spec.url, error=error) for spec in self.specs]
 
+    def make_members(
+        self, found: Sequence[ProbeResult], specs: Sequence[EndpointSpec], model: str
+    ) -> tuple[EndpointSpec, ...]:
+        """Return the members of a fleet: first those that run, then those that have to start.
 
-def _clusters(answer: HTTPAnswer) -> Mapping[str, Any] | None:
+        Args:
+            found: Results of a probe.
+            specs: The deployments that serve the model.
+            model: The model's name.
+        """
+        known = {(one.spec.url, about.model): about for one in found for about in one.deployments}
+        members = []
+        for spec in specs:
+            served = spec.model or model
+            about = known.get((spec.url, served))
+            state = None if about is None else about.state
+            watch = JobWatch(self, spec.label or "", served)
+            member = replace(spec, probe_model=served, watch=watch)
+            if self.tokens_per_min is None and about is not None and about.limit is not None:
+                member = replace(member, tokens_per_min=about.limit)
+            members.append((_ORDER.index(state), replace(member, state=state)))
+        return tuple(spec for _, spec in sorted(members, key=lambda pair: pair[0]))
+
+
+_ORDER: Final = (
+    DeploymentState.RUNNING,
+    None,
+    DeploymentState.STARTING,
+    DeploymentState.QUEUED,
+    DeploymentState.COLD,
+)
+
+
+def describe_members(specs: Sequence[EndpointSpec]) -> str:
+    """Return one line about the deployments of a fleet: state, and name of the model."""
+    return ", ".join(
+        f"{spec.label}"
+        + (f" ({spec.state.value})" if spec.state is not None else "")
+        + (f" as {spec.model}" if spec.model is not None else "")
+        for spec in specs
+    )
+
+
+class GatewayClient:
+    """Requests to a gateway about itself.
+
+    Args:
+        gateway: The gateway.
+        timeout_s: Longest wait for one answer, in seconds.
+
+    Attributes:
+        latency_s: Time to the last answer, in seconds.
+    """
+
+    def __init__(self, gateway: Gateway, timeout_s: float) -> None:
+        self.latency_s = 0.0
+        self._gateway = gateway
+        self._timeout_s = timeout_s
+        self._transport = Transport(FleetPolicy())
+        self._endpoint = Endpoint(gateway.make_spec("any/any"))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._transport.aclose()
+
+    async def get(self, route: str, *, with_token: bool = True) -> HTTPAnswer:
+        """Fetch a document; repeat the request with a new token, or later, if that helps.
+
+        Args:
+            route: The route below the gateway's address.
+            with_token: Whether the route needs the token.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+            FanfoldError: The token cannot be fetched.
+        """
+        answer = await self._get(route, with_token)
+        refused = answer.status == _UNAUTHORIZED and with_token
+        if refused and await self._endpoint.renew_key(await self._endpoint.headers()):
+            answer = await self._get(route, with_token)
+        for tries in range(1, _TRIES + 1):
+            if answer.status != _TOO_MANY:
+                break
+            await asyncio.sleep(pause_after(_WAIT, tries))
+            answer = await self._get(route, with_token)
+        return answer
+
+    async def _get(self, route: str, with_token: bool) -> HTTPAnswer:
+        headers = await self._endpoint.headers() if with_token else {}
+        url, started = f"{self._gateway.base}/{route}", time.monotonic()
+        answer = await self._transport.get(url, headers, self._timeout_s, self._gateway.proxied)
+        self.latency_s = time.monotonic() - started
+        return answer
+
+    async def read_models(self, cluster: str) -> Any:
+        """Return limits and capabilities of a cluster's models, or None without such a list.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+            FanfoldError: The token cannot be fetched.
+        """
+        return _read_json(await self.get(f"{cluster}/models"))
+
+    async def read_jobs(self, cluster: str) -> Any:
+        """Return the jobs of a cluster, or None if the gateway does not list them.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+            FanfoldError: The token cannot be fetched.
+        """
+        read_at, jobs = self._gateway.jobs.get(cluster, (float("-inf"), None))
+        if time.monotonic() - read_at >= 0.9 * self._gateway.poll_s:
+            jobs = _read_json(await self.get(f"{cluster}/jobs"))
+            self._gateway.jobs[cluster] = time.monotonic(), jobs
+        return jobs
+
+
+@dataclass(frozen=True, slots=True)
+class JobWatch:
+    """The state of one model, as the gateway's list of jobs shows it.
+
+    Attributes:
+        gateway: The gateway.
+        path: ``cluster/framework``.
+        model: The model's name there.
+    """
+
+    gateway: Gateway
+    path: str
+    model: str
+
+    @property
+    def poll_s(self) -> float:
+        """Return the seconds between two reads: the gateway answers from a cache meanwhile."""
+        return self.gateway.poll_s
+
+    @property
+    def start_wait_s(self) -> float:
+        """Return the longest wait for the model's start, in seconds."""
+        return self.gateway.start_wait_s
+
+    @property
+    def wake_again_s(self) -> float:
+        """Return the seconds after which another request may wake the model."""
+        return WAKE_AGAIN_S
+
+    async def read_state(self) -> DeploymentState | None:
+        """Return the state now, or None if it is unknown."""
+        client = GatewayClient(self.gateway, 30.0)
+        cluster, _, framework = self.path.partition("/")
+        try:
+            return find_state(await client.read_jobs(cluster), framework, self.model)
+        except (aiohttp.ClientError, TimeoutError, FanfoldError):
+            return None
+        finally:
+            await client.aclose()
+
+
+def _read_json(answer: HTTPAnswer) -> Any:
+    """Return the JSON value of a good answer, or None."""
     if answer.status != _OK:
         return None
     try:
-        document = orjson.loads(answer.body)
+        return orjson.loads(answer.body)
     except orjson.JSONDecodeError:
         return None
-    clusters = document.get("clusters") if isinstance(document, dict) else None
-    return clusters if isinstance(clusters, dict) else None
 
 
-def _refusal(answer: HTTPAnswer) -> str:
+def _describe_refusal(answer: HTTPAnswer) -> str:
     error = ErrorBody.parse(answer.mask_keys().body)
-    hint = " (is the token still valid?)" if answer.status == _UNAUTHORIZED else ""
+    hint = f" ({_LOGIN})" if answer.status == _UNAUTHORIZED else ""
     if error.html:
         hint = " (the answer is a web page: check base_url and any proxy)"
     return f"HTTP {answer.status}: {error.message}{hint}"
 
 
-def _make_result(spec: EndpointSpec, clusters: Mapping[str, Any], seconds: float) -> ProbeResult:
-    label = spec.label or ""
-    cluster, _, framework = label.partition("/")
-    frameworks = (clusters.get(cluster) or {}).get("frameworks") or {}
-    if framework not in frameworks:
-        known = [f"{c}/{f}" for c, v in clusters.items() for f in v.get("frameworks") or ()]
-        return ProbeResult(spec, label, error=f"the gateway has {', '.join(known) or 'nothing'}")
-    offered = frameworks[framework]
-    if _CHAT not in (offered.get("endpoints") or [_CHAT]):
-        return ProbeResult(spec, label, error="the deployment offers no chat completions")
-    models = tuple(m for m in offered.get("models") or () if isinstance(m, str))
-    return ProbeResult(spec, label, models, latency_s=seconds)
+DiscoverFunction: TypeAlias = Callable[
+    [Gateway, GatewayClient, Any, Mapping[str, Any]], Awaitable[list[ProbeResult]]
+]
+"""Lists the deployments of a gateway from the first document that only its kind has."""
 
 
-_LOG: Final = logging.getLogger(__name__)
-_LONGEST: Final = 64 * 1024
-"""Limit of bytes that a command may print; a token takes a few thousand."""
-
-
-class CommandToken:
-    """The key of an endpoint, printed by a command of the user's.
-
-    The command runs in a subprocess without a shell; its output is never shown. It runs once, no
-    matter how many calls need the key.
-
-    Args:
-        command: The command line.
-        where: The setting that holds it, for messages.
-        timeout_s: Longest time that it may take, in seconds.
-        pause_s: A key that is refused within so many seconds of the last refusal is not fetched
-            again: gateways remember refusals for a minute, and only a person can log in again.
-        clock: Monotonic time in seconds.
-
-    Raises:
-        ConfigurationError: The command line is malformed.
-    """
-
-    def __init__(
-        self,
-        command: str,
-        where: str,
-        timeout_s: float = 60.0,
-        pause_s: float = 60.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        try:
-            self._command = shlex.split(command)
-        except ValueError as error:
-            raise ConfigurationError(f"{where}: invalid command line: {error}") from None
-        if not self._command:
-            raise ConfigurationError(f"{where}: is empty")
-        self._where = where
-        self._timeout_s = timeout_s
-        self._pause_s = pause_s
-        self._clock = clock
-        self._key: str | None = None
-        self._renewed: float | None = None
-        self._lock = asyncio.Lock()
-
-    async def __call__(self) -> str:
-        """Return the key; the first call runs the command.
-
-        Raises:
-            RunStoppedError: The command failed.
-        """
-        if self._key is not None:
-            return self._key
-        async with self._lock:
-            if self._key is None:
-                self._key = await self._fetch()
-            return self._key
-
-    async def renew(self, refused: str) -> None:
-        """Run the command again after a refusal, unless another call already did.
-
-        Args:
-            refused: The key that was refused.
-
-        Raises:
-            RunStoppedError: The command failed.
-        """
-        async with self._lock:
-            now = self._clock()
-            recently = self._renewed is not None and now - self._renewed < self._pause_s
-            if refused != self._key or recently:
-                return
-            self._renewed = now
-            self._key = await self._fetch()
-            _LOG.info("%s: key refused; fetched a new one", self._where)
-
-    async def _fetch(self) -> str:
-        try:
-            child = await asyncio.create_subprocess_exec(
-                *self._command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL
+async def discover_first(
+    gateway: Gateway, client: GatewayClient, document: Any, up: Mapping[str, Any]
+) -> list[ProbeResult]:
+    """List the deployments of a FIRST gateway, with state and limits of their models."""
+    offers, latency_s = dict(_list_offers(document)), client.latency_s
+    if not offers:
+        return gateway.make_unreachable("list-endpoints lists no deployment")
+    chosen = gateway.paths or [path for path, models in offers.items() if models is not None]
+    jobs, details = dict[str, Any](), dict[str, Any]()
+    for cluster in dict.fromkeys(path.partition("/")[0] for path in chosen if offers.get(path)):
+        jobs[cluster] = await client.read_jobs(cluster)
+        details[cluster] = await client.read_models(cluster)
+    results = []
+    for path in chosen:
+        cluster, _, framework = path.partition("/")
+        spec, models = gateway.make_spec(path), offers.get(path)
+        if path not in offers:
+            known = f"the gateway has {', '.join(offers)}"
+            results.append(ProbeResult(spec, path, error=known))
+        elif models is None:
+            offer = "the deployment offers no chat completions"
+            results.append(ProbeResult(spec, path, error=offer))
+        else:
+            about = _index_details(details.get(cluster), framework)
+            result = ProbeResult(
+                spec,
+                path,
+                models,
+                tuple((m, n) for m in models if (n := _read_context(about.get(m))) is not None),
+                latency_s=latency_s,
+                is_lenient=True,
+                deployments=tuple(
+                    Deployment(
+                        m,
+                        find_state(jobs.get(cluster), framework, m),
+                        _read_limit(about.get(m), "rate_limit_token_per_minute"),
+                        _read_limit(about.get(m), "rate_limit_token_per_minute_per_user"),
+                    )
+                    for m in models
+                ),
             )
-        except OSError as error:
-            raise self._make_error(f"cannot be started: {error.strerror}") from None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                output = await _read_output(child)
-                if output is not None:
-                    await child.wait()
-        except TimeoutError:
-            raise self._make_error(f"printed no key within {self._timeout_s:g} s") from None
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
-        if output is None:
-            raise self._make_error(f"printed more than {_LONGEST:,} bytes")
-        if child.returncode:
-            raise self._make_error(f"failed with exit status {child.returncode}")
-        key = output.decode("ascii", "replace").strip()
-        if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise self._make_error("did not print exactly one key")
-        return key
-
-    def _make_error(self, problem: str) -> RunStoppedError:
-        return RunStoppedError(
-            f"{self._where}: the command {self._command[0]!r} {problem}; run it manually to see "
-            "why (you may need to log in again)"
-        )
+            if up.get(cluster) is False:
+                result = replace(result, error=f"cluster {cluster} is under maintenance")
+            results.append(result)
+    return results
 
 
-async def _read_output(child: asyncio.subprocess.Process) -> bytes | None:
-    """Return the output of a command, or None as soon as it is too long for a key."""
-    assert child.stdout is not None, "it is a pipe"
-    blocks, size = list[bytes](), 0
-    while block := await child.stdout.read(_LONGEST):
-        blocks.append(block)
-        size += len(block)
-        if size > _LONGEST:
-            return None
-    return b"".join(blocks)
+async def refuse_successor(
+    gateway: Gateway, _client: GatewayClient, _document: Any, _up: Mapping[str, Any]
+) -> list[ProbeResult]:
+    """Refuse the successor of the FIRST gateway, which has other routes and limits."""
+    raise ConfigurationError(
+        f"{gateway.base} is the successor of the FIRST gateway (with /catalog and /deployments in "
+        "place of /list-endpoints), which this version of fanfold does not support: use a gateway "
+        "with the earlier routes, or name one deployment's URL in endpoints.urls"
+    )
+
+
+_KINDS: Final[tuple[tuple[str, DiscoverFunction], ...]] = (
+    ("list-endpoints", discover_first),
+    ("catalog/v1/clusters", refuse_successor),
+)
+"""Kinds of gateways by a route that only they have."""
+
+
+def _list_offers(document: Any) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    """Yield each path with its models, or None if it has no chat completions."""
+    clusters = document.get("clusters") if isinstance(document, dict) else None
+    for cluster, about in _items(clusters):
+        for framework, offered in _items(about.get("frameworks")):
+            path = f"{cluster}/{framework}"
+            if not _PATH.fullmatch(path):
+                continue
+            listed = offered.get("endpoints")
+            has_chat = not isinstance(listed, list) or not listed or _CHAT in listed
+            models = offered.get("models")
+            named = models if isinstance(models, list) else []
+            yield path, tuple(m for m in named if isinstance(m, str)) if has_chat else None
+
+
+def _items(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the members of an object that are objects."""
+    if isinstance(value, dict):
+        yield from ((k, v) for k, v in value.items() if isinstance(v, dict))
+
+
+def _index_details(document: Any, framework: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of a cluster's list of models for one framework, by model."""
+    entries = document if isinstance(document, list) else []
+    return {
+        entry["id"]: entry
+        for entry in entries
+        if isinstance(entry, dict)
+        and isinstance(entry.get("id"), str)
+        and entry.get("framework", framework) == framework
+    }
+
+
+def _read_context(about: Mapping[str, Any] | None) -> int | None:
+    capabilities = (about or {}).get("capabilities")
+    return _read_limit(
+        capabilities if isinstance(capabilities, dict) else None, "context_window_tokens"
+    )
+
+
+def _read_limit(about: Mapping[str, Any] | None, name: str) -> int | None:
+    number = (about or {}).get(name)
+    return number if isinstance(number, int) and number > 0 else None
+
+
+_RUNNING: Final = {
+    "running": DeploymentState.RUNNING,
+    "starting": DeploymentState.STARTING,
+}
+
+
+def find_state(jobs: Any, framework: str, model: str) -> DeploymentState | None:
+    """Return the state of a model in a cluster's list of jobs, or None without such a list.
+
+    A model that is in no list does not run, nor does one whose workers are disconnected.
+    """
+    if not isinstance(jobs, dict):
+        return None
+    for job in _find_jobs(jobs.get("running"), framework, model):
+        status = job.get("Model Status", "running")
+        if isinstance(status, str) and status in _RUNNING:
+            return _RUNNING[status]
+    if any(_find_jobs(jobs.get("queued"), framework, model)):
+        return DeploymentState.QUEUED
+    return DeploymentState.COLD
+
+
+def _find_jobs(jobs: Any, framework: str, model: str) -> Iterator[dict[str, Any]]:
+    for job in jobs if isinstance(jobs, list) else ():
+        if isinstance(job, dict) and job.get("Framework", framework) == framework:
+            names = str(job.get("Models", "")).split(",")
+            if simplify_model(model) in map(simplify_model, names):
+                yield job

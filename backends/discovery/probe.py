@@ -14,7 +14,7 @@ from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
 from ..core.values import parse_json
-from ..fleet.endpoint import Endpoint, EndpointSpec
+from ..fleet.endpoint import DeploymentState, Endpoint, EndpointSpec
 from ..fleet.failures import BodyTooLargeError, ErrorBody, HTTPAnswer
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
@@ -24,6 +24,29 @@ _OK: Final = 200
 _UNLISTED: Final = frozenset({403, 404, 405, 501})
 """Statuses of servers and gateways that have no list of models."""
 _SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One model behind a gateway.
+
+    Attributes:
+        model: The model's name there.
+        state: Whether it runs, or None if unknown.
+        tokens_per_min: Limit of tokens per minute of all users, or None if unknown.
+        user_tokens_per_min: The same of one user.
+    """
+
+    model: str
+    state: DeploymentState | None
+    tokens_per_min: int | None
+    user_tokens_per_min: int | None
+
+    @property
+    def limit(self) -> int | None:
+        """Return the tokens per minute that one user may use, or None if unknown."""
+        limits = (self.tokens_per_min, self.user_tokens_per_min)
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +62,9 @@ class ProbeResult:
         latency_s: Time to its answer in seconds, or None.
         error: Why it did not answer, or did not list its models, or None.
         unlisted: Whether it answers, but has no list of models: it is used for a given model.
+        is_lenient: Whether its ids may differ from the model's name in what precedes the last
+            slash, and in letter case.
+        deployments: States and limits of its models, if it is behind a gateway.
     """
 
     spec: EndpointSpec
@@ -49,6 +75,8 @@ class ProbeResult:
     latency_s: float | None = None
     error: str | None = None
     unlisted: bool = False
+    is_lenient: bool = False
+    deployments: tuple[Deployment, ...] = ()
 
     @property
     def reachable(self) -> bool:
@@ -271,6 +299,7 @@ def select_model(
             simulated and real endpoints are mixed.
     """
     found = assume_listed(found, name)
+    names = _match_leniently(found, name, names)
     settled = check_models([_translate_ids(one, names) for one in found], name)
     matches = [_match_endpoint(one, names, settled.model) for one in found]
     return SelectedModel(
@@ -280,6 +309,28 @@ def select_model(
         tuple(_absent(found, matches, settled.model)),
         sum(s is not None and one.reachable for one, s in zip(found, matches, strict=True)),
     )
+
+
+def simplify_model(name: str) -> str:
+    """Return what a model's name has in common on all clusters of a gateway."""
+    return name.strip().rpartition("/")[2].lower()
+
+
+def _match_leniently(
+    found: Sequence[ProbeResult], name: str | None, names: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Return ``names`` with the ids that differ from a model's name only in form.
+
+    An endpoint with several such ids has none: it is not clear which one is meant.
+    """
+    if name is None:
+        return names
+    more = dict[str, str]()
+    for one in found:
+        if one.is_lenient and not any(i == name or names.get(i) == name for i in one.models):
+            alike = [i for i in one.models if simplify_model(i) == simplify_model(name)]
+            more |= dict.fromkeys(alike if len(alike) == 1 else (), name)
+    return more | dict(names)
 
 
 def _translate_ids(found: ProbeResult, names: Mapping[str, str]) -> ProbeResult:
@@ -300,7 +351,7 @@ def _match_endpoint(
 ) -> EndpointSpec | None:
     """Return the endpoint with its id of the model, or None if it does not serve it."""
     offered = _list_offered(found)
-    if not found.reachable:
+    if not found.reachable and not found.models:
         offered = [model if found.spec.model is None else found.spec.model]
     fitting = [i for i in offered if i == model] or [i for i in offered if names.get(i) == model]
     if not fitting:

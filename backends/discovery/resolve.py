@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ...configs.backend import COMMAND_FIELDS
 from ...configs.base import expand_home
-from ...configs.endpoints import EndpointsConfig, FirstConfig
+from ...configs.endpoints import FIRST_URL, EndpointsConfig, FirstConfig
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.secrets import MASKED
@@ -21,7 +21,8 @@ from ..core.templates import find_names, split_command
 from ..fleet.endpoint import ApiKey, EndpointSpec, merge_spellings, normalize_base_url
 from ..servers.plan import NodePlan, list_accelerators, plan_servers
 from ..simulated.process import MODULE
-from .gateway import DEFAULT_TOKENS, CommandToken, Gateway
+from .gateway import Gateway
+from .login import CommandToken, LoginToken
 from .probe import ProbeResult, probe_models
 from .sources import (
     EndpointSource,
@@ -35,6 +36,8 @@ from .sources import (
 )
 
 PROBE_TIMEOUT_S: Final = 5.0
+GATEWAY_VARIABLE: Final = "inference_base_url"
+"""Variable of the facility's own tools that names another FIRST gateway."""
 _PORT: Final = 8000
 """Default port of vLLM, and of Aegis' first instance on a node."""
 
@@ -50,7 +53,7 @@ class EndpointSet:
         requests_per_s: The gateway's quota, or None.
         probe_results: Results of a probe, if they were probed already.
         model: The model's name, if the environment sets it and the settings do not.
-        reason: Why ``auto`` chose them, or None.
+        reason: What ``auto`` or the choice among a gateway's deployments chose, or None.
     """
 
     specs: tuple[EndpointSpec, ...]
@@ -82,7 +85,7 @@ def list_endpoint_specs(
 ) -> list[EndpointSpec]:
     """Return the endpoints that the settings name, without sending a request.
 
-    A registry and ``auto`` name none.
+    A registry, ``auto`` and a gateway without ``paths`` name none.
 
     Args:
         endpoints: The settings, variables expanded.
@@ -124,23 +127,7 @@ def check_endpoint_set(endpoints: EndpointsConfig, written: Mapping[str, Any]) -
 def make_gateway_set(first: FirstConfig, proxy: bool | None) -> EndpointSet:
     """Return the deployments behind a gateway."""
     gateway = _gateway(first, proxy)
-    limited = tuple(limit_tokens(first, spec) for spec in gateway.specs)
-    gateway = replace(gateway, specs=limited)
-    return EndpointSet(limited, gateway=gateway, requests_per_s=first.requests_per_s)
-
-
-def limit_tokens(
-    first: FirstConfig, spec: EndpointSpec, reported: float | None = None
-) -> EndpointSpec:
-    """Return a deployment of a gateway with its limit of tokens.
-
-    Args:
-        first: The settings.
-        spec: The deployment.
-        reported: The limit that the gateway reports, or None.
-    """
-    tokens = first.tokens_per_min or reported or DEFAULT_TOKENS
-    return replace(spec, tokens_per_min=tokens, window_s=first.window_s)
+    return EndpointSet(gateway.specs, gateway=gateway, requests_per_s=first.requests_per_s)
 
 
 def get_endpoints_key(endpoints: EndpointsConfig) -> str:
@@ -177,16 +164,38 @@ def _gateway(first: FirstConfig, proxy: bool | None) -> Gateway:
     key: ApiKey
     if first.token_command is not None:
         key = CommandToken(first.token_command, "endpoints.first.token_command")
-    else:
-        assert first.token is not None, "one of the two is given"
+    elif first.token is not None:
         key = first.token.get_secret_value()
         if key == MASKED:
             raise ConfigurationError(_explain_masked("endpoints.first.token"))
-    check_setting_url("endpoints.first.base_url", first.base_url)
+    else:
+        key = LoginToken("endpoints.first")
+    base = get_gateway_url(first, os.environ)
     try:
-        return Gateway.from_paths(first.base_url, first.paths, key, proxy is not False)
+        gateway = Gateway.from_paths(base, first.paths, key, proxy is not False)
     except ConfigurationError as error:
         raise ConfigurationError(f"endpoints.first.paths: {error.message}") from None
+    return replace(
+        gateway,
+        tokens_per_min=first.tokens_per_min,
+        window_s=first.window_s,
+        poll_s=first.poll_s,
+        start_wait_s=first.start_wait_s,
+    )
+
+
+def get_gateway_url(first: FirstConfig, environment: Mapping[str, str]) -> str:
+    """Return the address of a gateway: the configured one, the variable's, or ALCF's.
+
+    Raises:
+        ConfigurationError: It is malformed; the message names the setting or the variable.
+    """
+    if first.base_url is not None:
+        url, where = first.base_url, "endpoints.first.base_url"
+    else:
+        url, where = environment.get(GATEWAY_VARIABLE) or FIRST_URL, GATEWAY_VARIABLE
+    check_setting_url(where, url)
+    return url
 
 
 def _from_urls(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
@@ -27,6 +27,38 @@ ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 
 NO_KEY: Final = "EMPTY"
 """Key sent to servers without authentication, as in vLLM's documentation."""
+
+
+class DeploymentState(enum.Enum):
+    """State of a model behind a gateway."""
+
+    RUNNING = "running"
+    STARTING = "starting"
+    QUEUED = "queued"
+    COLD = "not running"
+
+
+class DeploymentWatch(Protocol):
+    """Tells whether a model behind a gateway runs; a request starts one that does not."""
+
+    @property
+    def poll_s(self) -> float:
+        """Return the seconds between two reads."""
+        ...
+
+    @property
+    def start_wait_s(self) -> float:
+        """Return the longest wait for a start, in seconds."""
+        ...
+
+    @property
+    def wake_again_s(self) -> float:
+        """Return the seconds after which another request may start the model."""
+        ...
+
+    async def read_state(self) -> DeploymentState | None:
+        """Return the state now, or None if it is unknown."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +81,9 @@ class EndpointSpec:
         spellings: How its list names the same endpoint once more, for a warning.
         probe_model: Model that a probe asks for one token, behind a gateway whose list of models
             does not show whether the server works; None: a probe asks for the list.
+        state: State of its model behind a gateway, or None if unknown; one that does not run is
+            on standby at first.
+        watch: Tells the state later; None: the model always runs.
     """
 
     url: str
@@ -64,6 +99,8 @@ class EndpointSpec:
     proxied: bool = False
     spellings: tuple[str, ...] = field(default=(), compare=False)
     probe_model: str | None = field(default=None, compare=False)
+    state: DeploymentState | None = field(default=None, compare=False)
+    watch: DeploymentWatch | None = field(default=None, compare=False, repr=False)
 
 
 _LOG: Final = logging.getLogger(__name__)
@@ -319,6 +356,8 @@ class Endpoint:
         refusals: Times in a row that it asked for a pause.
         retired: Whether it has left the fleet.
         resting: Whether it asked for a pause that still lasts.
+        standby: Whether its model does not run, so that it gets no requests.
+        standby_at: Monotonic time in seconds since which that is known from a failed request.
         limit: Its adaptive limit of requests in flight.
         breaker: Its circuit breaker.
         quota: Its own quota of requests and tokens, or None.
@@ -365,6 +404,8 @@ class Endpoint:
         "resting",
         "retired",
         "spec",
+        "standby",
+        "standby_at",
         "stats",
         "streaming",
         "throttled",
@@ -389,6 +430,8 @@ class Endpoint:
         self.ejected = False
         self.retired = False
         self.resting = False
+        self.standby = spec.watch is not None and spec.state not in {None, DeploymentState.RUNNING}
+        self.standby_at = float("-inf")
         self.limit = AdaptiveLimit(limit or AdaptiveLimitPolicy(), spec.max_in_flight)
         self.breaker = Breaker(breaker or BreakerPolicy())
         self.quota = quota
@@ -414,7 +457,8 @@ class Endpoint:
     @property
     def alive(self) -> bool:
         """Return True if it is in use."""
-        return not (self.ejected or self.retired) and self.breaker.state is not BreakerState.OPEN
+        out = self.ejected or self.retired or self.standby
+        return not out and self.breaker.state is not BreakerState.OPEN
 
     @property
     def width(self) -> int:
@@ -536,6 +580,8 @@ class Endpoint:
             return "left the fleet"
         if self.resting and self.alive:
             return "resting"
+        if self.standby and not self.ejected:
+            return "standby"
         return "ejected" if self.ejected else self.breaker.state.value
 
     def report(self) -> EndpointReport:

@@ -306,6 +306,7 @@ class RetryRule:
         length: Whether the requested length of the answer was refused.
         stale: Whether the server may just have closed an idle connection.
         refusal: Whether an endpoint that answers others refuses the item rather than the key.
+        cold: Whether the model behind a gateway may not run.
         tries: Limit of such failures of one item, if waiting longer does not help, or None.
         advice: What to do, for the message.
     """
@@ -325,6 +326,7 @@ class RetryRule:
     length: bool = False
     stale: bool = False
     refusal: bool = False
+    cold: bool = False
     tries: int | None = None
     advice: str = ""
 
@@ -456,7 +458,9 @@ _BY_CODE: Final[Mapping[str, RetryRule]] = {
     "quota_exceeded": replace(_BUSY, long=True, shared=True),
     "batch_ongoing": replace(_BUSY, long=True, shared=True),
     "too_many_requests": replace(_BUSY, window=True),
-    "request_timeout": RetryRule(EndpointLostError, RetryAction.OTHER, shrink=True, tries=2),
+    "request_timeout": RetryRule(
+        EndpointLostError, RetryAction.OTHER, shrink=True, cold=True, tries=2
+    ),
     "insufficient_quota": RetryRule(
         EndpointBusyError, RetryAction.STOP, advice="the account's quota is used up"
     ),
@@ -754,7 +758,7 @@ def _choose_503_rule(error_body: ErrorBody) -> RetryRule:
     if error_body.type == "Service Unavailable" or any(word in text for word in _BUSY_WORDS):
         return _BUSY
     if any(word in text for word in _COLD_WORDS):
-        return replace(_BUSY, long=True)
+        return replace(_BUSY, long=True, cold=True)
     if any(word in text for word in _OFFLINE_WORDS):
         return replace(_BUSY, long=True, breaker_effect=BreakerEffect.OPEN)
     return _BY_STATUS[503]

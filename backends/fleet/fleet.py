@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
@@ -23,6 +23,7 @@ from .endpoint import (
     identify_endpoint,
     merge_spellings,
 )
+from .failures import Failure
 from .health import HealthMonitor
 from .policy import FleetPolicy, ModelParams
 from .rate_limit import RateLimiter
@@ -37,6 +38,14 @@ _WARNED: Final = 5
 """Limit of endpoints that are named because they are listed more than once."""
 
 T = TypeVar("T")
+
+
+class RequestRoute(Protocol):
+    """A way of requests to the model other than one HTTP request for each."""
+
+    async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
+        """Return the answer to one chat request, and the endpoint that gave it."""
+        ...
 
 
 class Fleet:
@@ -58,6 +67,7 @@ class Fleet:
         endpoints: The members, present and past.
         limiter: All quotas of the process.
         portal: Runs calls of threads without a loop.
+        route: The way of chat requests that are not streamed; None sends each of them at once.
 
     Raises:
         ConfigurationError: No endpoint, one with a malformed URL, or more streams than the system
@@ -97,6 +107,7 @@ class Fleet:
         polled = (load, self.endpoints, self._transport, balancer.refresh) if load else None
         self._load = LoadPoller(*polled) if polled else None
         self._cache = cache
+        self.route: RequestRoute | None = None
         self._loop_fleets: dict[asyncio.AbstractEventLoop, Fleet] = {}
         self.portal = SyncPortal(lambda: self.loop, self._disconnect)
 
@@ -251,17 +262,35 @@ class Fleet:
             log.loop = asyncio.get_running_loop()
         try:
             if self._cache is None:
-                return await self._call(body, self._send)
+                return await self._answer(body)
             found = await self._cache.find(body)
             if isinstance(found, dict):
                 return found, None
             with found:
-                document, endpoint = await self._call(body, self._send)
+                document, endpoint = await self._answer(body)
                 self._cache.store(found, document)
                 return document, endpoint
         finally:
             if log is not None:
                 log.calls -= 1
+
+    def _answer(self, body: Mapping[str, Any]) -> Awaitable[tuple[dict[str, Any], Endpoint]]:
+        return self.post_now(body) if self.route is None else self.route.post(body)
+
+    def post_now(self, body: Mapping[str, Any]) -> Awaitable[tuple[dict[str, Any], Endpoint]]:
+        """Send one chat request at once, whatever the route and the cache.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: No item can succeed any more.
+        """
+        return self._call(body, self._send)
+
+    def check_simulated(
+        self, result: dict[str, Any] | Failure, endpoint: Endpoint
+    ) -> dict[str, Any] | Failure:
+        """Reject an answer that would mix simulated and real ones."""
+        return self._sender.check_simulated(result, endpoint)
 
     async def open_stream(self, body: Mapping[str, Any]) -> tuple[OpenStream, Endpoint]:
         """Send one chat request whose answer is read token by token.

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import aiohttp
 import orjson
@@ -25,7 +25,7 @@ from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
 from ..core.waits import pause_after
 from .balancer import LoadBalancer
-from .endpoint import BreakerState, Endpoint
+from .endpoint import BreakerState, DeploymentState, DeploymentWatch, Endpoint
 from .failures import (
     BreakerEffect,
     Failure,
@@ -48,6 +48,9 @@ _RECENT: Final = 200
 _REFUSED_ITEMS: Final = 2
 """An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
 _OK: Final = 200
+_WAKE_S: Final = 320.0
+"""Shortest wait for the answer of a model that starts; the gateway itself waits 300 s."""
+T = TypeVar("T")
 _LOOKS: Final = 6
 """Checks for silent endpoints within the time of silence."""
 _POLL_S: Final = 0.1
@@ -84,7 +87,7 @@ class HealthMonitor:
         self._policy = policy
         self._transport = transport
         self._timers: set[asyncio.TimerHandle] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeping = False
         self._deadline: asyncio.TimerHandle | None = None
         self._outage: asyncio.Task[None] | None = None
@@ -96,7 +99,7 @@ class HealthMonitor:
         slack = (policy.affinity or AffinityPolicy()).slack
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.balancer = LoadBalancer(
-            endpoints, policy.streams, self._await_quota, self._schedule_widening, slack
+            endpoints, policy.streams, self._await_quota, self._serve_starved, slack
         )
         self.balancer.quota = quota
         self._quota_timer: asyncio.TimerHandle | None = None
@@ -109,6 +112,9 @@ class HealthMonitor:
         self.lost: dict[asyncio.Task[Any], Failure] = {}
         self._watches = False
         self._checked_at: dict[Endpoint, float] = {}
+        self._standby_task: asyncio.Task[None] | None = None
+        self._needed = asyncio.Event()
+        self._has_standby = any(endpoint.standby for endpoint in endpoints)
 
     def close(self) -> None:
         """Cancel all timers and probes, so that nothing is left on the loop."""
@@ -121,6 +127,7 @@ class HealthMonitor:
         self._probe_timers.clear()
         self._probes.clear()
         self._outage = None
+        self._standby_task = None
         self._watches = False
         self._sweeping = False
         self._quota_timer = None
@@ -250,6 +257,9 @@ class HealthMonitor:
             self.refresh(endpoint)
             return
         rule, error = failure.rule, failure.error
+        if rule.cold and endpoint.spec.watch is not None:
+            self._put_on_standby(endpoint, error)
+            return
         if rule.action is RetryAction.WAIT and failure.accepts_others:
             # It refuses this item and answers others: only the item waits.
             self.refusals += 1
@@ -429,7 +439,7 @@ class HealthMonitor:
         Raises:
             FanfoldError: The endpoint's key cannot be fetched.
         """
-        message = {"role": "user", "content": "1"}
+        message, session = {"role": "user", "content": "1"}, self._policy.session
         body = {"model": endpoint.spec.probe_model, "messages": [message], "max_tokens": 1}
         headers = await endpoint.headers()
         try:
@@ -437,7 +447,7 @@ class HealthMonitor:
                 answer = await self._transport.send(
                     endpoint.chat_url,
                     orjson.dumps(body | {"stream": False}),
-                    headers,
+                    headers if session is None else {**headers, **session.make_headers([message])},
                     endpoint.spec.proxied,
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -473,6 +483,9 @@ class HealthMonitor:
 
     def watch_silence(self) -> None:
         """Look for silent endpoints as long as requests are in flight."""
+        if self._has_standby:
+            self._has_standby = False
+            self._start_standby()
         if not self._watches:
             self._watches = True
             self._later(self._policy.timeout.silence_s / _LOOKS, self._look_for_silence)
@@ -578,13 +591,13 @@ class HealthMonitor:
         """Rank an endpoint again, and check whether any is alive."""
         self.balancer.refresh(endpoint)
         if self.balancer.alive:
+            self.pause_reason = None
             if self._deadline is not None:
                 self._end_outage()
-                self.pause_reason = None
                 _LOG.warning("an endpoint recovered; the run continues")
                 for other in self._unhealthy:
                     self._schedule_probe(other)
-        elif self._deadline is None and self.stop_reason is None:
+        elif self._deadline is None and self.stop_reason is None and not self._start_standby():
             seconds = self._policy.timeout.fleet_s
             last = f"; the last failure: {self._last_failure}" if self._last_failure else ""
             self.pause_reason = (
@@ -596,6 +609,136 @@ class HealthMonitor:
                 timer.cancel()
             self._probe_timers.clear()
             self._outage = self._spawn(self._probe_repeatedly())
+
+    def _serve_starved(self) -> None:
+        """Do what lets waiting calls begin: start a model if none runs, or raise limits."""
+        if not self.balancer.alive:
+            self._start_standby()
+        self._schedule_widening()
+
+    def _put_on_standby(self, endpoint: Endpoint, error: EndpointError) -> None:
+        """Send no requests to an endpoint until its model runs."""
+        endpoint.standby_at = time.monotonic()
+        if not endpoint.standby:
+            endpoint.standby = True
+            _LOG.info("endpoint %s on standby: %s", endpoint.label, error.message)
+        self.refresh(endpoint)
+        self._start_standby()
+
+    @property
+    def _standby(self) -> list[tuple[Endpoint, DeploymentWatch]]:
+        """Return the endpoints whose models do not run; the first is started if none is alive."""
+        return [
+            (e, e.spec.watch)
+            for e in self._endpoints
+            if e.standby and e.spec.watch is not None and not (e.ejected or e.retired)
+        ]
+
+    def _start_standby(self) -> bool:
+        """Follow the endpoints on standby, if there are any; return whether there are."""
+        if self.stop_reason is not None or not self._standby:
+            return False
+        self._needed.set()
+        if self._standby_task is None or self._standby_task.done():
+            self._standby_task = self._spawn(self._follow_standby())
+        return True
+
+    async def _follow_standby(self) -> None:
+        """Use endpoints on standby when their models run; start one if no endpoint is alive."""
+        wake: tuple[Endpoint, asyncio.Task[Failure | None]] | None = None
+        woken, since = dict[Endpoint, float](), dict[Endpoint, float]()
+        try:
+            while standby := self._standby:
+                self._needed.clear()
+                if wake is not None and wake[1].done():
+                    woken[wake[0]] += self._end_wake(*wake)
+                    wake = None
+                    continue
+                states = {e: await watch.read_state() for e, watch in standby}
+                now = time.monotonic()
+                for endpoint, watch in standby:
+                    # An older list of jobs does not know yet that the model has stopped.
+                    is_new = now - endpoint.standby_at >= watch.poll_s
+                    if states[endpoint] is DeploymentState.RUNNING and is_new:
+                        self._end_standby(endpoint)
+                first = next(((e, w) for e, w in standby if e.standby), None)
+                if first is not None and not self.balancer.alive:
+                    endpoint, watch = first
+                    started = since.setdefault(endpoint, now)
+                    self._report_start(endpoint, states[endpoint], now - started)
+                    if now - started > watch.start_wait_s:
+                        self._stop_start(endpoint, watch)
+                        return
+                    idle = states[endpoint] in {None, DeploymentState.COLD}
+                    if wake is None and idle and now >= woken.get(endpoint, 0.0):
+                        woken[endpoint] = now + watch.wake_again_s
+                        wake_s = max(self._policy.timeout.request_s, _WAKE_S)
+                        wake = endpoint, self._spawn(self._ask_token(endpoint, wake_s))
+                await self._wait_standby(min(w.poll_s for _, w in standby), wake)
+        finally:
+            if wake is not None:
+                wake[1].cancel()
+
+    async def _wait_standby(
+        self, seconds: float, wake: tuple[Endpoint, asyncio.Task[Failure | None]] | None
+    ) -> None:
+        """Wait for the next poll, the answer of a model that starts, or the last endpoint's end."""
+        needed = asyncio.ensure_future(self._needed.wait())
+        try:
+            waits = {needed} if wake is None else {needed, wake[1]}
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            needed.cancel()
+
+    def _end_wake(self, endpoint: Endpoint, asked: asyncio.Task[Failure | None]) -> float:
+        """Use an endpoint whose model has answered; treat any other failure than a start's.
+
+        Returns:
+            By how many seconds the next request that wakes it comes sooner or later.
+        """
+        error = asked.exception()
+        if isinstance(error, FanfoldError):
+            self.stop(error.message)  # its key cannot be fetched
+            return 0.0
+        failure = asked.result()
+        if failure is None:
+            self._end_standby(endpoint)
+            return 0.0
+        self._last_failure = failure.error.message
+        rule = failure.rule
+        if rule.cold or rule.shrink:
+            return 0.0  # it may be starting
+        if rule.action is RetryAction.WAIT and rule.breaker_effect is BreakerEffect.NO:
+            watch = endpoint.spec.watch
+            return watch.poll_s - watch.wake_again_s if watch is not None else 0.0
+        endpoint.standby = False
+        self.record_failure(endpoint, failure)
+        return 0.0
+
+    def _end_standby(self, endpoint: Endpoint) -> None:
+        """Send requests to an endpoint again: one at first, which shows whether it works."""
+        endpoint.standby = False
+        endpoint.breaker.half_open()
+        _LOG.info("endpoint %s: its model runs", endpoint.label)
+        self.refresh(endpoint)
+
+    def _report_start(
+        self, endpoint: Endpoint, state: DeploymentState | None, waited_s: float
+    ) -> None:
+        """Say what is waited for and since when; log it when it changes."""
+        model, shown = endpoint.spec.probe_model, "unknown" if state is None else state.value
+        began = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
+        reason = f"waiting since {began} for {model} on {endpoint.label} to start ({shown})"
+        if reason != self.pause_reason:
+            self.pause_reason = reason
+            _LOG.warning("%s", reason)
+
+    def _stop_start(self, endpoint: Endpoint, watch: DeploymentWatch) -> None:
+        last = f"; the last failure: {self._last_failure}" if self._last_failure else ""
+        self.stop(
+            f"{endpoint.spec.probe_model} on {endpoint.label} did not start within "
+            f"{watch.start_wait_s:g} s (endpoints.first.start_wait_s): resume the run later{last}"
+        )
 
     def _end_outage(self) -> None:
         if self._deadline is not None:
@@ -643,7 +786,7 @@ class HealthMonitor:
         self._timers.add(handle)
         return handle
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

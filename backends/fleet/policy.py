@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import orjson
 from tenacity import wait_exponential, wait_fixed
 
 from ..core.types import Json
@@ -232,6 +234,26 @@ class LoadPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionPolicy:
+    """A header by which a gateway assigns the requests of a session to one of its replicas.
+
+    Attributes:
+        header: The header's name.
+        values: One value for each session; a conversation keeps its session.
+    """
+
+    header: str
+    values: tuple[str, ...]
+
+    def make_headers(self, messages: Sequence[Any]) -> dict[str, str]:
+        """Return the header for a request with these messages."""
+        number = 0
+        if len(self.values) > 1:
+            number = zlib.crc32(orjson.dumps(messages[:2])) % len(self.values)
+        return {self.header: self.values[number]}
+
+
+@dataclass(frozen=True, slots=True)
 class FleetPolicy:
     """All settings of a fleet besides its endpoints.
 
@@ -245,6 +267,7 @@ class FleetPolicy:
         hedge: Second requests at the end, or None.
         affinity: Whether items with equal prefixes go to the same endpoint, or None.
         load: Whether the endpoints' own load is read, or None.
+        session: Header that keeps requests on the replicas of a gateway, or None.
         whole_answers: Whether the endpoints must not be asked for streams.
         trust_env: Whether proxy variables of the environment apply to all endpoints, and not only
             to those that ask for it (``EndpointSpec.proxied``).
@@ -262,6 +285,7 @@ class FleetPolicy:
     hedge: HedgePolicy | None = field(default_factory=HedgePolicy)
     affinity: AffinityPolicy | None = None
     load: LoadPolicy | None = None
+    session: SessionPolicy | None = None
     whole_answers: bool = False
     trust_env: bool = False
     body_bytes: int = 64 * 2**20

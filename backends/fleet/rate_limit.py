@@ -191,12 +191,15 @@ class RateLimiter:
     Attributes:
         quota: The quota over all endpoints, or None.
         counts_tokens: Whether any quota counts tokens.
+        share: Part of the shared quotas that this process may use now.
+        base_share: The same at first: while all processes work.
     """
 
     def __init__(
         self, policy: RateLimitPolicy, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._policy, self._clock, self._share = policy, clock, policy.share
+        self._policy, self._clock = policy, clock
+        self.share = self.base_share = policy.share
         self._endpoints: dict[str, Quota] = {}
         self._answers, self._ratio, self._longest = 0, 0.0, 0
         limited = policy.requests_per_s is not None or policy.tokens_per_min is not None
@@ -206,6 +209,11 @@ class RateLimiter:
             else None
         )
         self.counts_tokens = policy.tokens_per_min is not None
+
+    @property
+    def has_quota(self) -> bool:
+        """Return True if there is any quota."""
+        return self.quota is not None or bool(self._endpoints)
 
     def get_endpoint_quota(
         self, key: str, requests_per_s: float | None, tokens: float | None, window_s: float
@@ -221,16 +229,16 @@ class RateLimiter:
         if requests_per_s is None and tokens is None:
             return None
         if key not in self._endpoints:
-            share = self._share if self._policy.shares_endpoints else 1.0
+            share = self.share if self._policy.shares_endpoints else 1.0
             self._endpoints[key] = Quota(requests_per_s, tokens, window_s, share, self._clock)
             self.counts_tokens = self.counts_tokens or tokens is not None
         return self._endpoints[key]
 
     def set_share(self, share: float) -> None:
         """Change the part of all shared quotas that this process may use."""
-        if share == self._share:
+        if share == self.share:
             return
-        self._share = share
+        self.share = share
         if self.quota is not None:
             self.quota.set_share(share)
         if self._policy.shares_endpoints:

@@ -373,15 +373,19 @@ class RequestSender:
             endpoint.unanswered[task] = charge.sent_at
             self._monitor.watch_silence()
             if streamed:
-                reader = await self._transport.stream(endpoint.chat_url, data, headers, proxied)
+                reader = await self._transport.stream(
+                    endpoint.chat_url, data, self._add_session(headers, body), proxied
+                )
                 hooks = self._make_hooks(endpoint, charge)
                 silence_s = self._transport.silence_s
                 result = await OpenStream.begin(reader, endpoint.label, silence_s, hooks)
                 endpoint.record_heard(task)
             else:
-                answer = await self._transport.send(endpoint.chat_url, data, headers, proxied)
+                answer = await self._transport.send(
+                    endpoint.chat_url, data, self._add_session(headers, body), proxied
+                )
                 endpoint.record_heard(task)
-                result = self._check_simulated(
+                result = self.check_simulated(
                     transport.read_completion(answer, endpoint.label), endpoint
                 )
             if isinstance(result, Failure):
@@ -409,6 +413,13 @@ class RequestSender:
                 self._end(endpoint, charge, outcome)
         return outcome, endpoint
 
+    def _add_session(
+        self, headers: Mapping[str, str], body: Mapping[str, Any]
+    ) -> Mapping[str, str]:
+        """Return the headers of a request with that of its session, if there are sessions."""
+        session = self._transport.session_policy
+        return headers if session is None else {**headers, **session.make_headers(body["messages"])}
+
     def _make_hooks(self, endpoint: Endpoint, charge: RequestCharge) -> StreamHooks:
         log, balancer = charge.log, self._monitor.balancer
 
@@ -417,7 +428,7 @@ class RequestSender:
             if log is not None and log.streams is not None:
                 log.streams.pop(charge, None)
             if outcome is not None:
-                outcome = self._check_simulated(outcome, endpoint)
+                outcome = self.check_simulated(outcome, endpoint)
             self._end(endpoint, charge, outcome)
 
         return StreamHooks(
@@ -506,7 +517,7 @@ class RequestSender:
             charge.log.simulated = transport.is_simulated(document)
         return usage
 
-    def _check_simulated(
+    def check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
         """Reject an answer that would mix simulated and real ones."""

@@ -21,7 +21,7 @@ from ..core.types import SIMULATED_FINGERPRINT, Reply, Usage
 from ..core.values import cut_deep_levels, parse_json, parse_token_count, to_json_text
 from . import failures
 from .failures import BodyTooLargeError, ErrorBody, Failure, HTTPAnswer, ProxyError
-from .policy import FleetPolicy
+from .policy import FleetPolicy, SessionPolicy
 
 _LARGE: Final = 1 << 20
 """Bytes above which aiohttp warns about a body that is sent in one piece."""
@@ -126,6 +126,11 @@ class Transport:
     def silence_s(self) -> float:
         """Return the longest silence inside a stream, in seconds."""
         return self._policy.timeout.chunk_s
+
+    @property
+    def session_policy(self) -> SessionPolicy | None:
+        """Return the sessions of the requests, or None."""
+        return self._policy.session
 
     async def send(
         self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False

@@ -128,7 +128,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_fold[near[0]]!r}?" if near else ""
 
 
-def missing_column_error(where: str, name: str, user: str, there: Collection[str]) -> InputError:
+def missing_column_error(
+    where: str, name: str, user: str, there: Collection[str], *, has_fields: bool = False
+) -> InputError:
     """Return the error for a required column that the input does not have.
 
     Args:
@@ -136,12 +138,16 @@ def missing_column_error(where: str, name: str, user: str, there: Collection[str
         name: The column.
         user: What needs it, e.g. ``"input.id"``.
         there: The existing columns.
+        has_fields: Whether a name with dots may be that of a field inside a column.
     """
     shown = ", ".join(list(there)[:_SHOWN]) or "none"
     more = ", …" if len(there) > _SHOWN else ""
-    hint = did_you_mean(name, there)
+    column, dot, _ = name.partition(".")
+    hint, named = did_you_mean(name, there), repr(name)
+    if dot and has_fields:
+        hint, named = hint or did_you_mean(column, there), f"{name!r} or {column!r}"
     return InputError(
-        f"{where} has no column {name!r}, which {user} needs; its columns: {shown}{more}{hint}"
+        f"{where} has no column {named}, which {user} needs; its columns: {shown}{more}{hint}"
     )
 
 

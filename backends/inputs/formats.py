@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ...configs.models import InputConfig, RunConfig
 from ..core.errors import InputError
-from ..core.templates import Template
 from ..core.types import Json, Row
 from .base import NCI_DATASET, RowSource, describe_line, did_you_mean, find_nci_file
 from .batch_requests import read_requests
@@ -371,4 +370,4 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
 def needed_columns(config: RunConfig) -> tuple[str, ...]:
     """Return the columns that the prompt and the reduce stages use, each once."""
     shown = [name for stage in config.reduce for name in getattr(stage, "show", ())]
-    return tuple(dict.fromkeys([*Template.parse(config.task.prompt).columns, *shown]))
+    return tuple(dict.fromkeys([*config.parse_prompt().columns, *shown]))

@@ -252,7 +252,10 @@ class ItemStore:
         if version is None:
             raise ValueError("it has other content")
         if version.decode() != VERSION:
-            raise ValueError(f"it has layout {version.decode()}, this fanfold reads {VERSION}")
+            raise JournalError(
+                f"{self._path}: it has layout {version.decode()}, this fanfold reads {VERSION}: "
+                "finish the run with the fanfold that started it, or start a new run"
+            )
         last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
         header = StoreHeader.from_json(last.custom_metadata[SUMMARY_KEY])
         if len(header.starts) != self._reader.num_record_batches - 1:

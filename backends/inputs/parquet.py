@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ..core.arrow_text import is_read_as_text
 from ..core.errors import InputError
+from ..core.fields import split_column
 from ..core.types import Json, Row
 from .lines import unreadable_error
 from .readers import _BATCH_ROWS
@@ -37,7 +38,7 @@ def read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row
 
     Args:
         path: The file.
-        needed: Columns that must not be left out.
+        needed: Columns, or fields inside columns, that must not be left out.
 
     Yields:
         The row's number (from 1), and the row.
@@ -82,8 +83,9 @@ def _columns(path: Path, schema: pa.Schema, needed: Collection[str]) -> list[str
     names = schema.names
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{path} has several columns named {', '.join(map(repr, repeated))}")
-    for name in needed:
-        if name in names and not _has_json(schema.field(name).type):
+    for needed_name in needed:
+        name, _ = split_column(needed_name, names) or ("", ())
+        if name and not _has_json(schema.field(name).type):
             raise InputError(
                 f"{path}: column {name!r} is of type {schema.field(name).type}, which is "
                 "neither text nor a number; convert the column, or use another one"

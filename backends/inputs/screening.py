@@ -11,6 +11,7 @@ import orjson
 
 from ...configs.models import InputConfig
 from ..core.errors import InputError
+from ..core.fields import split_column
 from ..core.types import Json, Row
 from ..core.values import MAX_DEPTH, is_too_deep
 from .base import (
@@ -155,6 +156,9 @@ class ItemEntry:
     values: Row
 
 
+_TASK: Final = "the task"
+
+
 class RowValidator:
     """Validate the rows of one source, and count them.
 
@@ -174,7 +178,7 @@ class RowValidator:
         Args:
             config: The settings of the input.
             source: Source of the rows.
-            columns: Columns that the task needs.
+            columns: Columns, or fields inside columns, that the task needs.
         """
         self.source = source.name
         self.columns: dict[str, None] = {}
@@ -186,7 +190,7 @@ class RowValidator:
         id_column = config.id if config.id is not None else source.id
         self._ids = IdAssigner(source, id_column, config.on_duplicate)
         self.id_column = id_column
-        self._needed = dict.fromkeys(columns, "the task")
+        self._needed = dict.fromkeys(columns, _TASK)
         if config.smiles is not None:
             self._needed[config.smiles] = "input.smiles"
         if id_column is not None:
@@ -226,7 +230,7 @@ class RowValidator:
         self, number: int, position: int, row: Row, check: SmilesCheck | None
     ) -> ItemEntry | None:
         if missing := self._needed.keys() - row.keys():
-            raise self._missing(position, row, missing)
+            self._check_missing(position, row, missing)
         payload = self._encode(position, row)
         name = self._ids.read_id(number, position, row)
         problem = None
@@ -266,12 +270,22 @@ class RowValidator:
         if len(self.skipped) < MAX_SKIPPED_ROWS:
             self.skipped.append(SkippedRow(name, reason))
 
-    def _missing(self, position: int, row: Row, missing: Collection[str]) -> InputError:
-        name = next(name for name in self._needed if name in missing)
-        where = (
-            self._source.describe_position(position) if self._source.ragged else self._source.name
-        )
-        return missing_column_error(where, name, self._needed[name], row)
+    def _check_missing(self, position: int, row: Row, names: Collection[str]) -> None:
+        """Check that the task needs fields inside columns where it names no column.
+
+        Raises:
+            InputError: The column does not exist either.
+        """
+        for name in (name for name in self._needed if name in names):
+            user = self._needed[name]
+            if user == _TASK and split_column(name, row) is not None:
+                continue
+            where = (
+                self._source.describe_position(position)
+                if self._source.ragged
+                else self._source.name
+            )
+            raise missing_column_error(where, name, user, row, has_fields=user == _TASK)
 
     def _encode(self, position: int, row: Row) -> bytes:
         try:

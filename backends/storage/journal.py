@@ -90,7 +90,16 @@ class FileHandles:
 
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
-_CODES: Final = {"done": _DONE, "failed": _FAILED}
+"""States of an item; a failed one has ``_FAILED`` plus the number of its error class."""
+
+_MOST_CLASSES: Final = 250
+"""Error classes counted one by one. A ``task.graph`` may raise any class; a byte holds a state."""
+
+OTHER_CLASSES: Final = "other classes"
+"""Name of all further error classes."""
+
+UNNAMED_CLASS: Final = "unknown class"
+"""Name of the class of a record that has none."""
 
 _BATCH_LINES: Final = 256
 """Lines that are checked and summed together."""
@@ -145,6 +154,7 @@ class Journal:
     ) -> None:
         self._folder, self._run = folder, run
         self._state = bytearray(items)
+        self._classes = dict[str, int]()
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
         self._length = array("i", bytes(4 * items))
@@ -212,7 +222,7 @@ class Journal:
             self._failure = self._explain_failure(error)
             raise self._failure from error
         facts = make_record_key(record)
-        self._get_session_usage(self._own).add_numbers(facts[2:])
+        self._get_session_usage(self._own).add_numbers(facts[3:])
         self._ends[self._own] = start + length
         self._index_record(self._own, start, length, facts)
 
@@ -363,8 +373,24 @@ class Journal:
 
     def count_items(self) -> ItemCounts:
         """Count the items by state."""
-        state = self._state
-        return ItemCounts(state.count(_DONE), state.count(_FAILED), state.count(_OPEN))
+        done, still_open = self._state.count(_DONE), self._state.count(_OPEN)
+        return ItemCounts(done, len(self._state) - done - still_open, still_open)
+
+    def count_failures(self) -> dict[str, int]:
+        """Count the failed items by error class, most frequent first; reads no record."""
+        if self.count_items().failed == 0:
+            return {}
+        counts = {name: self._state.count(code) for name, code in tuple(self._classes.items())}
+        ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        return {name: count for name, count in ranked if count}
+
+    def find_failed(self, error_class: str) -> Iterator[int]:
+        """Yield the indices of the items that failed with an error class, in input order."""
+        code = self._classes.get(error_class)
+        index = -1 if code is None else self._state.find(code)
+        while code is not None and index >= 0:
+            yield index
+            index = self._state.find(code, index + 1)
 
     def reopen_failed(self, before: int | None = None) -> int:
         """Treat failed items as open again; their records stay until newer ones are written.
@@ -379,7 +405,7 @@ class Journal:
         failed = [
             index
             for index, state in enumerate(self._state)
-            if state == _FAILED and (before is None or sessions[self._file[index]] < before)
+            if state >= _FAILED and (before is None or sessions[self._file[index]] < before)
         ]
         for index in failed:
             self._state[index] = _OPEN
@@ -388,6 +414,12 @@ class Journal:
     def is_finished(self, index: int) -> bool:
         """Return True if an item has ended."""
         return self._state[index] != _OPEN
+
+    def get_last_session(self, index: int) -> int:
+        """Return the session of an item's record, also of one that is reopened; 0 without one."""
+        if not self._length[index]:
+            return 0
+        return parse_session_number(self._paths[self._file[index]])
 
     def is_done(self, index: int) -> bool:
         """Return True if an item has an answer."""
@@ -419,9 +451,9 @@ class Journal:
 
     def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of finished items in input order; optionally of one status only."""
-        wanted = _CODES[status] if status else None
+        wanted = {"done": (_DONE,), "failed": range(_FAILED, 256)}.get(status or "", range(1, 256))
         for index, state in enumerate(self._state):
-            if state != _OPEN and wanted in (None, state):
+            if state in wanted:
                 yield self.read_record(index)
 
     def _index_record(self, number: int, start: int, length: int, facts: RecordKey) -> bool:
@@ -431,11 +463,18 @@ class Journal:
         known = self._length[index] > 0  # also for a failed item that runs again
         if known and not self._is_replacing(index, number, start, length):
             return False
-        self._state[index] = _CODES[facts[1]]
+        self._state[index] = _DONE if facts[1] == "done" else self._class_code(facts[2])
         self._file[index], self._start[index], self._length[index] = number, start, length
         if self.on_record is not None:
             self.on_record(index)
         return not ended
+
+    def _class_code(self, name: object) -> int:
+        """Return the state of an item that failed with an error class."""
+        name = name if isinstance(name, str) and name else UNNAMED_CLASS
+        if name not in self._classes and len(self._classes) >= _MOST_CLASSES:
+            name = OTHER_CLASSES
+        return self._classes.setdefault(name, _FAILED + len(self._classes))
 
     def _is_replacing(self, index: int, number: int, start: int, length: int) -> bool:
         """Return True if a further record of an item counts more than the indexed one."""

@@ -427,18 +427,18 @@ class JournalDelta:
     failed: int = 0
     usage: UsageTotals = field(default_factory=UsageTotals)
 
-    def add_records(self, facts: Sequence[tuple[Any, ...]]) -> None:
-        """Add records by their index, status and :data:`COUNT_FIELDS`."""
+    def add_records(self, facts: Sequence[RecordKey]) -> None:
+        """Add records by their keys."""
         done = sum(status == "done" for _, status, *_ in facts)
         self.done, self.failed = self.done + done, self.failed + len(facts) - done
-        self.usage.merge(UsageTotals.from_numbers(numbers for _, _, *numbers in facts))
+        self.usage.merge(UsageTotals.from_numbers(numbers for _, _, _, *numbers in facts))
 
 
 _NUMBER: Final = frozenset({int, NoneType})
 _INDEX: Final = frozenset({int})
 _TEXT: Final = frozenset({str})
 _STATUS: Final = frozenset(STATUSES)
-_KEY_FIELDS: Final = ("index", "status", *COUNT_FIELDS)
+_KEY_FIELDS: Final = ("index", "status", "error_class", *COUNT_FIELDS)
 _get_key_fields: Final = itemgetter(*_KEY_FIELDS)
 
 
@@ -456,7 +456,7 @@ def parse_session_number(path: Path) -> int:
 
 
 RecordKey = tuple[Any, ...]
-"""Index, status and :data:`COUNT_FIELDS` of a record; missing fields are None."""
+"""Index, status, error class and :data:`COUNT_FIELDS` of a record; missing fields are None."""
 
 
 def make_record_key(record: dict[str, Any]) -> RecordKey:
@@ -516,7 +516,7 @@ def sum_records(facts: Sequence[RecordKey], items: int) -> UsageTotals | None:
     Returns:
         The sums; None if :func:`check_line` refuses one of the records.
     """
-    indices, statuses, *columns = zip(*facts, strict=True)
+    indices, statuses, _, *columns = zip(*facts, strict=True)
     fine = (
         _INDEX.issuperset(map(type, indices))
         and min(indices) >= 0

@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "budget"
 
     @property
+    def batches(self) -> Path:
+        """Return the folder of the records of submitted batches."""
+        return self.path / "batches"
+
+    @property
     def raised_limits(self) -> Path:
         """Return the limits raised at a pause, which override the settings."""
         return self.path / "caps.json"
@@ -321,6 +326,22 @@ def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
         about: The run's provenance.
     """
     return (about["run"], *about.get("earlier", ()))
+
+
+def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:
+    """Return the state of a run: running, or how its last session ended.
+
+    Args:
+        folder: The run's folder.
+        about: Its provenance.
+
+    Raises:
+        JournalError: The lock cannot be read.
+    """
+    if folder.is_in_use():
+        return "running"
+    sessions = about["sessions"]
+    return (sessions[-1]["outcome"] if sessions else None) or "killed; resumable"
 
 
 def is_folder_of_run(path: Path, run: str) -> bool:

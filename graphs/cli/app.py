@@ -44,8 +44,11 @@ from .options import (
 if TYPE_CHECKING:
     from ...configs.resolve import Overrides
 
-_CHOICE_LOGGER: Final = "fanfold.backends.discovery.connect.choice"
-"""Logger of what ``endpoints: auto`` chose; always shown."""
+_SHOWN_LOGGERS: Final = (
+    "fanfold.backends.discovery.connect.choice",
+    "fanfold.backends.batch.transport.events",
+)
+"""Loggers that are always shown: what ``endpoints: auto`` chose, and what happens to batches."""
 
 app = typer.Typer(
     name="fanfold",
@@ -76,8 +79,7 @@ def _setup(
     ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
-    logging.getLogger(_CHOICE_LOGGER).setLevel(logging.INFO)
-    setup_logging(level, _CHOICE_LOGGER)
+    setup_logging(level, _SHOWN_LOGGERS)
 
 
 @app.command()
@@ -198,6 +200,56 @@ def status(
         from .status import show_status
 
         show_status(folder, as_json, usage or batch is not None, batch)
+
+
+@app.command()
+def ls(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[DIR]", parser=nonempty_path, help="A folder of runs, or a run folder."
+        ),
+    ] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder, the latest first."""
+    from .runs import list_runs
+
+    list_runs(folder, as_json)
+
+
+@app.command()
+def show(
+    folder: Folder,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="A,B,…", help="Columns, e.g. id,output.score,smiles."),
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Show failed items only.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of rows.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show the first rows of the results so far."""
+    from .show import show_rows
+
+    show_rows(folder, columns, "failed" if failed else None, limit, as_json)
+
+
+@app.command()
+def failures(
+    folder: Folder,
+    error_class: Annotated[
+        str | None,
+        typer.Option(
+            "--class", metavar="NAME", help="List the ids of the items with this error class."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the error classes of a run, each with a remedy and an example."""
+    from .failures import show_failures
+
+    show_failures(folder, error_class, as_json)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from ...backends.budget.pricing import explain_no_price
 from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import ConfigurationError, NoEndpointError
-from ...backends.discovery.resolve import list_endpoint_specs
+from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
@@ -78,6 +78,11 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
             ("system text:", *(f"  {line}" for line in found.system.splitlines()))
             * bool(found.system)
         ),
+        *(
+            [f"examples: {len(examples):,}, before every prompt"]
+            if (examples := loaded.config.task.examples)
+            else []
+        ),
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),
@@ -91,6 +96,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
         *_graph_lines(loaded),
+        *_batch_lines(loaded.config, found),
         *_unlimited_lines(found),
         *_reuse(loaded),
         *_host_lines(loaded.config),
@@ -147,6 +153,22 @@ def _graph_lines(loaded: LoadedConfig) -> list[str]:
     ]
 
 
+def _batch_lines(config: RunConfig, found: Estimate) -> Iterator[str]:
+    if (batches := _count_batches(config, found)) is not None:
+        lines, backend = found.plan.items, config.backend
+        yield (
+            f"batches: {batches:,} files with {lines:,} requests, {backend.lines:,} at most in "
+            f"each, {backend.active:,} at a time, in {backend.dir}; invalid answers and missing "
+            "lines add some; a submitted batch cannot be recalled"
+        )
+        yield "the time above does not apply: a batch service does not say how fast it is"
+
+
+def _count_batches(config: RunConfig, found: Estimate) -> int | None:
+    """Return the number of batches for the first requests of all items."""
+    return -(-found.plan.items // config.backend.lines) if config.backend.is_batch else None
+
+
 def _unlimited_lines(found: Estimate) -> list[str]:
     if not found.unlimited:
         return []
@@ -180,14 +202,15 @@ def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
     elif endpoints.aegis_registry is not None:
         yield _host(endpoints.aegis_registry), "registry of endpoints, gets no items"
         yield "(not known yet)", "endpoints that the registry lists"
+    elif endpoints.first is not None:
+        yield _host(get_gateway_url(endpoints.first, os.environ)), "gateway"
     else:
-        what = "gateway" if endpoints.first is not None else "endpoint"
         try:
             specs = list_endpoint_specs(endpoints, {})
         except NoEndpointError:
             yield "(not known yet)", f"endpoints that {endpoints.file} will list"
             return
-        yield from ((_host(spec.url), what) for spec in specs)
+        yield from ((_host(spec.url), "endpoint") for spec in specs)
 
 
 def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -254,6 +277,7 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "context": found.context,
         "nodes": found.plan.nodes,
         "streams": found.plan.streams,
+        "batches": _count_batches(loaded.config, found),
         "estimate": found.forecast.to_json(),
         "problem": found.problem,
     }

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
 from ...backends.discovery.connect import open_endpoint_set
-from ...backends.discovery.probe import ProbeResult, assume_listed, select_model
+from ...backends.discovery.probe import (
+    ProbeResult,
+    assume_listed,
+    select_model,
+    simplify_model,
+)
 from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
@@ -25,12 +29,12 @@ from ...configs.resolve import Overrides
 from ..run.accounting import endpoints_table_path
 from ..run.console import Terminal, print_json, print_messages
 from ..run.prepare import check_endpoints
-from .format import format_cell
+from .format import Column, make_table
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
-_FOLDED: Final = frozenset({"reachable", "models", "failures"})
-"""Columns with long texts, which wrap; names and numbers stay on one line."""
+_WORDS: Final = frozenset({"state", "models", "failures", "model"})
+"""Columns of texts, which may be long; the others are numbers and short words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,10 @@ def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
     else:
         print_messages([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
         print_messages([f"WARNING: endpoint {line}; it is used once" for line in listed.repeated])
-        _print(_table(listed.rows, _NOW))
+        if deployments := _list_deployments(listed.rows, listed.model):
+            _print(deployments, _GATEWAY)
+        else:
+            _print(listed.rows, _NOW)
         for row in listed.rows:
             if row["error"]:
                 Terminal().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
@@ -95,6 +102,15 @@ def _row(found: ProbeResult, gauges: ServerLoad) -> dict[str, Any]:
         "waiting": gauges.waiting,
         "latency_s": found.latency_s,
         "error": found.error,
+        "deployments": [
+            {
+                "model": about.model,
+                "state": None if about.state is None else about.state.value,
+                "tokens_per_min": about.tokens_per_min,
+                "user_tokens_per_min": about.user_tokens_per_min,
+            }
+            for about in found.deployments
+        ],
     }
 
 
@@ -108,15 +124,41 @@ def _cells_now(row: dict[str, Any]) -> Iterator[str]:
     yield _milliseconds(row["latency_s"])
 
 
+def _cells_gateway(row: dict[str, Any]) -> Iterator[str]:
+    """Yield the cells of one model of a deployment."""
+    yield row[_ENDPOINT]
+    yield row["model"]
+    yield row["error"] or row["state"] or "unknown"
+    yield _count(row["context"])
+    yield _count(row["user_tokens_per_min"])
+    yield _count(row["tokens_per_min"])
+
+
+def _list_deployments(rows: Sequence[dict[str, Any]], model: str | None) -> list[dict[str, Any]]:
+    """Return a row for each model of each deployment; if a model is named, for this one only."""
+    wanted = None if model is None else simplify_model(model)
+    return [
+        {
+            **about,
+            _ENDPOINT: row[_ENDPOINT],
+            "error": row["error"],
+            "context": row["context"].get(about["model"]),
+        }
+        for row in rows
+        for about in row["deployments"]
+        if wanted in {None, simplify_model(about["model"])}
+    ]
+
+
 def show_past_endpoints(path: Path, as_json: bool) -> None:
     """Show statistics per endpoint over the finished sessions of a run."""
     rows = sum_sessions(read_endpoints(endpoints_table_path(open_folder(path))))
     if as_json:
         print_json({"endpoints": rows})
     elif rows:
-        _print(_table(rows, _PAST))
+        _print(rows, _PAST)
         Terminal().print()
-        _print(_table(rows, _COST))
+        _print(rows, _COST)
     else:
         print_messages(
             [f"{path}: no endpoint statistics yet; they are written when a session ends"]
@@ -146,6 +188,10 @@ _NOW: Final = (
     (_ENDPOINT, "reachable", "models", "context", "running", "waiting", "latency"),
     _cells_now,
 )
+_GATEWAY: Final = (
+    (_ENDPOINT, "model", "state", "context", "tokens/min", "all users"),
+    _cells_gateway,
+)
 _PAST: Final = (
     (_ENDPOINT, "state", "calls", "failures", "p50 p90 p99", "opened"),
     _cells_past,
@@ -156,20 +202,22 @@ _COST: Final = (
 )
 
 
-def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
+def _print(rows: Sequence[dict[str, Any]], form: Any) -> None:
+    """Print a table; names of endpoints are never shortened."""
     heads, cells = form
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head in heads:
-        folded = head in _FOLDED
-        least = len("SIMULATED") if folded else None
-        table.add_column(head, overflow="fold", no_wrap=not folded, min_width=least)
-    for row in rows:
-        table.add_row(*(format_cell(text) for text in cells(row)))
-    return table
-
-
-def _print(table: Table) -> None:
-    Terminal().print(table)
+    lines = [tuple(cells(row)) for row in rows]
+    console = Terminal()
+    columns = [
+        Column(
+            head,
+            [line[n] for line in lines],
+            is_key=head == _ENDPOINT,
+            is_number=head not in _WORDS and head != _ENDPOINT,
+        )
+        for n, head in enumerate(heads)
+    ]
+    for part in make_table(columns, console.width, framed=False):
+        console.print(part)
 
 
 def _shorten_error(error: str) -> str:

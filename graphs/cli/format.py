@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -82,6 +83,43 @@ def _requests(found: Forecast, plan: RunPlan) -> str:
 
 
 def _times(found: Forecast, plan: RunPlan) -> Iterator[str]:
+    yield from _measured_times(found, plan)
+    yield from _rate_lines(found, plan)
+
+
+_RATE_LIMITS: Final = {
+    "requests_per_s": "{:g} requests per second",
+    "tokens_per_min": "{:,.0f} tokens per minute",
+}
+_SLOW: Final = 1.5
+"""A run that limits slow down by this factor should be run in another way."""
+_LONG_S: Final = 3600.0
+
+
+def _rate_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
+    """Yield how long a run takes under its rate limits, and what to do if that is long."""
+    bound = found.rate_bound
+    if bound is None:
+        return
+    name = _RATE_LIMITS[bound.limit].format(getattr(plan, bound.limit))
+    if found.measured is None:
+        low, high = format_duration(bound.seconds.low), format_duration(bound.seconds.high)
+        yield f"time under the limit of {name}: {low} to {high}"
+    else:
+        yield f"time under the limit of {name}: {format_range(bound.seconds, format_duration)}"
+    slow = bound.slowdown is not None and bound.slowdown >= _SLOW
+    long = bound.slowdown is None and bound.seconds.likely >= _LONG_S
+    factor = "" if bound.slowdown is None else f" ({bound.slowdown:.1f} times as long as without)"
+    if plan.is_gateway and (slow or long):
+        yield (
+            f"advice: this limit decides how long the run takes{factor}; the gateway's batch mode "
+            "and model servers of your own on nodes do not have it (docs/first.md)"
+        )
+    elif slow:
+        yield f"advice: this limit decides how long the run takes{factor}; raise it if you may"
+
+
+def _measured_times(found: Forecast, plan: RunPlan) -> Iterator[str]:
     streams = f"{min(plan.streams, max(1, plan.items)):,} streams"
     if found.seconds is None:
         yield (
@@ -146,13 +184,22 @@ def _percent(share: float) -> str:
 
 
 _CELL: Final = 80
-_NARROW: Final = 6
+_LEAST_TEXT: Final = 20
+"""Characters below which a column of text says too little to be shown."""
 _FRAME: Final = 3
+"""Characters that the frame of a column takes."""
+_GAP: Final = 2
+"""Blanks between columns without a frame."""
 _HIDDEN: Final = frozenset({"op", "field", "k", "order"})
 
 
-def format_cell(value: Any) -> Text:
-    """Return a value as a table cell: one line, truncated, no markup or control characters."""
+def format_cell(value: Any, most: int | None = _CELL) -> Text:
+    """Return a value as a table cell: one line, truncated, no markup or control characters.
+
+    Args:
+        value: The value.
+        most: Maximum number of characters; None for all.
+    """
     if isinstance(value, float):
         text = f"{value:.4g}"
     elif isinstance(value, str):
@@ -160,7 +207,7 @@ def format_cell(value: Any) -> Text:
     else:
         text = "" if value is None else orjson.dumps(value).decode()
     text = escape_controls(" ".join(text.split()))
-    return Text(text if len(text) <= _CELL else text[: _CELL - 1] + "…")
+    return Text(text if most is None or len(text) <= most else text[: most - 1] + "…")
 
 
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:
@@ -186,8 +233,8 @@ def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
 def _facts(stage: Mapping[str, Any]) -> Table:
     """Return a table with one name and value per row."""
     table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
     for name, value in _pairs(stage):
         table.add_row(format_cell(name), format_cell(value))
     return table
@@ -211,45 +258,108 @@ def _pair(entry: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _ranking(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
-    """Yield one row per item; truncate wide columns and name those that do not fit."""
-    flat = [_flatten_row(row, stage.get("field")) for row in stage["rows"]]
+    """Yield one row per item; rank, id and value are never shortened."""
+    field = stage.get("field")
+    flat = [_flatten_row(row, field) for row in stage["rows"]]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    heads = [format_cell(name) for name in names]
-    cells = [[format_cell(row.get(name)) for row in flat] for name in names]
-    wide = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
-    widths = fit_columns(wide, width)
-    table = Table()
-    for name, head, most in zip(names, heads, widths, strict=False):
-        numeric = all(isinstance(row.get(name), int | float) for row in flat)
-        justify: JustifyMethod = "right" if numeric else "left"
-        table.add_column(head, width=most, no_wrap=True, overflow="ellipsis", justify=justify)
-    for row in zip(*cells[: len(widths)], strict=True):
+    yield from make_table(
+        [
+            Column(
+                name,
+                [row.get(name) for row in flat],
+                is_key=name in {"rank", "id", field},
+                is_number=all(isinstance(row.get(name), int | float) for row in flat),
+            )
+            for name in names
+        ],
+        width,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        head: Its name.
+        cells: Its values.
+        is_key: Whether it identifies a row; such a column is always shown, and never shortened.
+        is_number: Whether its values are numbers, which are shown whole or not at all.
+    """
+
+    head: str
+    cells: Sequence[Any]
+    is_key: bool = False
+    is_number: bool = False
+
+
+def make_table(
+    columns: Sequence[Column], width: int, *, framed: bool = True
+) -> Iterator[Table | Text]:
+    """Yield a table that fits a width, and a line that names the columns without room.
+
+    Columns of text are shortened to some extent. What does not fit even then is left out, the last
+    columns first.
+
+    Args:
+        columns: The columns, the most important first.
+        width: Width of the terminal.
+        framed: Whether lines are drawn around the cells.
+    """
+    heads = [format_cell(column.head) for column in columns]
+    cells = [
+        [format_cell(value, None if column.is_key else _CELL) for value in column.cells]
+        for column in columns
+    ]
+    wide = [max(map(len, (head, *texts))) for head, texts in zip(heads, cells, strict=True)]
+    least = [
+        most if column.is_key or column.is_number else max(len(head), min(most, _LEAST_TEXT))
+        for column, head, most in zip(columns, heads, wide, strict=True)
+    ]
+    keys = [column.is_key for column in columns]
+    gap, edge = (_FRAME, 1) if framed else (_GAP, -_GAP)
+    widths = fit_columns(wide, least, keys, width - edge, gap)
+    shown = [n for n, most in enumerate(widths) if most]
+    table = Table() if framed else Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for n in shown:
+        table.add_column(
+            heads[n],
+            width=widths[n],
+            no_wrap=not keys[n],
+            overflow="fold" if keys[n] else "ellipsis",
+            justify="right" if columns[n].is_number else "left",
+        )
+    for row in zip(*(cells[n] for n in shown), strict=True):
         table.add_row(*row)
     yield table
-    if len(widths) < len(names):
-        yield Text(f"columns not shown: {', '.join(h.plain for h in heads[len(widths) :])}")
+    if len(shown) < len(columns):
+        names = ", ".join(head.plain for n, head in enumerate(heads) if n not in shown)
+        yield Text(f"columns not shown: {names}")
 
 
-def fit_columns(wide: Sequence[int], width: int) -> list[int]:
-    """Return column widths that fit a table; the widest columns shrink first.
+def fit_columns(
+    wide: Sequence[int], least: Sequence[int], keys: Sequence[bool], width: int, gap: int
+) -> list[int]:
+    """Return the widths of columns in a table; 0 for columns without room.
 
     Args:
         wide: Preferred width of each column, in characters.
-        width: Width of the whole table; a column's frame takes 3 characters, the last edge 1.
-
-    Returns:
-        One width per column; fewer than given if not even narrow columns fit.
+        least: The width below which a column is left out.
+        keys: Whether a column is shown in any case; the widest are folded if need be.
+        width: Width of all columns together.
+        gap: Further characters that a column takes.
     """
-    if sum(wide) + _FRAME * len(wide) < width:
-        return list(wide)
-    shown = max(1, min(len(wide), (width - 1) // (_NARROW + _FRAME)))
-    widths, free = list(wide[:shown]), width - 1 - _FRAME * shown
-    while sum(widths) > free and max(widths) > 1:
-        most = max(widths)
-        next_most = max((w for w in widths if w < most), default=1)
-        many = widths.count(most)
-        least = max(next_most, most - -(-(sum(widths) - free) // many))
-        widths = [least if w == most else w for w in widths]
+    widths = [low if key else 0 for low, key in zip(least, keys, strict=True)]
+    free = width - sum(low + gap for low in widths if low)
+    while free < 0 and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+        free += 1
+    for n, low in enumerate(least):
+        if not keys[n] and low + gap <= free:
+            widths[n], free = low, free - low - gap
+    while free > 0 and (short := [n for n, w in enumerate(widths) if 0 < w < wide[n]]):
+        narrowest = min(short, key=widths.__getitem__)
+        widths[narrowest], free = widths[narrowest] + 1, free - 1
     return widths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 import sys
 import time
@@ -271,6 +272,7 @@ def _last_lines(result: RunResult) -> list[str]:
     ]
     if result.cost is not None:
         lines += describe_cost(result.cost, result.budget)
+    lines += result.open_batches
     if result.exit_code == EXIT_BUDGET:
         lines.append(f"Paused: {result.reason}")
         lines.append(
@@ -287,6 +289,9 @@ def _last_lines(result: RunResult) -> list[str]:
     lines.append(f"Results: {folder.results}")
     if progress["failed"]:
         lines.append(f"Failed items and their errors: {folder.failures}")
+        lines.append(
+            f"With remedies and examples: fanfold failures {shlex.quote(str(folder.path))}"
+        )
     return lines
 
 

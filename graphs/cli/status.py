@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...backends.batch.files import BatchFolder, describe_open_batches, summarize_batches
 from ...backends.budget.cost import (
     Cost,
     estimate_total_cost,
@@ -22,29 +24,42 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import EXIT_BUDGET, ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import write_csv, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..jobs.usage import job_report
-from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
+from ..run.console import (
+    Terminal,
+    format_count,
+    open_data_stream,
+    print_json,
+    print_message,
+    print_messages,
+)
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
-from .format import format_cell
+from .failures import continue_lines, retry_command
+from .format import Column, format_cell, make_table
 from .options import COST_BY
 
 
 def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
     """Print a :func:`~fanfold.graphs.jobs.usage.job_report`, one row per job."""
-    table = Table("job", "state", "nodes", "began", "ended", "items")
-    for job in facts["jobs"]:
-        row = [job["job"], job["state"], job["nodes"], _time(job["began"]), _time(job["ended"])]
-        items = "" if job["items"] is None else f"{job['items']:,}"
-        table.add_row(*map(str, row), items)
-    console.print(table)
+    jobs = facts["jobs"]
+    columns = [
+        Column("job", [str(job["job"]) for job in jobs], is_key=True),
+        Column("state", [str(job["state"]) for job in jobs]),
+        Column("nodes", [str(job["nodes"]) for job in jobs], is_number=True),
+        Column("began", [_time(job["began"]) for job in jobs], is_number=True),
+        Column("ended", [_time(job["ended"]) for job in jobs], is_number=True),
+        Column("items", [_items(job["items"]) for job in jobs], is_number=True),
+    ]
+    for part in make_table(columns, console.width):
+        console.print(part)
     _print(_lines(facts), console)
 
 
@@ -147,7 +162,11 @@ def _measured(facts: Mapping[str, Any]) -> str:
 
 def _print(lines: Iterator[str], console: Console) -> None:
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        print_message(console, line)
+
+
+def _items(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"
 
 
 def _time(text: str | None) -> str:
@@ -170,11 +189,11 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     about = folder.read_provenance()
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         counts, spent = journal.count_items(), journal.total_usage()
+        failures = journal.count_failures()
         cost = read_cost(folder, get_run_ids(about), journal.usage_by_session)
         if lost := list_lost_files(folder.journal):
             print_messages([describe_lost_files(lost, journal)])
-    last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
-    state = "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
+    state = read_state(folder, about)
     facts = {
         "run": about["run"],
         "name": about["name"],
@@ -184,27 +203,66 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "items": about["input"]["items"],
         "done": counts.done,
         "failed": counts.failed,
+        "failed_by_class": failures,
         "open": counts.open,
         "requests": spent.requests,
         "reused": spent.reused,
     }
+    batches = BatchFolder(folder.batches).read()
+    if batches:
+        facts["batches"] = summarize_batches(batches)
     jobs = job_report(path, usage, batch)
+    command = _next_command(folder, about, counts, cost) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
             "budget": read_budget(folder, cost),
             "total_to_finish": estimate_total_cost(folder, cost, counts),
         }
         chain = {} if jobs is None else {"chain": jobs}
-        print_json(facts | costs | {"sessions": len(about["sessions"])} | chain)
+        sessions = {"sessions": len(about["sessions"])}
+        print_json(facts | costs | sessions | {"next_command": command} | chain)
         return
     table = Table(show_header=False)
-    for key, value in (
-        facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
-    ).items():
-        table.add_row(key, _format_value(value))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    shown = facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
+    for key, value in shown.items():
+        if key == "failed_by_class":
+            for name, count in failures.items():
+                table.add_row(f"  {name}", _format_value(count))
+        else:
+            table.add_row(key, _format_value(value))
     Terminal().print(table)
+    print_messages(describe_open_batches(batches))
     if jobs is not None:
         show_jobs(jobs, Terminal())
+    _print(_hints(folder, failures, command), Terminal())
+
+
+def _next_command(
+    folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
+) -> str | None:
+    """Return the command that continues a run, or None if there is nothing to do, or a session."""
+    if folder.is_in_use():
+        return None
+    last = about["sessions"][-1] if about["sessions"] else {}
+    if not counts.open and last.get("outcome") == _FINISHED:
+        return retry_command(folder) if counts.failed else None
+    options = ""
+    if last.get("exit_code") == EXIT_BUDGET:
+        limits = read_budget(folder, cost)
+        options = "".join(f" --budget-{name.replace('_', '-')} N" for name in limits)
+    return f"fanfold resume {shlex.quote(str(folder.path))}{options}"
+
+
+def _hints(folder: RunFolder, failures: Collection[str], command: str | None) -> Iterator[str]:
+    """Yield how to look at the failures, and how the run continues."""
+    if failures:
+        yield f"failures with examples: fanfold failures {shlex.quote(str(folder.path))}"
+    if command is not None and command != retry_command(folder):
+        yield f"continue with: {command}"
+    elif command is not None:
+        yield from continue_lines(folder, failures, running=False)
 
 
 def _costs(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Any]:
@@ -238,7 +296,9 @@ def _format_value(value: Any) -> Text:
         return Text(", ".join(f"{_format_value(inner)} {name}" for name, inner in value.items()))
     if isinstance(value, bool):
         return Text(str(value).lower())
-    return Text(f"{value:,}") if isinstance(value, int) else format_cell(value)
+    if isinstance(value, int):
+        return Text(f"{value:,}")
+    return format_cell(value, most=None)
 
 
 def export_results(
@@ -326,6 +386,8 @@ def _write_text(source: ResultSource, form: str, stream: IO[bytes], safe_csv: bo
 
 
 _NO_PRICE: Final = "-"
+_FINISHED: Final = "finished"
+"""Outcome of a session that ended all items."""
 
 
 def show_cost(path: Path, by: str | None, as_json: bool) -> None:
@@ -362,7 +424,9 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
     if about["simulated"]:
         console.print(Text("simulated: true", style="bold"))
     if by is not None:
-        console.print(_grouped_table(by, [*rows, ("total", cost.usage)], cost.priced))
+        columns = _grouped_columns(by, [*rows, ("total", cost.usage)], cost.priced)
+        for part in make_table(columns, console.width, framed=False):
+            console.print(part)
     else:
         console.print(_total_table(cost, folder.is_in_use()))
     if jobs is not None:
@@ -379,23 +443,24 @@ def _row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
     }
 
 
-def _grouped_table(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(by, overflow="fold")
-    for head in ("requests", "prompt", "cached", "completion", "wasted", "USD"):
-        table.add_column(head, justify="right", no_wrap=True)
+def _grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> list[Column]:
     largest = max(spent.nano_usd for _, spent in rows)
-    for name, spent in rows:
-        numbers = (
-            spent.requests,
-            spent.prompt_tokens,
-            spent.cached_tokens,
-            spent.completion_tokens,
-            spent.wasted_tokens,
-        )
-        usd = format_usd(spent.nano_usd, largest) if priced else _NO_PRICE
-        table.add_row(format_cell(name), *map(format_count, numbers), usd)
-    return table
+    usd = [format_usd(one.nano_usd, largest) if priced else _NO_PRICE for _, one in rows]
+    numbers = {
+        "requests": [spent.requests for _, spent in rows],
+        "prompt": [spent.prompt_tokens for _, spent in rows],
+        "cached": [spent.cached_tokens for _, spent in rows],
+        "completion": [spent.completion_tokens for _, spent in rows],
+        "wasted": [spent.wasted_tokens for _, spent in rows],
+    }
+    return [
+        Column(by, [name for name, _ in rows], is_key=True),
+        *(
+            Column(head, [format_count(value) for value in values], is_number=True)
+            for head, values in numbers.items()
+        ),
+        Column("USD", usd, is_number=True),
+    ]
 
 
 def _total_table(cost: Cost, running: bool) -> Table:

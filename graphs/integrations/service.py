@@ -27,9 +27,10 @@ from ...backends.core.errors import (
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import is_vacant, open_folder, write_json
 from ...configs.loader import LoadedConfig, load_config
+from ...configs.raw_settings import escape_variables
 from ...nodes.batch.load import check_run_input
 from ...nodes.context import RunTools
-from ..caller_policy import escape_variables, resolve_below
+from ..caller_policy import resolve_below
 from ..run.prepare import ReadyRun, prepare_run
 from ..run.shutdown import Shutdown, session_deadline
 from ..session import RunOptions, RunResult, run_session

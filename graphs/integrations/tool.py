@@ -437,7 +437,8 @@ def _explain_arguments(error: ValidationError | Any) -> str:
 
 def _description(loaded: LoadedConfig) -> str:
     task = loaded.config.task
-    asked = " ".join(task.prompt.split())
+    question = task.prompt if task.messages is None else task.messages[-1].content
+    asked = " ".join(question.split())
     asked = asked if len(asked) <= _SHOWN else asked[: _SHOWN - 1] + "…"
     stages = ", ".join(
         f"{stage.op} of {field}" if (field := getattr(stage, "field", None)) else stage.op

@@ -35,6 +35,7 @@ from ...backends.workers.registry import make_backend_pool
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
 from .heartbeat import MISSED_POLLS, ControlFiles
+from .rate_leases import open_rate_file
 from .task_template import TaskTemplate
 
 
@@ -211,6 +212,7 @@ class Coordinator:
         self._journal, self._progress = journal, progress
         self._follower = JournalFollower(journal, progress)
         self._control_files = ControlFiles(template.journal, template.token, pool.policy.silence_s)
+        self._rate_file = open_rate_file(template.config, template.journal, template.token)
         self._attempts = Counter[str]()
         self._overflows = Counter[str]()  # results of a shard that were too large
         self._adopting = dict[str, asyncio.Task[ShardResult | None]]()
@@ -421,6 +423,8 @@ class Coordinator:
             await self.refresh()
         finally:
             await asyncio.to_thread(self._control_files.close_session, still_out > 0)
+            if self._rate_file is not None:
+                await asyncio.to_thread(self._rate_file.remove)
 
     async def _follow_journal(self) -> None:
         """Poll the journal files; log a file that cannot be read, and retry it at the next poll."""
@@ -428,6 +432,8 @@ class Coordinator:
         while True:
             began = time.monotonic()
             await asyncio.to_thread(self._control_files.poll)
+            if self._rate_file is not None:
+                await asyncio.to_thread(self._rate_file.update, self._control_files.workers)
             try:
                 await self.refresh()
             except JournalError as error:

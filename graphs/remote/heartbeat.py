@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _OPEN: Final = "task-"
 _STOP: Final = "stop-"
 _BEAT: Final = "heartbeat-"
+_RATES: Final = "rates-"
+_BEGUN: Final = "begun "
 MISSED_POLLS: Final = 4
 """Consecutive polls, at least, that must miss a heartbeat before a worker counts as lost."""
 
@@ -36,6 +39,11 @@ def heartbeat_file(journal: Path, token: str, shard: str, attempt: int) -> Path:
     return journal / f"{_BEAT}{token}-{shard}-{attempt}"
 
 
+def rates_file(journal: Path, token: str) -> Path:
+    """Return the file with the shares of the rate limits of one session's workers."""
+    return journal / f"{_RATES}{token}"
+
+
 def stop_earlier_workers(journal: Path) -> None:
     """Stop the workers of earlier sessions and remove their files; blocks.
 
@@ -46,6 +54,8 @@ def stop_earlier_workers(journal: Path) -> None:
         file.unlink(missing_ok=True)
     for file in journal.glob(f"{_OPEN}*"):
         _rename(file, stop_file(journal, file.name.removeprefix(_OPEN)))
+    for file in journal.glob(f"{_RATES}*"):
+        file.unlink(missing_ok=True)
 
 
 class ControlFiles:
@@ -136,14 +146,29 @@ class ControlFiles:
                 failed.append(f"{file}: cannot be read: {error.strerror}")
             else:
                 seen.update(stamp, passed)
+                if seen.worker is None and seen.silent_s is not None:
+                    seen.worker = _read_worker(file)
         self._polled_at = time.monotonic()
         if failed and not self._unreadable:  # one warning, because thousands of files may be polled
             text = "%s (%d such files); still waiting for their workers"
             logger.warning(text, failed[0], len(failed))
         self._unreadable = bool(failed)
 
+    @property
+    def workers(self) -> set[str]:
+        """Return the names of the workers that process a task, as of the last poll."""
+        return {seen.worker for seen in list(self._watched.values()) if seen.worker}
+
     def _open(self, journal: Path) -> Path:
         return journal / f"{_OPEN}{self._token}"
+
+
+def _read_worker(file: Path) -> str | None:
+    """Return the name of the worker that began a task, or None if it cannot be read now."""
+    try:
+        return file.read_text(encoding="utf-8").removeprefix(_BEGUN).strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _rename(file: Path, target: Path) -> None:
@@ -159,11 +184,13 @@ class _FileState:
 
     Attributes:
         silent_s: Seconds since the last observed change; None before a worker has touched it.
+        worker: Name of the worker that began the task, once it is known.
     """
 
     def __init__(self, mtime_ns: int) -> None:
         self._mtime_ns = mtime_ns
         self.silent_s: float | None = None
+        self.worker: str | None = None
 
     def update(self, stamp: int | None, passed_s: float) -> None:
         if stamp is not None and stamp != self._mtime_ns:
@@ -224,10 +251,14 @@ class StopSignal:
 
 
 @asynccontextmanager
-async def heartbeat(task: ShardTask) -> AsyncIterator[StopSignal]:
+async def heartbeat(task: ShardTask, worker: str) -> AsyncIterator[StopSignal]:
     """Poll for the coordinator's stop and send heartbeats while the block runs.
 
     The event loop does both, so a worker whose loop hangs sends no heartbeat.
+
+    Args:
+        task: The task.
+        worker: This worker's name.
     """
     signal = StopSignal(task.deadline_s, task.ends_at)
     tasks = list[asyncio.Task[None]]()
@@ -236,7 +267,7 @@ async def heartbeat(task: ShardTask) -> AsyncIterator[StopSignal]:
             tasks.append(asyncio.create_task(_poll_stop_file(Path(task.stop_file), signal)))
         if task.journal is not None and "token" in task.run:
             file = heartbeat_file(Path(task.journal), task.run["token"], task.shard, task.attempt)
-            await _check_file(_mark_begun, file, signal)
+            await _check_file(partial(_mark_begun, worker=worker), file, signal)
             tasks.append(asyncio.create_task(_send_heartbeats(file, signal)))
         yield signal
     finally:
@@ -263,12 +294,12 @@ async def _check_file(
         logger.warning("%s: cannot be touched: %s", file, error.strerror)
 
 
-def _mark_begun(file: Path, signal: StopSignal) -> None:
+def _mark_begun(file: Path, signal: StopSignal, worker: str) -> None:
     """Mark the task as begun; engines may deliver it again, even when parts are done."""
     with file.open("r+b") as opened:
         signal.repeated = bool(opened.read(1))
         if not signal.repeated:
-            opened.write(b"begun\n")
+            opened.write(f"{_BEGUN}{worker}\n".encode())
 
 
 def _touch(file: Path, _: StopSignal) -> None:

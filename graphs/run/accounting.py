@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...backends.batch.transport import BatchTransport
 from ...backends.budget.budget import Budget, RunBudget
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import JournalError
@@ -36,12 +37,14 @@ class OpenRun(RunTools):
         item_journal: The journal of the run.
         budget: The budget of the run, or None.
         fleet: The fleet; None if no item is open or workers send the requests.
+        batches: The transport of batches, if they answer the requests.
     """
 
     store: ItemStore
     item_journal: Journal
     budget: Budget | None = None
     fleet: Fleet | None = None
+    batches: BatchTransport | None = None
 
 
 @asynccontextmanager

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import IO, Any, Final
 
 import orjson
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.file_proxy import FileProxy
 from rich.segment import Segment
+from rich.text import Text
 
 from ...backends.core.terminal import escape_controls, escape_json
 
@@ -50,7 +53,31 @@ def print_messages(lines: Iterable[str]) -> None:
     """Print messages to standard error, without markup."""
     console = open_message_console()
     for line in lines:
-        console.print(escape_controls(line), soft_wrap=True)
+        print_message(console, line)
+
+
+_COMMAND: Final = re.compile(r": (?=fanfold \S+ )")
+"""Where a message ends and a command begins."""
+
+
+def print_message(console: Console, line: str) -> None:
+    """Print a message; a terminal's lines end between words.
+
+    A command that does not fit is printed below its message and is not broken, so that it can be
+    copied.
+
+    Args:
+        console: The console.
+        line: The message, without markup.
+    """
+    text = escape_controls(line)
+    if not console.is_terminal or len(text) <= console.width:
+        console.print(Text(text), soft_wrap=True)
+        return
+    words, *commands = _COMMAND.split(text, maxsplit=1)
+    console.print(Text(f"{words}:" if commands else words))
+    for command in commands:
+        console.print(Text(f"  {command}"), soft_wrap=True)
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -101,12 +128,28 @@ def print_traceback(error: BaseException) -> None:
     sys.stderr.write(escape_controls("".join(traceback.format_exception(error))))
 
 
+class _LogHandler(logging.Handler):
+    """Writes log lines to the present standard error: while progress is shown, above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one log line."""
+        try:
+            line = self.format(record)
+            if sys.stderr.isatty() and not isinstance(sys.stderr, FileProxy):
+                print_message(open_message_console(), line)
+            else:  # rich wraps what is written while it shows progress
+                sys.stderr.write(f"{line}\n")
+                sys.stderr.flush()
+        except Exception:  # noqa: BLE001 - as the handlers of the standard library do
+            self.handleError(record)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(super().format(record))
 
 
-def setup_logging(level: int, always: str) -> None:
+def setup_logging(level: int, always: Collection[str]) -> None:
     """Show the log on standard error.
 
     Engines lower the levels of their own loggers (Dask to INFO, Parsl to DEBUG for its log file),
@@ -114,12 +157,14 @@ def setup_logging(level: int, always: str) -> None:
 
     Args:
         level: The lowest level to show.
-        always: Name of a logger that is always shown.
+        always: Names of loggers that are shown from INFO on.
     """
-    shown = logging.StreamHandler()
-    shown.addFilter(lambda record: record.levelno >= level or record.name == always)
+    shown = _LogHandler()
+    shown.addFilter(lambda record: record.levelno >= level or record.name in always)
     shown.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[shown])
+    for name in always:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 _WHOLE: Final = 10_000

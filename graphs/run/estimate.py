@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from ...backends.batch.files import check_batch_settings
+from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import Price, describe_missing_price, look_up_price
 from ...backends.budget.tokens import (
     LEAST_SHARE,
@@ -24,19 +26,21 @@ from ...backends.budget.tokens import (
 )
 from ...backends.core.errors import InvalidItemError, NoEndpointError
 from ...backends.core.money import BudgetLimits
-from ...backends.core.templates import Template
+from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     check_cache,
+    find_rate_limits,
+    make_fleet_policy,
     make_model_params,
     open_endpoint_set,
 )
 from ...backends.discovery.node_local import ready_endpoints
-from ...backends.discovery.probe import ProbeResult, select_model
+from ...backends.discovery.probe import Deployment, ProbeResult, select_model, simplify_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
-from ...backends.fleet.endpoint import describe_spellings
-from ...backends.fleet.policy import ModelParams
+from ...backends.fleet.endpoint import EndpointSpec, describe_spellings
+from ...backends.fleet.policy import FleetPolicy, ModelParams
 from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
@@ -47,10 +51,9 @@ from ...backends.storage.run_folder import get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
-from ...nodes.item.prepare import build_messages
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_input_setting, check_reduce
+from .prepare import check_endpoints, check_fields, check_input_setting
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -79,6 +82,7 @@ class Sample:
         messages: The first messages of each item.
         first_id: Id of the first valid item, else of the first item.
         first: Its messages; empty if no item is valid.
+        problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
     """
@@ -87,6 +91,7 @@ class Sample:
     messages: tuple[list[Message], ...]
     first_id: str
     first: list[Message]
+    problem: str | None
     max_tokens: int
     unlimited: int
 
@@ -108,8 +113,9 @@ def read_sample(config: RunConfig, count: int) -> Sample:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
+            problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], longest, unlimited)
+    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited)
 
 
 _SLICE: Final = 256
@@ -130,14 +136,14 @@ def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
     return -(-total // max(1, limited)), unlimited
 
 
-def read_messages(config: RunConfig, prompt: Template, row: Row) -> list[Message]:
+def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Message]:
     """Return the messages of an item's first request.
 
     Raises:
         InvalidItemError: The item fails without a request.
     """
     if not config.input.is_batch:
-        return build_messages(config.task.system, prompt, row, config.model.system_role)
+        return prompt.build_messages(row)
     if row["url"] != CHAT_URL:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
     messages: list[Message] = row["body"]["messages"]
@@ -148,7 +154,7 @@ def _render_prompts(
     config: RunConfig, store: ItemStore, indices: Sequence[int]
 ) -> Iterator[tuple[Item, list[Message]]]:
     """Yield the valid items with their messages."""
-    prompt = Template.parse(config.task.prompt)
+    prompt = config.parse_prompt()
     for index in indices:
         (item,) = store.read(index, index + 1)
         if item.problem is None:
@@ -156,6 +162,17 @@ def _render_prompts(
                 yield item, read_messages(config, prompt, item.row)
             except InvalidItemError:
                 continue  # it will fail without a call
+
+
+def _find_problem(config: RunConfig, item: Item) -> str | None:
+    """Return why an item fails without a call, or None."""
+    if item.problem is not None:
+        return item.problem
+    try:
+        read_messages(config, config.parse_prompt(), item.row)
+    except InvalidItemError as error:
+        return error.message
+    return None
 
 
 _SHOWN: Final = 3
@@ -235,8 +252,11 @@ async def estimate_run(
     check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     config = loaded.config
     async with _open_probed(loaded) as (ready, lines):
+        if config.backend.is_batch:
+            get_deployment(ready)
         cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
         problem = seen = None
         if cost is None and config.budget.usd is not None:
@@ -244,13 +264,18 @@ async def estimate_run(
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample)
-        check_reduce(loaded, sampled.summary)
+        check_fields(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
+    policy = make_fleet_policy(config, ready.endpoint_set)
     plan = make_run_plan(
-        config, valid, counted.tokens, cost, count_nodes(config, _node_urls(ready))
+        config,
+        valid,
+        counted.tokens,
+        cost,
+        count_nodes(config, _node_urls(ready)),
     )
-    plan = replace(plan, max_tokens=sampled.max_tokens)
+    plan = limit_rates(replace(plan, max_tokens=sampled.max_tokens), config, policy, ready.specs)
     return Estimate(
         input=sampled.summary,
         endpoints=lines,
@@ -258,7 +283,7 @@ async def estimate_run(
         simulated=ready.simulated,
         system=config.task.system,
         first_id=sampled.first_id,
-        first_prompt=_question(sampled),
+        first_prompt=_question(sampled, config),
         prompt_count=counted,
         context=min((s.max_model_len for s in ready.specs if s.max_model_len), default=None),
         price=cost,
@@ -269,14 +294,22 @@ async def estimate_run(
     )
 
 
-def _question(sampled: Sample) -> str:
-    return str(sampled.first[-1]["content"]) if sampled.first else "(no valid item)"
+def _question(sampled: Sample, config: RunConfig) -> str:
+    if sampled.first and config.task.messages is not None and not config.task.examples:
+        return "\n".join(f"{one['role']}: {one['content']}" for one in sampled.first)
+    if sampled.first:
+        return str(sampled.first[-1]["content"])
+    return f"(no valid item; item {sampled.first_id}: {sampled.problem})"
 
 
 def make_run_plan(
-    config: RunConfig, items: int, first: Range, cost: Price | None, nodes: int | None
+    config: RunConfig,
+    items: int,
+    first: Range,
+    cost: Price | None,
+    nodes: int | None,
 ) -> RunPlan:
-    """Return the plan of a run.
+    """Return the plan of a run, without the limits on its rate.
 
     Args:
         config: The settings.
@@ -292,13 +325,33 @@ def make_run_plan(
         max_tokens=config.model.max_tokens,
         repairs=config.task.repairs if config.task.answer_schema is not None else 0,
         streams=limits.streams,
-        requests_per_s=limits.requests_per_s,
-        tokens_per_min=limits.tokens_per_min,
         nodes=nodes,
         price=cost,
         caps=BudgetLimits.from_settings(
             budget.usd, budget.tokens, budget.requests, budget.node_hours
         ),
+    )
+
+
+def limit_rates(
+    plan: RunPlan, config: RunConfig, policy: FleetPolicy, specs: Iterable[EndpointSpec]
+) -> RunPlan:
+    """Return a plan with the rates that all limits together allow.
+
+    Args:
+        plan: The plan.
+        config: The settings.
+        policy: How the fleet is used.
+        specs: The endpoints.
+    """
+    if config.backend.is_batch:  # batches are not counted
+        return plan
+    requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, specs)
+    return replace(
+        plan,
+        requests_per_s=requests_per_s,
+        tokens_per_min=tokens_per_min,
+        is_gateway=policy.whole_answers,
     )
 
 
@@ -358,11 +411,16 @@ async def _probe_endpoints(
     found = await endpoint_set.probe()
     matched = select_model(found, config.model.name or endpoint_set.model, config.endpoints.models)
     chosen = () if endpoint_set.reason is None else (endpoint_set.reason,)
-    ready = ReadyEndpoints(
-        matched.specs, matched.model, matched.simulated, matched.absent, endpoint_set
-    )
+    specs, gateway = matched.specs, endpoint_set.gateway
+    if gateway is not None:
+        specs = gateway.make_members(found, specs, matched.model)
+    ready = ReadyEndpoints(specs, matched.model, matched.simulated, matched.absent, endpoint_set)
     repeated = (f"WARNING: {line}" for one in found if (line := describe_spellings(one.spec)))
     return ready, (*chosen, *(_line(one, matched.model) for one in found), *repeated)
+
+
+def _is_same(deployment: Deployment, model: str) -> bool:
+    return simplify_model(deployment.model) == simplify_model(model)
 
 
 def _line(found: ProbeResult, model: str) -> str:
@@ -371,7 +429,9 @@ def _line(found: ProbeResult, model: str) -> str:
         return f"{found.label}: not reachable: {found.error}"
     kind = " SIMULATED" if found.simulated else ""
     context = "".join(f", context {n:,}" for _, n in found.max_model_len[:1])
-    listed = sorted(found.models, key=lambda name: name != model)
+    states = (f", {d.state.value}" for d in found.deployments if d.state and _is_same(d, model))
+    context += "".join(states)
+    listed = sorted(found.models, key=lambda name: simplify_model(name) != simplify_model(model))
     more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
     models = ", ".join(listed[:_SHOWN]) + more
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"
@@ -436,8 +496,8 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
     task = settings["task"]
     if task.get("graph"):
         return []  # it writes its own prompts
-    prompt, system = Template.parse(task["prompt"]), task.get("system") or ""
     role = (settings.get("model") or {}).get("system_role") or "system"
+    prompt = ItemPrompt.parse(task, role)
     fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []
     total = about["input"]["items"]
     is_batch = (settings.get("input") or {}).get("format") == "openai_batch"
@@ -451,9 +511,7 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
             if record["requests"] == 1 and record["prompt_tokens"]:
                 (item,) = store.read(index, index + 1)
                 messages = (
-                    item.row["body"]["messages"]
-                    if is_batch
-                    else build_messages(system, prompt, item.row, role)
+                    item.row["body"]["messages"] if is_batch else prompt.build_messages(item.row)
                 )
                 found.append(({**fixed, "messages": messages}, record["prompt_tokens"]))
     return found

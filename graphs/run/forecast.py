@@ -275,6 +275,7 @@ class RunPlan:
         streams: Most items in flight.
         requests_per_s: Most requests per second, or None.
         tokens_per_min: Most tokens per minute, or None.
+        is_gateway: Whether the endpoints are behind a gateway, which has such limits.
         nodes: Nodes held during the run, or None if unknown.
         price: Price of the model, or None.
         caps: Budget limits.
@@ -287,6 +288,7 @@ class RunPlan:
     streams: int
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
+    is_gateway: bool = False
     nodes: int | None = None
     price: Price | None = None
     caps: BudgetLimits = field(default_factory=BudgetLimits)
@@ -308,10 +310,32 @@ class BudgetReach:
 
 
 @dataclass(frozen=True, slots=True)
+class RateBound:
+    """The least time of a run under its rate limits.
+
+    Attributes:
+        limit: The limit that takes longest: ``requests_per_s`` or ``tokens_per_min``.
+        seconds: Time that it allows.
+        slowdown: By what factor it is longer than the time without such limits; None if that is
+            unknown.
+    """
+
+    limit: str
+    seconds: Range
+    slowdown: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object as plain data."""
+        slowdown = None if self.slowdown is None else round(self.slowdown, 2)
+        return {"limit": self.limit, "seconds": self.seconds.to_json(3), "slowdown": slowdown}
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """Forecast for a whole run.
 
     Attributes:
+        rate_bound: How the rate limits bound its time, or None without such limits.
         requests: Requests.
         prompt: Prompt tokens.
         completion: Completion tokens.
@@ -334,6 +358,7 @@ class Forecast:
     budget_reach: BudgetReach | None
     unknown_limits: tuple[str, ...] = ()
     measured: str | None = None
+    rate_bound: RateBound | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the object as plain data."""
@@ -354,6 +379,7 @@ class Forecast:
             },
             "unknown_caps": list(self.unknown_limits),
             "measured": self.measured,
+            "rate_limit": None if self.rate_bound is None else self.rate_bound.to_json(),
         }
 
 
@@ -378,7 +404,10 @@ def forecast(plan: RunPlan, stats: ItemStats | None, own: bool = False) -> Forec
     tokens = prompt + completion
     if stats is not None:
         tokens += items * stats.lost
-    seconds = None if stats is None else _seconds(plan, stats, requests, tokens)
+    seconds = None if stats is None else _seconds(plan, stats)
+    bound = _rate_bound(plan, requests, tokens, seconds)
+    if seconds is not None and bound is not None:
+        seconds = seconds.maximum(bound.seconds)
     hours = None
     if seconds is not None and plan.nodes is not None:
         nodes = plan.nodes
@@ -391,7 +420,9 @@ def forecast(plan: RunPlan, stats: ItemStats | None, own: bool = False) -> Forec
     )
     reach, unknown = _budget_reach(plan.caps, requests, tokens, usd, hours)
     source = None if stats is None else stats.source
-    return Forecast(requests, prompt, completion, usd, seconds, hours, reach, unknown, source)
+    return Forecast(
+        requests, prompt, completion, usd, seconds, hours, reach, unknown, source, bound
+    )
 
 
 def _bound_tokens(plan: RunPlan) -> tuple[Range, Range, Range]:
@@ -413,7 +444,7 @@ def _prompts(first: Range, stats: ItemStats) -> Range:
     return first * repairs.map(lambda r: 1 + r) + repairs * answer
 
 
-def _seconds(plan: RunPlan, stats: ItemStats, requests: Range, tokens: Range) -> Range:
+def _seconds(plan: RunPlan, stats: ItemStats) -> Range:
     """Return the time with as many items in flight as allowed; at most, with as many as measured.
 
     A fleet below its limit does not show where its limit is.
@@ -421,14 +452,29 @@ def _seconds(plan: RunPlan, stats: ItemStats, requests: Range, tokens: Range) ->
     streams = max(1, min(plan.streams, plan.items))
     seconds = stats.latency.map(lambda latency: plan.items * latency / streams)
     slow = max(1.0, streams / stats.in_flight)
-    seconds = Range(seconds.low, seconds.likely, seconds.high * slow)
+    return Range(seconds.low, seconds.likely, seconds.high * slow)
+
+
+def _rate_bound(
+    plan: RunPlan, requests: Range, tokens: Range, unlimited: Range | None
+) -> RateBound | None:
+    """Return the least time under the rate limits, or None without such limits."""
+    times = dict[str, Range]()
     if plan.requests_per_s is not None:
         rate = plan.requests_per_s
-        seconds = seconds.maximum(requests.map(lambda r: r / rate))
+        times["requests_per_s"] = requests.map(lambda r: r / rate)
     if plan.tokens_per_min is not None:
         flow = plan.tokens_per_min / 60
-        seconds = seconds.maximum(tokens.map(lambda t: t / flow))
-    return seconds
+        times["tokens_per_min"] = tokens.map(lambda t: t / flow)
+    if not times:
+        return None
+    limit = max(times, key=lambda name: times[name].likely)
+    seconds = times[limit]
+    for other in times.values():
+        seconds = seconds.maximum(other)
+    known = unlimited is not None and unlimited.likely > 0
+    slowdown = seconds.likely / unlimited.likely if known and unlimited is not None else None
+    return RateBound(limit, seconds, slowdown)
 
 
 def _cached_share(stats: ItemStats | None) -> float:

@@ -23,7 +23,6 @@ from ...backends.core.errors import (
     ItemTimeoutError,
     TooManyStepsError,
 )
-from ...backends.core.templates import Template
 from ...backends.core.types import Item
 from ...backends.discovery.connect import make_chat_client, make_chat_fleet, make_model_params
 from ...backends.fleet.fleet import Fleet, FleetClient
@@ -151,13 +150,11 @@ def make_item_context(
         graph = load_item_graph(config.task.graph)(make_chat_fleet(fleet, params))
         delegate = _make_delegate(graph, config.limits.steps_per_item)
     return ItemContext(
-        system=config.task.system,
-        prompt=Template.parse(config.task.prompt),
+        prompt=config.parse_prompt(),
         model=make_chat_client(fleet, params, traced),
         answer_check=AnswerCheck(config.task.answer_schema, config.model.max_tokens),
         repairs=config.task.repairs,
         delegate=delegate,
-        system_role=config.model.system_role,
         completions=FleetClient(fleet, params) if config.input.is_batch else None,
     )
 

@@ -1,4 +1,4 @@
-"""Live progress line and Prometheus metrics."""
+"""Progress of a run in a terminal or as lines, and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aiohttp import web
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
+from ...backends.batch.transport import BatchProgress
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD
 from ...backends.fleet.fleet import Fleet
@@ -28,6 +31,16 @@ _LIVE_S: Final = 0.25
 _RATE_S: Final = 10.0
 _UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours": "node-h"}
 """Unit of each budget limit."""
+
+
+_BLANK: Final = "  "
+"""Between the parts of a line."""
+
+_LEAST_BAR: Final = 10
+"""Characters below which a bar is left out."""
+
+_MOST_CLASSES: Final = 6
+"""Error classes that the progress names; ``fanfold failures`` has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +57,24 @@ class _LineParts:
     spent: str
     eta: str
 
-    def join(self, mark: str, *, without: tuple[str, ...] = ()) -> str:
+    def join(self, mark: str) -> str:
         names = (
             *("counts", "failed", "reused", "rate", "flow"),
             *("flying", "refused", "spent", "eta"),
         )
-        shown = [getattr(self, name) for name in names if name not in without]
-        return "  ".join(part for part in (mark, *shown) if part)
+        return _BLANK.join(part for part in (mark, *(getattr(self, n) for n in names)) if part)
+
+    def below(self) -> list[str]:
+        """Return the parts shown below a bar, which has the counts."""
+        parts = (self.rate, self.eta, self.flying, self.refused, self.spent, self.flow, self.reused)
+        return [part for part in parts if part]
 
 
 class ProgressLine:
-    """Renders one progress line; rates are averages over ten seconds."""
+    """Progress of a run, as one line or as a bar with lines below it.
+
+    Rates are averages over ten seconds.
+    """
 
     def __init__(self, tools: OpenRun) -> None:
         self._tools = tools
@@ -62,22 +82,36 @@ class ProgressLine:
         self._paused: float | None = None
 
     def __str__(self) -> str:
-        """Return the current line at full length."""
-        return self.render(sys.maxsize)
+        """Return the current state as one line, however long."""
+        return self._parts().join("SIMULATED" if self._tools.simulated else "")
 
-    def render(self, width: int) -> str:
-        """Return the current line within a width; the least important parts are dropped first."""
-        parts, simulated = self._parts(), self._tools.simulated
-        tries: tuple[tuple[str, tuple[str, ...]], ...] = (
-            ("SIMULATED", ()),
-            ("SIM", ()),
-            ("SIMULATED", ("flow",)),
-            ("SIM", ("flow",)),
-            ("SIM", ("flow", "rate")),
-            ("SIM", ("flow", "rate", "reused")),
-        )
-        lines = [parts.join(mark if simulated else "", without=out) for mark, out in tries]
-        return next((line for line in lines if len(line) <= width), lines[-1][:width])
+    def render(self, width: int) -> RenderableType:
+        """Return a bar with lines below it; no line is longer than the terminal is wide."""
+        progress = self._tools.progress
+        ended, total = progress.done + progress.failed, progress.total
+        parts = self._parts()
+        mark = f"SIMULATED{_BLANK}" if self._tools.simulated else ""
+        percent = 100 * ended // total if total else 100  # 100 % only if all have ended
+        counts = f"{_BLANK}{percent:3} %{_BLANK}{format_count(ended)}/{format_count(total)}"
+        room = width - len(mark) - len(counts)
+        row = Table.grid()
+        if room >= _LEAST_BAR:
+            bar = ProgressBar(max(1, total), ended if total else 1, width=room)
+            row.add_row(Text(mark), bar, Text(counts))
+        else:
+            row.add_row(Text(f"{mark}{counts.strip()}"))
+        lines = [*fill_lines(parts.below(), width), *self._failures(width)]
+        return Group(row, *(Text(line, no_wrap=len(line) <= width) for line in lines))
+
+    def _failures(self, width: int) -> list[str]:
+        """Return how many items failed, by error class."""
+        if not (failed := self._tools.progress.failed):
+            return []
+        classes = list(self._tools.item_journal.count_failures().items())
+        shown = [f"{format_count(count)} {name}" for name, count in classes[:_MOST_CLASSES]]
+        if rest := sum(count for _, count in classes[_MOST_CLASSES:]):
+            shown.append(f"{format_count(rest)} of other classes")
+        return fill_lines([f"{format_count(failed)} failed:", *shown], width)
 
     def _parts(self) -> _LineParts:
         progress, now = self._tools.progress, time.monotonic()
@@ -117,6 +151,8 @@ class ProgressLine:
         return f"{_amount(nano / NANO_PER_USD)} USD" if nano else ""
 
     def _in_flight(self, fleet: Fleet | None) -> str:
+        if self._tools.batches is not None:
+            return _describe_batches(self._tools.batches.report())
         if (coordinator := self._tools.coordinator) is not None:
             return f"{format_count(coordinator.in_flight)} shards out"
         if fleet is None:
@@ -140,6 +176,17 @@ class ProgressLine:
         return progress.done + progress.failed - progress.ended_before, tokens
 
 
+def _describe_batches(report: BatchProgress) -> str:
+    """Return what happens to the batches in work, and how many requests wait for one."""
+    parts = [
+        f"batch {number} {state} {_duration(seconds)}, {format_count(lines)} requests"
+        for number, lines, state, seconds in report.batches
+    ]
+    if report.waiting or not parts:
+        parts.append(f"{format_count(report.waiting)} requests wait")
+    return "  ".join(parts)
+
+
 def _amount(value: float) -> str:
     """Return an amount in five or six characters, with decimals if small."""
     if value >= 1000 or value == int(value):  # noqa: PLR2004 - larger ones have no decimals
@@ -155,11 +202,11 @@ def _duration(seconds: float) -> str:
 
 @asynccontextmanager
 async def show_progress(tools: OpenRun, console: Console, quiet: bool) -> AsyncIterator[None]:
-    """Show progress while the block runs: live on a terminal, else a line every 10 s."""
+    """Show progress while the block runs: a bar on a terminal, else a line every 10 s."""
     if quiet:
         yield
         return
-    show = _show_live if console.is_terminal else _print_lines
+    show = _show_live if console.is_terminal and not console.is_dumb_terminal else _print_lines
     task = asyncio.create_task(show(ProgressLine(tools), console))
     try:
         yield
@@ -169,14 +216,30 @@ async def show_progress(tools: OpenRun, console: Console, quiet: bool) -> AsyncI
             await task
 
 
+def fill_lines(parts: Sequence[str], width: int) -> list[str]:
+    """Return lines of whole parts; only a part that is wider than the terminal exceeds it."""
+    lines = list[str]()
+    for part in parts:
+        if lines and len(lines[-1]) + len(_BLANK) + len(part) <= width:
+            lines[-1] += f"{_BLANK}{part}"
+        else:
+            lines.append(part)
+    return lines
+
+
 async def _show_live(line: ProgressLine, console: Console) -> None:
-    with Live(console=console, auto_refresh=False) as live:
+    """Show a bar below everything else that is printed.
+
+    Standard output that goes elsewhere is not diverted to the terminal.
+    """
+    live = Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
+    with live:
         try:
             while True:
-                live.update(Text(line.render(console.width)), refresh=True)
+                live.update(line.render(console.width), refresh=True)
                 await asyncio.sleep(_LIVE_S)
         finally:
-            live.update(Text(line.render(console.width)), refresh=True)
+            live.update(line.render(console.width), refresh=True)
 
 
 async def _print_lines(line: ProgressLine, console: Console) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from ...backends.batch.files import BatchFolder, describe_open_batches
+from ...backends.batch.transport import BatchRun, BatchTransport, open_batches
 from ...backends.budget.budget import RunBudget, open_budget
 from ...backends.budget.pricing import find_model_price as price_of
 from ...backends.budget.pricing import find_token_prices
@@ -31,6 +33,7 @@ from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
 from ...configs.aggregators import to_aggregator_spec
+from ...configs.backend import BackendConfig
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
@@ -127,7 +130,9 @@ async def open_run(
         run_item: RunItem = _refuse_item
         fleet: Fleet | None = None
         coordinator: Coordinator | None = None
+        batches: BatchTransport | None = None
         budget: RunBudget | None = None
+        gate = _gate(config)
         if journal.count_items().open:
             budget = await stack.enter_async_context(
                 open_budget(folder, config, price, journal, get_run_ids(files.provenance))
@@ -159,21 +164,33 @@ async def open_run(
                 cache = await stack.enter_async_context(
                     open_cache(config, ready.simulated, folder.responses)
                 )
-                fleet = await stack.enter_async_context(open_fleet(config, ready, cache))
-                reports = make_reporter(fleet)
+                fleet = await stack.enter_async_context(
+                    open_fleet(config, ready, cache, files.provenance["run"])
+                )
                 await stack.enter_async_context(
-                    write_reports_at_end(reports, folder, journal.session_number, price)
+                    write_reports_at_end(
+                        make_reporter(fleet), folder, journal.session_number, price
+                    )
                 )
-                by_engine = is_run_by_engine(
-                    config, trace=options.trace, embedded=options.embedded, total=total
-                )
-                engine = options.make_engine(choose_steps(config)) if by_engine else None
-                run_item = make_item_runner(
-                    loaded,
-                    fleet,
-                    ready.model,
-                    engine,
-                    quiet=not is_small_batch(total) and not options.trace,
+                run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
+                batches = await stack.enter_async_context(
+                    _open_batches(
+                        config.backend,
+                        BatchRun(
+                            runs=files.run,
+                            session=journal.session_number,
+                            model=ready.specs[0].model or ready.model,
+                            folder=folder.batches,
+                            items=journal,
+                            prices=price,
+                            budget=budget,
+                            is_stopping=lambda: gate.is_closed,
+                            body_bytes=config.limits.body_bytes,
+                            attempts=config.limits.attempts,
+                        ),
+                        ready,
+                        fleet,
+                    )
                 )
         tools = OpenRun(
             store=files.store,
@@ -182,10 +199,11 @@ async def open_run(
                 [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
             ),
             run_item=run_item,
-            gate=_gate(config, coordinator is not None),
+            gate=gate,
             progress=progress,
             fingerprint=bytes.fromhex(files.fingerprint),
             question_digest=compute_question_digest(config, files.model),
+            constant_messages=config.parse_prompt().constants,
             keep_raw=config.keep.raw == "all",
             simulated=files.simulated,
             token_prices=price,
@@ -194,6 +212,7 @@ async def open_run(
             coordinator=coordinator,
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
+            batches=batches,
         )
         if journal.count_items().open:
             logs = SpendLogs(folder.budget, get_run_ids(files.provenance))
@@ -206,6 +225,17 @@ async def open_run(
         yield tools
 
 
+def _make_item_runner(
+    loaded: LoadedConfig, options: OpenOptions, fleet: Fleet, model: str, total: int
+) -> RunItem:
+    """Return the function that runs an item of this process, by LangGraph's engine if watched."""
+    config, trace = loaded.config, options.trace
+    by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
+    engine = options.make_engine(choose_steps(config)) if by_engine else None
+    quiet = not is_small_batch(total) and not trace
+    return make_item_runner(loaded, fleet, model, engine, quiet)
+
+
 def _check_trace(options: OpenOptions) -> None:
     if options.trace:
         msg = (
@@ -215,11 +245,35 @@ def _check_trace(options: OpenOptions) -> None:
         raise ConfigurationError(msg)
 
 
-def _gate(config: RunConfig, is_remote: bool) -> Gate:
+def _gate(config: RunConfig) -> Gate:
     """Return the gate for items in flight; shards on workers are bounded by their backends."""
-    if is_remote:
-        return Gate(sys.maxsize, config.limits.drain_s + STOP_GRACE_S, "shards")
-    return Gate(config.limits.streams, config.limits.drain_s)
+    backend, drain_s = config.backend, config.limits.drain_s
+    if backend.is_remote:
+        return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shards")
+    return Gate(
+        backend.lines * backend.active if backend.is_batch else config.limits.streams, drain_s
+    )
+
+
+@asynccontextmanager
+async def _open_batches(
+    config: BackendConfig, about: BatchRun, ready: ReadyEndpoints, fleet: Fleet
+) -> AsyncIterator[BatchTransport | None]:
+    """Open the transport of batches if the settings ask for it; yield None if they do not.
+
+    Raises:
+        ConfigurationError: The deployment or the folder does not fit.
+        JournalError: A record of an earlier session is damaged.
+        RunStoppedError: The answers of an earlier session are gone.
+    """
+    if config.is_batch:
+        async with open_batches(config, about, ready, fleet) as batches:
+            yield batches
+        return
+    records = await asyncio.to_thread(BatchFolder(about.folder).read)
+    for line in describe_open_batches(records):
+        logger.warning("%s with backend.kind: batch; this session sends the requests again", line)
+    yield None
 
 
 @dataclass(frozen=True, slots=True)

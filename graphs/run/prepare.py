@@ -23,6 +23,8 @@ from typing import Any, Final
 
 import orjson
 
+from ...backends.batch.files import check_batch_settings
+from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import find_model_price
 from ...backends.core.errors import (
     ConfigurationError,
@@ -30,11 +32,12 @@ from ...backends.core.errors import (
     MissingExtraError,
     NoEndpointError,
 )
+from ...backends.core.fields import split_column
 from ...backends.core.secrets import mask_arguments
 from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_model_params
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
-from ...backends.inputs.base import InputSummary
+from ...backends.inputs.base import InputSummary, did_you_mean
 from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
@@ -63,12 +66,22 @@ _INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles")
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
     """Return a digest of what applies to every item: task, model, simulated or not."""
     relevant = {
-        "task": config.task.model_dump(mode="json", by_alias=True),
+        "task": _dump_task(config),
         "model": _dump_model(config) | {"name": model},
         "simulated": simulated,
     }
     data = orjson.dumps(relevant, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _dump_task(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of the task; those that are not set need no place in the digest."""
+    dumped = config.task.model_dump(mode="json", by_alias=True)
+    return {k: v for k, v in dumped.items() if k not in _LATER or v is not None}
+
+
+_LATER: Final = ("examples", "messages")
+"""Settings that runs may lack because they began before the setting existed."""
 
 
 def _dump_model(config: RunConfig) -> dict[str, Any]:
@@ -82,14 +95,18 @@ def _dump_model(config: RunConfig) -> dict[str, Any]:
 def compute_question_digest(config: RunConfig, model: str) -> bytes:
     """Return a digest of what all prompts of a run share.
 
-    It covers the schema, the model, the sampling, the system text and the item graph, but not the
-    limit on the length of answers and the endpoints.
+    It covers the schema, the model, the sampling, the system text or the templates of all messages,
+    the examples and the item graph, but not the limit on the length of answers and the endpoints.
     """
     common = make_model_params(config, model).body()
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
-    task = {"system": config.task.system, "graph": config.task.graph}
-    if config.task.system and config.model.system_role != "system":
+    task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
+    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER}
+    has_system = bool(config.task.system) or any(
+        message.role == "system" for message in config.task.messages or ()
+    )
+    if has_system and config.model.system_role != "system":
         task["system_role"] = config.model.system_role
     data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(data).digest()
@@ -228,11 +245,14 @@ async def prepare_run(
     if not defer_endpoints:
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
+    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
         summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
-        check_reduce(loaded, summary)
+        check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
+        if loaded.config.backend.is_batch and ready is not None:
+            get_deployment(ready)
         if simulated and not allow_simulated:
             msg = (
                 "the endpoints are a simulated fleet, whose answers are meaningless; no request "
@@ -526,18 +546,44 @@ def _difference_message(folder: RunFolder, lines: list[str]) -> str:
     )
 
 
-def check_reduce(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields of the aggregators against the answer and the input.
+def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
+    """Check the fields of the prompt and the aggregators against the answer and the input.
 
     Raises:
         ConfigurationError: A field does not exist, or means two things.
     """
     try:
+        _check_prompt_fields(loaded.config, summary.row_schema)
         check_aggregators(
             loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
         )
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+
+
+def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
+    """Check that the fields inside columns that the prompt uses exist in some row.
+
+    A column whose values are no objects, or not only, fails its items instead: it may still have
+    objects with too many keys to be described.
+
+    Raises:
+        ConfigurationError: No row has the field.
+    """
+    texts = [text for _, text in config.parse_prompt().messages]
+    for name, where in {name: text.where for text in texts for name in text.columns}.items():
+        column, keys = split_column(name, inputs["properties"]) or (name, ())
+        at, schema = column, inputs["properties"].get(column, {})
+        for key in keys:
+            if schema.get("type") != "object":
+                break
+            if key not in schema["properties"]:
+                raise ConfigurationError(
+                    f"{where} uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
+                    f"any row; its fields: {', '.join(schema['properties'])}"
+                    f"{did_you_mean(key, schema['properties'])}"
+                )
+            at, schema = f"{at}.{key}", schema["properties"][key]
 
 
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
@@ -547,13 +593,13 @@ def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
     with ItemStore(folder.items) as store:
         summary = store.summary()
     for name in needed_columns(after.config):
-        if name not in summary.columns:
+        if split_column(name, summary.columns) is None:
             msg = (
                 f"{folder.path}: the run's copy of the input has no column {name!r}, which "
                 f"reduce shows; its columns: {', '.join(summary.columns)}"
             )
             raise ConfigurationError(msg)
-    check_reduce(after, summary)
+    check_fields(after, summary)
 
 
 async def _check_simulated(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import tee
 from typing import Any
 
-from ...backends.core.templates import Template
+from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import Json, Row
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
@@ -26,14 +26,10 @@ class PromptRenderer:
     """Renders the first messages of an item again, as its run sent them.
 
     Attributes:
-        system: The system text, or ``""``.
-        prompt: The template of the question; None if the items are requests themselves.
-        system_role: Role of the system text.
+        prompt: The templates of the messages; None if the items are requests themselves.
     """
 
-    system: str
-    prompt: Template | None
-    system_role: str
+    prompt: ItemPrompt | None
 
     def render(self, record: Mapping[str, Any], row: Row) -> Json:
         """Return the messages, or None if the item failed before they were rendered."""
@@ -42,10 +38,7 @@ class PromptRenderer:
             return body.get("messages") if isinstance(body, dict) else None
         if record.get("question") is None:
             return None
-        # langgraph is slow to import, and only prompts need it here
-        from ...nodes.item.prepare import build_messages  # noqa: PLC0415
-
-        return build_messages(self.system, self.prompt, row, self.system_role)
+        return self.prompt.build_messages(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +108,7 @@ def open_result_source(folder: RunFolder, optional: Collection[str] = ()) -> Ite
     run: RunIds = get_run_ids(about)
     extents = read_extents(folder)
     settings = read_settings(folder.settings).data
-    prompts = _read_prompts(settings, str(folder.settings)) if "prompt" in optional else None
+    prompts = read_prompts(settings, str(folder.settings)) if "prompt" in optional else None
     with (
         ItemStore(folder.items) as store,
         Journal(folder.journal, run, about["input"]["items"], extents) as journal,
@@ -126,10 +119,20 @@ def open_result_source(folder: RunFolder, optional: Collection[str] = ()) -> Ite
         yield ResultSource(journal, store, layout, priced, prompts)
 
 
-def _read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:
-    given = {name: get_at_path(settings, ("task", name)) or "" for name in ("system", "prompt")}
-    texts = expand_variables(given, os.environ, source, "task")
-    is_request = get_at_path(settings, ("input", "format")) == "openai_batch"
+def read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:
+    """Return what renders the messages of a run.
+
+    Args:
+        settings: The settings of the run as they are in its folder.
+        source: Their name for messages.
+
+    Raises:
+        ConfigurationError: A variable in the prompt is not set.
+    """
+    if get_at_path(settings, ("input", "format")) == "openai_batch":
+        return PromptRenderer(None)
+    task = dict(settings["task"])
+    texts = {name: task.get(name) for name in ("system", "prompt", "messages", "examples")}
+    task |= expand_variables(texts, os.environ, source, "task")
     role = get_at_path(settings, ("model", "system_role")) or "system"
-    prompt = None if is_request else Template.parse(texts["prompt"])
-    return PromptRenderer(texts["system"], prompt, role)
+    return PromptRenderer(ItemPrompt.parse(task, role))

@@ -17,6 +17,7 @@ from ...backends.core.errors import RunStoppedError
 from ...configs.models import RunConfig
 from ...nodes.shard.gate import Gate
 from ..remote.coordinator import STOP_GRACE_S
+from .console import print_message
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class Shutdown:
             self._work = None
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        print_message(self._console, text)
 
 
 @contextmanager

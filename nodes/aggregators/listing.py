@@ -8,6 +8,7 @@ from heapq import nsmallest
 from operator import attrgetter, itemgetter
 from typing import ClassVar, Final, Literal
 
+from ...backends.core.fields import FieldPath
 from ...backends.core.types import Json, Outcome
 from .base import (
     SHOWN_CHARACTERS,
@@ -29,7 +30,8 @@ class TopK(Aggregator):
         field: Name of the field. A value that is not a finite number counts as missing.
         k: How many items.
         order: Whether the ``largest`` or the ``smallest`` ranks first.
-        show: Columns of the input to carry along; texts over 2,000 characters are cut.
+        show: Columns of the input, or fields inside them, to carry along; texts over 2,000
+            characters are cut.
     """
 
     op: ClassVar[str] = "top_k"
@@ -65,7 +67,12 @@ class TopK(Aggregator):
         }
 
     def _row(self, value: float, outcome: Outcome) -> list[Json]:
-        shown = [sanitize_json(outcome.row.get(name), SHOWN_CHARACTERS) for name in self.show]
+        shown = [
+            sanitize_json(
+                FieldPath("input", tuple(name.split("."))).pick(None, outcome.row), SHOWN_CHARACTERS
+            )
+            for name in self.show
+        ]
         return [
             value,
             outcome.index,

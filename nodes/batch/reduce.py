@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, Final
 
 from langgraph.runtime import Runtime
+from langgraph.types import Overwrite
 
 from ..context import Context, RunTools
 from ..shard.local import ShardPart, read_items
@@ -15,7 +16,7 @@ from .dispatch import check_step_limit
 _SLICE: Final = 1024
 
 
-async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
+async def reduce(state: RunState, runtime: Runtime[Context]) -> dict[str, Any]:
     """Present the aggregate and write the result files.
 
     Raises:
@@ -36,7 +37,9 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
             "failed": tally.get("failed", 0),
         }
         results = await context.finish_run(state["run"], aggregate, progress)
-    return {"aggregate": aggregate, "progress": progress, "results": results}
+    # The aggregate was presented from the parts, and a checkpoint need not contain both.
+    done: dict[str, Any] = {"aggregate": aggregate, "progress": progress, "results": results}
+    return done | {"parts": Overwrite({})}
 
 
 def _fold_journal(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:

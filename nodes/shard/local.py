@@ -222,7 +222,7 @@ class _ShardRunner:
                     continue
                 if not await self._acquire_slot():
                     return
-                calls = CallLog()
+                calls = CallLog(index=item.index)
                 running = self._run_item(item, calls)
                 task = detach_task(group.create_task(running, context=context.copy()))
                 self._tasks[task] = calls

@@ -36,6 +36,7 @@ class RecordBuilder:
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
         self._question = hashlib.sha256(tools.question_digest)
+        self._constant_messages = tools.constant_messages
         self._fingerprint = hashlib.blake2b(tools.fingerprint, digest_size=12)
 
     def build(
@@ -97,9 +98,10 @@ class RecordBuilder:
         messages = state.get("messages")
         if not messages:
             return None
-        first = messages[0] if messages[0]["role"] == "user" else messages[1]
         digest = self._question.copy()
-        digest.update(first["content"].encode(errors="replace"))
+        for number, message in enumerate(messages[self._constant_messages :]):
+            content = message["content"].encode(errors="replace")
+            digest.update(b"\0%d\0" % len(content) + content if number else content)
         return digest.hexdigest()[:32]
 
     def _item_fingerprint(self, item: Item) -> str:

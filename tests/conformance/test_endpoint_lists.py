@@ -133,7 +133,10 @@ async def test_a_gateway_says_what_it_has() -> None:
         (refused,) = await Gateway.from_paths(
             f"{url}/resource_server", ["a/b"], "bad"
         ).probe_models()
-        assert refused.error == "HTTP 401: no such token (is the token still valid?)"
+        assert (
+            refused.error
+            == "HTTP 401: no such token (log in again (alcf-tokens login), or correct the token)"
+        )
         (lost,) = await Gateway.from_paths(url, ["a/b"], "good").probe_models()
         assert "HTTP 404" in (lost.error or "")
     (gone,) = await Gateway.from_paths("http://127.0.0.1:9", ["a/b"], "good").probe_models()

@@ -16,7 +16,7 @@ from fanfold.backends.core.errors import (
     ModelNotServedError,
     RunStoppedError,
 )
-from fanfold.backends.core.templates import Template
+from fanfold.backends.core.templates import ItemPrompt
 from fanfold.backends.core.types import Message, Reply, Usage
 from fanfold.nodes.context import ItemContext
 from fanfold.nodes.item.answer import AnswerCheck
@@ -67,7 +67,9 @@ class Script:
 
 def context(model: Script, repairs: int, schema: Mapping[str, Any] | None) -> ItemContext:
     check = AnswerCheck(schema, max_tokens=16)
-    return ItemContext("be brief", Template.parse("x is {x}"), model, check, repairs)
+    return ItemContext(
+        ItemPrompt.parse({"system": "be brief", "prompt": "x is {x}"}), model, check, repairs
+    )
 
 
 async def both_ways(

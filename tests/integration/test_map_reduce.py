@@ -79,6 +79,26 @@ async def test_items_in_aggregate_out(simulated: SimulatedFleet) -> None:
     assert set(end) == {"aggregate", "progress", "results"}
 
 
+async def test_the_state_has_the_folder_and_the_aggregate_once(
+    simulated: SimulatedFleet, tmp_path: Path
+) -> None:
+    """Rows of the results are in the run folder only, and the partial aggregate is dropped."""
+    items = "".join(f'{{"id":"i{n}","x":"thing {n}","y":"needle"}}\n' for n in range(50))
+    (tmp_path / "in.jsonl").write_text(items)
+    thread: RunnableConfig = {"configurable": {"thread_id": "t"}}
+    async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "s.sqlite")) as saver:
+        graph = build_graph(settings(simulated), checkpointer=saver, trust_context=True)
+        end = await graph.ainvoke({"path": "in.jsonl"}, thread)
+        values = (await graph.aget_state(thread)).values
+    table = pq.read_table(end["results"]["table"])
+    assert table.column("y").to_pylist() == ["needle"] * 50
+    assert values["aggregate"] == end["aggregate"]
+    assert values["run"]["name"] == Path(end["results"]["folder"]).name
+    assert values["parts"] == {}
+    assert "results" not in values
+    assert b"needle" not in (tmp_path / "s.sqlite").read_bytes()
+
+
 async def test_an_embedded_run_notes_its_lives(simulated: SimulatedFleet) -> None:
     graph = build_graph(settings(simulated), trust_context=True)
     end = await graph.ainvoke({"items": rows(5)})

@@ -246,24 +246,14 @@ ENDPOINTS = [
         {"endpoints": {"aegis_registry": "head:80"}},
     ),
     Broken(
-        "no paths",
-        ["the key 'endpoints.first.paths' is missing"],
-        {"endpoints": {"first": {"token": "t"}}},
-    ),
-    Broken(
-        "no token",
-        ["endpoints.first: give exactly one of token"],
-        {"endpoints": {"first": {"paths": ["a/b"]}}},
+        "two tokens",
+        ["endpoints.first: give token", "not both"],
+        {"endpoints": {"first": {"token": "t", "token_command": "x"}}},
     ),
     Broken(
         "path",
         ["endpoints.first.paths", "'sophia'"],
         {"endpoints": {"first": {"paths": ["sophia"], "token": "t"}}},
-    ),
-    Broken(
-        "token's command",
-        ["endpoints.first.token_command", "exit status 1"],
-        {"endpoints": {"first": {"paths": ["a/b"], "token_command": "false"}}},
     ),
     Broken(
         "nobody at the gateway",

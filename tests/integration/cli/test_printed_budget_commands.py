@@ -46,7 +46,7 @@ CODES = {"run": 5}
 def test_the_readmes_commands(shell: Shell, fleet: Served) -> None:
     commands = read_commands("README.md", LINE)
     names = [command[0] for command in commands]
-    assert names == ["presets", "check", "run", "resume", "results"]
+    assert names == ["presets", "check", "run", "failures", "resume", "results"]
     for command in commands:
         said = shell(*command)
         assert said.code == CODES.get(command[0], 0), (command, said.err)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
-from fanfold.backends.discovery.gateway import CommandToken
+from fanfold.backends.discovery.login import CommandToken
 
 pytestmark = pytest.mark.integration
 

@@ -47,4 +47,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     cells = json.loads(notebook.read_text())["cells"]
     outputs = [out for cell in cells for out in cell.get("outputs", ())]
     assert "'done': 60" in "".join(outputs[0]["data"]["text/plain"])
+    (table,) = [out["data"] for out in outputs if "text/html" in out.get("data", {})]
+    assert "60 done, 0 failed of 60" in "".join(table["text/html"])
     assert outputs[-1]["data"]["text/plain"] == ["5"]

@@ -41,7 +41,7 @@ class Trap:
 def test_nothing_is_looked_up_or_run(name: str) -> None:
     template = Template.parse(f"<{{{name}}}>")
     assert template.render({name: "v", "x": Trap()}) == "<v>"
-    with pytest.raises(InvalidItemError, match="no column"):
+    with pytest.raises(InvalidItemError, match=r"no column|not an object"):
         template.render({"x": Trap()})
 
 
@@ -63,3 +63,54 @@ def test_lone_braces(text: str) -> None:
 )
 def test_values(value: Any, shown: str) -> None:
     assert Template.parse("{v}").render({"v": value}) == shown
+
+
+FIELDS = st.lists(st.text("ab.", min_size=1), min_size=1, max_size=4).map(".".join)
+
+
+@given(FIELDS, st.text())
+def test_a_column_with_dots_wins_over_a_field(name: str, value: str) -> None:
+    hidden: Any = "hidden"
+    for key in reversed(name.split(".")[1:]):
+        hidden = {key: hidden}
+    row = {name.partition(".")[0]: hidden, name: value}
+    if name.strip():
+        assert Template.parse(f"<{{{name}}}>").render(row) == f"<{value}>"
+
+
+@given(st.lists(st.text("abc", min_size=1), min_size=1, max_size=4), st.text())
+def test_fields_inside_columns_are_found(keys: list[str], value: str) -> None:
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    template = Template.parse(f"{{plain}} {{col.{'.'.join(keys)}}}")
+    assert template.render({"plain": "x", "col": nested}) == f"x {value}"
+    dotted = Template.parse(f"{{col.umn.{'.'.join(keys)}}}")  # the column has a dot in its name
+    assert dotted.render({"col": "text", "col.umn": nested}) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.5, "0.5"), (None, ""), ({"b": [1]}, '{"b":[1]}'), (["x"], '["x"]'), (False, "false")],
+)
+def test_values_of_fields(value: Any, shown: str) -> None:
+    assert Template.parse("{a.v}").render({"a": {"v": value}}) == shown
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "no column 'output.meta.score', which task.prompt uses"),
+        ({"output": None}, "'output' is null, not an object"),
+        ({"output": '{"meta": {"score": 1}}'}, "'output' is text, not an object; text is not"),
+        ({"output": [{"meta": 1}]}, "'output' is a list, not an object"),
+        ({"output": 3}, "'output' is a number, not an object"),
+        ({"output": True}, "'output' is a boolean, not an object"),
+        ({"output": {}}, "'output' has no field 'meta'"),
+        ({"output": {"meta": {"scores": 1}}}, "'output.meta' has no field 'score'"),
+    ],
+)
+def test_missing_fields_are_named(row: Any, message: str) -> None:
+    with pytest.raises(InvalidItemError, match=message) as caught:
+        Template.parse("Judge {output.meta.score}").render(row)
+    assert "output.meta.score" in caught.value.message

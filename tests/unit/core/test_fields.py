@@ -84,6 +84,14 @@ def test_names_of_nothing(name: str, words: str) -> None:
     assert words in error.value.message
 
 
+def test_a_free_text_has_no_fields() -> None:
+    assert str(resolve_field("smiles", None, INPUT)[0]) == "input.smiles"
+    with pytest.raises(ConfigurationError, match=r"'x' needs task\.schema.*\(it has smiles"):
+        resolve_field("x", None, INPUT)
+    with pytest.raises(ConfigurationError, match=r"'x' needs task\.schema"):
+        resolve_field("output.x", None, INPUT)
+
+
 def test_missing_values_are_null() -> None:
     for name in ("x", "score.x", "deep.x.y", "input.x", "input.smiles.x", "input"):
         assert FieldPath.parse(name).pick(OUTPUT, ROW) is None

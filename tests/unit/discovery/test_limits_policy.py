@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.discovery.connect import apply_limits, make_fleet_policy
+from fanfold.backends.discovery.connect import (
+    apply_limits,
+    find_rate_limits,
+    make_fleet_policy,
+)
 from fanfold.backends.discovery.resolve import make_gateway_set
-from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.endpoint import DeploymentState, EndpointSpec
 from fanfold.backends.fleet.policy import FleetPolicy, RateLimitPolicy
 from fanfold.configs.loader import load_config
 from fanfold.configs.models import RunConfig
@@ -67,3 +71,17 @@ def test_an_endpoints_own_limits_count_more() -> None:
     limits = config("endpoint_streams=5", "endpoint_requests_per_s=2").limits
     spec = apply_limits(limits, EndpointSpec("http://h:1", max_in_flight=9))
     assert (spec.max_in_flight, spec.requests_per_s, spec.tokens_per_min) == (9, 2, None)
+
+
+def test_the_limits_that_hold_together_are_the_lowest() -> None:
+    def spec(host: str, state: DeploymentState | None = None) -> EndpointSpec:
+        return EndpointSpec(f"http://{host}:1", tokens_per_min=600.0, window_s=6.0, state=state)
+
+    given = config("requests_per_s=50", "endpoint_requests_per_s=20")
+    policy = make_fleet_policy(given).rate_limit
+    two = [spec("a"), spec("b", DeploymentState.RUNNING), spec("c", DeploymentState.COLD)]
+    assert find_rate_limits(policy, given.limits, two) == (40.0, 12_000.0)
+    assert find_rate_limits(policy, given.limits, two[2:]) == (20.0, 6_000.0)
+    unlimited = [EndpointSpec("http://a:1"), spec("b")]
+    assert find_rate_limits(policy, given.limits, unlimited) == (40.0, None)
+    assert find_rate_limits(RateLimitPolicy(), config().limits, ()) == (None, None)

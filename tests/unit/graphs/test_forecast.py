@@ -113,6 +113,37 @@ def test_quotas_slow_a_run_down() -> None:
     assert slow.likely == pytest.approx(150_000 / 100)
 
 
+def test_the_limit_that_takes_longest_is_named_and_compared() -> None:
+    seen = seen_of(*(record(n) for n in range(100)))
+    found = forecast(plan(tokens_per_min=6000, requests_per_s=2), seen)
+    bound = found.rate_bound
+    assert bound is not None
+    assert bound.limit == "tokens_per_min"
+    assert bound.seconds.likely == pytest.approx(1500)
+    assert bound.slowdown == pytest.approx(1500 / 200)
+    assert forecast(plan(), seen).rate_bound is None
+
+
+def test_the_limits_bound_the_time_without_any_measurement() -> None:
+    wanted = plan(items=100_000, max_tokens=500, repairs=0, tokens_per_min=60_000, is_gateway=True)
+    found = forecast(wanted, None)
+    assert found.seconds is None
+    bound = found.rate_bound
+    assert bound is not None
+    assert bound.seconds.likely == pytest.approx(1000 * 60)  # 100,000 items of 600 tokens: 16.7 h
+    lines = list(cost_lines(found, wanted))
+    assert any("60,000 tokens per minute: 2 h 48 min to 16 h 40 min" in line for line in lines)
+    assert any("batch mode" in line for line in lines)
+
+
+def test_a_limit_that_does_not_matter_gives_no_advice() -> None:
+    seen = seen_of(*(record(n) for n in range(100)))
+    wanted = plan(requests_per_s=100, is_gateway=True)
+    lines = list(cost_lines(forecast(wanted, seen), wanted))
+    assert any("limit of 100 requests per second" in line for line in lines)
+    assert not any("advice" in line for line in lines)
+
+
 def test_cached_tokens_cost_less() -> None:
     seen = seen_of(*(record(n, cached_tokens=80) for n in range(100)))
     usd = forecast(plan(price=PRICE), seen, own=True).usd

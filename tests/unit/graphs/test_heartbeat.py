@@ -115,7 +115,8 @@ async def told(
     monkeypatch.setattr(heartbeat, "_STOP_S", 0.01)
     signs.create(file)
     stop = str(stop_file(tmp_path, "t"))
-    async with heartbeat.heartbeat(replace(ORDER, journal=str(tmp_path), stop_file=stop)) as sign:
+    task = replace(ORDER, journal=str(tmp_path), stop_file=stop)
+    async with heartbeat.heartbeat(task, "w:1") as sign:
         yield sign
 
 
@@ -165,11 +166,24 @@ async def test_a_worker_survives_a_file_system_that_fails_for_a_while(
 
 
 async def test_an_order_that_was_taken_back_is_not_begun(tmp_path: Path) -> None:
-    async with heartbeat.heartbeat(replace(ORDER, journal=str(tmp_path))) as sign:
+    async with heartbeat.heartbeat(replace(ORDER, journal=str(tmp_path)), "w:1") as sign:
         assert sign.stop_reason() == heartbeat.REVOKED
 
 
 async def test_an_order_is_begun_once(told: heartbeat.StopSignal, tmp_path: Path) -> None:
-    async with heartbeat.heartbeat(replace(ORDER, journal=str(tmp_path))) as sign:
+    async with heartbeat.heartbeat(replace(ORDER, journal=str(tmp_path)), "w:1") as sign:
         assert sign.stop_reason() == DUPLICATE_REASON
     assert told.stop_reason() is None
+
+
+async def test_the_coordinator_knows_the_workers_of_its_tasks(
+    signs: ControlFiles, file: Path, tmp_path: Path
+) -> None:
+    signs.create(file)
+    signs.poll()
+    assert signs.workers == set()
+    async with heartbeat.heartbeat(replace(ORDER, journal=str(tmp_path)), "node1:17"):
+        signs.poll()
+        assert signs.workers == {"node1:17"}
+    signs.revoke(file)
+    assert signs.workers == set()

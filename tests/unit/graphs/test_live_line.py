@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import io
 import re
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from fanfold.backends.budget.budget import Budget, BudgetSettings
 from fanfold.backends.core.money import (
@@ -17,9 +21,10 @@ from fanfold.backends.core.money import (
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
+from fanfold.backends.storage.journal import Journal
 from fanfold.graphs.run.accounting import OpenRun
 from fanfold.graphs.run.console import format_count
-from fanfold.graphs.run.monitor import ProgressLine
+from fanfold.graphs.run.monitor import ProgressLine, fill_lines
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
 
@@ -35,29 +40,57 @@ class Watched(Fleet):
         return self.says
 
 
-def line(
-    progress: Progress,
-    health: FleetHealth | None,
-    simulated: bool = True,
-    width: int = 80,
-    **parts: Any,
-) -> str:
+def follow(
+    progress: Progress, health: FleetHealth | None, simulated: bool = True, **parts: Any
+) -> ProgressLine:
+    """Return the progress of a run in which one item more is done."""
     nothing = cast(Any, None)
+    given: dict[str, Any] = {"item_journal": Failed({})} | parts
     tools = OpenRun(
         store=nothing,
-        item_journal=nothing,
         aggregators=nothing,
         run_item=nothing,
         gate=Gate(8, 1.0),
         progress=progress,
         fingerprint=b"",
         simulated=simulated,
-        **parts,
+        **given,
         fleet=None if health is None else Watched(health),
     )
     shown = ProgressLine(tools)
     progress.done += 1
-    return shown.render(width)
+    return shown
+
+
+class Failed(Journal):
+    """A journal in which items failed."""
+
+    def __init__(self, classes: dict[str, int]) -> None:
+        self.classes = classes
+
+    def count_failures(self) -> dict[str, int]:
+        return self.classes
+
+
+def line(
+    progress: Progress, health: FleetHealth | None, simulated: bool = True, **parts: Any
+) -> str:
+    """Return the line for a pipe or a file."""
+    return str(follow(progress, health, simulated, **parts))
+
+
+def screen(
+    width: int,
+    progress: Progress,
+    health: FleetHealth | None,
+    simulated: bool = True,
+    **parts: Any,
+) -> list[str]:
+    """Return the lines that a terminal shows."""
+    file = io.StringIO()
+    console = Console(file=file, width=width)
+    console.print(follow(progress, health, simulated, **parts).render(width))
+    return [text.rstrip() for text in file.getvalue().splitlines()]
 
 
 def health(**changes: Any) -> FleetHealth:
@@ -74,16 +107,13 @@ def test_it_shows_the_fleet() -> None:
     assert "0 in flight" in line(Progress(total=100), None)
 
 
-def test_a_terminal_of_80_columns_shows_a_run_whole() -> None:
+def test_a_pipe_gets_the_whole_run_in_one_line() -> None:
     """Items done, failed and in all, items and tokens per second, in flight, time left."""
     usage = UsageTotals(prompt_tokens=10_000_000)
     progress = Progress(total=4991, done=4000, failed=10, usage=usage)
     shown = line(progress, health(healthy=8, in_flight=256))
-    parts = (
-        r"SIM(ULATED)?  4,001/4,991  10 failed  [\d,.kM]+/s  \d+ tok/s  8/8 up  256 in flight  \S+"
-    )
+    parts = r"SIMULATED  4,001/4,991  10 failed  [\d,.kM]+/s  \d+ tok/s  8/8 up  256 in flight  \S+"
     assert re.match(parts, shown)
-    assert len(shown) <= 80
 
 
 def test_it_tells_of_reused_answers() -> None:
@@ -92,18 +122,28 @@ def test_it_tells_of_reused_answers() -> None:
     assert "reused" not in line(Progress(total=100, done=40), health())
 
 
-def test_a_wide_terminal_leaves_nothing_out() -> None:
-    busy = health(healthy=2000, total=2000, in_flight=9_999, refusals=9_999)
-    shown = line(Progress(total=99_999, done=9_999), busy, width=120)
-    assert shown.startswith("SIMULATED")
-    assert "tok/s" in shown
-    assert "9,999 refused" in shown
+CLASSES = {"InvalidAnswerError": 7, "RefusedAnswerError": 2, "TruncatedAnswerError": 1}
 
 
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_terminal_shows_a_bar_and_all_else_below_it(width: int) -> None:
+    usage = UsageTotals(prompt_tokens=10_000_000, nano_usd=421_000_000, reused=12)
+    progress = Progress(total=4991, done=4000, failed=10, usage=usage)
+    busy = health(healthy=8, in_flight=256, refusals=3)
+    first, *rest = screen(width, progress, busy, item_journal=Failed(CLASSES))
+    assert re.fullmatch(r"SIMULATED  [━╸╺ ]+   80 %  4,011/4,991", first)
+    assert len(first) == width
+    below = "  ".join(rest)
+    for part in ("/s", " left", "8/8 up  256 in flight", "3 refused", "0.42 USD", "12 reused"):
+        assert part in below
+    assert "10 failed:  7 InvalidAnswerError  2 RefusedAnswerError  1 Trunc" in below
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
 @pytest.mark.parametrize("reused", [True, False])
 @pytest.mark.parametrize("simulated", [True, False])
 @pytest.mark.parametrize("size", [1, 999, 9_999, 99_999, 9_999_999])
-def test_it_fits_a_terminal(size: int, simulated: bool, reused: bool) -> None:
+def test_it_fits_a_terminal(size: int, simulated: bool, reused: bool, width: int) -> None:
     busy = health(healthy=min(size, 2000), total=min(size, 2000), in_flight=size, refusals=size)
     progress = Progress(
         total=3 * size,
@@ -111,19 +151,43 @@ def test_it_fits_a_terminal(size: int, simulated: bool, reused: bool) -> None:
         failed=size,
         usage=UsageTotals(prompt_tokens=size, reused=size if reused else 0),
     )
-    shown = line(progress, busy, simulated)
-    assert len(shown) <= 80
-    assert "up" in shown
-    assert "in flight" in shown
-    assert "failed" in shown
-    assert "SIM" in shown or not simulated
+    shown = screen(width, progress, busy, simulated, item_journal=Failed(CLASSES))
+    assert all(len(text) <= width for text in shown)
+    words = " ".join(" ".join(shown).split())
+    for part in ("up", "in flight", "refused", "failed:", *CLASSES, "left" if size > 1 else "%"):
+        assert part in words
+    assert simulated == ("SIMULATED" in words)
+    assert reused == ("reused" in words)
+
+
+def test_a_hundred_per_cent_means_all() -> None:
+    first, *_ = screen(80, Progress(total=100_000, done=99_998), None)
+    assert "   99 %  100k/100k" in first
+    first, *rest = screen(80, Progress(total=100, done=99), None)
+    assert "  100 %  100/100" in first
+    assert "done" in rest[0]
+
+
+def test_many_error_classes_are_counted_together() -> None:
+    classes = {f"Error{n}": 10 - n for n in range(10)}
+    shown = screen(80, Progress(total=100, done=1, failed=55), None, item_journal=Failed(classes))
+    assert "55 failed:" in shown[-2]
+    assert shown[-1].endswith("10 of other classes")
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=30), max_size=12), st.integers(10, 60))
+def test_lines_break_between_parts(parts: list[str], width: int) -> None:
+    lines = fill_lines(parts, width)
+    assert [part for text in lines for part in text.split()] == parts
+    assert all(len(text) <= width or text in parts for text in lines)
 
 
 def test_it_says_that_nobody_is_alive_and_how_long_it_waits() -> None:
     nobody = health(healthy=0, paused="no endpoint is alive")
     shown = line(Progress(total=100, done=4), nobody)
     assert "NO ENDPOINT ALIVE 0/8: waiting 0:00 of 10:00" in shown
-    assert len(shown) <= 80
+    below = screen(60, Progress(total=100, done=4), nobody)[1]
+    assert below == "NO ENDPOINT ALIVE 0/8: waiting 0:00 of 10:00"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +234,5 @@ def test_it_shows_what_is_spent_of_the_nearest_cap(
     busy = health(healthy=8, in_flight=256)
     usage = UsageTotals(prompt_tokens=10_000_000)
     progress = Progress(total=4991, done=4000, failed=10, usage=usage)
-    seen = line(progress, busy, budget=budget)
-    assert f"  {shown}  " in seen
-    assert len(seen) <= 80
+    assert f"  {shown}  " in line(progress, busy, budget=budget)
+    assert shown in "\n".join(screen(60, progress, busy, budget=budget))

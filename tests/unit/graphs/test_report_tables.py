@@ -4,11 +4,11 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fanfold.graphs.cli.format import fit_columns, format_cell, show_aggregate
+from fanfold.graphs.cli.format import Column, fit_columns, format_cell, make_table, show_aggregate
 
 RANKED = {
     "op": "top_k",
@@ -47,15 +47,50 @@ def test_columns_without_room_are_named() -> None:
     assert "field_29" in text
 
 
-@example([1, 1, 1, 1], 30)
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(30, 200))
-def test_tables_fit(wide: list[int], width: int) -> None:
-    room = fit_columns(wide, width)
-    assert sum(room) + 3 * len(room) + 1 <= width
-    assert all(1 <= got <= wanted for got, wanted in zip(room, wide, strict=False))
-    assert len(room) == len(wide) or len(wide) * 9 > width - 1
-    if sum(wide) + 3 * len(wide) + 1 <= width:
-        assert room == wide
+COLUMN = st.tuples(st.integers(1, 120), st.integers(1, 120), st.booleans())
+
+
+@given(st.lists(COLUMN, min_size=1, max_size=12), st.integers(30, 200), st.integers(2, 3))
+def test_tables_fit(columns: list[tuple[int, int, bool]], width: int, gap: int) -> None:
+    """Keys are always shown, and shortened only if they alone do not fit; others are whole."""
+    wide = [max(one, other) for one, other, _ in columns]
+    pairs = zip(wide, columns, strict=True)
+    least = [most if key else min(one, other) for most, (one, other, key) in pairs]
+    keys = [key for *_, key in columns]
+    got = fit_columns(wide, least, keys, width, gap)
+    assert sum(w + gap for w in got if w) <= width
+    fits = sum(w + gap for w, key in zip(wide, keys, strict=True) if key) <= width
+    for w, most, low, key in zip(got, wide, least, keys, strict=True):
+        assert 0 <= w <= most
+        if key:
+            assert w == most if fits else w >= 1
+        else:
+            assert w == 0 or w >= low
+    if sum(w + gap for w in wide) <= width:
+        assert got == wide
+
+
+@pytest.mark.parametrize("framed", [True, False])
+@pytest.mark.parametrize("width", [30, 60, 80, 140])
+def test_names_of_rows_are_whole_at_every_width(width: int, framed: bool) -> None:
+    names = [f"runs/of-november/{n}-{'x' * 9 * n}" for n in range(6)]
+    columns = [
+        Column("run", names, is_key=True),
+        Column("state", ["the budget is exhausted: 100 of 100 requests"] * 6),
+        Column("items", [12_345] * 6, is_number=True),
+        Column("model", ["meta-llama/Llama-3.1-8B-Instruct"] * 6),
+    ]
+    file = io.StringIO()
+    console = Console(file=file, width=width)
+    for part in make_table(columns, width, framed=framed):
+        console.print(part)
+    lines = file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    first = [line.strip("│").split("│")[0].split("  ")[0].strip() for line in lines]
+    joined = "".join(first)
+    for name in names:  # folded only if it is wider than the terminal
+        assert name in joined
+    assert any("12345" in line for line in lines) or "items" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -404,7 +404,8 @@ def test_paths_lie_below_the_root(root: Path, path: str) -> None:
     with pytest.raises(InputError, match="outside the folder"):
         policy.resolve_path(path)
     assert "outside the folder" in refused({"config": path}, policy)
-    assert "outside the folder" in refused({"overrides": [f"task.schema={path}"]}, policy)
+    for key in ("task.schema", "task.examples"):
+        assert "outside the folder" in refused({"overrides": [f"{key}={path}"]}, policy)
     assert "outside the folder" in refused({"config": {"input": {"path": path}}}, policy)
 
 
@@ -416,7 +417,7 @@ def test_a_folder_with_a_link_that_leads_out_is_refused(root: Path) -> None:
         policy.resolve_path("sub")
 
 
-@pytest.mark.parametrize("key", ["config", "input.path", "task.schema"])
+@pytest.mark.parametrize("key", ["config", "input.path", "task.schema", "task.examples"])
 def test_without_a_root_no_file_is_read(root: Path, key: str) -> None:
     for text in (str(root / "mine.csv"), "mine.csv", "/etc/passwd"):
         context = {"config": text} if key == "config" else {"overrides": [f"{key}={text}"]}
@@ -434,6 +435,12 @@ def test_a_file_below_the_root_is_a_request_as_well(root: Path) -> None:
     config = loaded({"config": "good.yaml"}, policy).config
     assert config.input.path == str(root / "mine.csv")
     assert config.task.answer_schema == {"type": "object"}
+    (root / "few.jsonl").write_text('{"smiles": "${HOME}", "output": "x"}')
+    (root / "few.yaml").write_text("task: {prompt: 'a {smiles}', examples: few.jsonl}\n")
+    for context in ({"config": "few.yaml"}, {"overrides": [f"task.examples={root}/few.jsonl"]}):
+        task = {"prompt": "a {smiles}", "answer_schema": None} if "overrides" in context else {}
+        found = loaded(context | task, policy).config.task.examples
+        assert found == [{"smiles": "${HOME}", "output": "x"}]
     (root / "bad.yaml").write_text("task: {prompt: x, graph: 'os:system'}\n")
     assert "task.graph" in refused({"config": "bad.yaml"}, policy)
     (root / "bomb.yaml").write_text("task: {prompt: x}\nreduce: [&a {op: count}, *a]\n")
@@ -645,6 +652,23 @@ def test_a_bound_token_is_for_the_bound_gateway(
     assert kept is not None
     assert kept.token_command == bound.get("token_command")
     assert (kept.token is None) == ("token" not in bound)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "endpoints={first: {base_url: 'http://evil:1'}}",
+        "endpoints.first={base_url: 'http://evil:1', paths: [a/b]}",
+        "endpoints.first.base_url=http://evil:1",
+    ],
+)
+@pytest.mark.parametrize("bound", [{"first": {}}, {"urls": ["http://node:1"]}])
+def test_the_owners_login_is_for_the_bound_gateway(bound: dict[str, Any], override: str) -> None:
+    own: dict[str, Any] = {"endpoints": bound}
+    policy = CallerPolicy(frozenset({"endpoints", "endpoints.first.token"}))
+    more = [] if "first" in bound else ["endpoints.urls=null"]
+    said = refused({"overrides": [*more, override]}, policy, **own)
+    assert "the login is for the bound gateway only" in said
 
 
 def test_a_bound_body_gives_no_secret_to_hosts_of_a_request(

@@ -184,7 +184,7 @@ def test_files_that_are_no_store(target: Path) -> None:
     with pytest.raises(JournalError, match="it has other content"):
         ItemStore(target)
     arrow_file(target, SCHEMA.with_metadata({VERSION_KEY: b"99"}), None)
-    with pytest.raises(JournalError, match="it has layout 99, this fanfold reads 2"):
+    with pytest.raises(JournalError, match="it has layout 99, this fanfold reads 2: finish"):
         ItemStore(target)
 
 

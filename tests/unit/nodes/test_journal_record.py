@@ -14,7 +14,7 @@ from langgraph.runtime import Runtime
 
 from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CallLog
-from fanfold.backends.core.templates import Template
+from fanfold.backends.core.templates import ItemPrompt
 from fanfold.backends.core.types import Item, Message, Reply, Usage
 from fanfold.backends.core.values import MAX_COUNT, check_record
 from fanfold.backends.fleet import failures
@@ -26,7 +26,6 @@ from fanfold.graphs.run.prepare import compute_question_digest
 from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import ItemContext, RunTools
 from fanfold.nodes.item.answer import AnswerCheck
-from fanfold.nodes.item.prepare import build_messages
 from fanfold.nodes.item.steps import ITEM_STEPS, walk_steps
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
@@ -60,7 +59,8 @@ def tools_of(folder: Path, settings: dict[str, Any], model: str = "m") -> RunToo
     async def nobody(_: Item) -> ItemState:
         raise AssertionError
 
-    common = compute_question_digest(load_config(settings).config, model)
+    config = load_config(settings).config
+    common = compute_question_digest(config, model)
     gate = Gate(1, 1.0)
     return RunTools(
         Nothing(),
@@ -72,6 +72,7 @@ def tools_of(folder: Path, settings: dict[str, Any], model: str = "m") -> RunToo
         b"",
         True,
         question_digest=common,
+        constant_messages=config.parse_prompt().constants,
     )
 
 
@@ -82,12 +83,7 @@ def question(
     settings = SETTINGS | {name: SETTINGS.get(name, {}) | value for name, value in changes.items()}
     tools = tools_of(folder, settings, model)
     config = load_config(settings).config
-    messages = build_messages(
-        config.task.system,
-        Template.parse(config.task.prompt),
-        {"x": x},
-        config.model.system_role,
-    )
+    messages = config.parse_prompt().build_messages({"x": x})
     state: ItemState = {"messages": messages, "output": {}}
     found: str | None = RecordBuilder(tools).build(Item(0, "i", {"x": x}), state, CallLog(), 0.1)[
         "question"
@@ -127,12 +123,41 @@ def test_a_question_is_the_same_wherever_it_is_asked(
         {"task": {"system": "Judge!"}},
         {"task": {"system": ""}},
         {"task": {"prompt": "What was {x}?"}},
+        {"task": {"examples": [{"x": "tin", "output": {"a": 1}}]}},
+        {"task": {"system": "", "prompt": "", "messages": [{"role": "user", "content": "{x}"}]}},
         {"task": {"schema": None}},
         {"task": {"schema": {"type": "object"}}},
     ],
 )
 def test_another_question_has_another_digest(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert question(tmp_path, changes) != question(tmp_path)
+
+
+def test_all_messages_belong_to_the_question(tmp_path: Path) -> None:
+    def ask(x: str, *texts: str) -> str | None:
+        roles = ["system", "user", "assistant", "user"]
+        given = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        task = {"system": "", "prompt": "", "messages": given}
+        return question(tmp_path, {"task": task}, x=x)
+
+    asked = [
+        ask("gold", "{x}", "a", "b", "c"),
+        ask("tin", "{x}", "a", "b", "c"),
+        ask("gold", "a", "{x}", "b", "c"),
+        ask("tin", "a", "{x}", "b", "c"),
+        ask("gold", "a", "b", "{x}", "c"),
+        ask("gold", "a", "b", "c", "{x}"),
+        ask("tin", "a", "b", "c", "{x}"),
+        ask("tin", "a", "{x}{x}", "b{x}", "c"),
+        ask("tin", "a", "{x}", "{x}b{x}", "c"),
+    ]
+    assert len(set(asked)) == len(asked)
+    assert ask("tin", "a", "{x}", "b", "c") == asked[3]
+    role = {"system_role": "developer"}
+    given = {"system": "", "prompt": "", "messages": [{"role": "user", "content": "{x}"}]}
+    assert question(tmp_path, {"task": given}) == question(tmp_path, {"task": given, "model": role})
+    given["messages"].insert(0, {"role": "system", "content": "a"})  # type: ignore[attr-defined]
+    assert question(tmp_path, {"task": given}) != question(tmp_path, {"task": given, "model": role})
 
 
 def test_model_and_item_belong_to_the_question(tmp_path: Path) -> None:
@@ -170,7 +195,7 @@ class Script:
 async def record_of(folder: Path, script: Script, *, keep_raw: bool = False) -> dict[str, Any]:
     tools = replace(tools_of(folder, SETTINGS), keep_raw=keep_raw)
     check = AnswerCheck(SETTINGS["task"]["schema"], 256)
-    context = ItemContext("", Template.parse("{x}"), script, check, repairs=1)
+    context = ItemContext(ItemPrompt.parse({"prompt": "{x}"}), script, check, repairs=1)
     state = ItemState(id="i", row={"x": "gold"}, problem=None)
     end = await walk_steps(ITEM_STEPS, state, Runtime(context=context))
     return RecordBuilder(tools).build(Item(0, "i", {"x": "gold"}), end, CallLog(), 0.1)

@@ -14,7 +14,7 @@ from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet.endpoint import BreakerState
 from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
-from fanfold.backends.storage.results_schema import UNFIT_COLUMN
+from fanfold.backends.storage.results_schema import OPTIONAL_COLUMNS, UNFIT_COLUMN
 from fanfold.nodes.aggregators.registry import AGGREGATORS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()
@@ -39,7 +39,7 @@ def subclasses(base: type[FanfoldError]) -> Iterator[type[FanfoldError]]:
 
 
 def test_every_column_of_results_and_failures_is_listed() -> None:
-    columns = [*RESULT_COLUMNS, UNFIT_COLUMN]
+    columns = [*RESULT_COLUMNS, UNFIT_COLUMN, *OPTIONAL_COLUMNS]
     assert first_cells("Columns of the results")[: len(columns)] == columns
 
 

@@ -1,0 +1,1 @@
+"""Requests to the model by files that a batch service answers: a transport beside the fleet."""

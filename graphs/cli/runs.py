@@ -1,0 +1,193 @@
+"""``fanfold ls``: the runs in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ...backends.budget.cost import read_cost
+from ...backends.core.errors import ConfigurationError, FanfoldError
+from ...backends.core.money import NANO_PER_USD
+from ...backends.core.values import is_count
+from ...backends.storage.journal import Journal
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
+from ..run.console import Terminal, print_json, print_messages
+from .format import Column, format_usd_amount, make_table
+
+_MOST_READ: Final = 4 << 20
+"""Bytes of a journal that are read to count the items of a session that has not ended."""
+
+_UNKNOWN: Final = "?"
+_NOTHING: Final = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run as a list shows it; counts and dollars are None if unknown.
+
+    Attributes:
+        folder: Its folder, as a command takes it.
+        name: Its name in the settings.
+        run: Its id.
+        state: Running, or how its last session ended.
+        items: Items in all.
+        done: Items with an answer.
+        failed: Items that failed.
+        usd: Dollars so far.
+        model: Name of the model.
+        date: When the last session ended, or began.
+        simulated: Whether the answers are simulated; None if no endpoint has answered yet.
+    """
+
+    folder: str
+    name: str
+    run: str
+    state: str
+    items: int
+    done: int | None
+    failed: int | None
+    usd: float | None
+    model: str
+    date: str
+    simulated: bool | None
+
+
+def list_runs(path: Path, as_json: bool) -> None:
+    """List a run folder, or the run folders directly in a folder, the latest first.
+
+    Raises:
+        ConfigurationError: The folder does not exist or cannot be read.
+    """
+    runs, damaged = list[_Run](), dict[str, str]()
+    for folder in _find_folders(path):
+        try:
+            runs.append(_read_run(folder))
+        except FanfoldError as error:
+            damaged[str(folder)] = error.message
+        except OSError as error:
+            damaged[str(folder)] = f"{folder}: cannot be read: {error.strerror or error}"
+    runs.sort(key=lambda run: (run.date, run.folder), reverse=True)
+    if as_json:
+        print_json({"runs": runs, "damaged": damaged})
+        return
+    if runs:
+        console = Terminal()
+        for part in make_table(_columns(runs), console.width, framed=False):
+            console.print(part)
+        if any(run.done is None for run in runs):
+            print_messages([f"{_UNKNOWN}: not counted; 'fanfold status DIR' reads the journal"])
+    print_messages([f"not listed: {reason}" for reason in damaged.values()])
+    if not runs and not damaged:
+        print_messages([f"{path}: no run folder, and none directly in it"])
+
+
+def _find_folders(path: Path) -> Iterator[Path]:
+    """Yield the folder and its children, as far as they look like run folders."""
+    try:
+        children = sorted(path.iterdir())
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be listed: {error.strerror}") from None
+    if _is_candidate(path):
+        yield path
+    yield from filter(_is_candidate, children)
+
+
+def _is_candidate(path: Path) -> bool:
+    """Return True if a folder is a run folder, whole or not; hidden ones are in preparation."""
+    if path.name.startswith("."):
+        return False
+    try:
+        return (path / "journal").is_dir() or (path / "provenance.json").is_file()
+    except OSError:
+        return False
+
+
+def _read_run(path: Path) -> _Run:
+    """Read what a list shows of a run.
+
+    Raises:
+        FanfoldError: It is not a whole run folder.
+    """
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    try:
+        state = read_state(folder, about)
+        last = about["sessions"][-1] if about["sessions"] else {}
+        done, failed, usd = _read_counts(folder, about, last if state != "running" else {})
+        return _Run(
+            folder=str(path),
+            name=str(about["name"]),
+            run=str(about["run"]),
+            state=str(state),
+            items=int(about["input"]["items"]),
+            done=done,
+            failed=failed,
+            usd=usd,
+            model=str(about["model"]),
+            date=str(last.get("ended") or last.get("started") or ""),
+            simulated=None if about["simulated"] is None else bool(about["simulated"]),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        msg = f"{folder.provenance}: damaged ({type(error).__name__}: {error})"
+        raise ConfigurationError(msg) from None
+
+
+def _read_counts(
+    folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]
+) -> tuple[int | None, int | None, float | None]:
+    """Return the items done and failed, and dollars.
+
+    A session notes them at its end. While it runs, or after a kill, only the journal has them; a
+    large one is not read for a list.
+    """
+    if is_count(last.get("done")) and is_count(last.get("failed")):
+        usd = last.get("usd")
+        return last["done"], last["failed"], usd if isinstance(usd, int | float) else None
+    if sum(file.stat().st_size for file in folder.journal.glob("*.jsonl")) > _MOST_READ:
+        return None, None, None
+    ids = get_run_ids(about)
+    with Journal(folder.journal, ids, about["input"]["items"]) as journal:
+        counts, cost = journal.count_items(), read_cost(folder, ids, journal.usage_by_session)
+    usd = None if cost.nano_usd is None else cost.nano_usd / NANO_PER_USD
+    return counts.done, counts.failed, usd
+
+
+def _columns(runs: list[_Run]) -> list[Column]:
+    """Return the columns, the most important first."""
+    return [
+        Column("run", [run.folder for run in runs], is_key=True),
+        Column("state", [run.state for run in runs]),
+        Column("items", [_format_items(run) for run in runs], is_number=True),
+        Column("failed", [_format_count(run.failed) for run in runs], is_number=True),
+        Column("cost", [_format_cost(run) for run in runs], is_number=True),
+        Column("model", [run.model for run in runs]),
+        Column("date (UTC)", [run.date[:16].replace("T", " ") for run in runs], is_number=True),
+        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
+        Column("name", [run.name for run in runs]),
+    ]
+
+
+def _format_items(run: _Run) -> str:
+    """Return the number of items, and how many of them have ended if not all have."""
+    if run.done is None or run.failed is None:
+        return f"{_UNKNOWN}/{run.items:,}"
+    ended = run.done + run.failed
+    return f"{run.items:,}" if ended == run.items else f"{ended:,}/{run.items:,}"
+
+
+def _format_count(count: int | None) -> str:
+    return _UNKNOWN if count is None else f"{count:,}"
+
+
+def _format_cost(run: _Run) -> str:
+    if run.usd is not None:
+        return format_usd_amount(run.usd)
+    return _UNKNOWN if run.done is None else _NOTHING
+
+
+def _format_simulated(simulated: bool | None) -> str:
+    return (
+        {True: "yes", False: "no"}.get(simulated, _NOTHING) if simulated is not None else _NOTHING
+    )

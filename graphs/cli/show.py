@@ -1,0 +1,117 @@
+"""``fanfold show``: the first rows of the results as a table, with selected columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.fields import FieldPath, split_column
+from ...backends.core.types import Json
+from ...backends.storage.results import ResultLayout
+from ...backends.storage.results_schema import INPUT_ROW, ResultRow
+from ...backends.storage.run_folder import open_folder
+from ..run.console import Terminal, print_json, print_messages
+from ..run.result_rows import open_result_source
+from .format import Column, make_table
+
+_ID: Final = "id"
+_OPTIONAL: Final = ("prompt",)
+_MOST_NAMES: Final = 40
+"""Names that a message lists."""
+
+_Cell: TypeAlias = Callable[[ResultRow], Json]
+
+
+def show_rows(
+    path: Path, columns: str | None, status: str | None, limit: int, as_json: bool
+) -> None:
+    """Show the first rows of the results so far.
+
+    Args:
+        path: The run folder.
+        columns: Names of columns, separated by commas; None shows the answer and the input.
+        status: ``done`` or ``failed``; None for both.
+        limit: Number of rows.
+        as_json: Print JSON instead of a table.
+
+    Raises:
+        ConfigurationError: The folder is no run folder, or has no such column.
+        JournalError: The journal or the items are damaged.
+    """
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    optional = [name for name in _OPTIONAL if names is not None and name in names]
+    with open_result_source(folder, optional) as source:
+        chosen = names or _default_names(source.layout, status)
+        cells = {name: _find_column(name, source.layout) for name in (_ID, *chosen)}
+        found = list(islice(source.iter_rows(status), limit + 1))
+    rows = [{name: cell(row) for name, cell in cells.items()} for row in found[:limit]]
+    if as_json:
+        print_json({"run": about["run"], "simulated": about["simulated"], "rows": rows})
+        return
+    if about["simulated"]:
+        print_messages(["SIMULATED: the answers come from no language model"])
+    console = Terminal()
+    for part in make_table([_make_column(name, rows) for name in cells], console.width):
+        console.print(part)
+    if len(found) > limit:
+        print_messages(
+            [f"the first {limit:,} rows; more with --limit N, all with: fanfold results {path}"]
+        )
+
+
+def _make_column(name: str, rows: Sequence[dict[str, Json]]) -> Column:
+    values = [row[name] for row in rows]
+    numeric = all(isinstance(value, int | float) for value in values if value is not None)
+    return Column(name, values, is_key=name == _ID, is_number=numeric and bool(values))
+
+
+def _default_names(layout: ResultLayout, status: str | None) -> list[str]:
+    """Return the columns of answer and input, or of the errors."""
+    if status == "failed":
+        return ["error_class", "error"]
+    taken = {*layout.head, *layout.tail, *layout.input_names().values()}
+    parts = [name for name, _ in layout.output.parts] if layout.output.kind == "struct" else []
+    answer = [f"output.{name}" if name in taken else name for name in parts]
+    return ["status", *(answer or ["output"]), *layout.input_names().values()]
+
+
+def _find_column(name: str, layout: ResultLayout) -> _Cell:
+    """Return the function that reads a column from a row.
+
+    Raises:
+        ConfigurationError: The results have no such column.
+    """
+    if name in (*layout.head, *layout.tail, "output"):
+        return lambda row: row.get(name)
+    sources = {column: source for source, column in layout.input_names().items()}
+    if name in sources:
+        return lambda row: row[INPUT_ROW].get(sources[name])
+    path = FieldPath.parse(name)
+    is_known = (
+        split_column(".".join(path.keys), layout.input_names()) is not None
+        if path.source == "input"
+        else layout.output.kind not in {"struct", "free"}
+        or path.keys[:1] in {(part,) for part, _ in layout.output.parts}
+    )
+    if is_known and path.keys:
+        return lambda row: path.pick(row.get("output"), row[INPUT_ROW])
+    known = [
+        *layout.head,
+        "output",
+        *(f"output.{part}" for part, _ in layout.output.parts if layout.output.kind == "struct"),
+        *sources,
+        *layout.tail,
+        *_OPTIONAL,
+    ]
+    known = list(dict.fromkeys(known))
+    short = [one.rpartition(".")[2] for one in known]
+    close = get_close_matches(name, [*known, *short], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    listed = ", ".join(known[:_MOST_NAMES]) + (", …" if len(known) > _MOST_NAMES else "")
+    raise ConfigurationError(f"--columns: no column {name!r} (there are {listed}){hint}")

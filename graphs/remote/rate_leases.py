@@ -1,0 +1,188 @@
+"""Parts of the run's rate limits, lent to worker processes through a file in the journal folder."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+from ...backends.core.messages import ShardTask
+from ...backends.core.values import parse_json
+from ...backends.fleet.rate_limit import RateLimiter
+from ...configs.models import RunConfig
+from .heartbeat import rates_file
+
+logger = logging.getLogger(__name__)
+
+_READ_S: Final = 2.0
+_LOST_S: Final = 10.0
+"""A worker that cannot read its share for so long uses the share that each worker has."""
+_LAG_S: Final = _LOST_S + 5.0
+"""A lowered share counts at its former height for so long, beyond the length of a window."""
+_SETTLED_S: Final = 10.0
+"""Shares grow when no worker has come or gone for so long."""
+_LINGER_S: Final = 20.0
+"""A worker without a task keeps its share for so long: it usually gets the next one."""
+_LEAST: Final = 1e-9
+
+
+class RateLender:
+    """Divides the rate limits of a run among its workers; pure, time is passed in.
+
+    In any window the largest shares of all workers, added, are at most 1: a share that is lowered
+    counts at its former height until every window has ended in which it may have been used.
+
+    Args:
+        base: Share of a worker while all that are configured work.
+        window_s: Length of the longest window, in seconds.
+    """
+
+    def __init__(self, base: float, window_s: float) -> None:
+        self._base, self._hold_s = base, window_s + _LAG_S
+        self._shares: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
+        self._held: list[tuple[float, float]] = []
+        self._changed_at = 0.0
+
+    def update(self, workers: Collection[str], now: float) -> Mapping[str, float]:
+        """Return the share of each worker.
+
+        Args:
+            workers: Those that work on a task now.
+            now: Monotonic time in seconds.
+        """
+        self._held = [(until, part) for until, part in self._held if until > now]
+        self._seen |= dict.fromkeys(workers, now)
+        for worker in [w for w, seen in self._seen.items() if now - seen > _LINGER_S]:
+            del self._seen[worker]
+            self._hold(self._shares.pop(worker), now)
+            self._changed_at = now
+        for worker in workers:
+            if worker not in self._shares:
+                self._shares[worker], self._changed_at = 0.0, now
+        if self._shares:
+            self._divide(now)
+        return dict(self._shares)
+
+    def _hold(self, part: float, now: float) -> None:
+        if part > 0:
+            self._held.append((now + self._hold_s, part))
+
+    def _divide(self, now: float) -> None:
+        fair = 1.0 / len(self._shares)
+        settled = now - self._changed_at >= _SETTLED_S
+        target = fair if settled else min(self._base, fair)
+        for worker, share in self._shares.items():
+            if share > fair + _LEAST:
+                self._hold(share - fair, now)
+                self._shares[worker] = fair
+        free = 1.0 - sum(self._shares.values()) - sum(part for _, part in self._held)
+        for worker in sorted(self._shares, key=self._shares.__getitem__):
+            more = min(target - self._shares[worker], free)
+            if more > _LEAST:
+                self._shares[worker] += more
+                free -= more
+
+
+class RateFile:
+    """Writes the shares of a session's workers for them to read.
+
+    Args:
+        journal: The journal folder that the workers share.
+        token: Identifies the session.
+        lender: Divides the limits.
+    """
+
+    def __init__(self, journal: Path, token: str, lender: RateLender) -> None:
+        self._file, self._lender = rates_file(journal, token), lender
+        self._written: Mapping[str, float] = {}
+        self._failed = False
+
+    def update(self, workers: Collection[str]) -> None:
+        """Divide the limits among the workers, and write their shares if they changed; blocks."""
+        shares = self._lender.update(workers, time.monotonic())
+        if shares == self._written:
+            return
+        new = self._file.with_name(f"{self._file.name}.new")
+        try:
+            new.write_bytes(orjson.dumps({"shares": dict(shares)}))
+            os.replace(new, self._file)  # noqa: PTH105 - the pair of write_bytes
+        except OSError as error:
+            if not self._failed:
+                logger.warning("%s: cannot be written (will retry): %s", new, error.strerror)
+            self._failed = True
+        else:
+            self._written, self._failed = shares, False
+
+    def remove(self) -> None:
+        """Remove the file; blocks."""
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+
+
+def open_rate_file(config: RunConfig, journal: Path | None, token: str) -> RateFile | None:
+    """Return what lends rates to workers; None if there is no limit that they share, or no folder.
+
+    Without it each worker keeps its share of all that are configured.
+    """
+    limits, backend, first = config.limits, config.backend, config.endpoints.first
+    rates = [limits.requests_per_s, limits.tokens_per_min]
+    if not backend.node_endpoints:
+        rates += [limits.endpoint_requests_per_s, limits.endpoint_tokens_per_min]
+    limited = any(rate is not None for rate in rates) or first is not None or config.endpoints.auto
+    if journal is None or not limited or backend.concurrent_shards == 1:
+        return None
+    window_s = max(60.0, 0.0 if first is None else first.window_s)
+    return RateFile(journal, token, RateLender(1.0 / backend.concurrent_shards, window_s))
+
+
+@asynccontextmanager
+async def follow_share(task: ShardTask, limiter: RateLimiter, worker: str) -> AsyncIterator[None]:
+    """Keep to this worker's share of the rate limits while the block runs.
+
+    Args:
+        task: The task.
+        limiter: The quotas of this process.
+        worker: This worker's name.
+    """
+    if task.journal is None or "token" not in task.run or not limiter.has_quota:
+        yield
+        return
+    file = rates_file(Path(task.journal), task.run["token"])
+    shares = await asyncio.to_thread(_read_shares, file)
+    if shares is not None and worker not in shares:
+        limiter.set_share(0.0)  # until the coordinator has seen this worker, which takes seconds
+    following = asyncio.create_task(_follow(file, limiter, worker))
+    try:
+        yield
+    finally:
+        following.cancel()
+        await asyncio.wait({following})
+
+
+async def _follow(file: Path, limiter: RateLimiter, worker: str) -> None:
+    heard_at = time.monotonic()
+    while True:
+        await asyncio.sleep(_READ_S)
+        shares = await asyncio.to_thread(_read_shares, file)
+        if shares is not None and worker in shares:
+            heard_at = time.monotonic()
+            limiter.set_share(shares[worker])
+        elif time.monotonic() - heard_at > _LOST_S:
+            limiter.set_share(min(limiter.base_share, limiter.share or limiter.base_share))
+
+
+def _read_shares(file: Path) -> dict[str, float] | None:
+    """Return the shares of workers by name; None if they cannot be read; blocks."""
+    try:
+        shares = parse_json(file.read_bytes())["shares"]
+        return {str(name): min(1.0, max(0.0, float(share))) for name, share in shares.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
