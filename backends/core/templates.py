@@ -71,7 +71,7 @@ class Template:
             return self.parts[0]
         try:
             return "".join(
-                part if n % 2 == 0 else _text(row[part]) for n, part in enumerate(self.parts)
+                [part if n % 2 == 0 else _text(row[part]) for n, part in enumerate(self.parts)]
             )
         except KeyError:  # a name that is no column: a field inside a column, or missing
             return "".join(

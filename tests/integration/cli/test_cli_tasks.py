@@ -144,3 +144,8 @@ def test_several_messages_are_sent_in_order(shell: Shell) -> None:
     replaced = ["--set", "task.messages=", "--set", "task.prompt=Improve {abstract}"]
     said = shell("check", "c.yaml", *replaced)
     assert said.code == 0, said.err
+    talk = 'task.messages=[{role: user, content: "Rate {smiles}"}]'
+    bare = ["--set", 'task.prompt=""', "--set", 'task.system=""']  # as the page shows it
+    said = shell("check", "molecular_screening", "--limit", "2", "--set", talk, *bare)
+    assert said.code == 0, said.err
+    assert "user: Rate " in said.out

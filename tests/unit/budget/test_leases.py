@@ -222,3 +222,27 @@ async def test_a_lease_expires_while_its_host_is_suspended(
         with pytest.raises(BudgetExhaustedError, match="expired"):
             await held.balance.reserve(Amount(1))
     await lent.budget.balance.aclose()
+
+
+@pytest.mark.parametrize("row", [{"x": "gold"}, {"y": "no column of the prompt"}])
+async def test_a_lease_covers_the_examples(tmp_path: Path, row: dict[str, Any]) -> None:
+    async def lend(name: str, **task: Any) -> int:
+        config = load_config(
+            {
+                "task": {"prompt": "Judge {x}"} | task,
+                "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
+            }
+        ).config
+        logs = SpendLogs(tmp_path / name, "run")
+        settings = BudgetSettings(BudgetLimits.from_settings(tokens=10**9), NO_PRICES)
+        budget = Budget(settings, Amount(), logs.create(logs.session_path(1)))
+        leases = LeaseTable(budget.balance, logs, {})
+        lender = LeaseManager(RunBudget(budget, leases, logs), config, "m", lambda: 1)
+        lease = await lender.lend(order_in(tmp_path, items=[(0, "a", row, None)]))
+        await budget.balance.aclose()
+        assert lease is not None
+        caps: Any = lease["caps"]
+        return int(caps["tokens"])
+
+    examples = [{"x": "a long story " * 100, "output": "dull"}] * 3
+    assert await lend("few", examples=examples) > await lend("none") + 3 * 100
