@@ -213,9 +213,13 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
             if config.endpoints.needs_probe:
                 yield await find_ready_endpoints(endpoint_set, model, config.endpoints.models)
             else:
-                yield ReadyEndpoints(
-                    endpoint_set.specs, model, simulated, endpoint_set=endpoint_set
+                names = config.endpoints.models
+                specs = tuple(
+                    spec
+                    for spec in endpoint_set.specs
+                    if spec.model in {None, model} or names.get(spec.model) == model
                 )
+                yield ReadyEndpoints(specs, model, simulated, endpoint_set=endpoint_set)
 
 
 def _make_stop_check(task: ShardTask) -> Callable[[], str | None]:

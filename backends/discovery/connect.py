@@ -10,7 +10,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -384,8 +384,20 @@ async def open_endpoint_set(
         yield make_gateway_set(endpoints.first, endpoints.proxy)
     else:
         specs = await asyncio.to_thread(list_endpoint_specs, endpoints, written)
-        key, file = get_endpoints_key(endpoints), endpoints.file
-        yield EndpointSet(tuple(specs), None if file is None else FileSource(Path(file), key))
+        if endpoints.file is None:
+            yield EndpointSet(tuple(specs))
+            return
+        file = FileSource(Path(endpoints.file), get_endpoints_key(endpoints))
+        if specs:
+            yield EndpointSet(tuple(specs), file)
+            return
+        listed = await file.list_endpoints()
+        by = "" if file.registry is None else f" by {file.registry.url}"
+        yield EndpointSet(
+            tuple(listed),
+            file,
+            reason=f"{endpoints.file} is not written yet; listed{by}, Aegis' registry",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,8 +470,11 @@ async def find_ready_endpoints(
         ConfigurationError: No endpoint answers, none serves the model, the model is not settled, or
             simulated and real endpoints are mixed.
     """
+    name = model or endpoint_set.model
+    if endpoint_set.source is not None and name is not None:
+        _check_tags(endpoint_set.specs, name, names)
     found = await endpoint_set.probe()
-    matched = select_model(found, model or endpoint_set.model, names)
+    matched = select_model(found, name, names)
     specs = matched.specs
     if endpoint_set.gateway is not None:
         specs = endpoint_set.gateway.make_members(found, specs, matched.model)
@@ -474,6 +489,18 @@ async def find_ready_endpoints(
         endpoint_set,
         matched.ready,
     )
+
+
+def _check_tags(specs: Sequence[EndpointSpec], name: str, names: Mapping[str, str]) -> None:
+    """Check that a list that may grow has an endpoint for the model.
+
+    Raises:
+        NoEndpointError: All are listed with another model.
+    """
+    tags = {spec.model for spec in specs}
+    if all(tag is not None and name not in {tag, names.get(tag)} for tag in tags):
+        listed = ", ".join(sorted(tag for tag in tags if tag is not None))
+        raise NoEndpointError(f"no endpoint serves model.name {name!r}; listed so far: {listed}")
 
 
 @asynccontextmanager
