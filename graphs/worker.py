@@ -40,6 +40,7 @@ from ..backends.discovery.connect import (
     open_cache,
     open_endpoint_set,
     open_fleet,
+    unpack_deployments,
 )
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
@@ -203,6 +204,8 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
     if task.urls is not None:
         key = config.endpoints.api_key.get_secret_value()
         yield ReadyEndpoints(tuple(EndpointSpec(url, key) for url in task.urls), model, simulated)
+    elif task.deployments is not None:
+        yield unpack_deployments(config, task.deployments, model)
     elif config.backend.node_endpoints:
         async with node_endpoints(
             config, written, model, simulated, _make_stop_check(task)

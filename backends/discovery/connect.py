@@ -503,6 +503,70 @@ def _check_tags(specs: Sequence[EndpointSpec], name: str, names: Mapping[str, st
         raise NoEndpointError(f"no endpoint serves model.name {name!r}; listed so far: {listed}")
 
 
+async def wait_for_model(config: RunConfig, ready: ReadyEndpoints, run: str) -> ReadyEndpoints:
+    """Wait until the model runs behind a gateway, start it if needed, and log the choice.
+
+    Workers get their tasks after that, because each of them would start the model itself.
+
+    Args:
+        config: The settings.
+        ready: The endpoints.
+        run: The run's id.
+
+    Returns:
+        The endpoints with their states now.
+
+    Raises:
+        FanfoldError: The model does not start.
+    """
+    if not ready.specs or any(_is_running(spec) for spec in ready.specs):
+        _log_choice(ready)
+        return ready
+    async with open_fleet(config, ready, run=run) as fleet:
+        await fleet.wait_alive()
+        started = {one.label for one in fleet.endpoints if not one.standby and not one.ejected}
+    specs = tuple(
+        replace(spec, state=DeploymentState.RUNNING) if spec.label in started else spec
+        for spec in ready.specs
+    )
+    return replace(ready, specs=specs)
+
+
+def _log_choice(ready: ReadyEndpoints) -> None:
+    """Log which endpoints were chosen, if there was a choice."""
+    if ready.endpoint_set is not None and ready.endpoint_set.reason is not None:
+        choice_logger.info("endpoints: %s", ready.endpoint_set.reason)
+
+
+def _is_running(spec: EndpointSpec) -> bool:
+    return spec.watch is None or spec.state in {None, DeploymentState.RUNNING}
+
+
+def pack_deployments(config: RunConfig, ready: ReadyEndpoints) -> list[dict[str, Any]] | None:
+    """Return the chosen deployments of the configured gateway for workers; None without one."""
+    endpoint_set = ready.endpoint_set
+    if config.endpoints.first is None or endpoint_set is None or endpoint_set.gateway is None:
+        return None
+    return endpoint_set.gateway.pack_members(ready.specs, ready.model)
+
+
+def unpack_deployments(
+    config: RunConfig, deployments: Sequence[Mapping[str, Any]], model: str
+) -> ReadyEndpoints:
+    """Return the endpoints of a worker: deployments that its coordinator chose; sends no request.
+
+    Raises:
+        ConfigurationError: They are malformed, or the settings have no gateway.
+    """
+    endpoints = config.endpoints
+    if endpoints.first is None:
+        raise ConfigurationError("the task names deployments, but the settings have no gateway")
+    endpoint_set = make_gateway_set(endpoints.first, endpoints.proxy)
+    assert endpoint_set.gateway is not None, "it was made for one"
+    specs = endpoint_set.gateway.unpack_members(deployments, model)
+    return ReadyEndpoints(specs, model, simulated=False, endpoint_set=endpoint_set)
+
+
 @asynccontextmanager
 async def open_fleet(
     config: RunConfig,
@@ -521,8 +585,7 @@ async def open_fleet(
         run: The run's id, or None.
     """
     endpoint_set = ready.endpoint_set
-    if endpoint_set is not None and endpoint_set.reason is not None:
-        choice_logger.info("endpoints: %s", endpoint_set.reason)
+    _log_choice(ready)
     for line in ready.absent[:_WARNED]:
         logger.warning("endpoint %s", line)
     if len(ready.absent) > _WARNED:

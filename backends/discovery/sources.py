@@ -440,8 +440,10 @@ class RegistrySource:
         kept = {u: s for u, s in self._known.items() if self._missing[u] < self._patience}
         self._known = kept | listed
         if not self._known:
-            found = f"{len(services)} servers, none healthy yet" if services else "no server"
-            raise NoEndpointError(f"{self._where}: {self.url} lists {found}")
+            found = f"{len(services)} servers, none healthy yet" if services else "no server yet"
+            raise NoEndpointError(
+                f"{self._where}: {self.url} lists {found} (endpoints.wait_s waits for the first one)"
+            )
         return merge_spellings(self._known.values())
 
     async def _services(self) -> list[dict[str, Any]]:
