@@ -262,9 +262,12 @@ _LONGEST_URL: Final = 2048
 
 def locate_file(path: Path) -> Path:
     """Return the endpoints file that a path means: in a folder of Aegis its own file; blocks."""
-    if path.is_dir() and any((path / name).exists() for name in (AEGIS_FILE, AEGIS_REGISTRY_FILE)):
-        return path / AEGIS_FILE
-    return path
+    names = (AEGIS_FILE, AEGIS_REGISTRY_FILE)
+    try:
+        is_aegis = path.is_dir() and any((path / name).exists() for name in names)
+    except OSError:  # who reads it reports it
+        return path
+    return path / AEGIS_FILE if is_aegis else path
 
 
 def find_registry_file(path: Path) -> Path | None:
@@ -277,11 +280,20 @@ def find_registry_file(path: Path) -> Path | None:
         path: The endpoints file, or the folder that Aegis writes to.
     """
     path = locate_file(path)
-    if not path.suffix or (path.exists() and (path.is_dir() or path.stat().st_size)):
+    try:
+        status = path.stat()
+        is_written = S_ISDIR(status.st_mode) or status.st_size > 0
+    except FileNotFoundError:
+        is_written = not path.suffix
+    except OSError:
+        return None  # who reads it reports it
+    if is_written:
         return None
     beside = dict.fromkeys((path.resolve().parent, path.parent))  # it is a link to the newest run
-    files = (folder / AEGIS_REGISTRY_FILE for folder in beside)
-    return next((file for file in files if file.is_file()), None)
+    try:
+        return next((f for d in beside if (f := d / AEGIS_REGISTRY_FILE).is_file()), None)
+    except OSError:
+        return None
 
 
 def read_registry_file(path: Path, key: ApiKey = NO_KEY) -> RegistrySource:
@@ -442,7 +454,7 @@ class RegistrySource:
         if not self._known:
             found = f"{len(services)} servers, none healthy yet" if services else "no server yet"
             raise NoEndpointError(
-                f"{self._where}: {self.url} lists {found} (endpoints.wait_s waits for the first one)"
+                f"{self._where}: {self.url} lists {found} (endpoints.wait_s waits for one)"
             )
         return merge_spellings(self._known.values())
 

@@ -210,7 +210,12 @@ def test_which_files_a_registry_replaces(tmp_path: Path) -> None:
     assert find_registry_file(tmp_path / "servers") is None  # a folder that nodes will write to
     (tmp_path / "servers").mkdir()
     assert find_registry_file(tmp_path / "servers") is None
+    loop = tmp_path / "loop.txt"
+    loop.symlink_to(loop)
+    for bad in (loop, tmp_path / ("x" * 300 + ".txt"), path / "below.txt"):
+        assert find_registry_file(bad) is None
     path.write_text("a:1\n")
+    assert find_registry_file(path / "below.txt") is None
     assert find_registry_file(path) is find_registry_file(tmp_path) is None
 
 
