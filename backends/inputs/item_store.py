@@ -178,6 +178,17 @@ class ItemStore:
         with self._convert_errors():
             return list(self._items(lo, hi))
 
+    def iter_ids(self) -> Iterator[str]:
+        """Yield the ids of all items in order, without their columns.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        for number in range(len(self._header.starts)):
+            with self._convert_errors():
+                names: list[str] = self._reader.get_batch(number).column("id").to_pylist()
+            yield from names
+
     def iter_rows(self, indices: Iterable[int]) -> Iterator[tuple[Row, int]]:
         """Yield the columns of items, and their size in bytes; fast for rising indices.
 

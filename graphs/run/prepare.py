@@ -13,13 +13,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import orjson
 
@@ -216,12 +216,18 @@ class ReadyRun:
     endpoints: ReadyEndpoints | None = None
 
 
-async def prepare_run(
+ExtendRun: TypeAlias = Callable[[RunFolder, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+"""Fills the journal of a run in preparation; gets its provenance, returns what to add to it."""
+
+
+async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     loaded: LoadedConfig,
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
     defer_endpoints: bool = False,
+    *,
+    extend: ExtendRun | None = None,
 ) -> ReadyRun:
     """Check input and endpoints, and create the run folder.
 
@@ -231,6 +237,7 @@ async def prepare_run(
         items: Items that replace the configured input.
         allow_simulated: Allow a simulated fleet.
         defer_endpoints: Do not check the endpoints, because a job will start them.
+        extend: Takes over items of another run before the folder appears under its name.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
@@ -273,6 +280,8 @@ async def prepare_run(
             "input": describe_input(summary, given.path if items is None else None),
             "sessions": [],
         }
+        if extend is not None:
+            about |= await extend(folder, about)
         await asyncio.to_thread(_write, folder, path, loaded, about)
     return ReadyRun(RunFolder(path), loaded, endpoints=ready)
 
