@@ -156,6 +156,7 @@ class Overrides:
     yes: bool = False
     extends: Path | None = None
     ask_again: str | None = None
+    only: str | None = None
 
     @property
     def budget_assignments(self) -> list[str]:

@@ -110,11 +110,21 @@ def run(  # noqa: PLR0913 - typer wants one parameter per option
             help="With --from: finished items to ask again; default: by what has changed.",
         ),
     ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="CONDITIONS",
+            parser=nonempty,
+            help="With --from: only items that were failed, or e.g. 'output.score > 0.8'.",
+        ),
+    ] = None,
 ) -> None:
     """Run a batch, or resume it if the run folder exists."""
     from .run import run_or_resume
 
-    changes = replace(changes, pilot=pilot, yes=yes, extends=extends, ask_again=ask_again)
+    changes = replace(changes, pilot=pilot, yes=yes)
+    changes = replace(changes, extends=extends, ask_again=ask_again, only=only)
     raise typer.Exit(run_or_resume(config, out, changes, output))
 
 

@@ -16,6 +16,8 @@ def plan_lines(plan: ExtensionPlan) -> Iterator[str]:
     """Yield what a run takes over, asks and drops, and what the asked items may cost."""
     mark = "SIMULATED: " if plan.simulated else ""
     yield f"{mark}extends run {plan.run} in {plan.path}"
+    if plan.only is not None:
+        yield f"  only items with: {plan.only}"
     failed = f", {plan.failed:,} failed" if plan.failed else ""
     yield f"  kept, at no cost: {plan.done:,} done{failed}"
     reasons = {
@@ -29,7 +31,7 @@ def plan_lines(plan: ExtensionPlan) -> Iterator[str]:
     if plan.invalid:
         yield f"  invalid, fail without a call: {plan.invalid:,}"
     if plan.dropped:
-        yield f"  dropped, of that run but not in this input: {plan.dropped:,}"
+        yield f"  dropped, of that run but not in this one: {plan.dropped:,}"
     if plan.forecast is not None and plan.plan is not None:
         found = plan.forecast
         like = f", as in {found.measured}" if found.measured else ""

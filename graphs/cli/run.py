@@ -106,18 +106,19 @@ def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: O
     Raises:
         ConfigurationError: The options or the settings are wrong.
     """
-    _check_ask_again(overrides)
+    _check_extension_options(overrides)
     loaded, notices = overrides.resolve(config)
     print_messages(notices)
     return run_in_folder(out or default_run_folder(loaded.config.name), loaded, overrides, output)
 
 
-def _check_ask_again(overrides: Overrides) -> None:
+def _check_extension_options(overrides: Overrides) -> None:
     given = overrides.ask_again
     if given is not None and given not in ASK_AGAIN:
         raise ConfigurationError(f"--ask-again {given}: choose one of {', '.join(ASK_AGAIN)}")
-    if given is not None and overrides.extends is None:
-        raise ConfigurationError("--ask-again needs --from DIR, the run whose items are meant")
+    for option, value in (("--ask-again", given), ("--only", overrides.only)):
+        if value is not None and overrides.extends is None:
+            raise ConfigurationError(f"{option} needs --from DIR, the run whose items are meant")
 
 
 def run_in_folder(
@@ -216,8 +217,10 @@ async def _prepare_session(
     await check_saver(overrides.checkpointer)
     if loaded is not None and is_vacant(path):
         extension = await _open_extension(loaded, overrides, output)
-        extend = None if extension is None else extension.take_over
-        run = await with_deadline(prepare_run(loaded, path, extend=extend), end)
+        extend = only = None
+        if extension is not None:
+            extend, only = extension.take_over, extension.selected
+        run = await with_deadline(prepare_run(loaded, path, extend=extend, only=only), end)
         if not output.quiet:
             print_messages(_about(run.folder))
     else:
@@ -250,7 +253,7 @@ async def _open_extension(
     asks = is_interactive() and not output.as_json
     confirm = make_confirmation(overrides.yes, asks)
     return await asyncio.to_thread(
-        Extension.open, overrides.extends, loaded, overrides.ask_again, confirm
+        Extension.open, overrides.extends, loaded, overrides.ask_again, confirm, overrides.only
     )
 
 

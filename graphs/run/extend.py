@@ -14,12 +14,15 @@ from typing import Any, Final
 from ...backends.budget.pricing import read_price
 from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
+from ...backends.core.selection import Selection
 from ...backends.core.types import Item, Json, Message
+from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
+from ...configs.raw_settings import get_at_path
 from ...nodes.shard.record import ItemDigests
 from .estimate import count_nodes, make_run_plan
 from .forecast import Forecast, Range, RunPlan, forecast, measure_items
@@ -51,6 +54,7 @@ class ExtensionPlan:
         again: Finished items to ask again.
         invalid: Items that fail without a request.
         dropped: Items of the other run that this run does not have.
+        only: Conditions that select items of the other run, or None.
         plan: Requests for the items to ask.
         forecast: Their estimate.
     """
@@ -66,6 +70,7 @@ class ExtensionPlan:
     again: int = 0
     invalid: int = 0
     dropped: int = 0
+    only: str | None = None
     plan: RunPlan | None = None
     forecast: Forecast | None = None
 
@@ -82,6 +87,7 @@ class ExtensionPlan:
             "failed": self.failed,
             "asked": self.asked,
             "dropped": self.dropped,
+            "only": self.only,
         }
 
 
@@ -95,12 +101,16 @@ class Extension:
         ask_again: Finished items that are asked again: ``cut``, ``failed`` or ``all``; None decides
             by what has changed.
         confirm: Called with the plan before the new run's folder appears; it raises to stop.
+        only: Conditions that select items of the other run, or None.
+        selected: Ids of these items, or None.
     """
 
     source: RunFolder
     loaded: LoadedConfig
     ask_again: str | None
     confirm: Callable[[ExtensionPlan], Awaitable[None]]
+    only: str | None = None
+    selected: frozenset[str] | None = None
 
     @classmethod
     def open(
@@ -109,8 +119,9 @@ class Extension:
         loaded: LoadedConfig,
         ask_again: str | None,
         confirm: Callable[[ExtensionPlan], Awaitable[None]],
+        only: str | None = None,
     ) -> Extension:
-        """Check that a run can be extended; blocks.
+        """Check that a run can be extended, and select its items; blocks.
 
         Raises:
             ConfigurationError: There is no run, a session is working on it, or its items have no
@@ -131,7 +142,12 @@ class Extension:
                 "be paid twice; wait until it ends, or stop it"
             )
             raise ConfigurationError(msg)
-        return cls(source, loaded, ask_again, confirm)
+        if only is None:
+            return cls(source, loaded, ask_again, confirm)
+        selection, ids = _select_items(source, only)
+        if ask_again is None and "failed" in selection.statuses:
+            ask_again = "failed"  # they were selected for that
+        return cls(source, loaded, ask_again, confirm, only, ids)
 
     async def take_over(self, folder: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
         """Write the records that are taken over into the journal of a run in preparation.
@@ -197,8 +213,39 @@ class Extension:
             ),
             build_messages=prompt.build_messages,
             ask_again=self.ask_again or _choose_ask_again(self.source, self.loaded),
-            plan=ExtensionPlan(before["run"], self.source.path, bool(about["simulated"])),
+            plan=ExtensionPlan(
+                before["run"], self.source.path, bool(about["simulated"]), only=self.only
+            ),
         )
+
+
+def _select_items(source: RunFolder, only: str) -> tuple[Selection, frozenset[str]]:
+    """Return the conditions, and the ids of the finished items of a run that fulfil them.
+
+    Raises:
+        ConfigurationError: The conditions cannot be read, or no item fulfils them.
+    """
+    about = source.read_provenance()
+    schema = get_at_path(read_settings(source.settings).data, ("task", "schema"))
+    with (
+        ItemStore(source.items) as store,
+        Journal(source.journal, get_run_ids(about), len(store)) as journal,
+    ):
+        answer = schema if isinstance(schema, Mapping) else None
+        try:
+            selection = Selection.parse(only, answer, describe_columns(store.types))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--only: {error.message}") from None
+        ended = [index for index in range(len(store)) if journal.is_finished(index)]
+        ids = set[str]()
+        for index, (row, _) in zip(ended, store.iter_rows(ended), strict=True):
+            record = journal.read_record(index)
+            if selection.holds(record["status"], record.get("output"), row):
+                ids.add(str(record["id"]))
+    if not ids:
+        msg = f"--only {only!r}: none of the {len(ended):,} finished items of {source.path} fits"
+        raise ConfigurationError(msg)
+    return selection, frozenset(ids)
 
 
 def _choose_ask_again(source: RunFolder, loaded: LoadedConfig) -> str | None:

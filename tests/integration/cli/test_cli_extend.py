@@ -64,7 +64,7 @@ def test_additional_rows(shell: Shell, fleet: Served) -> None:
     told = json.loads(said.out)
     assert "kept, at no cost: 2 done" in said.err
     assert "asked: 1 (1 not in that run)" in said.err
-    assert "not in this input: 1" in said.err
+    assert "not in this one: 1" in said.err
     assert "dollars: " in said.err
     assert fleet.requests == before + 1
     assert (told["done"], told["requests"], told["reused"]) == (3, 1, 2)
@@ -370,3 +370,57 @@ def test_budget_pays_only_what_is_asked(shell: Shell, fleet: Served) -> None:
     told = json.loads(shell("status", "new", "--json").out)
     assert (told["open"], told["requests"]) == (5, 5)
     assert told["total_to_finish"]["requests"] == 10
+
+
+def test_only_what_fits(shell: Shell, fleet: Served) -> None:
+    """A second prompt for the items whose answer and input fit; the selection holds on resume."""
+    rows = "".join(f"r{n},text {n},{'ab'[n % 2]}\n" for n in range(30))
+    (shell.folder / "in.csv").write_text("id,text,kind\n" + rows)
+    use(shell, fleet)
+    assert shell("run", "c.yaml", "--out", "old", "--quiet").code == 0
+    old = records(shell.folder / "old")
+    fit = [f"r{n}" for n in range(30) if old[f"r{n}"]["output"]["score"] > 0.5 and n % 2 == 0]
+    assert 0 < len(fit) < 15
+    before = fleet.requests
+    use(shell, fleet, task={"prompt": "Judge {text}", "schema": SCHEMA})
+    only = ("--only", "output.score > 0.5 and kind == a")
+    said = shell("run", "c.yaml", "--from", "old", "--out", "new", *YES, *only)
+    assert said.code == 0, said.err
+    assert f"only items with: {only[1]}" in said.err
+    assert fleet.requests == before + len(fit)
+    assert sorted(records(shell.folder / "new")) == sorted(fit)
+    plan = plan_of(shell.folder / "new")
+    assert counts(plan) == (0, 0, len(fit), 30 - len(fit))
+
+    os.utime(shell.folder / "in.csv")  # as after a copy: the same rows
+    with (shell.folder / "in.csv").open("a") as file:
+        file.write("r99,another,a\n")  # not selected
+    assert shell("resume", "new", "--quiet").code == 0
+    assert fleet.requests == before + len(fit)
+    changed = (shell.folder / "in.csv").read_text().replace(f"{fit[0]},text", f"{fit[0]},other")
+    (shell.folder / "in.csv").write_text(changed)
+    said = shell("resume", "new", "--quiet")
+    assert (said.code, "content of" in said.err) == (2, True)
+
+
+def test_only_failed(shell: Shell, truncated: dict[str, int]) -> None:
+    """Failed items are selected to be asked again, also if nothing has changed."""
+    arguments = ("run", "c.yaml", "--from", "old", "--out", "new", *YES, "--only", "failed")
+    assert shell(*arguments).code == 3
+    failed = sum(truncated.values())
+    assert counts(plan_of(shell.folder / "new")) == (0, 0, failed, 60 - failed)
+
+
+def test_only_refused(shell: Shell) -> None:
+    assert shell("run", "c.yaml", "--out", "old", "--quiet").code == 0
+    start = ("run", "c.yaml", "--from", "old", "--out", "new", *YES, "--only")
+    for only, says in (
+        ("failed", "none of the 3 finished items"),
+        ("score >", "cannot be read"),
+        ("scor > 1", "did you mean 'score'"),
+    ):
+        said = shell(*start, only)
+        assert (said.code, says in said.err) == (2, True), said.err
+    said = shell("run", "c.yaml", "--only", "failed", "--out", "new")
+    assert (said.code, "needs --from" in said.err) == (2, True)
+    assert not (shell.folder / "new").exists()
