@@ -226,7 +226,7 @@ async def _prepare_session(
     else:
         folder = open_folder(path)
         if overrides.extends is not None:
-            await asyncio.to_thread(_check_extended, folder, overrides.extends)
+            await asyncio.to_thread(_check_extended, folder, overrides.extends, overrides.only)
         run = await with_deadline(resume_run(folder, loaded), end)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(run.folder.raised_limits.unlink, missing_ok=True)
@@ -257,15 +257,19 @@ async def _open_extension(
     )
 
 
-def _check_extended(folder: RunFolder, source: Path) -> None:
+def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
     """Check that an existing run extends the run that is named; then it is resumed.
 
     The other folder may be gone by now.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: It does not, or by other items.
     """
     known = folder.read_provenance().get("from")
+    if known is not None and known["only"] != only:
+        chosen = "all items" if known["only"] is None else f"--only {known['only']!r}"
+        msg = f"{folder.path}: this run exists and was begun with {chosen}; choose another --out"
+        raise ConfigurationError(msg)
     if known is not None and not source.exists():
         return
     if known is None or known["run"] not in get_run_ids(open_folder(source).read_provenance()):

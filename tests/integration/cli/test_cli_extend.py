@@ -392,6 +392,8 @@ def test_only_what_fits(shell: Shell, fleet: Served) -> None:
     plan = plan_of(shell.folder / "new")
     assert counts(plan) == (0, 0, len(fit), 30 - len(fit))
 
+    said = shell("run", "c.yaml", "--from", "old", "--out", "new", *YES)
+    assert (said.code, "was begun with --only" in said.err) == (2, True)
     os.utime(shell.folder / "in.csv")  # as after a copy: the same rows
     with (shell.folder / "in.csv").open("a") as file:
         file.write("r99,another,a\n")  # not selected
