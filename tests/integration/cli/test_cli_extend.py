@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -321,31 +320,42 @@ def test_killed_while_or_after_taking_over(shell: Shell, fleet: Served, lines: i
     assert (told["done"], told["requests"], told["reused"]) == (40, 10, 30)
 
 
-@pytest.mark.parametrize("answer", [b"y\n", b"n\n", b"\x03"])
-def test_asks_on_a_terminal(shell: Shell, fleet: Served, answer: bytes) -> None:
+@pytest.mark.parametrize("answer", [b"y\n", b"n\n", None])
+def test_asks_on_a_terminal(shell: Shell, fleet: Served, answer: bytes | None) -> None:
+    """Yes begins; no, and Ctrl-C (None), leave nothing behind."""
     use(shell, fleet)
     assert shell("run", "c.yaml", "--out", "old", "--quiet", "--limit", "2").code == 0
     before = fleet.requests
     arguments = ["run", "c.yaml", "--from", "old", "--out", "new", "--quiet"]
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "fanfold", *arguments])
-    said, until = b"", time.monotonic() + 60
-    while b"[y/N]" not in said and time.monotonic() < until:
-        said += os.read(terminal, 4096)
-    assert b"asked: 1" in said
-    os.write(terminal, answer)
-    try:
-        while more := os.read(terminal, 4096):
+    own, its = pty.openpty()
+    command = [sys.executable, "-m", "fanfold", *arguments]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        said = b""
+        while b"[y/N]" not in said:
+            more = read_terminal(own)
+            assert more, said
             said += more
-    except OSError:  # the other side has been closed
-        pass
-    _, status = os.waitpid(child, 0)
-    os.close(terminal)
+        assert b"asked: 1" in said
+        if answer is None:
+            process.send_signal(signal.SIGINT)
+        else:
+            os.write(own, answer)
+        while more := read_terminal(own):
+            said += more
+        code = process.wait(60)
+    os.close(own)
     is_yes = answer == b"y\n"
-    assert os.waitstatus_to_exitcode(status) == (0 if is_yes else 1), said
+    assert code == (0 if is_yes else 1), said
     assert fleet.requests == before + is_yes
     assert (shell.folder / "new").exists() is is_yes
+
+
+def read_terminal(handle: int) -> bytes:
+    try:
+        return os.read(handle, 1 << 16)
+    except OSError:  # the command has closed its terminal
+        return b""
 
 
 def test_fills_an_existing_empty_folder(shell: Shell, fleet: Served) -> None:
