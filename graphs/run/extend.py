@@ -15,7 +15,7 @@ from ...backends.budget.pricing import read_price
 from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
 from ...backends.core.selection import Selection
-from ...backends.core.types import Item, Json, Message
+from ...backends.core.types import Item, Json, Message, Row
 from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files
@@ -286,7 +286,7 @@ class _Matcher:
     indices: dict[str, int]
     total: int
     digests: ItemDigests
-    build_messages: Callable[[Mapping[str, Json]], list[Message]]
+    build_messages: Callable[[Row], list[Message]]
     ask_again: str | None
     plan: ExtensionPlan
     prompts: array[float] = field(default_factory=lambda: array("d"))
