@@ -186,7 +186,7 @@ class ItemStore:
         """
         for number in range(len(self._header.starts)):
             with self._convert_errors():
-                names: list[str] = self._reader.get_batch(number).column("id").to_pylist()
+                names: list[Any] = self._reader.get_batch(number).column("id").to_pylist()
             yield from names
 
     def iter_rows(self, indices: Iterable[int]) -> Iterator[tuple[Row, int]]:

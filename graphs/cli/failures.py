@@ -209,7 +209,7 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
 
 def _describe_new_run(folder: RunFolder) -> str:
     """Return how a remedy that needs a new run is applied; requests cannot be taken over."""
-    if get_at_path(read_settings(folder.settings).data, ("input", "format")) is not None:
+    if get_at_path(read_settings(folder.settings).data, ("input", "format")) == "openai_batch":
         return "the remedy needs a new run in another folder"
     command = f"fanfold run NEW.yaml --from {shlex.quote(str(folder.path))}"
     return f"change the settings or the input, and extend the run: {command}"
