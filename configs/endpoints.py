@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
@@ -22,6 +23,17 @@ FIRST_REFUSED_FIELDS: Final = re.compile(
 
 FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
 """ALCF's deployment of the FIRST gateway."""
+
+
+def explain_refused_fields(names: Iterable[str]) -> str | None:
+    """Return why a FIRST gateway refuses requests with such top-level fields; None: it does not."""
+    refused = [name for name in names if FIRST_REFUSED_FIELDS.fullmatch(name)]
+    if not refused:
+        return None
+    return (
+        f"a FIRST gateway refuses requests with {', '.join(refused)}, because it sets such fields "
+        "itself; remove them"
+    )
 
 
 def _header(value: SecretStr) -> SecretStr:
@@ -129,8 +141,8 @@ class EndpointsConfig(Section):
 
     Attributes:
         urls: Base URLs, e.g. ``http://node17:8000/v1``.
-        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), or a folder
-            with such a file per host; read again when they change.
+        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), the folder that
+            Aegis writes to, or a folder with such a file per host; read again when they change.
         aegis_registry: URL of Aegis' registry, polled repeatedly.
         hosts: Host names, a Slurm list, the path of a file, or a variable (``$PBS_NODEFILE``) that
             contains one of these.

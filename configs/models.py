@@ -10,7 +10,7 @@ from ..backends.core.templates import ItemPrompt
 from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
-from .endpoints import FIRST_REFUSED_FIELDS, EndpointsConfig
+from .endpoints import EndpointsConfig, explain_refused_fields
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
 
@@ -535,12 +535,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _gateway_accepts_the_fields(self) -> RunConfig:
-        refused = [name for name in self.model.extra_body if FIRST_REFUSED_FIELDS.fullmatch(name)]
-        if self.endpoints.first is not None and refused:
-            msg = (
-                f"model.extra_body: a FIRST gateway refuses requests with {', '.join(refused)}, "
-                "because it sets such fields itself; remove them"
-            )
+        problem = explain_refused_fields(self.model.extra_body)
+        if self.endpoints.first is not None and problem is not None:
+            msg = f"model.extra_body: {problem}"
             raise ValueError(msg)
         return self
 

@@ -40,6 +40,7 @@ from ..backends.discovery.connect import (
     open_cache,
     open_endpoint_set,
     open_fleet,
+    unpack_deployments,
 )
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
@@ -203,6 +204,8 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
     if task.urls is not None:
         key = config.endpoints.api_key.get_secret_value()
         yield ReadyEndpoints(tuple(EndpointSpec(url, key) for url in task.urls), model, simulated)
+    elif task.deployments is not None:
+        yield unpack_deployments(config, task.deployments, model)
     elif config.backend.node_endpoints:
         async with node_endpoints(
             config, written, model, simulated, _make_stop_check(task)
@@ -213,9 +216,13 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
             if config.endpoints.needs_probe:
                 yield await find_ready_endpoints(endpoint_set, model, config.endpoints.models)
             else:
-                yield ReadyEndpoints(
-                    endpoint_set.specs, model, simulated, endpoint_set=endpoint_set
+                names = config.endpoints.models
+                specs = tuple(
+                    spec
+                    for spec in endpoint_set.specs
+                    if spec.model in {None, model} or names.get(spec.model) == model
                 )
+                yield ReadyEndpoints(specs, model, simulated, endpoint_set=endpoint_set)
 
 
 def _make_stop_check(task: ShardTask) -> Callable[[], str | None]:

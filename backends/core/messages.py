@@ -44,6 +44,7 @@ class ShardTask:
         settings: The run's plain settings, ``${VAR}`` unexpanded, without secrets.
         items: The items: index, id, row, problem.
         urls: Endpoints in place of those in the settings, or None.
+        deployments: Chosen deployments of the gateway in the settings, or None.
         journal: Folder in which the worker writes the run's journal, or None to return the records
             in the shard result.
         streams: Limit of items in flight in this worker.
@@ -73,6 +74,7 @@ class ShardTask:
     carry: int = MAX_MESSAGE_BYTES
     tariff: dict[str, int] = field(default_factory=dict)
     lease: dict[str, Json] | None = None
+    deployments: list[dict[str, Json]] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the task as plain data."""

@@ -14,16 +14,23 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from ...configs.endpoints import FIRST_URL, FirstConfig
+from ...configs.endpoints import FIRST_URL, FirstConfig, explain_refused_fields
 from ...configs.models import RunConfig
-from ..core.errors import ConfigurationError
+from ..core.errors import ConfigurationError, MissingExtraError, RunStoppedError
 from ..fleet.endpoint import ApiKey, EndpointSpec, normalize_base_url
+from .login import TOKEN_VARIABLE, read_login_token
 from .probe import SelectedModel, select_model
-from .resolve import EndpointSet, check_setting_url, get_endpoints_key, make_gateway_set
-from .sources import FileSource, RegistrySource, get_trusted_key
+from .resolve import (
+    EndpointSet,
+    check_setting_url,
+    get_endpoints_key,
+    get_gateway_url,
+    make_gateway_set,
+)
+from .sources import AEGIS_FILE, AEGIS_REGISTRY_FILE, FileSource, read_registry_file
 
-_REGISTRY_FILES: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
-_FILES: Final = ("aegis_endpoints.txt", "local_runs/aegis_endpoints.txt", "endpoints.txt")
+_REGISTRY_FILES: Final = (AEGIS_REGISTRY_FILE, f"local_runs/{AEGIS_REGISTRY_FILE}")
+_FILES: Final = (AEGIS_FILE, f"local_runs/{AEGIS_FILE}", "endpoints.txt")
 PORTS: Final = tuple(range(8000, 8012))
 """Default port of vLLM, and ports of Aegis' instances on one node."""
 
@@ -50,7 +57,8 @@ async def choose_endpoints(
     """Return the first endpoints found that answer and serve the model.
 
     Tried in this order: the registry and the endpoints file of Aegis in the working directory (or
-    ``endpoints.txt``), servers on this host, Ollama, and FIRST if its variables are set.
+    ``endpoints.txt``), servers on this host, Ollama, and FIRST if its variables are
+    set or the user has logged in.
 
     Args:
         config: The settings.
@@ -68,6 +76,11 @@ async def choose_endpoints(
         if endpoint_set is not None:
             fitting = await _probe_candidate(config, endpoint_set)
             if isinstance(fitting, EndpointSet):
+                problem = explain_refused_fields(config.model.extra_body)
+                if fitting.gateway is not None and problem is not None:
+                    raise ConfigurationError(
+                        f"model.extra_body: endpoints: auto chose {candidate.name}: {problem}"
+                    )
                 return replace(fitting, reason=f"auto chose {candidate.name}: {fitting.reason}")
             reason = fitting
         reasons.append(f"{candidate.name}: {reason}")
@@ -76,10 +89,10 @@ async def choose_endpoints(
 
 async def _probe_candidate(config: RunConfig, endpoint_set: EndpointSet) -> EndpointSet | str:
     """Probe endpoints; return them with the results, or why they do not fit."""
-    # what answers on a guessed address without a list of models may be no model server
-    found = [replace(one, unlisted=False) for one in await endpoint_set.probe(_QUICK_S)]
     name = config.model.name or endpoint_set.model
     try:
+        # what answers on a guessed address without a list of models may be no model server
+        found = [replace(one, unlisted=False) for one in await endpoint_set.probe(_QUICK_S)]
         matched = select_model(found, name, config.endpoints.models)
     except ConfigurationError as error:
         return error.message
@@ -97,29 +110,21 @@ async def _candidates(
     key: str, environment: Mapping[str, str], folder: Path, ports: Sequence[int]
 ) -> AsyncIterator[_Candidate]:
     for name in _REGISTRY_FILES:
-        if (text := await asyncio.to_thread(_line, folder / name)) is not None:
-            trusted = await asyncio.to_thread(get_trusted_key, folder / name, key)
-            yield await _registry(name, text, trusted)
+        if await asyncio.to_thread((folder / name).is_file):
+            yield await _registry(name, folder / name, key)
     for name in _FILES:
         if await asyncio.to_thread((folder / name).is_file):
             yield await _file(name, folder / name, key)
     yield await _this_host(ports, key)
     yield _ollama(environment)
-    if environment.get("FIRST_API_KEY"):
-        yield _first(environment)
+    first = await _first(environment)
+    if first is not None:
+        yield first
 
 
-def _line(path: Path) -> str | None:
-    """Return the first line of a small file, or None if it cannot be read."""
+async def _registry(name: str, path: Path, key: ApiKey) -> _Candidate:
     try:
-        return path.read_text(encoding="utf-8").strip().partition("\n")[0]
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-async def _registry(name: str, url: str, key: ApiKey) -> _Candidate:
-    try:
-        source = RegistrySource(url, key)
+        source = await asyncio.to_thread(read_registry_file, path, key)
         return _Candidate(
             f"the registry in {name}", EndpointSet(tuple(await source.list_endpoints()), source)
         )
@@ -157,32 +162,41 @@ def _ollama(environment: Mapping[str, str]) -> _Candidate:
     return _Candidate(f"Ollama at {spec.url}", EndpointSet((spec,), model=model))
 
 
-def _first(environment: Mapping[str, str]) -> _Candidate:
-    """Return FIRST, from the variables that its examples use."""
-    address = environment.get("FIRST_API_BASE") or f"{FIRST_URL}/{_FIRST_PATH}/v1"
+async def _first(environment: Mapping[str, str]) -> _Candidate | None:
+    """Return FIRST, by the variables of its examples or a login; None: it is not used here."""
+    given, address = environment.get(TOKEN_VARIABLE), environment.get("FIRST_API_BASE")
+    if not given:
+        try:
+            await asyncio.to_thread(read_login_token)
+        except MissingExtraError:
+            return None
+        except RunStoppedError as error:
+            return _Candidate("FIRST", reason=error.message)
+    elif not address:
+        address = f"{FIRST_URL}/{_FIRST_PATH}/v1"
     try:
-        check_setting_url("FIRST_API_BASE", address)
-        root, cluster, framework, _ = normalize_base_url(address).rsplit("/", 3)
-        first = FirstConfig(
-            base_url=root,
-            paths=[f"{cluster}/{framework}"],
-            token=SecretStr(environment["FIRST_API_KEY"]),
-        )
+        first = FirstConfig(token=SecretStr(given) if given else None)
+        if address:
+            check_setting_url("FIRST_API_BASE", address)
+            root, cluster, framework, _ = normalize_base_url(address).rsplit("/", 3)
+            first = first.model_copy(update={"base_url": root, "paths": [f"{cluster}/{framework}"]})
         gateway = make_gateway_set(first, None)
+        where = get_gateway_url(first, environment)
     except ConfigurationError as error:
         return _Candidate("FIRST", reason=error.message)
     except ValueError:
-        reason = "FIRST_API_KEY or FIRST_API_BASE is malformed"
+        reason = f"{TOKEN_VARIABLE} or FIRST_API_BASE is malformed"
         return _Candidate("FIRST", reason=reason)
     model = environment.get("FIRST_MODEL") or None
-    return _Candidate(f"FIRST at {address}", replace(gateway, model=model))
+    return _Candidate(f"FIRST at {address or where}", replace(gateway, model=model))
 
 
 def _explain_none(reasons: Sequence[str], environment: Mapping[str, str]) -> str:
     lines = ["endpoints: auto found no endpoints. Tried:", *(f"  {r}" for r in reasons)]
     lines.append(
         "Set endpoints.urls, endpoints.file, endpoints.hosts or endpoints.first; or start a "
-        "server on this host; or set FIRST_API_KEY (with FIRST_API_BASE and FIRST_MODEL)."
+        "server on this host; or log in to FIRST (alcf-tokens login), or set FIRST_API_KEY "
+        "(with FIRST_API_BASE and FIRST_MODEL)."
     )
     if environment.get("OPENAI_API_KEY"):
         lines.append(

@@ -10,7 +10,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -384,8 +384,20 @@ async def open_endpoint_set(
         yield make_gateway_set(endpoints.first, endpoints.proxy)
     else:
         specs = await asyncio.to_thread(list_endpoint_specs, endpoints, written)
-        key, file = get_endpoints_key(endpoints), endpoints.file
-        yield EndpointSet(tuple(specs), None if file is None else FileSource(Path(file), key))
+        if endpoints.file is None:
+            yield EndpointSet(tuple(specs))
+            return
+        file = FileSource(Path(endpoints.file), get_endpoints_key(endpoints))
+        if specs:
+            yield EndpointSet(tuple(specs), file)
+            return
+        listed = await file.list_endpoints()
+        by = "" if file.registry is None else f" by {file.registry.url}"
+        yield EndpointSet(
+            tuple(listed),
+            file,
+            reason=f"{endpoints.file} is not written yet; listed{by}, Aegis' registry",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,8 +470,11 @@ async def find_ready_endpoints(
         ConfigurationError: No endpoint answers, none serves the model, the model is not settled, or
             simulated and real endpoints are mixed.
     """
+    name = model or endpoint_set.model
+    if endpoint_set.source is not None and name is not None:
+        _check_tags(endpoint_set.specs, name, names)
     found = await endpoint_set.probe()
-    matched = select_model(found, model or endpoint_set.model, names)
+    matched = select_model(found, name, names)
     specs = matched.specs
     if endpoint_set.gateway is not None:
         specs = endpoint_set.gateway.make_members(found, specs, matched.model)
@@ -474,6 +489,82 @@ async def find_ready_endpoints(
         endpoint_set,
         matched.ready,
     )
+
+
+def _check_tags(specs: Sequence[EndpointSpec], name: str, names: Mapping[str, str]) -> None:
+    """Check that a list that may grow has an endpoint for the model.
+
+    Raises:
+        NoEndpointError: All are listed with another model.
+    """
+    tags = {spec.model for spec in specs}
+    if all(tag is not None and name not in {tag, names.get(tag)} for tag in tags):
+        listed = ", ".join(sorted(tag for tag in tags if tag is not None))
+        raise NoEndpointError(f"no endpoint serves model.name {name!r}; listed so far: {listed}")
+
+
+async def wait_for_model(config: RunConfig, ready: ReadyEndpoints, run: str) -> ReadyEndpoints:
+    """Wait until the model runs behind a gateway, start it if needed, and log the choice.
+
+    Workers get their tasks after that, because each of them would start the model itself.
+
+    Args:
+        config: The settings.
+        ready: The endpoints.
+        run: The run's id.
+
+    Returns:
+        The endpoints with their states now.
+
+    Raises:
+        FanfoldError: The model does not start.
+    """
+    if not ready.specs or any(_is_running(spec) for spec in ready.specs):
+        _log_choice(ready)
+        return ready
+    async with open_fleet(config, ready, run=run) as fleet:
+        await fleet.wait_alive()
+        started = {one.label for one in fleet.endpoints if not one.standby and not one.ejected}
+    specs = tuple(
+        replace(spec, state=DeploymentState.RUNNING) if spec.label in started else spec
+        for spec in ready.specs
+    )
+    return replace(ready, specs=specs)
+
+
+def _log_choice(ready: ReadyEndpoints) -> None:
+    """Log which endpoints were chosen, if there was a choice."""
+    if ready.endpoint_set is not None and ready.endpoint_set.reason is not None:
+        choice_logger.info("endpoints: %s", ready.endpoint_set.reason)
+
+
+def _is_running(spec: EndpointSpec) -> bool:
+    return spec.watch is None or spec.state in {None, DeploymentState.RUNNING}
+
+
+def pack_deployments(config: RunConfig, ready: ReadyEndpoints) -> list[dict[str, Any]] | None:
+    """Return the chosen deployments of the configured gateway for workers; None without one."""
+    endpoint_set = ready.endpoint_set
+    if config.endpoints.first is None or endpoint_set is None or endpoint_set.gateway is None:
+        return None
+    return endpoint_set.gateway.pack_members(ready.specs, ready.model)
+
+
+def unpack_deployments(
+    config: RunConfig, deployments: Sequence[Mapping[str, Any]], model: str
+) -> ReadyEndpoints:
+    """Return the endpoints of a worker: deployments that its coordinator chose; sends no request.
+
+    Raises:
+        ConfigurationError: They are malformed, or the settings have no gateway.
+    """
+    endpoints = config.endpoints
+    if endpoints.first is None:
+        raise ConfigurationError("the task names deployments, but the settings have no gateway")
+    endpoint_set = make_gateway_set(endpoints.first, endpoints.proxy)
+    assert endpoint_set.gateway is not None, "it was made for one"
+    specs = endpoint_set.gateway.unpack_members(deployments, model)
+    return ReadyEndpoints(specs, model, simulated=False, endpoint_set=endpoint_set)
 
 
 @asynccontextmanager
@@ -494,8 +585,7 @@ async def open_fleet(
         run: The run's id, or None.
     """
     endpoint_set = ready.endpoint_set
-    if endpoint_set is not None and endpoint_set.reason is not None:
-        choice_logger.info("endpoints: %s", endpoint_set.reason)
+    _log_choice(ready)
     for line in ready.absent[:_WARNED]:
         logger.warning("endpoint %s", line)
     if len(ready.absent) > _WARNED:

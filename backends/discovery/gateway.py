@@ -189,6 +189,51 @@ class Gateway:
             members.append((_ORDER.index(state), replace(member, state=state)))
         return tuple(spec for _, spec in sorted(members, key=lambda pair: pair[0]))
 
+    def pack_members(
+        self, members: Sequence[EndpointSpec], model: str
+    ) -> list[dict[str, str | float | None]]:
+        """Return the members of a fleet as JSON, without address and token."""
+        return [
+            {
+                "path": spec.label,
+                "model": spec.model or model,
+                "state": None if spec.state is None else spec.state.value,
+                "tokens_per_min": spec.tokens_per_min,
+                "max_model_len": spec.max_model_len,
+            }
+            for spec in members
+        ]
+
+    def unpack_members(
+        self, packed: Sequence[Mapping[str, Any]], model: str
+    ) -> tuple[EndpointSpec, ...]:
+        """Return the members of a fleet from the output of `pack_members`.
+
+        Raises:
+            ConfigurationError: It is malformed.
+        """
+        members = []
+        for one in packed:
+            path, served, state = str(one.get("path")), str(one.get("model")), one.get("state")
+            if not _PATH.fullmatch(path) or state not in {
+                None,
+                *(s.value for s in DeploymentState),
+            }:
+                msg = f"the task's deployment {path!r} ({state}) is malformed"
+                raise ConfigurationError(msg)
+            members.append(
+                replace(
+                    self.make_spec(path),
+                    model=None if served == model else served,
+                    tokens_per_min=one.get("tokens_per_min"),
+                    max_model_len=one.get("max_model_len"),
+                    probe_model=served,
+                    state=None if state is None else DeploymentState(state),
+                    watch=JobWatch(self, path, served),
+                )
+            )
+        return tuple(members)
+
 
 _ORDER: Final = (
     DeploymentState.RUNNING,

@@ -29,10 +29,13 @@ from .sources import (
     HostsFolder,
     RegistrySource,
     expand_slurm,
+    find_registry_file,
     get_trusted_key,
     hosts_to_specs,
+    locate_file,
     parse_endpoints_file,
     parse_pbs,
+    read_registry_file,
 )
 
 PROBE_TIMEOUT_S: Final = 5.0
@@ -85,7 +88,8 @@ def list_endpoint_specs(
 ) -> list[EndpointSpec]:
     """Return the endpoints that the settings name, without sending a request.
 
-    A registry, ``auto`` and a gateway without ``paths`` name none.
+    A registry, ``auto`` and a gateway without ``paths`` name none, nor does a file of Aegis that is
+    not written yet.
 
     Args:
         endpoints: The settings, variables expanded.
@@ -100,7 +104,10 @@ def list_endpoint_specs(
     if endpoints.first is not None:
         return list(_gateway(endpoints.first, endpoints.proxy).specs)
     if endpoints.file is not None:
-        specs = _from_file(Path(endpoints.file), key)
+        if (registry := find_registry_file(Path(endpoints.file))) is not None:
+            read_registry_file(registry)
+            return []
+        specs = _from_file(locate_file(Path(endpoints.file)), key)
     elif endpoints.hosts is not None:
         specs = _from_hosts(endpoints, key)
     else:
@@ -339,7 +346,8 @@ def has_own_servers(config: RunConfig) -> bool:
     if config.node.serve is None:
         return False
     if endpoints.file is not None:
-        return not Path(endpoints.file).is_file()  # a folder is the servers folder
+        path = Path(endpoints.file)  # a folder is the servers folder, unless Aegis writes to it
+        return not locate_file(path).is_file() and find_registry_file(path) is None
     return endpoints.hosts is not None or endpoints.urls is not None
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import IPv6Address
+from math import isfinite
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, Final, Protocol, TypeAlias
@@ -33,6 +35,7 @@ from ..fleet.endpoint import (
 from ..fleet.fleet import Fleet
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
+from .probe import probe_models
 
 _LOG: Final = logging.getLogger(__name__)
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
@@ -233,7 +236,6 @@ def _is_host(entry: os.DirEntry[str]) -> bool:
 
 
 _OK: Final = 200
-_MOST_PORT: Final = 65535
 
 AdmitEndpoints: TypeAlias = Callable[[list[EndpointSpec]], Awaitable[Sequence[EndpointSpec]]]
 """Returns those of the new endpoints that fit the run."""
@@ -252,15 +254,94 @@ class EndpointSource(Protocol):
         ...
 
 
+AEGIS_FILE: Final = "aegis_endpoints.txt"
+AEGIS_REGISTRY_FILE: Final = "aegis_registry_url.txt"
+"""Aegis writes this file when its job starts, and the endpoints when all servers are up."""
+_LONGEST_URL: Final = 2048
+
+
+def locate_file(path: Path) -> Path:
+    """Return the endpoints file that a path means: in a folder of Aegis its own file; blocks."""
+    names = (AEGIS_FILE, AEGIS_REGISTRY_FILE)
+    try:
+        is_aegis = path.is_dir() and any((path / name).exists() for name in names)
+    except OSError:  # who reads it reports it
+        return path
+    return path / AEGIS_FILE if is_aegis else path
+
+
+def find_registry_file(path: Path) -> Path | None:
+    """Return the file with the address of Aegis' registry that replaces an endpoints file; blocks.
+
+    It replaces it while the endpoints file does not exist or is empty. A path without a suffix is a
+    folder, to which nodes may still write.
+
+    Args:
+        path: The endpoints file, or the folder that Aegis writes to.
+    """
+    path = locate_file(path)
+    try:
+        status = path.stat()
+        is_written = S_ISDIR(status.st_mode) or status.st_size > 0
+    except FileNotFoundError:
+        is_written = not path.suffix
+    except OSError:
+        return None  # who reads it reports it
+    if is_written:
+        return None
+    beside = dict.fromkeys((path.resolve().parent, path.parent))  # it is a link to the newest run
+    try:
+        return next((f for d in beside if (f := d / AEGIS_REGISTRY_FILE).is_file()), None)
+    except OSError:
+        return None
+
+
+def read_registry_file(path: Path, key: ApiKey = NO_KEY) -> RegistrySource:
+    """Return the registry whose address a file of Aegis contains; blocks.
+
+    Args:
+        path: The file.
+        key: Key of the endpoints, as long as no other user can write the file.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or contains no URL.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_URL + 1)
+        text = data.decode("utf-8-sig")
+        trusted = get_trusted_key(path, key)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigurationError(f"{path}: cannot be read: {reason}") from None
+    url = text.strip().partition("\n")[0].strip()
+    if len(data) > _LONGEST_URL:
+        raise ConfigurationError(f"{path}: is no file of Aegis: it is longer than a URL")
+    try:
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            raise ConfigurationError("the URL contains a user or a password")
+        return RegistrySource(url, trusted, where=str(path))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error.message}") from None
+
+
 class FileSource:
     """An endpoints file, or a folder with one file per host; read only after it changed.
+
+    Aegis writes its file when all servers are up. Until then its registry, whose address is in a
+    file beside it, is the list; it stays the list once it was used, because it has servers that
+    start later.
 
     Args:
         path: File or folder; a link is resolved again at each poll.
         key: Key of all endpoints in it, as long as no other user can write it.
+
+    Attributes:
+        registry: The registry in use, or None.
     """
 
     def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
+        self.registry: RegistrySource | None = None
         self._path = path
         self._key = key
         self._stamp: tuple[object, ...] | None = None
@@ -268,49 +349,81 @@ class FileSource:
         self._folder = HostsFolder(path, key)
 
     async def list_endpoints(self) -> list[EndpointSpec]:
-        """Return the endpoints in the file, or in all files of the folder."""
-        return await asyncio.to_thread(self._read)
+        """Return the endpoints in the file, in all files of the folder, or in the registry."""
+        if self.registry is None:
+            file = await asyncio.to_thread(find_registry_file, self._path)
+            if file is None:
+                return await asyncio.to_thread(self._read)
+            self.registry = await asyncio.to_thread(read_registry_file, file, self._key)
+        return await self.registry.list_endpoints()
 
     def _read(self) -> list[EndpointSpec]:
+        path = locate_file(self._path)
         try:
-            status = self._path.stat()
-            reason = None if self._key == NO_KEY else find_path_risk(self._path)
+            status = path.stat()
+            reason = None if self._key == NO_KEY else find_path_risk(path)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             kind = NoEndpointError if missing else ConfigurationError
-            raise kind(f"endpoints.file: {self._path}: {error.strerror}") from None
+            raise kind(f"endpoints.file: {path}: {error.strerror}") from None
         if S_ISDIR(status.st_mode):
             return self._folder.read()
         stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
         if stamp != self._stamp:
             if reason is not None and (self._stamp is None or self._stamp[-1] != reason):
-                warn_untrusted(self._path, reason)
+                warn_untrusted(path, reason)
             key = self._key if reason is None else NO_KEY
-            self._specs = read_endpoints_file(self._path, key)
+            self._specs = read_endpoints_file(path, key)
             self._stamp = stamp
         return self._specs
 
 
-class RegistrySource:
-    """Aegis' registry: it only hints at which servers exist; probing shows whether they work.
+_BEAT_S: Final = 35.0
+_DEAD_S: Final = 10.0
+"""Aegis' registry visits its servers one after the other, with a pause of 30 s after all; a server
+that does not answer takes it 10 s."""
+_HEALTHY: Final = "healthy"
+_NOT_UP: Final = frozenset({"starting", "stopping"})
+_HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?\.?")
 
-    Its heartbeat lags behind its own freshness window, so healthy servers come and go in its list.
-    A missing server is kept until it has been missing for ``patience`` polls.
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """One server as the registry lists it."""
+
+    spec: EndpointSpec
+    status: str
+    last_seen: float | None
+
+
+class RegistrySource:
+    """Aegis' registry: it hints at which servers exist; only probing shows whether they work.
+
+    The registry lists healthy servers as unhealthy while its own heartbeat is slow. So a server
+    that the registry saw recently (``last_seen``) joins when it answers, and a server leaves only
+    if the registry has not seen it for long and it does not answer either.
 
     Args:
         url: The registry, e.g. ``http://head:8471``.
         key: Key of the endpoints.
-        patience: Polls in a row for which a server may be missing.
+        patience: Polls in a row for which a server may be missing before it is probed.
         timeout_s: Longest wait for the registry's answer, in seconds.
+        where: The setting or the file that the URL comes from, for messages.
 
     Raises:
         ConfigurationError: The URL is malformed.
     """
 
     def __init__(
-        self, url: str, key: ApiKey = NO_KEY, patience: int = 12, timeout_s: float = 5.0
+        self,
+        url: str,
+        key: ApiKey = NO_KEY,
+        patience: int = 12,
+        timeout_s: float = 5.0,
+        where: str = "endpoints.aegis_registry",
     ) -> None:
-        self._url = normalize_base_url(url).removesuffix("/v1")
+        self.url = normalize_base_url(url).removesuffix("/v1")
+        self._where = where
         self._key = key
         self._patience = patience
         self._timeout_s = timeout_s
@@ -318,50 +431,99 @@ class RegistrySource:
         self._missing = Counter[str]()
 
     async def list_endpoints(self) -> list[EndpointSpec]:
-        """Return the servers that the registry lists, or listed recently."""
-        listed = {spec.url: spec for spec in self._specs(await self._services())}
+        """Return the servers that are up, as the registry or the servers themselves show it."""
+        services = [
+            service for one in await self._services() if (service := self._read(one)) is not None
+        ]
+        seen = _select_recent([one for one in services if one.status not in _NOT_UP])
+        doubtful = [
+            one.spec for one in seen if one.status != _HEALTHY and one.spec.url not in self._known
+        ]
+        answering = await _select_answering(doubtful, self._timeout_s)
+        listed = {
+            one.spec.url: one.spec
+            for one in seen
+            if one.status == _HEALTHY or one.spec.url in self._known or one.spec.url in answering
+        }
         self._missing = Counter({u: self._missing[u] + 1 for u in self._known if u not in listed})
+        lost = [s for u, s in self._known.items() if self._missing[u] >= self._patience]
+        for url in await _select_answering(lost, self._timeout_s):
+            self._missing[url] = 0
         kept = {u: s for u, s in self._known.items() if self._missing[u] < self._patience}
         self._known = kept | listed
         if not self._known:
-            raise NoEndpointError(f"endpoints.aegis_registry: {self._url} lists no server")
+            found = f"{len(services)} servers, none healthy yet" if services else "no server yet"
+            raise NoEndpointError(
+                f"{self._where}: {self.url} lists {found} (endpoints.wait_s waits for one)"
+            )
         return merge_spellings(self._known.values())
 
     async def _services(self) -> list[dict[str, Any]]:
         transport = Transport(FleetPolicy())
         try:
             answer = await transport.get(
-                f"{self._url}/services?type=vllm", {}, timeout_s=self._timeout_s
+                f"{self.url}/services?type=vllm", {}, timeout_s=self._timeout_s
             )
             document = orjson.loads(answer.body) if answer.status == _OK else None
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = describe_connection_error(error)
-            raise NoEndpointError(
-                f"endpoints.aegis_registry: cannot query {self._url}: {reason}"
-            ) from None
+            raise NoEndpointError(f"{self._where}: cannot query {self.url}: {reason}") from None
         except orjson.JSONDecodeError:
             document = None
         finally:
             await transport.aclose()
         if not isinstance(document, list):
             raise ConfigurationError(
-                f"endpoints.aegis_registry: {self._url} is not an Aegis registry: HTTP "
+                f"{self._where}: {self.url} is not an Aegis registry: HTTP "
                 f"{answer.status} without a list of services"
             )
         return [service for service in document if isinstance(service, dict)]
 
-    def _specs(self, services: Iterable[dict[str, Any]]) -> list[EndpointSpec]:
-        specs = []
-        for service in services:
-            host, port = service.get("host"), service.get("port")
-            if not isinstance(host, str) or not host or not isinstance(port, int):
-                continue
-            if 0 < port <= _MOST_PORT:
-                name = f"[{host}]" if ":" in host else host
-                tag = (service.get("metadata") or {}).get("model")
-                model = tag if isinstance(tag, str) else None
-                specs.append(EndpointSpec(f"http://{name}:{port}", self._key, model=model))
-        return specs
+    def _read(self, service: dict[str, Any]) -> _Service | None:
+        """Return one entry of the registry, or None if it names no server."""
+        host, port = service.get("host"), service.get("port")
+        if not isinstance(host, str) or not isinstance(port, int) or isinstance(port, bool):
+            return None
+        if not 0 < port <= _MAX_PORT or not (_HOST.fullmatch(host) or _is_ipv6(host)):
+            return None
+        name = f"[{host}]" if ":" in host else host
+        about = service.get("metadata")
+        model = about.get("model") if isinstance(about, dict) else None
+        status, seen = service.get("status", _HEALTHY), service.get("last_seen")
+        return _Service(
+            EndpointSpec(
+                f"http://{name}:{port}",
+                self._key,
+                model=model if isinstance(model, str) and model else None,
+            ),
+            status if isinstance(status, str) else "unknown",
+            float(seen) if isinstance(seen, int | float) and isfinite(seen) else None,
+        )
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host)
+    except ValueError:
+        return False
+    return "%" not in host
+
+
+def _select_recent(services: Sequence[_Service]) -> list[_Service]:
+    """Return the servers that the registry has seen on its last rounds, by its own clock.
+
+    Each server that may be dead prolongs a round.
+    """
+    newest = max((one.last_seen for one in services if one.last_seen is not None), default=0.0)
+    doubtful = sum(one.status != _HEALTHY for one in services)
+    since = newest - 2 * (_BEAT_S + _DEAD_S * doubtful)
+    return [one for one in services if one.last_seen is None or one.last_seen >= since]
+
+
+async def _select_answering(specs: Sequence[EndpointSpec], timeout_s: float) -> set[str]:
+    """Return the URLs of the servers that answer a probe."""
+    found = await probe_models(specs, timeout_s) if specs else []
+    return {one.spec.url for one in found if one.reachable or one.unlisted}
 
 
 @asynccontextmanager

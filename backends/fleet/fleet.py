@@ -185,6 +185,14 @@ class Fleet:
         """Send no further request, and fail those that wait: no endpoint will answer any more."""
         self._monitor.stop(why)
 
+    async def wait_alive(self) -> None:
+        """Wait until an endpoint can be used; start a model if none runs.
+
+        Raises:
+            FanfoldError: None can be used any more.
+        """
+        await self._monitor.wait_alive()
+
     def get_loop_fleet(self) -> Fleet:
         """Return the fleet of the running loop: this one, or a copy with its own connections.
 

@@ -616,6 +616,18 @@ class HealthMonitor:
             self._start_standby()
         self._schedule_widening()
 
+    async def wait_alive(self) -> None:
+        """Wait until an endpoint can be used; start a model if none runs.
+
+        Raises:
+            FanfoldError: None can be used any more.
+        """
+        self._start_standby()
+        while not self.balancer.alive and self.stop_reason is None:  # noqa: ASYNC110 - many events
+            await asyncio.sleep(_POLL_S)
+        if self.stop_reason is not None:
+            raise self.make_stop_error()
+
     def _put_on_standby(self, endpoint: Endpoint, error: EndpointError) -> None:
         """Send no requests to an endpoint until its model runs."""
         endpoint.standby_at = time.monotonic()

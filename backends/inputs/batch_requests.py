@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -134,6 +134,27 @@ def find_unlimited(source: RowSource) -> str | None:
             body.get("max_tokens") or body.get("max_completion_tokens")
         ):
             return source.describe_position(position)
+    return None
+
+
+def find_field(
+    source: RowSource, explain: Callable[[Iterable[str]], str | None]
+) -> tuple[str, str] | None:
+    """Return the position, in words, of the first chat request with an unfit field; blocks.
+
+    Args:
+        source: Yields the lines of the batch.
+        explain: Returns what is wrong with the top-level fields of a request, or None.
+
+    Returns:
+        The position and what is wrong, or None.
+
+    Raises:
+        InputError: The input cannot be read, or a line is no request.
+    """
+    for position, row in source.rows():
+        if row["url"] == CHAT_URL and (problem := explain(row["body"])) is not None:
+            return source.describe_position(position), problem
     return None
 
 

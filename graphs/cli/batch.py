@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.inputs.batch_requests import find_model, find_unlimited
+from ...backends.inputs.batch_requests import find_field, find_model, find_unlimited
 from ...backends.inputs.formats import open_source
 from ...backends.storage.run_folder import RunFolder, is_vacant
 from ...configs.base import expand_home
+from ...configs.endpoints import explain_refused_fields
 from ...configs.loader import LoadedConfig, RawSettings, check_settings, read_settings
 from ...configs.models import RunConfig
 from ...configs.raw_settings import get_at_path
@@ -120,6 +121,7 @@ def _load_settings(
     loaded = check_settings(raw, settings)
     if not is_new:
         return loaded
+    _check_fields(loaded.config)
     _check_limits(loaded.config)
     model = find_model(open_source(loaded.config.input, ()))
     if model is None or model == loaded.config.model.name:
@@ -141,6 +143,16 @@ def _check_sections(raw: RawSettings) -> None:
             "whole requests; use a file with endpoints, backend, limits and budget"
         )
         raise ConfigurationError(msg)
+
+
+def _check_fields(config: RunConfig) -> None:
+    """Check that the endpoints accept the fields of each request, before the first one is sent."""
+    if config.endpoints.first is None:
+        return
+    found = find_field(open_source(config.input, ()), explain_refused_fields)
+    if found is not None:
+        where, problem = found
+        raise ConfigurationError(f"{where}: {problem}; no request was sent")
 
 
 def _check_limits(config: RunConfig) -> None:

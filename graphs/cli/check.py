@@ -15,6 +15,7 @@ from ...backends.budget.pricing import explain_no_price
 from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import ConfigurationError, NoEndpointError
 from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
+from ...backends.discovery.sources import find_registry_file, read_registry_file
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
@@ -204,6 +205,9 @@ def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "(not known yet)", "endpoints that the registry lists"
     elif endpoints.first is not None:
         yield _host(get_gateway_url(endpoints.first, os.environ)), "gateway"
+    elif endpoints.file is not None and (file := find_registry_file(Path(endpoints.file))):
+        yield _host(read_registry_file(file).url), "registry of endpoints, gets no items"
+        yield "(not known yet)", "endpoints that the registry lists"
     else:
         try:
             specs = list_endpoint_specs(endpoints, {})

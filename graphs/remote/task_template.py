@@ -16,7 +16,7 @@ from ...backends.core.messages import ShardTask, own_version
 from ...backends.core.money import TokenPrices
 from ...backends.core.types import Item, Row
 from ...backends.core.values import json_size
-from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.discovery.connect import ReadyEndpoints, pack_deployments
 from ...backends.storage.run_folder import RunFolder
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -56,6 +56,7 @@ class TaskTemplate:
         journal: The run's journal folder if workers share it, else None.
         token_prices: Prices of tokens.
         urls: Endpoints for the workers that replace those of the settings, or None.
+        deployments: Deployments of the configured gateway for the workers, or None.
         ends_at: Time after which workers start no item, in seconds since 1970, or None.
     """
 
@@ -66,6 +67,7 @@ class TaskTemplate:
     journal: Path | None
     token_prices: dict[str, int]
     urls: list[str] | None = None
+    deployments: list[dict[str, Any]] | None = None
     ends_at: float | None = None
 
     @property
@@ -88,6 +90,7 @@ class TaskTemplate:
             settings=self.settings,
             items=_fit_items(items, backend.message_bytes),
             urls=self.urls,
+            deployments=self.deployments,
             journal=None if journal is None else str(journal),
             streams=max(1, -(-limits.streams // backend.concurrent_shards)),
             deadline_s=backend.deadline_s,
@@ -154,6 +157,7 @@ def make_task_template(
         journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         token_prices=prices.to_json(),
         urls=_simulated_urls(ready, config),
+        deployments=pack_deployments(config, ready),
     )
 
 

@@ -144,8 +144,20 @@ class _LogHandler(logging.Handler):
             self.handleError(record)
 
 
+_PACKAGE: Final = (__package__ or "").partition(".")[0]
+
+
 class _Formatter(logging.Formatter):
+    """Shows level and message, and before a message of another package its name."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - overridden
+        """Return the line without the traceback."""
+        package = record.name.partition(".")[0]
+        source = "" if package == _PACKAGE else f"{package}: "
+        return f"{record.levelname}: {source}{record.message}"
+
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line and its traceback, without control characters."""
         return escape_controls(super().format(record))
 
 
@@ -161,7 +173,7 @@ def setup_logging(level: int, always: Collection[str]) -> None:
     """
     shown = _LogHandler()
     shown.addFilter(lambda record: record.levelno >= level or record.name in always)
-    shown.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    shown.setFormatter(_Formatter())
     logging.basicConfig(level=level, handlers=[shown])
     for name in always:
         logging.getLogger(name).setLevel(logging.INFO)

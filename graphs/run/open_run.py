@@ -24,7 +24,12 @@ from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime
 from ...backends.core.types import Item
-from ...backends.discovery.connect import ReadyEndpoints, open_cache, open_fleet
+from ...backends.discovery.connect import (
+    ReadyEndpoints,
+    open_cache,
+    open_fleet,
+    wait_for_model,
+)
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
@@ -150,7 +155,9 @@ async def open_run(
             if config.backend.is_remote:
                 _check_trace(options)
                 about = {**files.provenance, "session": journal.session_number}
-                template = make_task_template(folder, loaded, ready, about, price)
+                template = make_task_template(
+                    folder, loaded, await wait_for_model(config, ready, about["run"]), about, price
+                )
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
                 coordinator = await stack.enter_async_context(

@@ -78,11 +78,25 @@ class Registry:
 
     services: list[Json] = field(default_factory=list)
 
-    def list_url(self, url: str, model: str | None = None) -> None:
+    def list_url(
+        self,
+        url: str,
+        model: str | None = None,
+        status: str = "healthy",
+        last_seen: float = 1_000_000.0,
+    ) -> None:
         host, _, port = url.partition("//")[2].partition(":")
+        service = {"service_id": f"vllm-{host}-{port}", "host": host, "port": int(port)}
         metadata = {"model": model} if model else {}
+        self.services = [one for one in self.services if one["service_id"] != service["service_id"]]
         self.services.append(
-            {"service_id": url, "host": host, "port": int(port), "metadata": metadata}
+            {
+                **service,
+                "service_type": "vllm",
+                "status": status,
+                "last_seen": last_seen,
+                "metadata": metadata,
+            }
         )
 
     def routes(self) -> list[web.RouteDef]:

@@ -95,6 +95,64 @@ async def test_aegis_registry(site: Site) -> None:
     assert [len(model.asked) for model in site.models] == [5, 0]
 
 
+@pytest.mark.parametrize("given", ["local_runs/aegis_endpoints.txt", "local_runs"])
+async def test_aegis_starts_with_the_first_healthy_server(
+    site: Site, given: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first, second, other = await site.model(), await site.model(), await site.model("other")
+    site.registry.list_url(first, "m", "starting")
+    site.registry.list_url(second, "m", "starting")
+    site.registry.list_url(other, "other")
+    Path("local_runs").mkdir()
+    Path("local_runs/aegis_registry_url.txt").write_text(f"{await site.registered()}\n")
+
+    async def start() -> None:
+        while "waiting up to" not in caplog.text:  # noqa: ASYNC110 - a run has no event for it
+            await asyncio.sleep(0.01)
+        site.registry.list_url(first, "m")
+        while not site.models[0].asked:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.001)
+        assert not site.models[1].asked
+        site.registry.list_url(first, "m", "unhealthy")
+        site.registry.list_url(second, "m")
+        Path("local_runs/aegis_endpoints.txt").write_text(f"{first.partition('//')[2]}\n")
+
+    starting = asyncio.create_task(start())
+    end = await build_graph(
+        {
+            "task": {"prompt": "Say {text}"},
+            "model": {"name": "m"},
+            "endpoints": {"file": given, "refresh_s": 0.01, "wait_s": 60},
+            "limits": {"requests_per_s": 400, "streams": 4},
+        }
+    ).ainvoke({"items": [{"text": f"word {n}"} for n in range(400)]})
+    await starting
+    assert (end["progress"]["done"], end["progress"]["failed"]) == (400, 0)
+    assert [bool(model.asked) for model in site.models] == [True, True, False]
+    assert "is not written yet; listed by http://127.0.0.1:" in caplog.text
+
+
+@pytest.mark.parametrize("listed", ["registry", "file"])
+async def test_workers_use_only_the_servers_of_their_model(site: Site, listed: str) -> None:
+    servers = {await site.model(): "m", await site.model("other"): "other"}
+    Path("local_runs").mkdir()
+    for url, model in servers.items():
+        site.registry.list_url(url, model)
+    if listed == "registry":
+        Path("local_runs/aegis_registry_url.txt").write_text(await site.registered())
+    else:
+        lines = [f"{url}\tmodel={model}\n" for url, model in servers.items()]
+        Path("local_runs/aegis_endpoints.txt").write_text("".join(lines))
+    await ran(
+        {"file": "local_runs/aegis_endpoints.txt"},
+        count=40,
+        model={"name": "m"},
+        backend={"kind": "local", "processes": 2},
+    )
+    assert [len(model.asked) for model in site.models] == [40, 0]
+
+
 @pytest.mark.parametrize("how", ["name", "slurm", "variable", "file"])
 async def test_hosts(site: Site, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     port = int((await site.model()).rpartition(":")[2])

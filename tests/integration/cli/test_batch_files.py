@@ -668,3 +668,29 @@ def test_a_configuration_with_a_batch(shell: Shell, fleet: Served) -> None:
         said = shell("run", "bad.yaml", "--out", "other")
         assert said.code == 2
         assert message in said.err
+
+
+def test_a_line_that_a_first_gateway_would_refuse(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused by its number before anything is sent; other servers get it."""
+    message = {"messages": [{"role": "user", "content": "hello"}], "model": "m", "max_tokens": 5}
+    bodies = [message, {**message, "stream_task_id": 1, "cache_salt": "x"}, message]
+    lines = [
+        json.dumps({"custom_id": f"r{n}", "method": "POST", "url": CHAT, "body": body})
+        for n, body in enumerate(bodies)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("A_TOKEN", "good")
+    first = {"base_url": "http://127.0.0.1:9", "token": "${A_TOKEN}"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"endpoints": {"first": first}}))
+    ended = shell("batch", "in.jsonl", "out.jsonl", "--config", "c.yaml")
+    assert ended.code == 2
+    assert "line 2: a FIRST gateway refuses requests with stream_task_id, cache_salt" in ended.err
+    assert "no request was sent" in ended.err
+    assert not (tmp_path / "out.jsonl").exists()
+    urls = {"endpoints": {"urls": ["http://127.0.0.1:9"]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(urls))
+    ended = shell("batch", "in.jsonl", "out.jsonl", "--config", "c.yaml")
+    assert ended.code == 2
+    assert "FIRST" not in ended.err

@@ -114,14 +114,21 @@ def test_a_model_without_a_name() -> None:
 
 
 def test_who_starts_servers(tmp_path: Path) -> None:
-    aegis = tmp_path / "aegis_endpoints.txt"
+    aegis, early = tmp_path / "aegis" / "aegis_endpoints.txt", tmp_path / "early"
+    for folder in (aegis.parent, early, tmp_path / "servers"):
+        folder.mkdir()
     aegis.write_text("x:8000\n")
+    (early / "aegis_registry_url.txt").write_text("http://head:8471\n")
     for endpoints, starts in [
         ({"hosts": "n"}, True),
         ({"urls": ["http://n:8000"]}, True),
-        ({"file": str(tmp_path)}, True),
+        ({"file": str(tmp_path / "servers")}, True),
         ({"file": str(tmp_path / "to-come")}, True),
         ({"file": str(aegis)}, False),
+        ({"file": str(aegis.parent)}, False),
+        ({"file": str(early)}, False),
+        ({"file": str(early / "aegis_endpoints.txt")}, False),
+        ({"file": str(early / "servers")}, True),
         ({"aegis_registry": "http://head:8471"}, False),
         ({"simulated": {}}, False),
         ("auto", False),

@@ -99,6 +99,12 @@ def test_vocabularies() -> None:
     assert "openaipublic.blob.core.windows.net" in hosts(model={"name": "gpt-4o"})
 
 
+def test_a_file_that_aegis_has_not_written_yet(tmp_path: Path) -> None:
+    (tmp_path / "aegis_registry_url.txt").write_text("http://head:8471\n")
+    for path in (tmp_path, tmp_path / "aegis_endpoints.txt"):
+        assert hosts(endpoints={"file": str(path)}) == ["head", "(not known yet)"]
+
+
 def test_secrets_of_urls_are_not_shown() -> None:
     settings = {
         "task": {"prompt": "x"},

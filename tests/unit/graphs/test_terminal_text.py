@@ -114,8 +114,20 @@ def test_log_lines(
         logging.getLogger("some.one").warning("it says %s", text, exc_info=True)
     err = capsys.readouterr().err
     assert not CONTROLS.search(err)
-    assert err.startswith(f"WARNING some.one: it says {escape_controls(text)}")
+    assert err.startswith(f"WARNING: some: it says {escape_controls(text)}")
     assert f"ValueError: {escape_controls(text)}" in err
+
+
+def test_log_lines_name_other_packages_and_no_module_of_fanfold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    setup_logging(logging.WARNING, [])
+    logging.getLogger("fanfold.backends.fleet.health").warning("endpoint %s is back", "a:1")
+    logging.getLogger("fanfold.backends.fleet.health").info("not shown")
+    logging.getLogger("globus_sdk.client").error("no route")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["WARNING: endpoint a:1 is back", "ERROR: globus_sdk: no route"]
 
 
 class Screen(io.TextIOWrapper):

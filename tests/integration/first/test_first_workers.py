@@ -1,0 +1,124 @@
+"""Runs with remote workers over the FIRST gateway, which runs as a process."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold import build_graph
+from fanfold.backends.core.errors import RunStoppedError
+from fanfold.tests.support.first_gateway import DeploymentSpec, make_spec, run_gateway_process
+
+from .login import store_login
+
+pytestmark = pytest.mark.integration
+
+COLD = DeploymentSpec("sophia", "vllm", "openai/gpt-oss-120b", state="cold")
+HOT = DeploymentSpec("sophia", "vllm", "openai/gpt-oss-120b")
+OTHER = DeploymentSpec("metis", "api", "gpt-oss-120b", kind="direct", state="cold")
+BACKENDS: dict[str, dict[str, Any]] = {
+    "local": {"kind": "local", "processes": 2},
+    "parsl": {
+        "kind": "parsl",
+        "factory": "fanfold.backends.workers.parsl:htex_local",
+        "factory_args": {"workers": 2},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("FIRST_API_KEY", "inference_base_url"):
+        monkeypatch.delenv(name, raising=False)
+    store_login(tmp_path, "good")
+    return tmp_path
+
+
+def settings(gateway: str, backend: str = "local", **first: Any) -> dict[str, Any]:
+    quick: dict[str, Any] = {"base_url": gateway, "requests_per_s": 100, "poll_s": 0.5}
+    return {
+        "task": {"prompt": "Say {text}"},
+        "endpoints": {"first": quick | first},
+        "model": {"name": "gpt-oss-120b", "max_tokens": 40},
+        "backend": BACKENDS[backend],
+        "shard": {"items": 20},
+        "cache": "off",
+        "limits": {"hedge": False},
+    }
+
+
+async def run(given: dict[str, Any], count: int) -> Path:
+    items = [{"text": f"word {n}"} for n in range(count)]
+    end = await build_graph(given).ainvoke({"items": items})
+    assert (end["progress"]["done"], end["progress"]["failed"]) == (count, 0)
+    return Path(end["results"]["folder"])
+
+
+def chats(stats: dict[str, Any], status: int | None = None) -> list[dict[str, Any]]:
+    return [
+        call
+        for call in stats["calls"]
+        if call["path"].endswith("/chat/completions") and status in {None, call["status"]}
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_a_cold_model_is_started_once_for_all_workers(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    # the list of jobs is too old for workers to learn from it that the model runs
+    spec = make_spec(COLD, OTHER, cold_start_s=3.0, queue_s=1.0, jobs_cache_s=600.0)
+    async with run_gateway_process(spec) as process:
+        folder = await run(settings(process.url, backend), 60)
+        stats = await process.stats()
+    states = {key: one["triggers"] for key, one in stats["deployments"].items()}
+    assert states == {"sophia/vllm/openai/gpt-oss-120b": 1, "metis/api/gpt-oss-120b": 0}
+    answered = chats(stats, 200)
+    assert len(answered) == 61  # each item once, after the request that started the model
+    assert sorted(call["at"] for call in chats(stats))[1] >= 3.0
+    assert "waiting since" in caplog.text
+    sessions = {call["session"] for call in answered}
+    assert len(sessions) == 1
+    assert not any(p.read_bytes().count(b"good") for p in folder.rglob("*") if p.is_file())
+
+
+async def test_workers_do_not_ask_the_gateway_what_the_coordinator_knows() -> None:
+    async with run_gateway_process(make_spec(HOT, OTHER)) as process:
+        await run(settings(process.url), 200)
+        stats = await process.stats()
+    asked = Counter(call["path"].removeprefix("/resource_server/") for call in stats["calls"])
+    assert [asked[route] for route in ("status", "list-endpoints", "sophia/models")] == [1, 1, 1]
+    assert {call["model"] for call in chats(stats)} == {HOT.model}
+    assert len(chats(stats)) == 200
+
+
+async def test_limits_hold_over_all_workers() -> None:
+    spec = make_spec(
+        HOT, requests_per_s=20, tokens_per_min_user=3_000, window_s=2.0, output_tokens=(30, 40)
+    )
+    async with run_gateway_process(spec) as process:
+        given = settings(process.url, requests_per_s=16, tokens_per_min=3_000, window_s=2.0)
+        await run(given, 150)
+        stats = await process.stats()
+    assert len(chats(stats, 200)) == 150
+    assert stats["refusals"] == {}
+    (windows,) = stats["windows"].values()
+    assert all(window["tokens"] <= 3_000 for window in windows)
+    times = [call["at"] for call in chats(stats)]
+    assert max(sum(1 for t in times if at <= t < at + 1.0) for at in times) <= 20
+
+
+async def test_a_start_that_takes_too_long_stops_the_run_before_workers_start() -> None:
+    spec = make_spec(COLD, cold_start_s=600.0, compute_timeout_s=0.2, jobs_cache_s=0.0)
+    async with run_gateway_process(spec) as process:
+        with pytest.raises(RunStoppedError, match="start_wait_s"):
+            await run(settings(process.url, start_wait_s=1.0), 40)
+        stats = await process.stats()
+    assert len(chats(stats)) == 1
