@@ -378,6 +378,11 @@ class Journal:
         failed = len(self._state) - done - still_open
         return ItemCounts(done, failed, still_open, self._count_taken_over())
 
+    def is_taken_over(self, index: int) -> bool:
+        """Return True if the record of an item was taken over from another run."""
+        path = self._paths[self._file[index]] if self._length[index] else None
+        return path is not None and path.name == TAKEN_OVER_FILE
+
     def _count_taken_over(self) -> int:
         """Count the items whose record was taken over; that file is the first one."""
         if not self._paths or self._paths[0].name != TAKEN_OVER_FILE:

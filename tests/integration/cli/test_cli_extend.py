@@ -263,6 +263,22 @@ def test_unfinished_run_is_extended(shell: Shell, fleet: Served) -> None:
     assert fleet.requests == before + 2
 
 
+def test_pilot_of_an_extended_run(shell: Shell, fleet: Served) -> None:
+    """The pilot asks items that were not taken over, and estimates for those."""
+    rows = [f"r{n},text {n}\n" for n in range(40)]
+    (shell.folder / "in.csv").write_text("id,text\n" + "".join(rows[:30]))
+    use(shell, fleet)
+    assert shell("run", "c.yaml", "--out", "old", "--quiet").code == 0
+    before = fleet.requests
+    (shell.folder / "in.csv").write_text("id,text\n" + "".join(rows))
+    said = shell("run", "c.yaml", "--from", "old", "--out", "new", *YES, "--pilot", "4")
+    assert said.code == 0
+    assert "pilot: 4 of 10 items" in said.err
+    assert "4 requests" in said.err
+    assert "estimate for all 10 items" in said.err
+    assert fleet.requests == before + 10
+
+
 def test_running_source_is_refused(shell: Shell) -> None:
     assert shell("run", "c.yaml", "--out", "old", "--quiet").code == 0
     holder = (
