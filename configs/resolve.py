@@ -154,6 +154,9 @@ class Overrides:
     budget: Mapping[str, float | None] = field(default_factory=dict)
     pilot: int | None = None
     yes: bool = False
+    extends: Path | None = None
+    ask_again: str | None = None
+    only: str | None = None
 
     @property
     def budget_assignments(self) -> list[str]:

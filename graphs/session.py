@@ -364,7 +364,7 @@ class PilotResult:
 
     Attributes:
         items: Items of the pilot.
-        total: Items of the run.
+        total: Items of the run, without those that it has taken over from another run.
         left: Items of the run that are not finished yet.
         done: Items of the pilot that were answered.
         failed: Items of the pilot that failed.
@@ -421,12 +421,19 @@ async def run_pilot(
             opened = context.open_session_run(options.deadline, run.endpoints)
             tools = await stop.open_unless_stopped(stack.enter_async_context(opened))
             async with add_saved_count(tools), record_session(folder) as (about, this):
-                chosen = sample_indices(len(tools.store), count, about["input"]["digest"])
+                chosen = _choose_items(tools, count, about["input"]["digest"])
                 async with show_progress(tools, console, options.quiet):
                     await _run_items(tools, chosen, stop, folder)
                 this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
                 this.update(_counts_at_end(tools))
             return await asyncio.to_thread(_measure_pilot, tools, loaded, about, chosen)
+
+
+def _choose_items(tools: OpenRun, count: int, seed: str) -> list[int]:
+    """Return items spread over the input, without those that were taken over from another run."""
+    journal = tools.item_journal
+    asked = [index for index in range(len(tools.store)) if not journal.is_taken_over(index)]
+    return [asked[at] for at in sample_indices(len(asked), count, seed)]
 
 
 async def _run_items(
@@ -478,7 +485,7 @@ def _measure_pilot(
 ) -> PilotResult:
     """Summarize the measurements of the items and estimate the run; blocks."""
     records = [tools.item_journal.read_record(index) for index in chosen]
-    total = len(tools.store)
+    total = len(tools.store) - tools.item_journal.count_items().taken_over
     stats = ItemStats.from_records(records, total, "the pilot")
     items = total - about["input"]["invalid"]
     first = _first_prompts(tools, loaded, chosen, items)
@@ -496,7 +503,7 @@ def _measure_pilot(
     return PilotResult(
         items=len(records),
         total=total,
-        left=total - tools.progress.done - tools.progress.failed,
+        left=len(tools.store) - tools.progress.done - tools.progress.failed,
         done=done,
         failed=len(records) - done,
         stats=stats,

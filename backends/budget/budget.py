@@ -498,6 +498,8 @@ def estimate_total(
 ) -> dict[str, Json]:
     """Estimate the total for all items, by limit; empty before the first item has ended.
 
+    Items taken over from another run cost nothing, and are no measure of further items.
+
     Args:
         spent: What counts as spent, amounts in doubt included.
         settled: The part of it that the ended items and the nodes are known to have used. Only this
@@ -505,8 +507,8 @@ def estimate_total(
         limits: The budget's limits.
         counts: Items of the run.
     """
-    ended = counts.done + counts.failed
-    if not ended:
+    ended = counts.done + counts.failed - counts.taken_over
+    if ended <= 0:
         return {}
     return {
         key: _round_up(getattr(spent, name) + getattr(settled, name) * counts.open / ended, unit)

@@ -22,9 +22,9 @@ class Remedy:
 
 
 _REMEDIES: Final[Mapping[str, Remedy]] = {
-    "InvalidItemError": Remedy("correct the row, start a new run", is_retry=False),
+    "InvalidItemError": Remedy("correct the row, extend the run", is_retry=False),
     "TruncatedAnswerError": Remedy(
-        "raise model.max_tokens, start a new run; if the context is full, shorten the item or "
+        "raise model.max_tokens, extend the run; if the context is full, shorten the item or "
         "serve the model with a longer context",
         is_retry=False,
     ),

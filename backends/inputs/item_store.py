@@ -178,6 +178,17 @@ class ItemStore:
         with self._convert_errors():
             return list(self._items(lo, hi))
 
+    def iter_ids(self) -> Iterator[str]:
+        """Yield the ids of all items in order, without their columns.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        for number in range(len(self._header.starts)):
+            with self._convert_errors():
+                names: list[Any] = self._reader.get_batch(number).column("id").to_pylist()
+            yield from names
+
     def iter_rows(self, indices: Iterable[int]) -> Iterator[tuple[Row, int]]:
         """Yield the columns of items, and their size in bytes; fast for rising indices.
 
@@ -370,6 +381,7 @@ def load_input(
     target: Path,
     columns: Collection[str],
     items: Sequence[Mapping[str, Json]] | None = None,
+    only: Collection[str] | None = None,
 ) -> InputSummary:
     """Read and check an input and write its items to a store.
 
@@ -382,6 +394,7 @@ def load_input(
         columns: Columns that the task needs.
         items: Rows already in memory, which replace the configured path or dataset. They have the
             configured id column only if any of them contains it.
+        only: Ids of the items to write; None writes all.
 
     Raises:
         InputError: The input cannot be read, or its rows do not fit; nothing was written.
@@ -391,6 +404,6 @@ def load_input(
     if items is not None and not any(isinstance(i, Mapping) and config.id in i for i in items):
         config = config.model_copy(update={"id": None})
     needed = {*columns, *(name for name in (config.id, config.smiles) if name is not None)}
-    write_store(target, RowValidator(config, open_source(config, needed, items), columns))
+    write_store(target, RowValidator(config, open_source(config, needed, items), columns, only))
     with ItemStore(target) as store:
         return store.summary()

@@ -172,14 +172,22 @@ class RowValidator:
             none.
     """
 
-    def __init__(self, config: InputConfig, source: RowSource, columns: Collection[str]) -> None:
+    def __init__(
+        self,
+        config: InputConfig,
+        source: RowSource,
+        columns: Collection[str],
+        only: Collection[str] | None = None,
+    ) -> None:
         """Store the arguments; open nothing.
 
         Args:
             config: The settings of the input.
             source: Source of the rows.
             columns: Columns, or fields inside columns, that the task needs.
+            only: Ids of the items to yield; None yields all.
         """
+        self._only = only
         self.source = source.name
         self.columns: dict[str, None] = {}
         self.skipped: list[SkippedRow] = []
@@ -217,6 +225,8 @@ class RowValidator:
                     if count == self._config.limit:
                         break
         self._ids.report_problems()
+        if not count and self._only is not None:
+            raise InputError(f"{self._source.name}: none of its rows is selected; nothing to run")
         if not count:
             skipped = f" ({self.skipped_total} were skipped)" if self.skipped_total else ""
             raise InputError(f"{self._source.name} has no rows{skipped}; nothing to run")
@@ -242,6 +252,8 @@ class RowValidator:
         unique = self._ids.assign(name, position)
         if unique is None:
             self._skip(name, f"repeated id, {self._source.describe_position(position)}")
+            return None
+        if self._only is not None and unique not in self._only:
             return None
         if not row.keys() <= self.columns.keys():
             self.columns.update(dict.fromkeys(row))

@@ -21,6 +21,7 @@ from ..core.money import UsageTotals
 from ..core.types import Json
 from ..core.values import check_counts
 from .journal_file import (
+    TAKEN_OVER_FILE,
     ItemCounts,
     JournalDelta,
     JournalSource,
@@ -374,7 +375,19 @@ class Journal:
     def count_items(self) -> ItemCounts:
         """Count the items by state."""
         done, still_open = self._state.count(_DONE), self._state.count(_OPEN)
-        return ItemCounts(done, len(self._state) - done - still_open, still_open)
+        failed = len(self._state) - done - still_open
+        return ItemCounts(done, failed, still_open, self._count_taken_over())
+
+    def is_taken_over(self, index: int) -> bool:
+        """Return True if the record of an item was taken over from another run."""
+        path = self._paths[self._file[index]] if self._length[index] else None
+        return path is not None and path.name == TAKEN_OVER_FILE
+
+    def _count_taken_over(self) -> int:
+        """Count the items whose record was taken over; that file is the first one."""
+        if not self._paths or self._paths[0].name != TAKEN_OVER_FILE:
+            return 0
+        return self._file.count(0) - self._length.count(0)  # items without a record name no file
 
     def count_failures(self) -> dict[str, int]:
         """Count the failed items by error class, most frequent first; reads no record."""

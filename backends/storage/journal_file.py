@@ -28,6 +28,9 @@ from ..core.values import COUNT_FIELDS, MAX_COUNT, STATUSES, check_record
 
 JOURNAL_VERSION: Final = 2
 
+TAKEN_OVER_FILE: Final = "0000.jsonl"
+"""Journal file of the records that a new run takes over: of the session before its first."""
+
 _LONGEST_HEADER: Final = 4096
 _OTHER_FILES: Final = ("heartbeat-", "task-", "stop-", "lock")
 """Prefixes of the names of other files in a journal's folder."""
@@ -406,11 +409,16 @@ def check_renamed_files(folder: Path, run: RunIds) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ItemCounts:
-    """Number of items that are done, failed, and open."""
+    """Number of items that are done, failed, and open.
+
+    Attributes:
+        taken_over: Items whose record was taken over from another run, at no cost.
+    """
 
     done: int
     failed: int
     open: int
+    taken_over: int = 0
 
 
 @dataclass(slots=True)

@@ -414,6 +414,8 @@ def _fill(partial: Path, path: Path) -> None:
         raise _taken(path)
     try:
         (path / "journal").mkdir()
+        for file in (partial / "journal").iterdir():
+            file.rename(path / "journal" / file.name)
         (partial / "journal").rmdir()
         for file in sorted(partial.iterdir(), key=lambda one: one.name == "provenance.json"):
             file.rename(path / file.name)

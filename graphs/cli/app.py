@@ -25,6 +25,7 @@ from ...backends.core.messages import own_version
 from ..run.console import print_messages, print_traceback, setup_logging
 from . import jobs, setup
 from .options import (
+    ASK_AGAIN,
     BUDGET_OPTIONS,
     COST_BY,
     RUN_OPTIONS,
@@ -92,11 +93,38 @@ def run(  # noqa: PLR0913 - typer wants one parameter per option
     output: OutputMode,
     pilot: Pilot = None,
     yes: Yes = False,
+    extends: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            parser=nonempty_path,
+            help="Take over the finished items of this run whose question is the same.",
+        ),
+    ] = None,
+    ask_again: Annotated[
+        str | None,
+        typer.Option(
+            "--ask-again",
+            metavar="|".join(ASK_AGAIN),
+            help="With --from: finished items to ask again; default: by what has changed.",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="CONDITIONS",
+            parser=nonempty,
+            help="With --from: only items that were failed, or e.g. 'output.score > 0.8'.",
+        ),
+    ] = None,
 ) -> None:
     """Run a batch, or resume it if the run folder exists."""
     from .run import run_or_resume
 
     changes = replace(changes, pilot=pilot, yes=yes)
+    changes = replace(changes, extends=extends, ask_again=ask_again, only=only)
     raise typer.Exit(run_or_resume(config, out, changes, output))
 
 

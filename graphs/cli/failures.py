@@ -19,6 +19,7 @@ from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import read_settings
+from ...configs.raw_settings import get_at_path
 from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
 from ..run.result_rows import PromptRenderer, read_prompts
 
@@ -203,7 +204,15 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
         when = "when the run has ended, retry" if running else "retry"
         yield f"{when} failed items with: {retry_command(folder)}"
     if fixed := [name for name in classes if not find_remedy(name).is_retry]:
-        yield f"{', '.join(fixed)}: the remedy needs a new run in another folder"
+        yield f"{', '.join(fixed)}: {_describe_new_run(folder)}"
+
+
+def _describe_new_run(folder: RunFolder) -> str:
+    """Return how a remedy that needs a new run is applied; requests cannot be taken over."""
+    if get_at_path(read_settings(folder.settings).data, ("input", "format")) == "openai_batch":
+        return "the remedy needs a new run in another folder"
+    command = f"fanfold run NEW.yaml --from {shlex.quote(str(folder.path))}"
+    return f"change the settings or the input, and extend the run: {command}"
 
 
 def retry_command(folder: RunFolder) -> str:

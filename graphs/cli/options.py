@@ -13,6 +13,9 @@ import typer
 SAMPLE_ITEMS: Final = 200
 """Prompts that ``fanfold check`` renders by default."""
 
+ASK_AGAIN: Final = ("cut", "failed", "all")
+"""Which finished items of an extended run are asked again: truncated ones, failed ones, all."""
+
 COST_BY: Final = ("model", "endpoint", "node", "day")
 """Keys that costs can be grouped by."""
 
@@ -53,7 +56,9 @@ Pilot = Annotated[
     int | None,
     typer.Option("--pilot", min=1, help="Run N items first, show an estimate for all, then ask."),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Continue after the pilot without asking.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Continue without asking, after the pilot or a plan.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
 
 _SHARED: Final[Mapping[str, Any]] = {

@@ -13,20 +13,28 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ...backends.budget.cost import describe_cost
-from ...backends.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, FanfoldError, RunStoppedError
+from ...backends.core.errors import (
+    EXIT_BUDGET,
+    EXIT_INTERRUPTED,
+    ConfigurationError,
+    FanfoldError,
+    RunStoppedError,
+)
 from ...backends.core.money import NANO_PER_USD
-from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder
+from ...backends.storage.run_folder import RunFolder, get_run_ids, is_vacant, open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.resolve import Overrides
 from ..jobs.usage import job_report_offline
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, open_message_console, print_json, print_messages
+from ..run.extend import Extension
 from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
+from .extend import make_confirmation
 from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
-from .options import OutputMode
+from .options import ASK_AGAIN, OutputMode
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
@@ -93,10 +101,24 @@ _NAMED: Final = 10
 
 
 def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: OutputMode) -> int:
-    """Start a run, or resume the one in ``out``; return the exit code."""
+    """Start a run, or resume the one in ``out``; return the exit code.
+
+    Raises:
+        ConfigurationError: The options or the settings are wrong.
+    """
+    _check_extension_options(overrides)
     loaded, notices = overrides.resolve(config)
     print_messages(notices)
     return run_in_folder(out or default_run_folder(loaded.config.name), loaded, overrides, output)
+
+
+def _check_extension_options(overrides: Overrides) -> None:
+    given = overrides.ask_again
+    if given is not None and given not in ASK_AGAIN:
+        raise ConfigurationError(f"--ask-again {given}: choose one of {', '.join(ASK_AGAIN)}")
+    for option, value in (("--ask-again", given), ("--only", overrides.only)):
+        if value is not None and overrides.extends is None:
+            raise ConfigurationError(f"{option} needs --from DIR, the run whose items are meant")
 
 
 def run_in_folder(
@@ -155,7 +177,7 @@ def _run_guarded(session: Coroutine[Any, Any, T], path: Path) -> T:
     try:
         return asyncio.run(session)
     except KeyboardInterrupt:
-        if not path.is_dir():
+        if not path.is_dir() or is_vacant(path):
             raise FanfoldError("interrupted before anything was written") from None
         msg = f"interrupted during startup; resume with: fanfold resume {path}"
         raise RunStoppedError(msg) from None
@@ -194,11 +216,18 @@ async def _prepare_session(
     end = None if loaded is None else session_deadline(loaded.config, began)
     await check_saver(overrides.checkpointer)
     if loaded is not None and is_vacant(path):
-        run = await with_deadline(prepare_run(loaded, path), end)
+        extension = await _open_extension(loaded, overrides, output)
+        extend = only = None
+        if extension is not None:
+            extend, only = extension.take_over, extension.selected
+        run = await with_deadline(prepare_run(loaded, path, extend=extend, only=only), end)
         if not output.quiet:
             print_messages(_about(run.folder))
     else:
-        run = await with_deadline(resume_run(open_folder(path), loaded), end)
+        folder = open_folder(path)
+        if overrides.extends is not None:
+            await asyncio.to_thread(_check_extended, folder, overrides.extends, overrides.only)
+        run = await with_deadline(resume_run(folder, loaded), end)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(run.folder.raised_limits.unlink, missing_ok=True)
     options = RunOptions(
@@ -209,6 +238,46 @@ async def _prepare_session(
         deadline=end or session_deadline(run.loaded.config, began),
     )
     return run, options
+
+
+async def _open_extension(
+    loaded: LoadedConfig, overrides: Overrides, output: OutputMode
+) -> Extension | None:
+    """Return the run that a new run extends, or None.
+
+    Raises:
+        ConfigurationError: It cannot be extended.
+    """
+    if overrides.extends is None:
+        return None
+    asks = is_interactive() and not output.as_json
+    confirm = make_confirmation(overrides.yes, asks)
+    return await asyncio.to_thread(
+        Extension.open, overrides.extends, loaded, overrides.ask_again, confirm, overrides.only
+    )
+
+
+def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
+    """Check that an existing run extends the run that is named; then it is resumed.
+
+    The other folder may be gone by now.
+
+    Raises:
+        ConfigurationError: It does not, or by other items.
+    """
+    known = folder.read_provenance().get("from")
+    if known is not None and known["only"] != only:
+        chosen = "all items" if known["only"] is None else f"--only {known['only']!r}"
+        msg = f"{folder.path}: this run exists and was begun with {chosen}; choose another --out"
+        raise ConfigurationError(msg)
+    if known is not None and not source.exists():
+        return
+    if known is None or known["run"] not in get_run_ids(open_folder(source).read_provenance()):
+        msg = (
+            f"{folder.path}: this run exists and does not extend {source}; --from begins a new "
+            "run: choose another --out"
+        )
+        raise ConfigurationError(msg)
 
 
 def _about(folder: RunFolder) -> list[str]:
@@ -246,6 +315,7 @@ def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | No
                 "aggregate": result.aggregate,
                 **_batch_files(result),
                 **({} if jobs is None else {"chain": jobs}),
+                **status.extension_facts(result.folder.read_provenance()),
                 "exit_code": result.exit_code,
             }
         )

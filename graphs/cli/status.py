@@ -208,6 +208,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "requests": spent.requests,
         "reused": spent.reused,
     }
+    facts |= extension_facts(about)
     batches = BatchFolder(folder.batches).read()
     if batches:
         facts["batches"] = summarize_batches(batches)
@@ -237,6 +238,14 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())
+
+
+def extension_facts(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run took over from another one, by its provenance; nothing if it did not."""
+    known = about.get("from")
+    if known is None:
+        return {}
+    return {"from": known["run"], "kept": {key: known[key] for key in ("done", "failed")}}
 
 
 def _next_command(

@@ -248,14 +248,28 @@ def read_item_stats(path: Path, simulated: bool) -> ItemStats:
         raise ConfigurationError(msg)
     total = about["input"]["items"]
     with Journal(folder.journal, get_run_ids(about), total) as journal:
-        ended = [index for index in range(total) if journal.is_finished(index)]
-        step = max(1, len(ended) // _READ)
-        records = [journal.read_record(index) for index in ended[::step]]
-    found = ItemStats.from_records(records, sys.maxsize, f"{len(ended):,} items of {path}", step)
+        found = measure_items(journal, total, path)
     if found is None:
         msg = f"--like {path}: no item of this run has a request yet"
         raise ConfigurationError(msg)
     return found
+
+
+def measure_items(journal: Journal, total: int, path: Path) -> ItemStats | None:
+    """Return measurements of finished items; None if none of them had a request.
+
+    Args:
+        journal: The journal of their run.
+        total: Number of items of the run.
+        path: The run's folder.
+
+    Raises:
+        JournalError: The journal is damaged.
+    """
+    ended = [index for index in range(total) if journal.is_finished(index)]
+    step = max(1, len(ended) // _READ)
+    records = [journal.read_record(index) for index in ended[::step]]
+    return ItemStats.from_records(records, sys.maxsize, f"{len(ended):,} items of {path}", step)
 
 
 _REPAIR: Final = 60

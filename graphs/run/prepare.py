@@ -13,13 +13,21 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import orjson
 
@@ -216,12 +224,19 @@ class ReadyRun:
     endpoints: ReadyEndpoints | None = None
 
 
-async def prepare_run(
+ExtendRun: TypeAlias = Callable[[RunFolder, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+"""Fills the journal of a run in preparation; gets its provenance, returns what to add to it."""
+
+
+async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     loaded: LoadedConfig,
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
     defer_endpoints: bool = False,
+    *,
+    extend: ExtendRun | None = None,
+    only: Collection[str] | None = None,
 ) -> ReadyRun:
     """Check input and endpoints, and create the run folder.
 
@@ -231,6 +246,8 @@ async def prepare_run(
         items: Items that replace the configured input.
         allow_simulated: Allow a simulated fleet.
         defer_endpoints: Do not check the endpoints, because a job will start them.
+        extend: Takes over items of another run before the folder appears under its name.
+        only: Ids of the items of the run; None means all of the input.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
@@ -248,7 +265,7 @@ async def prepare_run(
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
-        summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
+        summary = await asyncio.to_thread(load_input, given, folder.items, columns, items, only)
         check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
@@ -273,6 +290,8 @@ async def prepare_run(
             "input": describe_input(summary, given.path if items is None else None),
             "sessions": [],
         }
+        if extend is not None:
+            about |= await extend(folder, about)
         await asyncio.to_thread(_write, folder, path, loaded, about)
     return ReadyRun(RunFolder(path), loaded, endpoints=ready)
 
@@ -525,7 +544,7 @@ def _check_unchanged(
     lines = diff_settings(before.plain, after.plain, about["model"])
     if after.config.endpoints.simulated is not None and about["simulated"] is False:
         lines.append("endpoints: real → simulated; a run cannot mix their answers")
-    if not lines and _has_input_changed(about["input"], before, after):
+    if not lines and _has_input_changed(folder, about, before, after):
         lines.append(f"input: the content of {after.config.input.path} changed")
     if (
         not lines
@@ -622,19 +641,30 @@ async def _check_simulated(
         return ready
 
 
-def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: LoadedConfig) -> bool:
+def _has_input_changed(
+    folder: RunFolder, about: Mapping[str, Any], before: LoadedConfig, after: LoadedConfig
+) -> bool:
     """Return True if the input's content changed; equal size and time skip the comparison.
 
-    A missing file does not matter, because the run folder has a copy; a new path must exist.
+    A missing file does not matter, because the run folder has a copy; a new path must exist. Of a
+    run that has a selection of the input, only the selected items are compared.
     """
-    from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - pyarrow is slow to import
+    from ...backends.inputs.item_store import (  # noqa: PLC0415 - pyarrow is slow to import
+        ItemStore,
+        load_input,
+    )
 
+    known = about["input"]
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
     if path is None or (same and not is_present(Path(path))):
         return False
     if same and known["stamp"] is not None and read_file_stamp(Path(path)) == known["stamp"]:
         return False
-    with tempfile.TemporaryDirectory() as folder:
-        target, columns = Path(folder) / "items.arrow", needed_columns(after.config)
-        digest: str = load_input(after.config.input, target, columns).digest
+    only = None
+    if (about.get("from") or {}).get("only") is not None:
+        with ItemStore(folder.items) as store:
+            only = frozenset(store.iter_ids())
+    with tempfile.TemporaryDirectory() as temporary:
+        target, columns = Path(temporary) / "items.arrow", needed_columns(after.config)
+        digest: str = load_input(after.config.input, target, columns, only=only).digest
     return digest != str(known["digest"])

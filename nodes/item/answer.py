@@ -97,7 +97,10 @@ class AnswerCheck:
                 f"the answer was cut at {sent} tokens, the most that the endpoint accepts "
                 f"(model.max_tokens is {self._max_tokens}); shorten the item or the answer"
             )
-        return f"the answer was cut at {sent} tokens (model.max_tokens); raise it"
+        return (
+            f"the answer was cut at {sent} tokens (model.max_tokens); raise it, and extend the run "
+            "(fanfold run --from)"
+        )
 
     def check_value(self, value: Json) -> Json:
         """Return the answer in a text or a parsed value.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -30,14 +31,45 @@ _CUT: Final = "…"
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
 
+class ItemDigests:
+    """Digests in the records of a run's items.
+
+    Args:
+        question: Digest of what all questions of the run share.
+        constant_messages: Number of messages at the start of each question that it covers.
+        fingerprint: Digest of the task and the model.
+    """
+
+    def __init__(self, question: bytes, constant_messages: int, fingerprint: bytes) -> None:
+        self._question = hashlib.sha256(question)
+        self._constant_messages = constant_messages
+        self._fingerprint = hashlib.blake2b(fingerprint, digest_size=12)
+
+    def compute_question(self, messages: Sequence[Mapping[str, str]] | None) -> str | None:
+        """Return the digest of an item's first messages; repairs repeat them."""
+        if not messages:
+            return None
+        digest = self._question.copy()
+        for number, message in enumerate(messages[self._constant_messages :]):
+            content = message["content"].encode(errors="replace")
+            digest.update(b"\0%d\0" % len(content) + content if number else content)
+        return digest.hexdigest()[:32]
+
+    def compute_fingerprint(self, item: Item) -> str:
+        """Return the digest of the task, the model and the item."""
+        digest = self._fingerprint.copy()
+        digest.update(orjson.dumps([item.id, item.row]))
+        return digest.hexdigest()
+
+
 class RecordBuilder:
     """Builds the journal records of a run; ``docs/resume.md`` describes them."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
-        self._question = hashlib.sha256(tools.question_digest)
-        self._constant_messages = tools.constant_messages
-        self._fingerprint = hashlib.blake2b(tools.fingerprint, digest_size=12)
+        self._digests = ItemDigests(
+            tools.question_digest, tools.constant_messages, tools.fingerprint
+        )
 
     def build(
         self, item: Item, state: ItemState, calls: CallLog, latency_s: float
@@ -53,7 +85,7 @@ class RecordBuilder:
             "id": item.id,
             "sample": 0,
             "status": "failed" if error else "done",
-            "question": self._question_digest(state),
+            "question": self._digests.compute_question(state.get("messages")),
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,
             "error": error["text"] if error else None,
@@ -74,7 +106,7 @@ class RecordBuilder:
             "latency_s": round(latency_s, 4),
             "finished_at": _now(),
             "simulated": tools.simulated,
-            "fingerprint": self._item_fingerprint(item),
+            "fingerprint": self._digests.compute_fingerprint(item),
             "origin": None,
         }
         if raw is not None:
@@ -92,22 +124,6 @@ class RecordBuilder:
                 clamp_counts(share)
         clamp_counts(record)
         return record
-
-    def _question_digest(self, state: ItemState) -> str | None:
-        """Return the digest of the first question; repairs repeat it."""
-        messages = state.get("messages")
-        if not messages:
-            return None
-        digest = self._question.copy()
-        for number, message in enumerate(messages[self._constant_messages :]):
-            content = message["content"].encode(errors="replace")
-            digest.update(b"\0%d\0" % len(content) + content if number else content)
-        return digest.hexdigest()[:32]
-
-    def _item_fingerprint(self, item: Item) -> str:
-        digest = self._fingerprint.copy()
-        digest.update(orjson.dumps([item.id, item.row]))
-        return digest.hexdigest()
 
 
 def put_record(journal: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ SETTINGS = [
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
     Broken("section is a text", ["task: expected keys", "'x'"], {"task": "x"}),
     Broken("no task", ["c.yaml: the key 'task' is missing"], {"task": None}),
-    Broken("no prompt", ["the key 'task.prompt' is missing"], task(prompt="LEFT OUT")),
-    Broken("empty prompt", ["task.prompt: must not be empty"], task(prompt="")),
+    Broken("no prompt", ["c.yaml: task: prompt is missing"], task(prompt="LEFT OUT")),
+    Broken("empty prompt", ["c.yaml: task: prompt is missing"], task(prompt="")),
     Broken("prompt is a number", ["task.prompt: expected a text", "5"], task(prompt=5)),
     Broken(
         "lone brace", ["c.yaml: task.prompt: line 2", "unmatched brace"], task(prompt="a\nb { c")

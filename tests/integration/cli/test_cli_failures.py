@@ -60,7 +60,7 @@ def test_classes_remedies_and_examples(shell: Shell) -> None:
         assert f"{row['count']} x {row['class']}" in text
     assert f"  example: item {invalid['id']}" in text
     assert f"    Say text {number}\n" in text
-    assert "the remedy needs a new run in another folder" in text.splitlines()[-1]
+    assert text.splitlines()[-1].endswith("extend the run: fanfold run NEW.yaml --from run")
     assert all(len(line) <= 60 for line in text.splitlines()[:-1])
     assert all(line == line.rstrip() for line in text.splitlines())
 
@@ -112,7 +112,7 @@ def test_a_retry_that_fails_for_good_is_not_advised(shell: Shell) -> None:
     shell.write(endpoints=faulty(faults=[{"kind": "refusal"}]))
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3
     text = shell("failures", "run").out
-    assert "RefusedAnswerError: the remedy needs a new run in another folder" in text
+    assert "RefusedAnswerError: change the settings or the input, and extend the run: " in text
     assert "--retry-failed" not in text
 
 

@@ -101,7 +101,7 @@ def faulty(shell: Shell) -> Shell:
     return shell
 
 
-@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize("width", [60, 80, pytest.param(140, marks=pytest.mark.long)])
 @pytest.mark.usefixtures("faulty")
 def test_a_run(width: int) -> None:
     screen, frames, code = see(width, "run", "c.yaml", "--out", "run")
@@ -122,7 +122,7 @@ def test_a_run(width: int) -> None:
     assert "molecule-" in text
 
 
-@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize("width", [60, 80, pytest.param(140, marks=pytest.mark.long)])
 @pytest.mark.usefixtures("faulty")
 def test_commands_that_look_at_a_run(shell: Shell, width: int) -> None:
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3

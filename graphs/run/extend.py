@@ -1,0 +1,370 @@
+"""Extend a run: take over finished items of another run, so that only the others are asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ...backends.budget.pricing import read_price
+from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
+from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
+from ...backends.core.selection import Selection
+from ...backends.core.types import Item, Json, Message, Row
+from ...backends.inputs.column_types import describe_columns
+from ...backends.inputs.item_store import ItemStore
+from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
+from ...configs.loader import LoadedConfig, read_settings
+from ...configs.raw_settings import get_at_path
+from ...nodes.shard.record import ItemDigests
+from .estimate import count_nodes, make_run_plan
+from .forecast import Forecast, Range, RunPlan, forecast, measure_items
+from .open_run import describe_lost_files
+from .prepare import compute_question_digest
+
+logger = logging.getLogger(__name__)
+
+_BATCH: Final = 256
+_DECIDING: Final = ("task", "model", "limits", "endpoints")
+"""Sections whose change may turn a failure into an answer."""
+_NO_EFFECT: Final = ("name", "max_tokens", "max_tokens_field", "price")
+"""Settings of the model that do not count as such a change, or are compared apart."""
+
+
+@dataclass(slots=True)
+class ExtensionPlan:
+    """What a run takes over from another one, and what it asks.
+
+    Attributes:
+        run: Id of the other run.
+        path: Its folder.
+        simulated: Whether the answers of both runs are simulated.
+        done: Items taken over with an answer.
+        failed: Items taken over as failed.
+        new: Items to ask because the other run does not have them.
+        changed: Items to ask because their question is another one.
+        unfinished: Items to ask because the other run has not finished them.
+        again: Finished items to ask again.
+        invalid: Items that fail without a request.
+        dropped: Items of the other run that this run does not have.
+        only: Conditions that select items of the other run, or None.
+        plan: Requests for the items to ask.
+        forecast: Their estimate.
+    """
+
+    run: str
+    path: Path
+    simulated: bool
+    done: int = 0
+    failed: int = 0
+    new: int = 0
+    changed: int = 0
+    unfinished: int = 0
+    again: int = 0
+    invalid: int = 0
+    dropped: int = 0
+    only: str | None = None
+    plan: RunPlan | None = None
+    forecast: Forecast | None = None
+
+    @property
+    def asked(self) -> int:
+        """Return the number of items to ask."""
+        return self.new + self.changed + self.unfinished + self.again
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the run's provenance keeps."""
+        return {
+            "run": self.run,
+            "done": self.done,
+            "failed": self.failed,
+            "asked": self.asked,
+            "dropped": self.dropped,
+            "only": self.only,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """The run that a new run extends.
+
+    Attributes:
+        source: The folder of the other run; it is only read.
+        loaded: The settings of the new run.
+        ask_again: Finished items that are asked again: ``cut``, ``failed`` or ``all``; None decides
+            by what has changed.
+        confirm: Called with the plan before the new run's folder appears; it raises to stop.
+        only: Conditions that select items of the other run, or None.
+        selected: Ids of these items, or None.
+    """
+
+    source: RunFolder
+    loaded: LoadedConfig
+    ask_again: str | None
+    confirm: Callable[[ExtensionPlan], Awaitable[None]]
+    only: str | None = None
+    selected: frozenset[str] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        loaded: LoadedConfig,
+        ask_again: str | None,
+        confirm: Callable[[ExtensionPlan], Awaitable[None]],
+        only: str | None = None,
+    ) -> Extension:
+        """Check that a run can be extended, and select its items; blocks.
+
+        Raises:
+            ConfigurationError: There is no run, a session is working on it, or its items have no
+                recorded questions.
+            JournalError: It cannot be read, or has another format.
+        """
+        source = open_folder(path)
+        source.read_provenance()
+        if loaded.config.input.is_batch:
+            msg = (
+                f"--from {path}: items that are requests (input.format) have no recorded "
+                "question, so none can be taken over"
+            )
+            raise ConfigurationError(msg)
+        if source.is_in_use():
+            msg = (
+                f"--from {path}: a session is working on this run, and its items in flight would "
+                "be paid twice; wait until it ends, or stop it"
+            )
+            raise ConfigurationError(msg)
+        if only is None:
+            return cls(source, loaded, ask_again, confirm)
+        selection, ids = _select_items(source, only)
+        if ask_again is None and "failed" in selection.statuses:
+            ask_again = "failed"  # they were selected for that
+        return cls(source, loaded, ask_again, confirm, only, ids)
+
+    async def take_over(self, folder: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the records that are taken over into the journal of a run in preparation.
+
+        Args:
+            folder: The new run's folder, with its items.
+            about: The new run's provenance.
+
+        Returns:
+            What to add to the provenance.
+
+        Raises:
+            ConfigurationError: One run is simulated and the other is not.
+            JournalError: The other run is damaged, or the records cannot be written.
+        """
+        with ExitStack() as stack:
+            matcher = await asyncio.to_thread(self._open_matcher, stack, folder, about)
+            header = {"run": about["run"], "session": f"taken over from run {matcher.plan.run}"}
+            writer: JournalWriter | None = None
+            try:
+                for lo in range(0, len(matcher.items), _BATCH):
+                    for record in await asyncio.to_thread(matcher.match, lo):
+                        if writer is None:
+                            path = folder.journal / TAKEN_OVER_FILE
+                            writer = JournalWriter(path, header, self.loaded.config.journal.fsync_s)
+                        writer.write(record)
+            finally:
+                if writer is not None:
+                    await writer.close()
+            plan = await asyncio.to_thread(matcher.finish_plan, self.loaded, about)
+        await self.confirm(plan)
+        return {"from": plan.to_json()}
+
+    def _open_matcher(
+        self, stack: ExitStack, folder: RunFolder, about: Mapping[str, Any]
+    ) -> _Matcher:
+        before = self.source.read_provenance()
+        if before["simulated"] is not None and before["simulated"] != about["simulated"]:
+            kinds = ("real", "simulated")
+            msg = (
+                f"--from {self.source.path}: its answers are {kinds[before['simulated']]}, and "
+                f"these endpoints are {kinds[about['simulated']]}; a run cannot mix them"
+            )
+            raise ConfigurationError(msg)
+        config = self.loaded.config
+        items = stack.enter_context(ItemStore(folder.items))
+        with ItemStore(self.source.items) as store:
+            indices = {name: index for index, name in enumerate(store.iter_ids())}
+        journal = Journal(self.source.journal, get_run_ids(before), len(indices))
+        stack.enter_context(journal)
+        if lost := list_lost_files(self.source.journal):
+            logger.warning("--from: %s", describe_lost_files(lost, journal))
+        prompt = config.parse_prompt()
+        return _Matcher(
+            items=items,
+            journal=journal,
+            indices=indices,
+            total=len(indices),
+            digests=ItemDigests(
+                compute_question_digest(config, about["model"]),
+                prompt.constants,
+                bytes.fromhex(about["fingerprint"]),
+            ),
+            build_messages=prompt.build_messages,
+            ask_again=self.ask_again or _choose_ask_again(self.source, self.loaded),
+            plan=ExtensionPlan(
+                before["run"], self.source.path, bool(about["simulated"]), only=self.only
+            ),
+        )
+
+
+def _select_items(source: RunFolder, only: str) -> tuple[Selection, frozenset[str]]:
+    """Return the conditions, and the ids of the finished items of a run that fulfil them.
+
+    Raises:
+        ConfigurationError: The conditions cannot be read, or no item fulfils them.
+    """
+    about = source.read_provenance()
+    schema = get_at_path(read_settings(source.settings).data, ("task", "schema"))
+    with (
+        ItemStore(source.items) as store,
+        Journal(source.journal, get_run_ids(about), len(store)) as journal,
+    ):
+        answer = schema if isinstance(schema, Mapping) else None
+        try:
+            selection = Selection.parse(only, answer, describe_columns(store.types))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--only: {error.message}") from None
+        ended = [index for index in range(len(store)) if journal.is_finished(index)]
+        ids = set[str]()
+        for index, (row, _) in zip(ended, store.iter_rows(ended), strict=True):
+            record = journal.read_record(index)
+            if selection.holds(record["status"], record.get("output"), row):
+                ids.add(str(record["id"]))
+    if not ids:
+        msg = f"--only {only!r}: none of the {len(ended):,} finished items of {source.path} fits"
+        raise ConfigurationError(msg)
+    return selection, frozenset(ids)
+
+
+def _choose_ask_again(source: RunFolder, loaded: LoadedConfig) -> str | None:
+    """Return which failed items may end otherwise, by the settings that have changed."""
+    old, new = read_settings(source.settings).data, loaded.plain
+    limits = [(one.get("model") or {}).get("max_tokens") for one in (old, new)]
+    if any(_get_deciding(old, name) != _get_deciding(new, name) for name in _DECIDING):
+        return "failed"
+    before, now = limits
+    return "cut" if isinstance(before, int) and isinstance(now, int) and now > before else None
+
+
+def _get_deciding(settings: Mapping[str, Any], section: str) -> Any:
+    found = settings.get(section)
+    if section != "model" or not isinstance(found, Mapping):
+        return found
+    return {key: value for key, value in found.items() if key not in _NO_EFFECT}
+
+
+@dataclass(slots=True)
+class _Matcher:
+    """Finds the items of a new run among those of another one.
+
+    Attributes:
+        items: The items of the new run.
+        journal: The journal of the other run.
+        indices: Its items that have not been matched yet, by id.
+        total: Number of its items.
+        digests: Digests of the new run's items.
+        build_messages: Returns the first messages of an item from its columns.
+        ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
+        plan: What has been found so far.
+        prompts: Estimated tokens of the prompts to ask.
+    """
+
+    items: ItemStore
+    journal: Journal
+    indices: dict[str, int]
+    total: int
+    digests: ItemDigests
+    build_messages: Callable[[Row], list[Message]]
+    ask_again: str | None
+    plan: ExtensionPlan
+    prompts: array[float] = field(default_factory=lambda: array("d"))
+
+    def match(self, lo: int) -> list[dict[str, Json]]:
+        """Return the records to take over for the items from ``lo``, as many as a batch has."""
+        some = self.items.read(lo, min(len(self.items), lo + _BATCH))
+        return list(self._iter_kept(some))
+
+    def _iter_kept(self, items: list[Item]) -> Iterator[dict[str, Json]]:
+        for item in items:
+            index = self.indices.pop(item.id, None)
+            messages = self._render(item)
+            if messages is None:
+                self.plan.invalid += 1
+            elif (record := self._find_kept(index, messages)) is not None:
+                yield self._adopt(record, item)
+            else:
+                tokens = estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE
+                self.prompts.append(tokens)
+
+    def _render(self, item: Item) -> list[Message] | None:
+        """Return the first messages of an item; None if it fails without a request."""
+        if item.problem is not None:
+            return None
+        try:
+            return self.build_messages(item.row)
+        except InvalidItemError:
+            return None
+
+    def _find_kept(self, index: int | None, messages: list[Message]) -> dict[str, Any] | None:
+        """Return the record to take over; None, counted by its reason, if the item is asked."""
+        plan = self.plan
+        if index is None:
+            plan.new += 1
+            return None
+        if not self.journal.is_finished(index):
+            plan.unfinished += 1
+            return None
+        record = self.journal.read_record(index)
+        is_same = record.get("question") == self.digests.compute_question(messages)
+        if not is_same or bool(record.get("simulated")) != plan.simulated:
+            plan.changed += 1
+            return None
+        if self._is_asked_again(record):
+            plan.again += 1
+            return None
+        is_done = record["status"] == "done"
+        plan.done, plan.failed = plan.done + is_done, plan.failed + (not is_done)
+        return record
+
+    def _is_asked_again(self, record: Mapping[str, Any]) -> bool:
+        if self.ask_again == "all" or record["status"] == "done":
+            return self.ask_again == "all"
+        is_cut = record.get("error_class") == TruncatedAnswerError.__name__
+        return self.ask_again == "failed" or (self.ask_again == "cut" and is_cut)
+
+    def _adopt(self, record: dict[str, Any], item: Item) -> dict[str, Json]:
+        """Return the record of an item that this run did not ask: it cost nothing here."""
+        counts = ("requests", "repairs", "prompt_tokens", "cached_tokens", "completion_tokens")
+        costs = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
+        kept = {key: value for key, value in record.items() if key != "shares"}
+        return kept | {
+            "index": item.index,
+            "attempts": [],
+            "reused": int(record["status"] == "done"),
+            **dict.fromkeys((*counts, *costs), 0),
+            "fingerprint": self.digests.compute_fingerprint(item),
+            "origin": record.get("origin") or self.plan.run,
+        }
+
+    def finish_plan(self, loaded: LoadedConfig, about: Mapping[str, Any]) -> ExtensionPlan:
+        """Return the plan with its estimate, by the measurements of the other run."""
+        plan, config = self.plan, loaded.config
+        plan.dropped = len(self.indices)
+        if plan.asked:
+            first = Range.from_sample(self.prompts, plan.asked)
+            nodes = count_nodes(config, ())
+            plan.plan = make_run_plan(config, plan.asked, first, read_price(about), nodes)
+            plan.forecast = forecast(plan.plan, measure_items(self.journal, self.total, plan.path))
+        return plan
