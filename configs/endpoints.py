@@ -16,6 +16,10 @@ ENDPOINT_KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "si
 HOSTS_ONLY_KEYS: Final = ("port", "per_host", "suffix")
 """Keys that require ``hosts``."""
 
+AEGIS_FILE: Final = "aegis_endpoints.txt"
+AEGIS_REGISTRY_FILE: Final = "aegis_registry_url.txt"
+"""Aegis writes this file when its job starts, and the endpoints when all servers are up."""
+
 FIRST_REFUSED_FIELDS: Final = re.compile(
     r"cache_salt|api_port|openai_endpoint|stream_task_.*|streaming_server_.*"
 )

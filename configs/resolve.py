@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError
 from .base import expand_home
-from .endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
+from .endpoints import AEGIS_REGISTRY_FILE, ENDPOINT_KINDS, HOSTS_ONLY_KEYS
 from .loader import LoadedConfig, check_settings, read_settings
 from .raw_settings import get_at_path
 from .task_check import find_task_warnings
@@ -87,8 +87,8 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     """Return the settings that an ``--endpoints`` option means; the API key is unchanged.
 
     Args:
-        text: ``simulated``, ``auto``, an endpoints file, a folder of such files, or base URLs
-            separated by commas.
+        text: ``simulated``, ``auto``, an endpoints file (also one that Aegis has not written yet),
+            a folder of such files, or base URLs separated by commas.
         simulated: The configured simulated fleet, kept if there is one.
 
     Raises:
@@ -102,14 +102,16 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     elif "://" in text:
         kinds["urls"] = [url.strip() for url in text.split(",") if url.strip()]
     else:
-        path = expand_home(text).resolve()
-        if not text or not path.exists():
+        path = expand_home(text)
+        beside = {folder / AEGIS_REGISTRY_FILE for folder in (path.parent, path.resolve().parent)}
+        is_awaited = bool(path.suffix) and any(file.is_file() for file in beside)
+        if not text or not (path.exists() or is_awaited):
             msg = (
                 f"--endpoints {text!r}: neither 'simulated' nor 'auto', nor URLs such as "
                 "http://node17:8000/v1 (several with commas between), nor a file or folder"
             )
             raise ConfigurationError(msg)
-        kinds["file"] = str(path)
+        kinds["file"] = str(path.resolve() if path.exists() else path.absolute())
     return {f"endpoints.{kind}": value for kind, value in kinds.items()}
 
 

@@ -14,7 +14,13 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from ...configs.endpoints import FIRST_URL, FirstConfig, explain_refused_fields
+from ...configs.endpoints import (
+    AEGIS_FILE,
+    AEGIS_REGISTRY_FILE,
+    FIRST_URL,
+    FirstConfig,
+    explain_refused_fields,
+)
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, MissingExtraError, RunStoppedError
 from ..fleet.endpoint import ApiKey, EndpointSpec, normalize_base_url
@@ -27,7 +33,7 @@ from .resolve import (
     get_gateway_url,
     make_gateway_set,
 )
-from .sources import AEGIS_FILE, AEGIS_REGISTRY_FILE, FileSource, read_registry_file
+from .sources import FileSource, read_registry_file
 
 _REGISTRY_FILES: Final = (AEGIS_REGISTRY_FILE, f"local_runs/{AEGIS_REGISTRY_FILE}")
 _FILES: Final = (AEGIS_FILE, f"local_runs/{AEGIS_FILE}", "endpoints.txt")

@@ -48,7 +48,7 @@ from .resolve import (
     make_gateway_set,
     open_registry,
 )
-from .sources import AdmitEndpoints, EndpointSource, FileSource, follow_source
+from .sources import AdmitEndpoints, EndpointSource, FileSource, follow_source, locate_file
 
 if TYPE_CHECKING:
     from ..fleet.langchain import ChatFleet, LangChainClient
@@ -392,11 +392,12 @@ async def open_endpoint_set(
             yield EndpointSet(tuple(specs), file)
             return
         listed = await file.list_endpoints()
-        by = "" if file.registry is None else f" by {file.registry.url}"
+        by = "" if file.registry is None else f" {file.registry.url}"
+        path = await asyncio.to_thread(locate_file, Path(endpoints.file))
         yield EndpointSet(
             tuple(listed),
             file,
-            reason=f"{endpoints.file} is not written yet; listed{by}, Aegis' registry",
+            reason=f"{path} is not written yet; listed by Aegis' registry{by}",
         )
 
 
@@ -471,8 +472,7 @@ async def find_ready_endpoints(
             simulated and real endpoints are mixed.
     """
     name = model or endpoint_set.model
-    if endpoint_set.source is not None and name is not None:
-        _check_tags(endpoint_set.specs, name, names)
+    check_tags(endpoint_set, name, names)
     found = await endpoint_set.probe()
     matched = select_model(found, name, names)
     specs = matched.specs
@@ -491,16 +491,26 @@ async def find_ready_endpoints(
     )
 
 
-def _check_tags(specs: Sequence[EndpointSpec], name: str, names: Mapping[str, str]) -> None:
+def check_tags(endpoint_set: EndpointSet, name: str | None, names: Mapping[str, str]) -> None:
     """Check that a list that may grow has an endpoint for the model.
+
+    Args:
+        endpoint_set: The endpoints.
+        name: The model's name, or None if it is not settled.
+        names: Served id to model's name, where they differ.
 
     Raises:
         NoEndpointError: All are listed with another model.
     """
-    tags = {spec.model for spec in specs}
+    if endpoint_set.source is None or name is None:
+        return
+    tags = {spec.model for spec in endpoint_set.specs}
     if all(tag is not None and name not in {tag, names.get(tag)} for tag in tags):
         listed = ", ".join(sorted(tag for tag in tags if tag is not None))
-        raise NoEndpointError(f"no endpoint serves model.name {name!r}; listed so far: {listed}")
+        raise NoEndpointError(
+            f"no endpoint serves model.name {name!r}; listed so far: {listed} (endpoints.wait_s "
+            "waits for one)"
+        )
 
 
 async def wait_for_model(config: RunConfig, ready: ReadyEndpoints, run: str) -> ReadyEndpoints:

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import aiohttp
 import orjson
 
+from ...configs.endpoints import AEGIS_FILE, AEGIS_REGISTRY_FILE
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.permissions import find_file_risk, find_path_risk
@@ -254,9 +255,6 @@ class EndpointSource(Protocol):
         ...
 
 
-AEGIS_FILE: Final = "aegis_endpoints.txt"
-AEGIS_REGISTRY_FILE: Final = "aegis_registry_url.txt"
-"""Aegis writes this file when its job starts, and the endpoints when all servers are up."""
 _LONGEST_URL: Final = 2048
 
 

@@ -31,6 +31,7 @@ from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     check_cache,
+    check_tags,
     find_rate_limits,
     make_fleet_policy,
     make_model_params,
@@ -408,8 +409,10 @@ async def _open_probed(
 async def _probe_endpoints(
     config: RunConfig, endpoint_set: EndpointSet
 ) -> tuple[ReadyEndpoints, tuple[str, ...]]:
+    name = config.model.name or endpoint_set.model
+    check_tags(endpoint_set, name, config.endpoints.models)
     found = await endpoint_set.probe()
-    matched = select_model(found, config.model.name or endpoint_set.model, config.endpoints.models)
+    matched = select_model(found, name, config.endpoints.models)
     chosen = () if endpoint_set.reason is None else (endpoint_set.reason,)
     specs, gateway = matched.specs, endpoint_set.gateway
     if gateway is not None:

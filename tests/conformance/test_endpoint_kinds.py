@@ -20,6 +20,8 @@ from fanfold.backends.discovery import auto
 from fanfold.backends.discovery.connect import choice_logger
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.configs.endpoints import AEGIS_FILE, AEGIS_REGISTRY_FILE
+from fanfold.configs.resolve import endpoint_settings
 
 from .standins import First, Model, Registry, serve
 
@@ -130,7 +132,7 @@ async def test_aegis_starts_with_the_first_healthy_server(
     await starting
     assert (end["progress"]["done"], end["progress"]["failed"]) == (400, 0)
     assert [bool(model.asked) for model in site.models] == [True, True, False]
-    assert "is not written yet; listed by http://127.0.0.1:" in caplog.text
+    assert "is not written yet; listed by Aegis' registry http://127.0.0.1:" in caplog.text
 
 
 @pytest.mark.parametrize("listed", ["registry", "file"])
@@ -337,3 +339,17 @@ async def test_keys_do_not_travel_to_workers(site: Site, kind: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{re.escape(where)} is written out"):
         await ran(kinds[kind], backend=backend)
     assert (site.asked, site.first.asked) == (0, [])
+
+
+def test_an_option_may_name_a_file_that_aegis_has_not_written_yet(tmp_path: Path) -> None:
+    file, link = tmp_path / "run" / AEGIS_FILE, tmp_path / "local.txt"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    for path in (file, link):
+        with pytest.raises(ConfigurationError, match="nor a file or folder"):
+            endpoint_settings(str(path), None)
+    (file.parent / AEGIS_REGISTRY_FILE).write_text("http://head:8471\n")
+    for path in (file, link):
+        assert endpoint_settings(str(path), None)["endpoints.file"] == str(path)
+    with pytest.raises(ConfigurationError, match="nor a file or folder"):
+        endpoint_settings(str(file.parent / "servers"), None)

@@ -13,8 +13,6 @@ from fanfold.backends.core.parsing import ServerLoad
 from fanfold.backends.discovery.connect import make_chat_fleet
 from fanfold.backends.discovery.gateway import Gateway
 from fanfold.backends.discovery.sources import (
-    AEGIS_FILE,
-    AEGIS_REGISTRY_FILE,
     FileSource,
     RegistrySource,
     find_registry_file,
@@ -25,6 +23,7 @@ from fanfold.backends.fleet.endpoint import NO_KEY, EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 from fanfold.backends.fleet.server_load import read_server_loads
+from fanfold.configs.endpoints import AEGIS_FILE, AEGIS_REGISTRY_FILE
 
 from .standins import First, Model, Registry, serve
 
