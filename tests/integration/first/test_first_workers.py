@@ -22,11 +22,7 @@ HOT = DeploymentSpec("sophia", "vllm", "openai/gpt-oss-120b")
 OTHER = DeploymentSpec("metis", "api", "gpt-oss-120b", kind="direct", state="cold")
 BACKENDS: dict[str, dict[str, Any]] = {
     "local": {"kind": "local", "processes": 2},
-    "parsl": {
-        "kind": "parsl",
-        "factory": "fanfold.backends.workers.parsl:htex_local",
-        "factory_args": {"workers": 2},
-    },
+    "parsl": {"kind": "parsl", "workers": 2},
 }
 
 
