@@ -57,7 +57,7 @@ async def test_a_run_is_resumed_after_its_group_has_expired(
     caplog: pytest.LogCaptureFixture,
     answer: Answer,
 ) -> None:
-    """However the service says so: what was in flight is asked again, and the reason is told."""
+    """However the service says so, what was in flight is asked again and the reason is shown."""
     before = len(service.submissions)
     async with lab_over(endpoint) as lab:
         await kill_coordinator(lab)
