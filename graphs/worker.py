@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -84,6 +84,7 @@ class TaskResources:
     writer: JournalWriter | None
     stats_reporter: StatsReporter
     open_calls: dict[int, CallLog]
+    record_open_calls: Callable[[], Awaitable[None]] | None
     count_tokens: PromptCounter | None = None
 
 
@@ -179,20 +180,27 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
         fleet = await stack.enter_async_context(
             open_fleet(loaded.config, ready, cache, task.run["id"])
         )
-        writer, open_calls = None, dict[int, CallLog]()
+        writer, open_calls, record_now = None, dict[int, CallLog](), None
         if task.journal is not None:
             writer = await _open_journal(Path(task.journal), task, worker)
             stack.push_async_callback(writer.close)
             logs = SpendLogs(Path(task.journal).parent / "budget", task.run["id"])
             prices, session = TokenPrices(**task.tariff), task.run["session"]
-            await stack.enter_async_context(
+            record_now = await stack.enter_async_context(
                 record_worker_calls(open_calls, prices, logs, session, worker)
             )
         count = None
         if task.lease is not None:
             count = make_prompt_counter(await stack.enter_async_context(open_token_counter(ready)))
         yield TaskResources(
-            loaded, fleet, model, writer, StatsReporter(lambda: fleet.endpoints), open_calls, count
+            loaded=loaded,
+            fleet=fleet,
+            model=model,
+            writer=writer,
+            stats_reporter=StatsReporter(lambda: fleet.endpoints),
+            open_calls=open_calls,
+            record_open_calls=record_now,
+            count_tokens=count,
         )
 
 
@@ -389,6 +397,8 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
         drain = (lambda: late) if late else context.stop_reason
         part = await finish_items(Shard(0, len(task.items)), context.tools, drain)
+        if resources.record_open_calls is not None:  # engines may kill an idle worker at any time
+            await resources.record_open_calls()
         gate, used = context.tools.gate, spent_of_lease(budget)
         result = ShardResult(
             shard=task.shard,

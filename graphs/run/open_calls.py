@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
@@ -30,7 +30,7 @@ _SHARE_AT_GROWTH: Final = 50
 @asynccontextmanager
 async def record_open_calls(
     open_calls: Mapping[int, CallLog], prices: TokenPrices, write: WriteLine
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Record what calls of items without a record may cost, while the block runs.
 
     After a kill, the last line counts. A line therefore follows at once when more calls are in
@@ -41,8 +41,12 @@ async def record_open_calls(
         open_calls: The calls of the items that have no record yet.
         prices: Prices of tokens.
         write: Appends a line to the spend log.
+
+    Yields:
+        A function that records the exact amount at once.
     """
-    noted = Amount()
+    noted, before, most = Amount(), Amount(), 0
+    writing = asyncio.Lock()
 
     async def note(amount: Amount) -> None:
         nonlocal noted
@@ -54,28 +58,41 @@ async def record_open_calls(
         except JournalError as error:
             logger.warning("%s", error.message)  # the run ends at the journal's next failing write
 
+    async def record_now() -> None:
+        nonlocal before, most
+        async with writing:
+            most = _count_in_flight(open_calls)
+            before = sum_open_calls(open_calls.values(), prices)
+            await note(before)
+
     async def follow() -> None:
-        most, before, due = 0, Amount(), 0.0
+        nonlocal before, most
+        due = 0.0
         while True:
             await asyncio.sleep(_POLL_S)
-            in_flight = sum(len(log.sent) for log in open_calls.values())
-            began = time.monotonic()
-            if in_flight <= most and began < due:
+            if _count_in_flight(open_calls) <= most and time.monotonic() < due:
                 continue
-            now = sum_open_calls(open_calls.values(), prices)
-            took_s = time.monotonic() - began
-            await note(now.maximum(before))
-            most, before, due = in_flight, now, began + max(_TICK_S, _SHARE * took_s)
+            async with writing:
+                began = time.monotonic()
+                most = _count_in_flight(open_calls)
+                now, earlier = sum_open_calls(open_calls.values(), prices), before
+                took_s, before = time.monotonic() - began, now
+                await note(now.maximum(earlier))
+            due = began + max(_TICK_S, _SHARE * took_s)
             await asyncio.sleep(_SHARE_AT_GROWTH * took_s)
 
     task = asyncio.create_task(follow())
     try:
-        yield
+        yield record_now
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        await note(sum_open_calls(open_calls.values(), prices))
+        await record_now()
+
+
+def _count_in_flight(open_calls: Mapping[int, CallLog]) -> int:
+    return sum(len(log.sent) for log in open_calls.values())
 
 
 def sum_open_calls(logs: Iterable[CallLog], prices: TokenPrices) -> Amount:
@@ -96,7 +113,7 @@ async def record_worker_calls(
     logs: SpendLogs,
     session: int,
     worker: str,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Record the open calls of a worker in a spend log of its own, while the block runs.
 
     The file is created when the first request is sent.
@@ -107,6 +124,9 @@ async def record_worker_calls(
         logs: The spend logs of the run, in the shared folder.
         session: Number of the coordinator's session.
         worker: Host and process, e.g. ``node17:4242``.
+
+    Yields:
+        A function that records the exact amount at once.
     """
     log: SpendLog | None = None
 
@@ -118,8 +138,8 @@ async def record_worker_calls(
         await asyncio.to_thread(log.write, line, sync=False)
 
     try:
-        async with record_open_calls(open_calls, prices, write):
-            yield
+        async with record_open_calls(open_calls, prices, write) as record_now:
+            yield record_now
     finally:
         if log is not None:
             log.close()
