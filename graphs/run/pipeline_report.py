@@ -227,11 +227,15 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
         if one.state == "waiting":
             continue
         usage, what = one.usage, "results" if one.stage.config.operator is not None else "done"
-        passed = ""
-        if one.passed_on is not None:
-            counts = one.passed_on
-            passed = f" ({counts['unselected']:,} not selected, {counts['failed']:,} failed before)"
-        levels = f" in {len(one.runs)} levels" if one.stage.config.operator is not None else ""
+        counts = one.passed_on or {}
+        left = [
+            f"{counts[key]:,} {words}"
+            for key, words in (("unselected", "not selected"), ("failed", "failed before"))
+            if counts.get(key)
+        ]
+        passed = f" ({', '.join(left)})" if left else ""
+        many = "" if len(one.runs) == 1 else "s"
+        levels = f" in {len(one.runs)} level{many}" if one.stage.config.operator is not None else ""
         failed = one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
         items = "?" if one.items is None else f"{one.items:,}"
         yield (

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ def lines_of(folder: Path) -> int:
     return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in files)
 
 
+def has_lines(folder: Path) -> bool:
+    return lines_of(folder) >= 2
+
+
 def outputs(root: Path) -> bytes:
     """Return all results of all stages and levels, without times and costs."""
     found = list[Any]()
@@ -151,7 +156,7 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
         for number, key in enumerate(RUNS):
             folder = lab.out / key
             async with lab.process(*arguments) as process:
-                await lab.until(lambda folder=folder: lines_of(folder) >= 2)
+                await lab.until(partial(has_lines, folder))
                 process.kill()
                 assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
@@ -200,10 +205,10 @@ async def test_failed_items_are_counted_and_not_passed_on(lab_of: LabMaker) -> N
         lab.input.write_text(text)
         staged(lab)
         lab.config["stages"][1] = {"name": "claims", "map": CLAIM}
-        said = await begin(lab, lab.out, code=1)
+        said = await begin(lab, lab.out, code=3)
         assert (said["stages"][0]["results"], said["stages"][0]["failed"]) == (19, 1)
         assert said["stages"][1]["passed_on"] == {"passed": 19, "failed": 1, "unselected": 0}
-        assert said["exit_code"] == 1
+        assert said["exit_code"] == 3
 
 
 async def test_changed_settings_of_a_begun_stage_are_refused(lab_of: LabMaker) -> None:
