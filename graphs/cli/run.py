@@ -35,6 +35,7 @@ from . import status
 from .extend import make_confirmation
 from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
 from .options import ASK_AGAIN, OutputMode
+from .stages import pipeline_session, print_pipeline_result
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
@@ -125,6 +126,9 @@ def run_in_folder(
     path: Path, loaded: LoadedConfig, overrides: Overrides, output: OutputMode
 ) -> int:
     """Start a run in a folder, or resume the one in it; return the exit code."""
+    if loaded.config.stages is not None:
+        session = pipeline_session(path, loaded, overrides, output)
+        return print_pipeline_result(_run_guarded(session, path), output)
     pilot = None
     if overrides.pilot is not None:
         pilot = _run_guarded(_pilot_session(path, loaded, overrides, output), path)
@@ -190,6 +194,9 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
     """Resume a run; return the exit code."""
     folder = open_folder(path)
     loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None
+    if folder.is_pipeline:
+        session = pipeline_session(path, loaded, overrides, output)
+        return print_pipeline_result(_run_guarded(session, path), output)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
     return _print_result(result, output)
 
