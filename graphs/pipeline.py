@@ -146,12 +146,13 @@ async def execute_pipeline(
             state = await asyncio.to_thread(read_pipeline, folder, loaded)
             if code == EXIT_DONE and state.failed:
                 code = EXIT_FAILURES
-            nano = state.cost.nano_usd
+            nano, first = state.cost.nano_usd, state.stages[0]
+            about |= _describe_models(state)
             this.update(
                 outcome=reason or "finished",
                 exit_code=code,
-                done=state.last.results,
-                failed=state.failed,
+                done=first.results if first.stage.config.operator is None else first.items,
+                failed=first.failed,
                 usd=None if nano is None else nano / NANO_PER_USD,
             )
     last = session.last
@@ -165,6 +166,15 @@ async def execute_pipeline(
         reason,
         about["simulated"] if last is None else last.simulated,
     )
+
+
+def _describe_models(state: PipelineState) -> dict[str, Any]:
+    """Return the models that the stages have used, and whether they are simulated; blocks."""
+    runs = [run.folder.read_provenance() for one in state.stages for run in one.runs]
+    if not runs:
+        return {}
+    models = ", ".join(sorted({str(about["model"]) for about in runs}))
+    return {"model": models, "simulated": any(bool(about["simulated"]) for about in runs)}
 
 
 class _PipelineSession:

@@ -30,6 +30,7 @@ from ..run.console import Terminal, open_message_console, print_json, print_mess
 from ..run.extend import Extension
 from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
+from ..run.stage_folder import check_single_run
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
 from .extend import make_confirmation
@@ -197,6 +198,7 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
     if folder.is_pipeline:
         session = pipeline_session(path, loaded, overrides, output)
         return print_pipeline_result(_run_guarded(session, path), output)
+    check_single_run(folder)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
     return _print_result(result, output)
 

@@ -68,6 +68,7 @@ from .prepare import (
     resume_run,
 )
 from .result_rows import ResultSource, make_result_layout
+from .stage_folder import list_levels
 from .stage_rows import StageRows, describe_rows
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
@@ -109,9 +110,7 @@ class Stage:
 
     def list_levels(self) -> list[RunFolder]:
         """Return the levels of an operator, in order, that were begun; blocks."""
-        levels = self.folder.path / "levels"
-        numbers = sorted(int(p.name) for p in levels.glob("[1-9]*") if p.name.isdigit())
-        return [RunFolder(levels / str(number)) for number in numbers]
+        return list(list_levels(self.folder.path))
 
     def list_runs(self) -> list[RunFolder]:
         """Return the runs that ask the model: the stage itself, or its levels; blocks."""
