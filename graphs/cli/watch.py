@@ -316,8 +316,7 @@ def _head(view: _RunView, width: int) -> Iterator[Text]:
     calls, failed = sum(one.calls for one in bins), sum(one.failed for one in bins)
     tokens = [sum(one.input_tokens for one in bins), sum(one.output_tokens for one in bins)]
     facts = [
-        f"{format_count(calls)} requests",
-        f"{format_count(failed)} of them failed",
+        f"{format_count(calls)} requests, {format_count(failed)} of them failed",
         f"{format_count(tokens[0])} + {format_count(tokens[1])} tokens",
         f"{format_duration(len(bins) * view.activity.width_s)} with requests",
     ]

@@ -47,10 +47,10 @@ def wait_for_calls(run: subprocess.Popen[bytes], least: int = 1) -> int:
 
 @pytest.fixture
 def slow(shell: Shell) -> Shell:
-    """A run of 2,000 items that takes minutes; a tenth of the requests fail."""
-    rows = "".join(f"m{n},text {n}\n" for n in range(2_000))
+    """A run of 20,000 items that takes many minutes; a tenth of the requests fail."""
+    rows = "".join(f"m{n},text {n}\n" for n in range(20_000))
     (shell.folder / "in.csv").write_text("id,text\n" + rows)
-    faults = [{"kind": "http_500", "p": 0.1}]
+    faults = [{"kind": "500", "p": 0.1}]
     shell.write(
         endpoints={"simulated": {"nodes": 3, "time_scale": 1, "faults": faults}},
         limits={"streams": 6},
