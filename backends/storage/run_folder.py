@@ -368,9 +368,8 @@ def open_folder(path: Path) -> RunFolder:
     check_path_text(path)
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such run folder")
-    files = [folder.settings, folder.provenance]
-    if not folder.is_pipeline:
-        files.append(folder.items)
+    items = () if folder.is_pipeline else (folder.items,)
+    files = (folder.settings, *items, folder.provenance)
     missing = [p.name for p in files if not p.exists()]
     if missing or not folder.journal.is_dir():
         missing_names = ", ".join(missing) or "journal/"
