@@ -259,6 +259,14 @@ def ls(
 
 
 @app.command()
+def watch(folder: Folder, as_json: AsJson = False) -> None:
+    """Show what the endpoints of a run do over time; Ctrl-C leaves, and the run goes on."""
+    from .watch import watch_run
+
+    watch_run(folder, as_json)
+
+
+@app.command()
 def show(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     folder: Folder,
     columns: Annotated[
