@@ -486,7 +486,9 @@ def test_a_copy_leaves_the_output_of_the_original_alone(
     assert said.code == 2, said.err
     assert "out.jsonl: is the output of run" in said.err
     assert "--set batch.output=FILE" in said.err
-    said = shell("resume", "copy", "--retry-failed", "--set", f"batch.output={shell.folder}/mine.jsonl")
+    said = shell(
+        "resume", "copy", "--retry-failed", "--set", f"batch.output={shell.folder}/mine.jsonl"
+    )
     assert said.code == 2, said.err
     assert "bad.jsonl: is the output of run" in said.err
     assert not recorder.bodies

@@ -36,6 +36,11 @@ def hosts(environment: dict[str, str] | None = None, **sections: Any) -> list[st
             {"first": {"base_url": "https://gate.example/x", "paths": ["a/b"], "token": "t"}},
             ["gate.example"],
         ),
+        ({"first": {}}, ["inference-api.alcf.anl.gov", "auth.globus.org"]),
+        (
+            {"first": {"base_url": "https://gate.example", "token_command": "cat t"}},
+            ["gate.example"],
+        ),
         ({"auto": True}, ["(not known yet)"]),
         ({"urls": ["http://[::1]:8000"]}, ["::1"]),
     ],
