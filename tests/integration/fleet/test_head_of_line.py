@@ -182,7 +182,7 @@ async def test_others_go_on_while_the_other_endpoint_is_busy() -> None:
 
 @pytest.mark.parametrize("quota", [{"requests_per_s": 0.01}, {"tokens_per_min": 124}], ids=str)
 async def test_others_go_on_while_the_quota_of_the_other_endpoint_is_used_up(
-    quota: dict[str, float],
+    quota: dict[str, Any],
 ) -> None:
     pair = Pair("good")
     async with fleet_of(pair, **quota) as fleet:

@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
-from fanfold.configs.aggregators import (
-    CollectConfig,
-    CountConfig,
-    HistogramConfig,
-    StatsConfig,
-    TopKConfig,
-)
+from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 from fanfold.configs.base import Access
 from fanfold.configs.describe import find_setting, iter_access, split_settings
 from fanfold.configs.loader import LoadedConfig, load_config
@@ -91,9 +85,7 @@ def test_no_section_declares_what_it_does_not_have() -> None:
         assert getattr(section, "access").keys() <= keys, section  # noqa: B009 - of any model
 
 
-@pytest.mark.parametrize(
-    "stage", [CountConfig, StatsConfig, HistogramConfig, TopKConfig, CollectConfig]
-)
+@pytest.mark.parametrize("stage", AGGREGATOR_CONFIGS.values())
 def test_every_key_of_a_reduce_stage_declares_its_access(stage: Any) -> None:
     assert stage.access.keys() == stage.model_fields.keys()
 
