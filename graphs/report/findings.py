@@ -198,8 +198,9 @@ def _title(entry: Mapping[str, Any]) -> str:
     op, name = str(entry.get("op")), entry.get("field")
     head = words.get(op, shorten(op).replace("_", " ").capitalize())
     if op == "collect" and name is None:
-        return "All answers"
-    return head if name is None else f"{head} {shorten(str(name))}"
+        head = "All answers"
+    title = head if name is None else f"{head} {shorten(str(name))}"
+    return f"{title} by {shorten(str(by))}" if (by := entry.get("group_by")) else title
 
 
 def _missing(count: object) -> str:
@@ -227,7 +228,7 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested data with their paths."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if name or key not in {"op", "field"}:
+            if name or key not in {"op", "field", "group_by"}:
                 yield from _flatten(inner, f"{name} {key}".strip())
     elif isinstance(value, list) and any(isinstance(one, Mapping | list) for one in value):
         for n, inner in enumerate(value, 1):
