@@ -384,9 +384,8 @@ def open_folder(path: Path) -> RunFolder:
     check_path_text(path)
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such run folder")
-    files = [folder.settings, folder.provenance]
-    if not folder.is_pipeline:
-        files.append(folder.items)
+    items = () if folder.is_pipeline else (folder.items,)
+    files = (folder.settings, *items, folder.provenance)
     missing = [p.name for p in files if not p.exists()]
     if missing or not folder.journal.is_dir():
         missing_names = ", ".join(missing) or "journal/"
@@ -432,6 +431,17 @@ def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
         about: The run's provenance.
     """
     return (about["run"], *about.get("earlier", ()))
+
+
+def get_own_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a run's id, followed by those that this very folder had.
+
+    The number of a file system may change; ids of a run that was copied are not among them.
+
+    Args:
+        about: The run's provenance.
+    """
+    return (about["run"], *about.get("own", ()))
 
 
 def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:

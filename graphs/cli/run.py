@@ -36,6 +36,7 @@ from . import status
 from .extend import make_confirmation
 from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
 from .options import ASK_AGAIN, OutputMode
+from .report_at_end import write_report_at_end
 from .stages import pipeline_session, print_pipeline_result
 
 
@@ -140,7 +141,9 @@ def run_in_folder(
             if not asked or not confirm_rest(pilot.left):
                 return _stop_after_pilot(pilot, path, asked, output)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
-    return _print_result(result, output, pilot)
+    code = _print_result(result, output, pilot)
+    write_report_at_end(path, code, output)
+    return code
 
 
 async def _pilot_session(
@@ -200,7 +203,9 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
         return print_pipeline_result(_run_guarded(session, path), output)
     check_single_run(folder)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
-    return _print_result(result, output)
+    code = _print_result(result, output)
+    write_report_at_end(path, code, output)
+    return code
 
 
 async def _whole_session(
