@@ -424,7 +424,7 @@ class RunConfig(Section):
             runs share.
         cache_sampled: Whether answers sampled at a temperature above 0 are reused too.
         reduce: Aggregators of the answers, each a mapping with its ``op``: count, stats,
-            histogram, top_k, collect.
+            histogram, top_k, collect; or a final reducer: sql, python.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(

@@ -53,7 +53,7 @@ from ..backends.storage.worker_journal import (
     WorkerJournal,
     make_worker_path,
 )
-from ..configs.aggregators import to_aggregator_spec
+from ..configs.aggregators import list_aggregator_specs
 from ..configs.loader import LoadedConfig, load_config
 from ..nodes.aggregators import build_aggregators
 from ..nodes.context import RunTools, no_account
@@ -297,7 +297,7 @@ def make_task_context(
         journal = WorkerJournal(resources.writer)
     if budget is not None:
         budget.count_prompt = resources.count_tokens
-    reduce = [to_aggregator_spec(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
+    reduce = list_aggregator_specs(loaded.config.reduce, loaded.config.task.answer_schema)
     tools = RunTools(
         store=TaskItems(items),
         item_journal=journal,

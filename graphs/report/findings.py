@@ -90,6 +90,8 @@ class FindingMaker:
         yield from [found for one in others if (found := self._describe(one))][:_MOST_FIELDS]
 
     def _make_entry(self, entry: Mapping[str, Any]) -> Finding:
+        if (listed := _list_rows(entry)) is not None:
+            return self._make_table(entry, listed)
         match entry:
             case {"op": "top_k", "rows": [*rows]}:
                 return self._make_ranking(entry, rows)
@@ -105,6 +107,15 @@ class FindingMaker:
                 return self._make_stats(entry)
         rows = [[shorten(name), _format(value)] for name, value in _flatten(entry)][:_MOST_ROWS]
         return Finding(_title(entry), head=("", "value"), rows=rows, numbers=(False, True))
+
+    def _make_table(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
+        note = "the first rows" if entry.get("more") else ""
+        if others := entry.get("others"):
+            note = f"{others:,} more in further groups"
+        head = list(dict.fromkeys(str(name) for row in rows for name in row))
+        numbers = [all(_is_number(row.get(name, 0)) for row in rows) for name in head]
+        cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
+        return Finding(_title(entry), note, None, (), list(map(shorten, head)), cells, numbers)
 
     def _make_ranking(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
         cards = list[Card]()
@@ -203,6 +214,33 @@ def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"  # noqa: PLR2004
     return shorten(to_text(shorten_json(value)))
+
+
+def _list_rows(entry: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """Return the rows of groups, of a query or of a function; None for other entries."""
+    match entry:
+        case {"groups": [*groups], "group_by": by}:
+            return list(_group_rows(groups, str(by), entry))
+        case {"op": "sql", "rows": [*rows]} | {"op": "python", "result": [*rows]} if all(
+            isinstance(row, Mapping) for row in rows
+        ):
+            return rows
+    return None
+
+
+def _group_rows(
+    groups: Sequence[Mapping[str, Any]], by: str, entry: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per group, or per row of a group."""
+    for group in groups:
+        head = {by: group.get("group"), "size": group.get("size")}
+        if isinstance(rows := group.get("rows"), list):
+            yield from (head | _flatten_row(row, str(entry.get("field"))) for row in rows)
+        elif isinstance(counts := group.get("counts"), list):
+            yield head | {to_text(one["value"]): one["count"] for one in counts}
+        else:
+            facts = {key: part for key, part in group.items() if key not in ("group", "size")}
+            yield head | dict(_flatten(facts))
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

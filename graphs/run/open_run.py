@@ -37,7 +37,7 @@ from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
-from ...configs.aggregators import to_aggregator_spec
+from ...configs.aggregators import list_aggregator_specs
 from ...configs.backend import BackendConfig
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -206,7 +206,7 @@ async def open_run(
             store=files.store,
             item_journal=journal,
             aggregators=build_aggregators(
-                [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
+                list_aggregator_specs(config.reduce, config.task.answer_schema)
             ),
             run_item=run_item,
             gate=gate,
@@ -413,24 +413,39 @@ async def _refuse_item(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
 
 
-def write_results(
-    folder: RunFolder,
-    loaded: LoadedConfig,
-    tools: OpenRun,
-    aggregate: list[dict[str, Any]],
-    progress: dict[str, Any],
-) -> dict[str, Any]:
-    """Write results, failures and aggregate; return references to them.
+def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> ResultSource:
+    """Write results and failures; return what they were read from.
 
     Raises:
         JournalError: A file cannot be written.
     """
-    extents = tools.item_journal.extents()
     layout = make_result_layout(loaded.config.task.answer_schema, tools.store)
     source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced)
     write_parquet(source.iter_rows(), folder.results, layout)
     with replace_file(folder.failures) as file:
         write_jsonl(source.iter_rows("failed"), file, layout)
+    return source
+
+
+def write_aggregate(
+    folder: RunFolder,
+    tools: OpenRun,
+    aggregate: list[dict[str, Any]],
+    progress: dict[str, Any],
+    extents: Mapping[str, int],
+) -> dict[str, Any]:
+    """Write the aggregate; return references to all results.
+
+    Args:
+        folder: The run's folder.
+        tools: The open run.
+        aggregate: The results of all entries of ``reduce``.
+        progress: The counts of the run.
+        extents: How far the journal was read for them.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
     write_json(

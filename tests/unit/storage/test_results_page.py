@@ -15,7 +15,7 @@ from fanfold.backends.fleet.endpoint import BreakerState
 from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
 from fanfold.backends.storage.results_schema import OPTIONAL_COLUMNS, UNFIT_COLUMN
-from fanfold.nodes.aggregators.registry import AGGREGATORS
+from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()
 ERROR = re.compile(r"`(\w+Error)`")
@@ -52,7 +52,7 @@ def test_every_column_and_state_of_the_endpoints_is_listed(tmp_path: Path) -> No
 
 
 def test_every_aggregator_is_listed() -> None:
-    assert AGGREGATORS.keys() <= set(first_cells("aggregate.json"))
+    assert AGGREGATOR_CONFIGS.keys() <= set(first_cells("aggregate.json"))
 
 
 def test_every_error_class_is_listed_and_no_other() -> None:
