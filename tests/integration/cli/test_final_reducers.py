@@ -21,6 +21,7 @@ from fanfold import build_graph
 from .conftest import Shell
 
 pytestmark = pytest.mark.integration
+pytest.importorskip("duckdb", reason="queries need the extra 'analysis'")
 
 ROOT = Path(fanfold.__file__).parent
 

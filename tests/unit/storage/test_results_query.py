@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +14,8 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.query_process import run_query
 from fanfold.backends.storage.results_query import ResultQuery
+
+duckdb = pytest.importorskip("duckdb", reason="queries need the extra 'analysis'")
 
 TABLE = pa.table(
     {
