@@ -236,3 +236,36 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
     drawn = [one.title for one in found if one.svg is not None]
     assert drawn == (["Distribution of kind", "Distribution of x"] if is_drawn else [])
     assert all(one.is_open == (one.svg is None) for one in found)
+
+
+def test_groups_queries_and_functions_are_tables() -> None:
+    rows = [{"rank": 1, "id": "a", "value": 3, "show": {}, "output": {"score": 3}}]
+    aggregate: list[dict[str, Any]] = [
+        {
+            "op": "stats",
+            "field": "score",
+            "group_by": "kind",
+            "groups": [{"group": EVIL, "size": 2, "mean": 0.5, "quantiles": {"0.5": 1}}],
+            "others": 7,
+        },
+        {"op": "top_k", "field": "score", "group_by": "kind", "groups": [], "others": 0},
+        {
+            "op": "top_k",
+            "field": "score",
+            "group_by": "kind",
+            "groups": [{"group": None, "size": 1, "rows": rows}],
+            "others": 0,
+        },
+        {"op": "sql", "query": "SELECT 1", "columns": [], "rows": [{"n": 1}], "more": True},
+        {"op": "python", "function": "a:b", "result": [{"x": 1}, {"y": 2}]},
+        {"op": "python", "function": "a:b", "result": {"x": 1}},
+        {"op": "sql", "query": "SELECT", "error": "boom"},
+    ]
+    found = list(FindingMaker(None, None).make(aggregate))
+    heads = [list(one.head) for one in found]
+    assert ["kind", "size", "mean", "quantiles 0.5"] in heads
+    assert ["kind", "size", "rank", "id", "score"] in heads
+    assert ["x", "y"] in heads
+    assert any("7 more in further groups" in one.note for one in found)
+    assert "Statistics of score by kind" in [one.title for one in found]
+    assert "boom" in [cell for one in found for row in one.rows for cell in row]
