@@ -450,6 +450,9 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
     result = replace(result, parts=None, timeline=None)
     records, dropped = list(result.records or ()), 0
     size = json_size(result.to_json())
+    if size > most:  # the message about what was dropped needs room as well
+        said = replace(result, dropped=len(records), stopped=_describe_dropped(len(records)))
+        size = max(size, json_size(said.to_json()))
     while size > most and len(records) > 1:
         size -= json_size(records.pop()) + len(", ")
         dropped += 1
@@ -460,8 +463,12 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
         records=records,
         dropped=dropped,
         tally={status: sum(r["status"] == status for r in records) for status in STATUSES},
-        stopped=f"{dropped} records did not fit in the result",
+        stopped=_describe_dropped(dropped),
     )
+
+
+def _describe_dropped(count: int) -> str:
+    return f"{count} records did not fit in the result"
 
 
 def _make_error_result(task: Any, error: FanfoldError) -> ShardResult:

@@ -205,13 +205,16 @@ async def _call_aside(entry: PythonConfig, source: ResultSource) -> Json:
             done.set_result(result)
 
     def work() -> None:
-        result, problem = None, None
+        result: Json = None
+        problem: FanfoldError | None = FanfoldError(f"{entry.function}: ended without a result")
         try:
             result = _call(entry, _iter_until(source, cancelled))
+            problem = None
         except FanfoldError as error:
             problem = error
-        if not cancelled.is_set():
-            loop.call_soon_threadsafe(finish, result, problem)
+        finally:
+            if not cancelled.is_set():
+                loop.call_soon_threadsafe(finish, result, problem)
 
     threading.Thread(target=work, name=f"reduce {entry.function}", daemon=True).start()
     try:
