@@ -79,7 +79,8 @@ class FindingMaker:
         """Yield the finding: the aggregate, then other fields of the answer."""
         seen = set[str]()
         for entry in sorted(aggregate, key=lambda one: one.get("op") != "top_k"):
-            yield self._make_entry(entry)
+            listed = _list_rows(entry)
+            yield self._make_entry(entry) if listed is None else self._make_table(entry, listed)
             if entry.get("op") in {"histogram", "stats"}:
                 seen.add(str(entry.get("field")))
         others = [
@@ -90,8 +91,6 @@ class FindingMaker:
         yield from [found for one in others if (found := self._describe(one))][:_MOST_FIELDS]
 
     def _make_entry(self, entry: Mapping[str, Any]) -> Finding:
-        if (listed := _list_rows(entry)) is not None:
-            return self._make_table(entry, listed)
         match entry:
             case {"op": "top_k", "rows": [*rows]}:
                 return self._make_ranking(entry, rows)
