@@ -30,9 +30,9 @@ from ..core.types import Usage
 from ..discovery.connect import ReadyEndpoints
 from ..fleet import transport as completions
 from ..fleet.endpoint import Endpoint, EndpointSpec
-from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule
+from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule, may_have_used
 from ..fleet.fleet import Fleet
-from ..fleet.request import RequestCharge, max_usage, may_have_used, read_max_tokens
+from ..fleet.request import RequestCharge, max_usage, read_max_tokens
 from ..fleet.transport import Transport
 from .files import (
     BatchFolder,
