@@ -216,7 +216,7 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
     elif task.deployments is not None:
         ready = unpack_deployments(config, task.deployments, model)
         if task.journal is not None:
-            ready = share_watches(ready, Path(task.journal), task.run["token"])
+            ready = await share_watches(ready, Path(task.journal), task.run["token"])
         yield ready
     elif config.backend.node_endpoints:
         async with node_endpoints(

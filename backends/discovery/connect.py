@@ -153,6 +153,12 @@ def find_rate_limits(
 COORDINATOR_SHARE: Final = 0.01
 """Part of a run's rate limits for the requests by which its coordinator starts models."""
 
+
+def find_token_window(specs: Iterable[EndpointSpec]) -> float:
+    """Return the length in seconds of the windows in which the endpoints count tokens."""
+    return max((spec.window_s for spec in specs if spec.tokens_per_min), default=60.0)
+
+
 _POLL_S: Final = 2.0
 _POLL_FACTOR: Final = 10.0
 

@@ -39,9 +39,14 @@ def max_usage(body: Mapping[str, Any]) -> Usage:
         return bound_usage(body, kind)
     texts = [body["messages"], body.get("tools"), body.get("response_format")]
     size = sum(len(orjson.dumps(text)) for text in texts if text)
-    prompt = size + _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
+    prompt = size + count_template(body)
     answer = body.get("max_completion_tokens") or body.get("max_tokens") or 0
     return Usage(prompt, int(answer) * int(body.get("n") or 1))
+
+
+def count_template(body: Mapping[str, Any]) -> int:
+    """Return the most tokens that the chat template of a model adds to a request's texts."""
+    return _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
 
 
 class LostRequests:

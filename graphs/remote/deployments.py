@@ -92,22 +92,25 @@ class SharedWatch:
         return known.get(state)
 
 
-def share_watches(ready: ReadyEndpoints, journal: Path, token: str) -> ReadyEndpoints:
-    """Return the endpoints of a worker whose states the coordinator follows.
+async def share_watches(ready: ReadyEndpoints, journal: Path, token: str) -> ReadyEndpoints:
+    """Return the endpoints of a worker whose states the coordinator follows, as they are now.
 
     Args:
         ready: The endpoints.
         journal: The journal folder that the workers share.
         token: Identifies the session.
+
+    Raises:
+        RunStoppedError: The coordinator does not wait for the model any more.
     """
 
-    def share(spec: EndpointSpec) -> EndpointSpec:
+    async def share(spec: EndpointSpec) -> EndpointSpec:
         if spec.watch is None or spec.label is None:
             return spec
         watch = SharedWatch(journal, token, spec.label, spec.watch.start_wait_s)
-        return replace(spec, watch=watch)
+        return replace(spec, watch=watch, state=await watch.read_state() or spec.state)
 
-    return replace(ready, specs=tuple(map(share, ready.specs)))
+    return replace(ready, specs=tuple([await share(spec) for spec in ready.specs]))
 
 
 @asynccontextmanager

@@ -32,6 +32,8 @@ _SETTLED_S: Final = 10.0
 _LINGER_S: Final = 20.0
 """A worker without a task keeps its share for so long: it usually gets the next one."""
 _LEAST: Final = 1e-9
+_SECOND_S: Final = 1.0
+_MINUTE_S: Final = 60.0
 
 
 class RateLender:
@@ -141,11 +143,21 @@ def open_rate_file(config: RunConfig, journal: Path | None, token: str) -> RateF
     limited = any(rate is not None for rate in rates) or first is not None or config.endpoints.auto
     if journal is None or not limited or backend.concurrent_shards == 1:
         return None
-    window_s = max(60.0, 0.0 if first is None else first.window_s)
     behind = first is not None or config.endpoints.auto
     total = 1.0 - COORDINATOR_SHARE if behind else 1.0
-    lender = RateLender(1.0 / backend.concurrent_shards, window_s, total)
+    lender = RateLender(1.0 / backend.concurrent_shards, _find_window(config), total)
     return RateFile(journal, token, lender)
+
+
+def _find_window(config: RunConfig) -> float:
+    """Return the length in seconds of the longest window of the run's limits."""
+    limits, first = config.limits, config.endpoints.first
+    windows = [_SECOND_S]
+    if first is not None:
+        windows.append(first.window_s)
+    if limits.tokens_per_min or limits.endpoint_tokens_per_min or config.endpoints.auto:
+        windows.append(_MINUTE_S)
+    return max(windows)
 
 
 @asynccontextmanager

@@ -238,7 +238,7 @@ async def open_run(
 
 
 @asynccontextmanager
-async def _open_template(
+async def _open_template(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
     folder: RunFolder,
     loaded: LoadedConfig,
     ready: ReadyEndpoints,
@@ -296,9 +296,12 @@ def _gate(config: RunConfig) -> Gate:
     backend, drain_s = config.backend, config.limits.drain_s
     if backend.is_remote:
         return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shards")
-    return Gate(
-        backend.lines * backend.active if backend.is_batch else config.limits.streams, drain_s
-    )
+    if backend.is_batch:
+        return Gate(backend.lines * backend.active, drain_s, left=_BATCHES_LEFT)
+    return Gate(config.limits.streams, drain_s)
+
+
+_BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 
 @asynccontextmanager

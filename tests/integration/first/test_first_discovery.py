@@ -31,24 +31,12 @@ from fanfold.tests.support.first_gateway import (
     run_gateway_process,
 )
 
-from .login import store_login
-
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("home")]
 
 SOPHIA = DeploymentSpec("sophia", "vllm", "openai/gpt-oss-120b", context_window=8_000)
 METIS = DeploymentSpec("metis", "api", "gpt-oss-120b", kind="direct")
 OTHER = DeploymentSpec("sophia", "vllm", "meta/Llama-3")
 MINERVA = DeploymentSpec("minerva", "api", "m", kind="direct", replicas=8, affine=True)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for name in ("FIRST_API_KEY", "inference_base_url"):
-        monkeypatch.delenv(name, raising=False)
-    store_login(tmp_path, "good")
-    return tmp_path
 
 
 def settings(gateway: str, model: str = "gpt-oss-120b", **first: Any) -> dict[str, Any]:
