@@ -71,6 +71,7 @@ from .prepare import (
 )
 from .result_rows import ResultSource, make_result_layout
 from .shutdown import close_at_deadline
+from .timeline import record_timeline, write_timeline
 
 _SHOWN_FILES: Final = 3
 
@@ -168,9 +169,8 @@ async def open_run(
                 coordinator = await stack.enter_async_context(
                     open_coordinator(options.work_shard, template, journal, progress, budget)
                 )
-                reports = coordinator.stats_collector.reports
                 await stack.enter_async_context(
-                    write_reports_at_end(reports, folder, journal.session_number, price)
+                    _record_workers(coordinator, folder, journal.session_number, price)
                 )
             else:
                 cache = await stack.enter_async_context(
@@ -180,9 +180,7 @@ async def open_run(
                     _open_charged_fleet(config, ready, cache, files.provenance["run"], budget)
                 )
                 await stack.enter_async_context(
-                    write_reports_at_end(
-                        make_reporter(fleet), folder, journal.session_number, price
-                    )
+                    _record_fleet(fleet, folder, journal.session_number, price)
                 )
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
                 batches = await stack.enter_async_context(
@@ -269,6 +267,31 @@ async def _open_charged_fleet(
             return
         with fleet.count_probes(budget.budget.charge_probe):
             yield fleet
+
+
+@asynccontextmanager
+async def _record_fleet(
+    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices
+) -> AsyncIterator[None]:
+    """Write the timeline and the endpoints table of a fleet of this process."""
+    async with (
+        write_reports_at_end(make_reporter(fleet), folder, session, prices),
+        record_timeline(folder, fleet),
+    ):
+        yield
+
+
+@asynccontextmanager
+async def _record_workers(
+    coordinator: Coordinator, folder: RunFolder, session: int, prices: TokenPrices
+) -> AsyncIterator[None]:
+    """Write the timeline and the endpoints table from what workers report."""
+    reports = coordinator.stats_collector.reports
+    async with (
+        write_reports_at_end(reports, folder, session, prices),
+        write_timeline(folder, lambda _: coordinator.take_timeline()),
+    ):
+        yield
 
 
 def _make_item_runner(
