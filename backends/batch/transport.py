@@ -22,6 +22,7 @@ from ..core.errors import (
     EndpointError,
     EndpointLostError,
     FanfoldError,
+    PromptTooLongError,
     RunStoppedError,
 )
 from ..core.money import Amount, TokenPrices
@@ -30,9 +31,9 @@ from ..core.types import Usage
 from ..discovery.connect import ReadyEndpoints
 from ..fleet import transport as completions
 from ..fleet.endpoint import Endpoint, EndpointSpec
-from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule
+from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule, may_have_used
 from ..fleet.fleet import Fleet
-from ..fleet.request import RequestCharge, max_usage, may_have_used, read_max_tokens
+from ..fleet.request import RequestCharge, count_template, max_usage, read_max_tokens
 from ..fleet.transport import Transport
 from .files import (
     BatchFolder,
@@ -66,6 +67,8 @@ _READ_AGAIN_S: Final = 30.0
 """Seconds until the output is read once more, if lines are missing: file systems may lag."""
 _READS: Final = 3
 """How often the output is read before a batch without any counts as such."""
+_RECENT: Final = 200
+"""Number of recent items for the share of those that failed in every batch."""
 _SLOWER: Final = 1.5
 """Factor of the pauses between two questions for a state."""
 _CLOSE_S: Final = 30.0
@@ -129,6 +132,7 @@ class _Line:
             brought none, so it does not count.
         since: Monotonic time in seconds from which an item waits for it.
         is_awaited: Whether an item waits for it.
+        is_counted: Whether the tokens of its prompt have been counted, if they can be.
     """
 
     record: LineRecord
@@ -136,6 +140,7 @@ class _Line:
     outcome: asyncio.Future[tuple[int, bytes] | str | None]
     since: float = field(default_factory=time.monotonic)
     is_awaited: bool = False
+    is_counted: bool = False
 
     @property
     def key(self) -> LineKey:
@@ -213,7 +218,8 @@ class BatchTransport:
         self._batches = dict[int, _Batch]()
         self._kept = list[_Batch]()
         self._next_number = 1
-        self._collected = self._void = 0
+        self._collected = self._void = self._answered = self._refused = 0
+        self._ended = deque[bool](maxlen=_RECENT)
         self._changed = asyncio.Event()
         self._tasks = set[asyncio.Task[None]]()
         self._submissions = set[asyncio.Task[Any]]()
@@ -249,6 +255,8 @@ class BatchTransport:
                 continue
             result = self._record(outcome, line, body, log)
             if not isinstance(result, Failure):
+                self._answered += 1
+                self._ended.append(False)
                 return result, self._endpoint
             rounds += 1
             if result.rule.action is RetryAction.STOP:
@@ -257,7 +265,35 @@ class BatchTransport:
             if self._config.leftovers == "interactive" and (refused or rounds >= _ROUNDS):
                 return await self._fleet.post_now(body)
             if refused or rounds >= self._run.attempts:
+                self._count_failed(result)
                 raise result.error
+
+    def _count_failed(self, failure: Failure) -> None:
+        """Count an item that batches failed; stop the run if it looks like an outage.
+
+        Raises:
+            RunStoppedError: Too many of the recent items failed, or no request was ever accepted.
+        """
+        retry, told = self._fleet.policy.retry, failure.error.message
+        if isinstance(failure.error, PromptTooLongError):
+            return
+        if failure.rule.action is RetryAction.FAIL:
+            self._refused += 1
+            if self._answered or self._refused < retry.hopeless_after:
+                return
+            why = f"no request was accepted; the last answer: {told}"
+        else:
+            self._ended.append(True)
+            failed = sum(self._ended)
+            if failed <= retry.refused_share * _RECENT:
+                return
+            why = (
+                f"{failed} of the last {len(self._ended)} items failed in every batch; more than "
+                f"{retry.refused_share:.0%} of {_RECENT} look like an outage: check the service "
+                f"and the items, then resume the run; the last answer: {told}"
+            )
+        self._fleet.stop(why)
+        raise RunStoppedError(why) from failure.error
 
     def _find_line(self, index: int, digest: bytes, body: Mapping[str, Any]) -> _Line:
         """Return the line of an earlier session, or queue a new one."""
@@ -341,7 +377,7 @@ class BatchTransport:
         self._next_number = await asyncio.to_thread(self._folder.next_number)
         for record in records:
             if record.state == "refused":
-                await asyncio.to_thread(self._folder.discard, record, self._dir)
+                await asyncio.to_thread(self._folder.discard, record, self._dir, self._run.runs[0])
                 continue
             lines = await asyncio.to_thread(self._folder.read_lines, record)
             batch = _Batch(record, self._list_open(record, lines), lines)
@@ -424,23 +460,54 @@ class BatchTransport:
         quiet = self._arrived + self._config.gather_s - time.monotonic()
         if len(self._queue) < self._config.lines and quiet > 0:
             return quiet
-        lines = self._take_lines()
+        lines = await self._take_lines()
         if not lines:
             return self._wait_for_budget()
         await self._begin(lines)
         return 0.0
 
-    def _take_lines(self) -> list[_Line]:
-        """Return the next requests that a file has room for and the budget covers."""
+    async def _take_lines(self) -> list[_Line]:
+        """Return the next requests that a file has room for and the budget covers.
+
+        If it does not cover all by the bound of a byte per token, their prompts are counted.
+        """
         wanted = [line for line, _ in zip(self._queue, range(self._config.lines), strict=False)]
         if self._run.budget is None:
             return wanted
+        covered = self._count_covered(wanted)
+        if covered < len(wanted):
+            await self._count_prompts(wanted)
+            wanted = [line for line in wanted if line in self._queue]
+            covered = self._count_covered(wanted)
+        return [] if covered < len(wanted) and self._batches else wanted[:covered]
+
+    def _count_covered(self, lines: Sequence[_Line]) -> int:
+        """Return how many of the requests, from the first one, the budget covers."""
+        assert self._run.budget is not None
         left, total = self._run.budget.budget.balance.left, _NOTHING
-        for count, line in enumerate(wanted):
+        for count, line in enumerate(lines):
             total = total.plus(self._run.prices.amount(line.record.most))
             if min(left.minus(total)) < 0:
-                return [] if self._batches else wanted[:count]
-        return wanted
+                return count
+        return len(lines)
+
+    async def _count_prompts(self, lines: Sequence[_Line]) -> None:
+        """Replace the bounds of prompts by counts, as far as the budget reaches."""
+        assert self._run.budget is not None
+        count_prompt = self._run.budget.budget.count_prompt
+        if count_prompt is None:
+            return
+        left, total = self._run.budget.budget.balance.left, _NOTHING
+        for line in lines:
+            if not line.is_counted and line.body is not None:
+                line.is_counted = True
+                tokens, most = await count_prompt(line.body), line.record.most
+                if tokens is not None:
+                    prompt = min(tokens + count_template(line.body), most.prompt or 0)
+                    line.record = replace(line.record, most=replace(most, prompt=prompt))
+            total = total.plus(self._run.prices.amount(line.record.most))
+            if min(left.minus(total)) < 0:
+                return
 
     def _wait_for_budget(self) -> float:
         """Return the seconds until the budget is checked again; refuse if nothing comes back."""
