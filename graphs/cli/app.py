@@ -281,6 +281,51 @@ def failures(
 
 
 @app.command()
+def evaluate(  # noqa: PLR0913 - typer wants one parameter per option
+    folder: Folder,
+    *,
+    gold: Annotated[
+        str | None,
+        typer.Option(
+            "--gold",
+            metavar="COLUMN",
+            parser=nonempty,
+            help="Column with the gold values; default: the settings of the run.",
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            "--field", metavar="NAME", parser=nonempty, help="Field of the answer to compare."
+        ),
+    ] = None,
+    gold_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--gold-file",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="File with the gold values; default: the input of the run.",
+        ),
+    ] = None,
+    gold_id: Annotated[
+        str | None,
+        typer.Option(
+            "--gold-id",
+            metavar="COLUMN",
+            parser=nonempty,
+            help="Column of that file with the ids of the items; default: that of the input.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the answers of a run with gold values: accuracy, F1, kappa, errors."""
+    from .evaluate import GoldOptions, evaluate_run
+
+    evaluate_run(folder, GoldOptions(gold, field, gold_file, gold_id), as_json)
+
+
+@app.command()
 def cost(
     folder: Folder,
     by: Annotated[

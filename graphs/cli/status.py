@@ -42,6 +42,7 @@ from ..run.console import (
 )
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
+from .evaluate import describe_evaluation, evaluation_facts
 from .failures import continue_lines, retry_command
 from .format import Column, format_cell, make_table
 from .options import COST_BY
@@ -221,7 +222,8 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         }
         chain = {} if jobs is None else {"chain": jobs}
         sessions = {"sessions": len(about["sessions"])}
-        print_json(facts | costs | sessions | {"next_command": command} | chain)
+        more = {"next_command": command} | evaluation_facts(folder)
+        print_json(facts | costs | sessions | more | chain)
         return
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -234,7 +236,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         else:
             table.add_row(key, _format_value(value))
     Terminal().print(table)
-    print_messages(describe_open_batches(batches))
+    print_messages([*describe_open_batches(batches), *describe_evaluation(folder)])
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())
