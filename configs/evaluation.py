@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 from pydantic import Field
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.core.fields import FieldPath, resolve_field, split_column
+from ..backends.core.fields import FieldPath, list_types, resolve_field, split_column
 from ..backends.core.templates import ItemPrompt
 from ..backends.core.types import Json
 from .base import Access, Section, declare_access
@@ -143,7 +143,8 @@ def resolve_evaluation(
         raise ConfigurationError(
             f"field {field!r} is a column of the input; name a field of the answer (output.NAME)"
         )
-    path, found = resolve_field(".".join(("output", *path.keys)), schema)
+    is_whole = field == "output" or field.startswith("output.")
+    path, found = resolve_field(field if is_whole else f"output.{field}", schema)
     types = _types(found)
     if types & _NESTED:
         raise ConfigurationError(
@@ -153,8 +154,7 @@ def resolve_evaluation(
     gold_types = frozenset[str]()
     if inputs is not None:
         gold_types = _types(_find_gold(gold, inputs))
-    listed = found.get("enum", [found["const"]] if "const" in found else None)
-    if listed is not None:
+    if (listed := found.get("enum")) is not None:
         return _make_categorical(gold, path, [value for value in listed if value is not None])
     if "boolean" in types:
         return _make_categorical(gold, path, [True, False])
@@ -176,9 +176,7 @@ def _make_categorical(gold: str, path: FieldPath, values: list[Json]) -> Evaluat
 
 
 def _types(schema: Mapping[str, Any]) -> frozenset[str]:
-    declared = schema.get("type")
-    listed = [declared] if isinstance(declared, str) else declared or ()
-    return frozenset(listed) - {"null"}
+    return frozenset(list_types(schema) - {"null"})
 
 
 def _find_gold(gold: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

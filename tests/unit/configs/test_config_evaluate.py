@@ -27,7 +27,10 @@ SCHEMA: dict[str, Any] = {
         "tags": {"type": "array", "items": {"type": "string"}},
         "deep": {"type": "object", "properties": {"label": {"type": "string"}}},
         "odd": {"enum": ["a", 1, None]},
+        "maybe": {"anyOf": [{"$ref": "#/$defs/Kind"}, {"type": "null"}]},
+        "parts": {"type": "array", "items": {"properties": {"name": {"type": "string"}}}},
     },
+    "$defs": {"Kind": {"enum": ["x", "y"]}},
 }
 INPUTS: dict[str, Any] = {
     "type": "object",
@@ -68,6 +71,7 @@ def test_one_comparison_or_several() -> None:
         (GOOD | {"field": "decison"}, "did you mean 'decision'?"),
         (GOOD | {"field": "input.label"}, "is a column of the input; name a field of the answer"),
         (GOOD | {"field": "tags"}, "field 'tags' is array in task.schema"),
+        (GOOD | {"field": "parts[].name"}, "has a value for each element of a list"),
         (GOOD | {"field": "output"}, "field 'output' is object in task.schema"),
         ([GOOD, GOOD | {"field": "output.decision"}], "is compared with 'label' twice"),
     ],
@@ -106,6 +110,7 @@ def test_gold_columns_that_do_not_fit(gold: str, words: str) -> None:
         ("input.label", "output.toxic", "categorical", ("true", "false")),
         ("label", "grade", "categorical", ("1", "2", "3")),
         ("label", "odd", "categorical", ("a", "1")),
+        ("label", "maybe", "categorical", ("x", "y")),
         ("label", "score", "numeric", None),
         ("label", "word", "categorical", None),
         ("value", "any", "numeric", None),
