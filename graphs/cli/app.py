@@ -247,6 +247,14 @@ def ls(
 
 
 @app.command()
+def watch(folder: Folder, as_json: AsJson = False) -> None:
+    """Show what the endpoints of a run do over time; Ctrl-C leaves, and the run goes on."""
+    from .watch import watch_run
+
+    watch_run(folder, as_json)
+
+
+@app.command()
 def show(
     folder: Folder,
     columns: Annotated[
@@ -278,6 +286,49 @@ def failures(
     from .failures import show_failures
 
     show_failures(folder, error_class, as_json)
+
+
+@app.command()
+def compare(  # noqa: PLR0913 - typer wants one parameter per option
+    a: Annotated[Path, typer.Argument(metavar="A", parser=nonempty_path, help="A run folder.")],
+    b: Annotated[
+        Path,
+        typer.Argument(
+            metavar="B", parser=nonempty_path, help="Folder of a run over the same items."
+        ),
+    ],
+    *,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field",
+            metavar="NAME",
+            help="Field of the answers to compare; may be repeated; default: all in both.",
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="text, json or html; default: by the suffix, or text."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=0, help="Items to list per field; default: 20, in files 1000."),
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="Output file; default: stdout.",
+        ),
+    ] = None,
+) -> None:
+    """Compare two runs over the same items: agreement, changes, gold figures, cost, latency."""
+    from .compare import compare_folders
+
+    compare_folders((a, b), field or [], form, limit, target)
 
 
 @app.command()

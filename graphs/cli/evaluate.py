@@ -131,7 +131,7 @@ def evaluate_run(path: Path, options: GoldOptions, as_json: bool) -> None:
 def _compute(
     folder: RunFolder, settings: dict[str, Any], source: ResultSource, options: GoldOptions
 ) -> list[dict[str, Any]]:
-    from ..run.evaluation import Evaluator, find_leaks, read_gold_file
+    from ..run.evaluation import INPUT, Evaluator, find_leaks, read_gold_file
 
     inputs = source.store.summary().row_schema
     evaluations = _resolve(folder, settings, options, inputs)
@@ -144,7 +144,8 @@ def _compute(
         column = options.file_id or get_at_path(settings, ("input", "id")) or "id"
         values = read_gold_file(options.file, str(column), one.gold)
         notes = {one.gold: _describe_match(source, values, options.file)}
-    evaluator = Evaluator(evaluations, notes, values)
+    source_name = INPUT if options.file is None else options.file.name
+    evaluator = Evaluator(evaluations, notes, values, source_name)
     for row in source.iter_rows():
         evaluator.add(row)
     journal, store = source.journal, source.store

@@ -144,7 +144,9 @@ def _find_rank(settings: Mapping[str, Any], source: ResultSource) -> FieldPath |
     """Return the field that ranks the items: of the first ranking, else the first number."""
     for entry in settings.get("reduce") or ():
         if isinstance(entry, dict) and entry.get("op") == "top_k" and entry.get("field"):
-            return FieldPath.parse(str(entry["field"]))
+            path = FieldPath.parse(str(entry["field"]))
+            if not path.is_many:  # else an item has several ranks
+                return path
     for name, kind in source.layout.output.parts:
         if source.layout.output.kind == "struct" and kind.kind in {"number", "integer"}:
             return FieldPath("output", (name,))

@@ -180,7 +180,8 @@ def _title(entry: Mapping[str, Any]) -> str:
     words = {"histogram": "Distribution of", "stats": "Statistics of", "count": "Counts"}
     op, name = str(entry.get("op")), entry.get("field")
     head = words.get(op, shorten(op).replace("_", " ").capitalize())
-    return head if name is None else f"{head} {shorten(str(name))}"
+    title = head if name is None else f"{head} {shorten(str(name))}"
+    return f"{title} by {shorten(str(by))}" if (by := entry.get("group_by")) else title
 
 
 def _missing(count: object) -> str:
@@ -208,7 +209,7 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested data with their paths."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if name or key not in {"op", "field"}:
+            if name or key not in {"op", "field", "group_by"}:
                 yield from _flatten(inner, f"{name} {key}".strip())
     elif isinstance(value, list) and any(isinstance(one, Mapping | list) for one in value):
         for n, inner in enumerate(value, 1):

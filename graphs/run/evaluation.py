@@ -22,6 +22,9 @@ from ...configs.evaluation import Evaluation, is_in_prompt, read_number, resolve
 from ...configs.models import InputConfig, RunConfig
 from .statistics import Figure, LabelPairs, compare_labels, compare_numbers, f1_scores, share
 
+INPUT: Final = "input"
+"""Source of gold values that are in the columns of the input."""
+
 _MOST_LABELS: Final = 500
 """Labels beyond which a field is no label."""
 _SHOWN: Final = 5
@@ -91,8 +94,8 @@ class ValuePairs:
 class _Comparison:
     """One comparison: collects the items, and computes the figures."""
 
-    def __init__(self, evaluation: Evaluation, notes: Iterable[str]) -> None:
-        self.evaluation = evaluation
+    def __init__(self, evaluation: Evaluation, notes: Iterable[str], source: str) -> None:
+        self.evaluation, self._source = evaluation, source
         self._notes = list(notes)
         self._pairs = ValuePairs(evaluation)
         self._items = 0
@@ -129,6 +132,7 @@ class _Comparison:
             "gold": evaluation.gold,
             "field": evaluation.field_name,
             "kind": evaluation.kind,
+            "source": self._source,
             "items": self._items,
             "answered": len(self._pairs),
             "missing": self._items - len(self._pairs),
@@ -225,6 +229,7 @@ class Evaluator:
         evaluations: Iterable[Evaluation],
         notes: Mapping[str, Sequence[str]] | None = None,
         gold: Mapping[str, Json] | None = None,
+        source: str = INPUT,
     ) -> None:
         """Start without items.
 
@@ -232,9 +237,10 @@ class Evaluator:
             evaluations: The comparisons.
             notes: By gold column, what a reader of the figures must know.
             gold: Gold values by the id of the item; None takes those in the columns of the input.
+            source: Where they are from: ``input``, or the name of a file.
         """
         self._comparisons = [
-            _Comparison(one, (notes or {}).get(one.gold, ())) for one in evaluations
+            _Comparison(one, (notes or {}).get(one.gold, ()), source) for one in evaluations
         ]
         self._gold = gold
 

@@ -34,9 +34,9 @@ def gold_of(number: int) -> str:
     return LABELS[number % 3]
 
 
-def answer_of(number: int) -> str:
+def answer_of(number: int, wrong: int = 7) -> str:
     """Return the answer to an item: mostly right."""
-    return LABELS[(number % 3 + (number % 7 == 0)) % 3]
+    return LABELS[(number % 3 + (number % wrong == 0)) % 3]
 
 
 def answer(prompt: str) -> str | None:
@@ -46,7 +46,8 @@ def answer(prompt: str) -> str | None:
     number = int(match[0])
     if number % 10 == 9:
         return None
-    return json.dumps({"decision": answer_of(number), "score": number + number % 4})
+    decision = answer_of(number, 8 if prompt.startswith("Yes") else 7)
+    return json.dumps({"decision": decision, "score": number + number % 4})
 
 
 @pytest.fixture
@@ -267,6 +268,14 @@ def test_the_example_of_the_page(labelled: Shell, url: str) -> None:
     assert stable(said.out) == stable(shown)
     for line in shown.splitlines():
         assert "accuracy" not in line or line in said.out
+    prompt = "task.prompt=Yes, no or maybe? {text}"
+    assert f"fanfold run triage.yaml --out second --set '{prompt}'" in PAGE
+    assert labelled("run", "triage.yaml", "--out", "second", "--set", prompt, "--quiet").code == 3
+    shown = PAGE.partition("$ fanfold compare first second\n")[2].partition("```")[0]
+    said = labelled("compare", "first", "second")
+    assert said.code == 0
+    found = stable(said.out)
+    assert all(line in found for line in stable(shown) if line != "…")
     commands = re.findall(r"^\$ fanfold (evaluate .*?)(?:  +#.*)?$", PAGE, re.MULTILINE)
     assert len(commands) == 3
     Path("labels.csv").write_text("key,label\ni1,no\ni2,yes\n")
