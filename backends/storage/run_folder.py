@@ -404,6 +404,17 @@ def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
     return (about["run"], *about.get("earlier", ()))
 
 
+def get_own_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a run's id, followed by those that this very folder had.
+
+    The number of a file system may change; ids of a run that was copied are not among them.
+
+    Args:
+        about: The run's provenance.
+    """
+    return (about["run"], *about.get("own", ()))
+
+
 def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:
     """Return the state of a run: running, or how its last session ended.
 
