@@ -456,7 +456,7 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
         return result
     result = replace(result, parts=None, timeline=None)
     records, dropped = list(result.records or ()), 0
-    if json_size(result.to_json()) <= most or len(records) == 1:
+    if json_size(result.to_json()) <= most or len(records) <= 1:
         return result
     note = "{} records did not fit in the result"
     noted = replace(result, dropped=len(records), stopped=note.format(len(records)))
