@@ -63,6 +63,7 @@ from ...backends.storage.run_folder import (
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
 from ...configs.aggregators import FinalReducerConfig, check_aggregators
 from ...configs.base import expand_home
+from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
@@ -616,7 +617,7 @@ async def _check_final_reducers(loaded: LoadedConfig, folder: RunFolder) -> None
 
 
 def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields of the prompt and the aggregators against the answer and the input.
+    """Check the fields that settings name against the answer and the input.
 
     Raises:
         ConfigurationError: A field does not exist, or means two things.
@@ -625,6 +626,9 @@ def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
         _check_prompt_fields(loaded.config, summary.row_schema)
         check_aggregators(
             loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
+        )
+        resolve_evaluations(
+            loaded.config.evaluate, loaded.config.task.answer_schema, summary.row_schema
         )
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
