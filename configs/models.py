@@ -11,6 +11,7 @@ from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 from .endpoints import EndpointsConfig, explain_refused_fields
+from .evaluation import EvaluationConfig
 from .stages import STAGED_PROMPT, StageConfig, check_stages
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
@@ -445,11 +446,13 @@ class RunConfig(Section):
         cache_sampled: Whether answers sampled at a temperature above 0 are reused too.
         reduce: Aggregators of the answers, each a mapping with its ``op``: count, stats,
             histogram, top_k, collect.
+        evaluate: Comparisons of answers with known ones, each with ``gold``, a column of the
+            input, and ``field``, a field of the answer; None compares nothing.
         stages: The steps of a pipeline, in order; None: a single task.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="reduce",
+        open="reduce evaluate",
         closed="name cache cache_sampled stages",
     )
 
@@ -470,6 +473,7 @@ class RunConfig(Section):
     cache: PathText = "off"
     cache_sampled: bool = False
     reduce: list[AnyAggregatorConfig] = Field(default_factory=list)
+    evaluate: Annotated[list[EvaluationConfig], Field(max_length=100)] | None = None
     stages: Annotated[list[StageConfig], Field(min_length=1, max_length=100)] | None = None
 
     @field_validator("cache", mode="before")
@@ -521,6 +525,8 @@ class RunConfig(Section):
                 "whose answers they fold"
             )
             raise ValueError(msg)
+        if self.evaluate:
+            raise ValueError("evaluate: compares the answers of a single task, without stages")
         if self.input.is_batch:
             raise ValueError("stages: items that are requests (input.format) have no stages")
         return self
@@ -535,6 +541,12 @@ class RunConfig(Section):
             msg = (
                 "the lines of a batch in OpenAI's format are whole requests (input.format); leave "
                 "out the section task"
+            )
+            raise ValueError(msg)
+        if self.evaluate:
+            msg = (
+                "evaluate compares fields of answers, but answers to requests in OpenAI's format "
+                "are whole responses (input.format); leave it out"
             )
             raise ValueError(msg)
         model = self.model
