@@ -91,6 +91,7 @@ class SettingsForm(Context):
     answer_schema: dict[str, Any] | None = _setting_field("task.schema")
     repairs: int = _setting_field("task.repairs")
     reduce: list[dict[str, Any]] = _setting_field("reduce", items={"type": "object"})
+    evaluate: list[dict[str, Any]] | None = _setting_field("evaluate")
     dataset: str | None = _setting_field("input.dataset", examples=list(_DATASETS))
     input_format: Literal["auto", "openai_batch"] = _setting_field("input.format")
     id_column: str | None = _setting_field("input.id")

@@ -36,7 +36,13 @@ from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    remove_evaluation,
+    write_evaluation,
+    write_json,
+)
 from ...backends.workers.executor import WorkShard
 from ...configs.aggregators import to_aggregator_spec
 from ...configs.backend import BackendConfig
@@ -490,7 +496,7 @@ def write_results(
     extents = tools.item_journal.extents()
     layout = make_result_layout(loaded.config.task.answer_schema, tools.store)
     source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced)
-    write_parquet(source.iter_rows(), folder.results, layout)
+    _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
     with replace_file(folder.failures) as file:
         write_jsonl(source.iter_rows("failed"), file, layout)
     about = folder.read_provenance()
@@ -505,3 +511,20 @@ def write_results(
         "failures": str(folder.failures),
         "simulated": tools.simulated,
     }
+
+
+def _write_results_and_evaluation(
+    folder: RunFolder, config: RunConfig, source: ResultSource, simulated: bool
+) -> None:
+    if not config.evaluate or simulated:
+        write_parquet(source.iter_rows(), folder.results, source.layout)
+        if config.evaluate:
+            write_evaluation(folder, (), simulated)
+        else:
+            remove_evaluation(folder)
+        return
+    from .evaluation import make_evaluator  # noqa: PLC0415 - numpy is slow to import
+
+    evaluator = make_evaluator(config, source.store)
+    write_parquet(evaluator.watch(source.iter_rows()), folder.results, source.layout)
+    write_evaluation(folder, evaluator.to_json(), simulated)
