@@ -416,7 +416,7 @@ def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> Run
 def _check(config: RunConfig, source: str) -> None:
     try:
         check_task(config.task)
-        check_aggregators(config.reduce, config.task.answer_schema)
+        check_aggregators(config.reduce, config.result_schema, has_samples=config.task.samples > 1)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
         raise ConfigurationError(msg) from None

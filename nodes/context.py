@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 from ..backends.core.messages import ShardResult, ShardTask
 from ..backends.core.money import NO_PRICES, Amount, TokenPrices
 from ..backends.core.protocols import Account, CallLog, ChatModel, CompletionClient
+from ..backends.core.samples import SampleFold
 from ..backends.core.templates import ItemPrompt
 from ..backends.core.types import Item, Json, Shard
 from .aggregators import AggregatorSet
@@ -166,6 +167,7 @@ class RunTools:
         question_digest: Digest of what all questions share: schema, model, sampling, system text,
             examples.
         constant_messages: Number of messages at the beginning of every item that it covers.
+        fold: How the answers of samples are folded; None if each row is asked once.
         keep_raw: Whether records keep the text of every answer, not only of rejected ones.
         simulated: Whether the fleet is simulated.
         token_prices: Prices of tokens.
@@ -188,6 +190,7 @@ class RunTools:
     token_prices: TokenPrices = NO_PRICES
     question_digest: bytes = b""
     constant_messages: int = 0
+    fold: SampleFold | None = None
     keep_raw: bool = False
     open_account: Callable[[], Account | None] = no_account
     budget: BudgetStatus | None = None

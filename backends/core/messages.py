@@ -90,9 +90,16 @@ class ShardTask:
         """
         return cls(**_check_fields(data, cls))
 
-    def unpack_items(self) -> list[Item]:
-        """Return the items."""
-        return [Item(index, name, row, problem) for index, name, row, problem in self.items]
+    def unpack_items(self, samples: int = 1) -> list[Item]:
+        """Return the items.
+
+        Args:
+            samples: Items of each row, whose indices follow each other.
+        """
+        return [
+            Item(index, name, row, problem, index % samples)
+            for index, name, row, problem in self.items
+        ]
 
 
 @dataclass(frozen=True, slots=True)

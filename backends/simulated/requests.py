@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import orjson
@@ -154,6 +154,7 @@ class Question:
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with a usage chunk.
         tools: The functions that may be called, as described in the request.
+        sampled: Whether equal questions get different answers: a temperature above 0 and no seed.
     """
 
     key: bytes
@@ -166,6 +167,13 @@ class Question:
     stream: bool
     include_usage: bool
     tools: tuple[Mapping[str, Any], ...] = ()
+    sampled: bool = False
+
+    def draw(self, number: int) -> Question:
+        """Return the question for the answer with a number, from 0: the next draw if sampled."""
+        if not self.sampled or not number:
+            return self
+        return replace(self, key=hash_parts(self.key, "draw", number))
 
     @property
     def first_round(self) -> bool:
@@ -218,6 +226,7 @@ class QuestionReader:
             stream=bool(data.get("stream")),
             include_usage=bool((data.get("stream_options") or {}).get("include_usage")),
             tools=_offered_tools(data) if chat else (),
+            sampled=bool(data.get("temperature")) and data.get("seed") is None,
         )
 
     def check_model(self, data: Mapping[str, Any]) -> None:

@@ -109,7 +109,8 @@ def read_sample(config: RunConfig, count: int) -> Sample:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
-        summary = load_input(config.input, file, needed_columns(config))
+        samples = config.task.samples
+        summary = load_input(config.input, file, needed_columns(config), samples=samples)
         with ItemStore(file) as store:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))

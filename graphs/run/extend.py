@@ -8,14 +8,16 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 from ...backends.budget.pricing import read_price
 from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
+from ...backends.core.samples import SampleFold
 from ...backends.core.selection import Selection
-from ...backends.core.types import Item, Json, Message, Row
+from ...backends.core.types import Item, Json, Message, Row, find_row_id
 from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files
@@ -34,8 +36,11 @@ logger = logging.getLogger(__name__)
 _BATCH: Final = 256
 _DECIDING: Final = ("task", "model", "limits", "endpoints")
 """Sections whose change may turn a failure into an answer."""
-_NO_EFFECT: Final = ("name", "max_tokens", "max_tokens_field", "price")
-"""Settings of the model that do not count as such a change, or are compared apart."""
+_NO_EFFECT: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("name", "max_tokens", "max_tokens_field", "price"),
+    "task": ("samples", "fold"),
+}
+"""Settings that do not count as such a change, or are compared apart."""
 
 
 @dataclass(slots=True)
@@ -220,28 +225,37 @@ class Extension:
 
 
 def _select_items(source: RunFolder, only: str) -> tuple[Selection, frozenset[str]]:
-    """Return the conditions, and the ids of the finished items of a run that fulfil them.
+    """Return the conditions, and the ids of the rows of a run whose finished items fulfil them.
+
+    With samples, the folded answer counts, and ``failed`` selects rows of which any sample failed.
 
     Raises:
         ConfigurationError: The conditions cannot be read, or no item fulfils them.
     """
     about = source.read_provenance()
-    schema = get_at_path(read_settings(source.settings).data, ("task", "schema"))
+    task = get_at_path(read_settings(source.settings).data, ("task",))
     with (
         ItemStore(source.items) as store,
         Journal(source.journal, get_run_ids(about), len(store)) as journal,
     ):
+        task = task if isinstance(task, Mapping) else {}
+        schema, fold = task.get("schema"), SampleFold.from_task(task)
         answer = schema if isinstance(schema, Mapping) else None
+        answer = answer if fold is None else fold.fold_schema(answer)
         try:
             selection = Selection.parse(only, answer, describe_columns(store.types))
         except ConfigurationError as error:
             raise ConfigurationError(f"--only: {error.message}") from None
         ended = [index for index in range(len(store)) if journal.is_finished(index)]
+        rows = store.iter_rows(ended)
         ids = set[str]()
-        for index, (row, _) in zip(ended, store.iter_rows(ended), strict=True):
-            record = journal.read_record(index)
-            if selection.holds(record["status"], record.get("output"), row):
-                ids.add(str(record["id"]))
+        for _, indices in groupby(ended, lambda index: index // store.samples):
+            records = [journal.read_record(index) for index in indices]
+            (row, _), *_others = [next(rows) for _ in records]
+            outputs = [record.get("output") for record in records if record["status"] == "done"]
+            output = fold.fold(outputs).output if fold is not None else next(iter(outputs), None)
+            if any(selection.holds(record["status"], output, row) for record in records):
+                ids.add(find_row_id(str(records[0]["id"]), records[0]["sample"]))
     if not ids:
         msg = f"--only {only!r}: none of the {len(ended):,} finished items of {source.path} fits"
         raise ConfigurationError(msg)
@@ -260,9 +274,9 @@ def _choose_ask_again(source: RunFolder, loaded: LoadedConfig) -> str | None:
 
 def _get_deciding(settings: Mapping[str, Any], section: str) -> Any:
     found = settings.get(section)
-    if section != "model" or not isinstance(found, Mapping):
+    if section not in _NO_EFFECT or not isinstance(found, Mapping):
         return found
-    return {key: value for key, value in found.items() if key not in _NO_EFFECT}
+    return {key: value for key, value in found.items() if key not in _NO_EFFECT[section]}
 
 
 @dataclass(slots=True)
@@ -302,7 +316,7 @@ class _Matcher:
             messages = self._render(item)
             if messages is None:
                 self.plan.invalid += 1
-            elif (record := self._find_kept(index, messages)) is not None:
+            elif (record := self._find_kept(index, messages, item.sample)) is not None:
                 yield self._adopt(record, item)
             else:
                 tokens = estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE
@@ -317,7 +331,9 @@ class _Matcher:
         except InvalidItemError:
             return None
 
-    def _find_kept(self, index: int | None, messages: list[Message]) -> dict[str, Any] | None:
+    def _find_kept(
+        self, index: int | None, messages: list[Message], sample: int
+    ) -> dict[str, Any] | None:
         """Return the record to take over; None, counted by its reason, if the item is asked."""
         plan = self.plan
         if index is None:
@@ -327,7 +343,7 @@ class _Matcher:
             plan.unfinished += 1
             return None
         record = self.journal.read_record(index)
-        is_same = record.get("question") == self.digests.compute_question(messages)
+        is_same = record.get("question") == self.digests.compute_question(messages, sample)
         if not is_same or bool(record.get("simulated")) != plan.simulated:
             plan.changed += 1
             return None
@@ -351,6 +367,7 @@ class _Matcher:
         kept = {key: value for key, value in record.items() if key != "shares"}
         return kept | {
             "index": item.index,
+            "sample": item.sample,
             "attempts": [],
             "reused": int(record["status"] == "done"),
             **dict.fromkeys((*counts, *costs), 0),

@@ -293,10 +293,13 @@ def plan_shards(run: RunKey, config: RunConfig, total: int, *, singly: bool = Fa
         run: Key of the run.
         config: Its settings.
         total: Number of its items.
-        singly: Make each item of a small batch a separate shard.
+        singly: Make each row of a small batch a separate shard.
+
+    A shard has all samples of its rows.
     """
     is_local = config.shard.items is None and not config.backend.is_remote
     size = 1 if singly and is_local and is_small_batch(total) else choose_shard_items(config, total)
+    size = -(-size // config.task.samples) * config.task.samples
     return PreparedRun(run, total, size, choose_window(config, size), make_sizing(config))
 
 
@@ -322,6 +325,7 @@ def make_sizing(config: RunConfig) -> dict[str, Any] | None:
     if config.shard.items is not None or not backend.is_remote:
         return None
     return {
+        "samples": config.task.samples,
         "workers": backend.concurrent_shards,
         "least_s": backend.shard_least_s,
         "most_s": backend.shard_most_s,

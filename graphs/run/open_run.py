@@ -37,7 +37,6 @@ from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
-from ...configs.aggregators import to_aggregator_spec
 from ...configs.backend import BackendConfig
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -202,15 +201,14 @@ async def open_run(
         tools = OpenRun(
             store=files.store,
             item_journal=journal,
-            aggregators=build_aggregators(
-                [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
-            ),
+            aggregators=build_aggregators(config.list_aggregators()),
             run_item=run_item,
             gate=gate,
             progress=progress,
             fingerprint=bytes.fromhex(files.fingerprint),
             question_digest=compute_question_digest(config, files.model),
             constant_messages=config.parse_prompt().constants,
+            fold=config.make_fold(),
             keep_raw=config.keep.raw == "all",
             simulated=files.simulated,
             token_prices=price,
@@ -420,9 +418,12 @@ def write_results(
         JournalError: A file cannot be written.
     """
     extents = tools.item_journal.extents()
-    layout = make_result_layout(loaded.config.task.answer_schema, tools.store)
-    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced)
+    schema, fold = loaded.config.task.answer_schema, tools.fold
+    layout = make_result_layout(schema, tools.store, fold=fold)
+    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
     write_parquet(source.iter_rows(), folder.results, layout)
+    layout = make_result_layout(schema, tools.store)  # each failed sample has a row
+    source = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
         write_jsonl(source.iter_rows("failed"), file, layout)
     about = folder.read_provenance()

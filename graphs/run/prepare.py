@@ -84,12 +84,12 @@ def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -
 
 def _dump_task(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the task; those that are not set need no place in the digest."""
-    dumped = config.task.model_dump(mode="json", by_alias=True)
-    return {k: v for k, v in dumped.items() if k not in _LATER or v is not None}
+    dumped = config.task.model_dump(mode="json", by_alias=True, exclude={"fold"})
+    return {k: v for k, v in dumped.items() if k not in _LATER or v != _LATER[k]}
 
 
-_LATER: Final = ("examples", "messages")
-"""Settings that runs may lack because they began before the setting existed."""
+_LATER: Final[Mapping[str, Any]] = {"examples": None, "messages": None, "samples": 1}
+"""Settings, with their defaults, that runs may lack because they began before they existed."""
 
 
 def _dump_model(config: RunConfig) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def compute_question_digest(config: RunConfig, model: str) -> bytes:
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
     task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
-    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER}
+    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER and k != "samples"}
     has_system = bool(config.task.system) or any(
         message.role == "system" for message in config.task.messages or ()
     )
@@ -124,7 +124,7 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     """Return one line per difference of two settings that a run may not change.
 
     The input's path does not count, because its content is compared by digest. Endpoints, backend,
-    limits and reduce may change.
+    limits, reduce and the fold of samples may change.
 
     Args:
         old: The run's settings.
@@ -134,6 +134,8 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     lines = []
     for section in ("input", "task", "model"):
         a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
+        if section == "task":
+            a.pop("fold", None), b.pop("fold", None)
         if section == "model":
             a["name"], b["name"] = model, b.get("name") or model
             a["price"] = b["price"] = None  # may change
@@ -247,7 +249,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         allow_simulated: Allow a simulated fleet.
         defer_endpoints: Do not check the endpoints, because a job will start them.
         extend: Takes over items of another run before the folder appears under its name.
-        only: Ids of the items of the run; None means all of the input.
+        only: Ids of the rows of the run; None means all of the input.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
@@ -265,7 +267,15 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
-        summary = await asyncio.to_thread(load_input, given, folder.items, columns, items, only)
+        summary = await asyncio.to_thread(
+            load_input,
+            given,
+            folder.items,
+            columns,
+            items,
+            only=only,
+            samples=loaded.config.task.samples,
+        )
         check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
@@ -369,6 +379,7 @@ def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
     return {
         "source": summary.source,
         "items": summary.items,
+        **({"samples": summary.samples} if summary.samples > 1 else {}),
         "digest": summary.digest,
         "stamp": None if path is None else read_file_stamp(Path(path)),
         "invalid": summary.invalid,
@@ -501,12 +512,18 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
-    changed = before.plain["reduce"] != after.plain["reduce"]
+    changed = before.plain["reduce"] != after.plain["reduce"] or _get_fold(before) != _get_fold(
+        after
+    )
     if after.plain != before.plain:
         await asyncio.to_thread(_write_changed, folder, about, after)
     if about.get("place") != await asyncio.to_thread(get_folder_identity, folder.path):
         await asyncio.to_thread(_ensure_identity_locked, folder)
     return ReadyRun(folder, after, changed, ready)
+
+
+def _get_fold(loaded: LoadedConfig) -> Any:
+    return loaded.config.task.fold
 
 
 def _check_secrets(folder: RunFolder, after: LoadedConfig) -> None:
@@ -574,7 +591,10 @@ def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
     try:
         _check_prompt_fields(loaded.config, summary.row_schema)
         check_aggregators(
-            loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
+            loaded.config.reduce,
+            loaded.config.result_schema,
+            summary.row_schema,
+            has_samples=loaded.config.task.samples > 1,
         )
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None

@@ -149,3 +149,27 @@ def test_several_messages_are_sent_in_order(shell: Shell) -> None:
     said = shell("check", "molecular_screening", "--limit", "2", "--set", talk, *bare)
     assert said.code == 0, said.err
     assert "user: Rate " in said.out
+
+
+def test_samples_are_folded(shell: Shell) -> None:
+    Path("topics.yaml").write_text(yaml.safe_dump(read_page_settings("topics")))
+    checked = json.loads(shell("check", "topics.yaml", "--json").out)
+    rows = checked["input"]["items"] // 5
+    assert checked["estimate"]["requests"]["low"] == 5 * rows
+    said = shell("run", "topics.yaml", "--out", "topics", "--quiet")
+    assert said.code == 0, said.err
+    columns = "field,agreement.field,novelty,spread.novelty,samples"
+    said = shell("show", "topics", "--columns", columns, "--limit", "1000", "--json")
+    shown = json.loads(said.out)["rows"]
+    samples = read_lines(shell, "topics", "--samples")
+    assert (len(shown), len(samples)) == (rows, 5 * rows)
+    for n, row in enumerate(shown):
+        answers = [one["output"] for one in samples[5 * n : 5 * n + 5]]
+        fields = [one["field"] for one in answers]
+        most = max(map(fields.count, fields))
+        leading = {name for name in fields if fields.count(name) == most}
+        assert row["field"] == (leading.pop() if len(leading) == 1 else None)
+        assert row["agreement.field"] == most / 5
+        assert row["novelty"] == pytest.approx(sum(one["novelty"] for one in answers) / 5)
+    counts, agreement = fanfold.load_results("topics").aggregate
+    assert counts["missing"] == agreement["ties"]["field"] == sum(r["field"] is None for r in shown)
