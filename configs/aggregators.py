@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.core.fields import resolve_field
+from ..backends.core.fields import list_types, resolve_field
 from .base import Access, declare_access
 
 
@@ -146,10 +146,10 @@ def _check_field(
     inputs: Mapping[str, Any] | None,
 ) -> None:
     try:
-        path, sub = resolve_field(field, schema, inputs)
+        path, sub = resolve_field(field, schema, inputs, elements=True)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error.message}") from None
-    types = _types(sub)
+    types = list_types(sub)
     if isinstance(config, StatsConfig | TopKConfig) and types and not types & _NUMBERS:
         place = "task.schema" if path.source == "output" else "the input"
         msg = f"{where}: field {field!r} is {'/'.join(sorted(types))} in {place}, not a number"
@@ -159,11 +159,6 @@ def _check_field(
             msg = f"{where}: a histogram of a column of the input needs bins, low and high"
             raise ConfigurationError(msg)
         _check_histogram(where, config, sub, types)
-
-
-def _types(schema: Mapping[str, Any]) -> set[str]:
-    declared = schema.get("type")
-    return {declared} if isinstance(declared, str) else set(declared or ())
 
 
 def _check_histogram(
@@ -204,6 +199,13 @@ def _is_bounded_integer(schema: Mapping[str, Any], types: set[str]) -> bool:
     return bool(high - low < _MAX_CATEGORIES)
 
 
+def _list_categories(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the values that a histogram shows even if they do not occur."""
+    if "enum" in schema:
+        return [value for value in schema["enum"] if isinstance(value, str | int | float)]
+    return [False, True] if list_types(schema) - {"null"} == {"boolean"} else []
+
+
 def to_aggregator_spec(
     config: AggregatorConfig, schema: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -214,8 +216,10 @@ def to_aggregator_spec(
     """
     plain = config.model_dump()
     if plain.get("field") is not None:
-        path, sub = resolve_field(plain["field"], schema)
+        path, sub = resolve_field(plain["field"], schema, elements=True)
         plain["field"] = str(path)
+        if isinstance(config, HistogramConfig) and config.bins is None:
+            plain["categories"] = _list_categories(sub)
         if isinstance(config, HistogramConfig) and isinstance(config.bins, int):
             plain["low"] = config.low if config.low is not None else sub.get("minimum")
             plain["high"] = config.high if config.high is not None else sub.get("maximum")

@@ -1,8 +1,12 @@
-"""Names of fields: ``output.score`` of the answer, ``input.smiles`` of the input."""
+"""Names of fields: ``output.score`` of the answer, ``input.smiles`` of the input.
+
+``assays[].name`` is the field ``name`` of every element of the list ``assays``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import json
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
@@ -20,6 +24,8 @@ Source: TypeAlias = Literal["output", "input"]
 _SOURCES: Final[tuple[Source, ...]] = ("output", "input")
 _FREE_TEXT: Final = {"type": "string"}
 """Schema of an answer without ``task.schema``."""
+ELEMENTS: Final = "[]"
+"""Key that leads to all elements of a list."""
 _DEEPEST: Final = 9
 """Maximum depth of alternatives in which a field is searched."""
 _SHOWN: Final = 30
@@ -32,7 +38,7 @@ class FieldPath:
 
     Attributes:
         source: Where it is.
-        keys: Keys down to the value; none for the whole answer.
+        keys: Keys down to the value, ``ELEMENTS`` for those of a list; none for the whole answer.
     """
 
     source: Source
@@ -41,29 +47,88 @@ class FieldPath:
     @classmethod
     def parse(cls, name: str) -> FieldPath:
         """Return the field of a name; without ``output.`` or ``input.`` it is in the answer."""
-        first, *rest = name.split(".")
+        first, *rest = _split_keys(name)
         for source in _SOURCES:
             if first == source:
                 return cls(source, tuple(rest))
         return cls("output", (first, *rest))
 
+    @property
+    def is_many(self) -> bool:
+        """Return True if an item may have several values, those of the elements of a list."""
+        return ELEMENTS in self.keys
+
     def __str__(self) -> str:
         """Return the shortest name from which :meth:`parse` returns this field."""
-        if self.source == "output" and self.keys and self.keys[0] not in _SOURCES:
-            return ".".join(self.keys)
-        return ".".join((self.source, *self.keys))
+        if self.source == "output" and self.keys and self.keys[0] not in (*_SOURCES, ELEMENTS):
+            return _join_keys(self.keys)
+        return _join_keys((self.source, *self.keys))
 
     def pick(self, output: Json, row: Row) -> Json:
-        """Return the value of an item, or None if it has none.
+        """Return the value of an item, or None if it has none; the values if it may have several.
 
         Args:
             output: The answer.
             row: The columns of the input, whose names may contain dots.
         """
+        return self.pick_all(output, row) if self.is_many else self.pick_one(output, row)
+
+    def pick_one(self, output: Json, row: Row) -> Json:
+        """Do what :meth:`pick` does, for a field that is not in the elements of a list."""
         if self.source == "output":
             return _walk(output, self.keys)
         found = split_column(".".join(self.keys), row)
         return None if found is None else _walk(row[found[0]], found[1])
+
+    def pick_all(self, output: Json, row: Row) -> list[Json]:
+        """Return the values of an item, those of all elements of lists.
+
+        Args:
+            output: The answer.
+            row: The columns of the input.
+        """
+        if self.source == "output":
+            return list(_walk_all(output, self.keys))
+        found = _split_elements(self.keys, row)
+        return [] if found is None else list(_walk_all(row[found[0]], found[1]))
+
+    def narrow(self, output: Json, row: Row, test: Callable[[Json], bool]) -> tuple[Json, Row]:
+        """Return answer and columns of an item with only some elements of the field's lists.
+
+        Args:
+            output: The answer.
+            row: The columns of the input.
+            test: Whether an element stays, by its value of the field.
+        """
+        if self.source == "output":
+            return _narrow(output, self.keys, test), row
+        column, keys = _split_elements(self.keys, row) or ("", ())
+        return output, {**row, column: _narrow(row.get(column), keys, test)}
+
+
+def _split_keys(name: str) -> Iterator[str]:
+    for part in name.split("."):
+        key = part
+        while key.endswith(ELEMENTS):
+            key = key.removesuffix(ELEMENTS)
+        yield from (key, *[ELEMENTS] * ((len(part) - len(key)) // len(ELEMENTS)))
+
+
+def _join_keys(keys: Sequence[str]) -> str:
+    name = keys[0] if keys else ""
+    for key in keys[1:]:
+        name += key if key == ELEMENTS else f".{key}"
+    return name
+
+
+def _split_elements(
+    keys: Sequence[str], columns: Container[str]
+) -> tuple[str, tuple[str, ...]] | None:
+    """Return what :func:`split_column` does, with ``ELEMENTS`` among the keys inside the column."""
+    for count in range(len(keys), 0, -1):
+        if (column := _join_keys(keys[:count])) in columns:
+            return column, tuple(keys[count:])
+    return None
 
 
 def split_column(name: str, columns: Container[str]) -> tuple[str, tuple[str, ...]] | None:
@@ -96,10 +161,39 @@ def _walk(value: Json, keys: Sequence[str]) -> Json:
     return value
 
 
+def _walk_all(value: Json, keys: Sequence[str]) -> Iterator[Json]:
+    """Yield the values at the end of the keys; a missing field of an element is None."""
+    for at, key in enumerate(keys):
+        if key == ELEMENTS:
+            for element in value if isinstance(value, list) else ():
+                yield from _walk_all(element, keys[at + 1 :])
+            return
+        value = value.get(key) if isinstance(value, dict) else None
+    yield value
+
+
+def _narrow(value: Json, keys: Sequence[str], test: Callable[[Json], bool]) -> Json:
+    """Return a copy without the elements that have no value which passes the test."""
+    if ELEMENTS not in keys:
+        return value
+    key, *rest = keys
+    if key != ELEMENTS:
+        return {**value, key: _narrow(value[key], rest, test)}
+    return [
+        _narrow(element, rest, test)
+        for element in value
+        if any(map(test, _walk_all(element, rest)))
+    ]
+
+
 def resolve_field(
-    name: str, answer: Schema | None, inputs: Schema | None = None
+    name: str,
+    answer: Schema | None,
+    inputs: Schema | None = None,
+    *,
+    elements: bool = False,
 ) -> tuple[FieldPath, Schema]:
-    """Return the field that a name means, and the schema of its values.
+    """Return the field that a name means, and what its values are.
 
     ``output.NAME`` is a field of the answer, ``output`` the whole answer, and ``input.NAME`` a
     column of the input. Any other name is a field of the answer or a column of the input,
@@ -110,16 +204,26 @@ def resolve_field(
         answer: Schema of the answers; None for free text.
         inputs: Schema of the input's rows; None if it is not known yet: then a name that the answer
             does not have is one of the input.
+        elements: Whether the name may lead into lists, ``assays[].name``.
+
+    Returns:
+        The field, and ``type``, ``enum``, ``minimum`` and ``maximum`` of its values as far as the
+        schema says them, wherever it does: behind references and in alternatives.
 
     Raises:
         ConfigurationError: Neither has the field, or both; lists the names that exist.
     """
     path = FieldPath.parse(name)
+    if path.is_many and not elements:
+        raise ConfigurationError(
+            f"{name!r} has a value for each element of a list, but here an item needs one value; "
+            "name a field outside of lists"
+        )
     schemas: dict[Source, Schema | None] = {
         "output": _FREE_TEXT if answer is None else answer,
         "input": inputs,
     }
-    if name.partition(".")[0] in _SOURCES:
+    if next(_split_keys(name)) in _SOURCES:
         found = _find(path, schemas[path.source])
         if found is None:
             raise ConfigurationError(_describe_missing(path, schemas[path.source] or {}))
@@ -146,18 +250,27 @@ def _find(path: FieldPath, root: Schema | None) -> Schema | None:
         return {} if path.keys else None
     if path.source == "input":
         columns = find_properties(root)
-        found = split_column(".".join(path.keys), columns)
+        found = _split_elements(path.keys, columns)
         return None if found is None else _descend(columns[found[0]], found[1], root)
     return _descend(root, path.keys, root)
 
 
 def _descend(schema: Any, keys: Sequence[str], root: Schema) -> Schema | None:
     for key in keys:
-        properties = find_properties(schema, root)
-        if key not in properties:
+        found = _step(schema, key, root)
+        if found is None:
             return None
-        schema = properties[key]
-    return follow_references(schema, root)
+        schema = found[0]
+    return _ValueReader(root).read(schema) or {}
+
+
+def _step(schema: Any, key: str, root: Schema) -> tuple[Any] | None:
+    """Return the schema behind a key, in a tuple; None if there is none."""
+    if key == ELEMENTS:
+        items = _find_items(schema, root)
+        return (items[0] if len(items) == 1 else {"anyOf": items},) if items else None
+    properties = find_properties(schema, root)
+    return (properties[key],) if key in properties else None
 
 
 def find_properties(schema: Any, root: Schema | None = None) -> dict[str, Any]:
@@ -171,16 +284,125 @@ def find_properties(schema: Any, root: Schema | None = None) -> dict[str, Any]:
     """
     root = schema if root is None else root
     found: dict[str, Any] = {}
+    for one in _iter_alternatives(schema, root):
+        found = dict(one.get("properties", {})) | found
+    return found
+
+
+def _find_items(schema: Any, root: Schema) -> list[Any]:
+    """Return the schemas of a list's elements, one for each alternative; none if it is no list."""
+    found = list[Any]()
+    for one in _iter_alternatives(schema, root):
+        first = one.get("prefixItems", ())
+        found += first
+        if "items" in one and not (first and one["items"] is False):
+            found.append(one["items"])
+        elif not first and "array" in list_types(one):
+            found.append({})
+    return found
+
+
+def _iter_alternatives(schema: Any, root: Any) -> Iterator[Schema]:
     seen, level = set[int](), [follow_references(schema, root)]
     for _ in range(_DEEPEST):
         fresh = {id(one): one for one in level if id(one) not in seen}
         seen |= fresh.keys()
         level = []
         for one in fresh.values():
-            found = dict(one.get("properties", {})) | found
+            yield one
             members = (m for key in ("allOf", "anyOf", "oneOf") for m in one.get(key, ()))
             level += [follow_references(member, root) for member in members]
+
+
+_BOUNDS: Final = (("minimum", max, min), ("maximum", min, max))
+"""Bounds, how they combine if all hold, and if one of them holds."""
+_JSON_TYPES: Final[Mapping[type, str]] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+
+
+class _ValueReader:
+    """Reads what the values of schemas are; each schema once, as they may refer to each other."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+        self._read = dict[int, dict[str, Any] | None]()
+
+    def read(self, schema: Any, depth: int = 0) -> dict[str, Any] | None:
+        """Return type, enum and bounds; None for a schema that is only itself again."""
+        one = follow_references(schema, self._root)
+        if id(one) in self._read or depth > _DEEPEST:
+            return self._read.get(id(one))
+        self._read[id(one)] = None
+        found = _read_own(one)
+        for member in one.get("allOf", ()):
+            found = _intersect(found, self.read(member, depth + 1))
+        for key in ("anyOf", "oneOf"):
+            members = [self.read(member, depth + 1) for member in one.get(key, ())]
+            if known := [member for member in members if member is not None]:
+                found = _intersect(found, _unite(known))
+        self._read[id(one)] = found
+        return found
+
+
+def _read_own(schema: Schema) -> dict[str, Any]:
+    found = {key: schema[key] for key in ("type", "enum", "minimum", "maximum") if key in schema}
+    if "const" in schema:
+        found["enum"] = [schema["const"]]
+    if "enum" in found and "type" not in found:
+        found["type"] = sorted({_JSON_TYPES.get(type(value), "string") for value in found["enum"]})
     return found
+
+
+def list_types(schema: Schema) -> set[str]:
+    """Return the types that a schema names; none if it allows every type."""
+    declared = schema.get("type")
+    return {declared} if isinstance(declared, str) else set(declared or ())
+
+
+def _intersect(a: dict[str, Any], b: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what holds for values of both."""
+    if not a or not b:
+        return a or b or {}
+    found = {**a, **b}
+    if "type" in a and "type" in b:
+        both_types = _widen(list_types(a)) & _widen(list_types(b))
+        found["type"] = sorted(both_types - ({"integer"} if "number" in both_types else set()))
+    if "enum" in a and "enum" in b:
+        known = set(map(_to_key, b["enum"]))
+        found["enum"] = [value for value in a["enum"] if _to_key(value) in known]
+    return found | {key: both(a[key], b[key]) for key, both, _ in _BOUNDS if key in a and key in b}
+
+
+def _widen(types: set[str]) -> set[str]:
+    """Return the types with the integers among the numbers."""
+    return types | ({"integer"} if "number" in types else set())
+
+
+def _to_key(value: Json) -> str:
+    """Return a key for a value; true is not 1."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _unite(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what holds for values of any member; null is a type, but no value."""
+    found = dict[str, Any]()
+    if all("type" in one for one in members):
+        found["type"] = sorted(set[str]().union(*map(list_types, members)))
+    valued = [one for one in members if list_types(one) != {"null"}]
+    if valued and all("enum" in one for one in valued):
+        found["enum"] = list({_to_key(v): v for one in valued for v in one["enum"]}.values())
+    return found | {
+        key: either(one[key] for one in valued)
+        for key, _, either in _BOUNDS
+        if valued and all(key in one for one in valued)
+    }
 
 
 def follow_references(schema: Any, root: Any) -> Schema:
@@ -202,21 +424,28 @@ _HOLDERS: Final[Mapping[Source, str]] = {"output": "task.schema", "input": "the 
 def _describe_missing(path: FieldPath, root: Schema) -> str:
     """Say which part of a path is missing, and what exists in its place."""
     if path.source == "output" and root == _FREE_TEXT:
-        return f"field {'.'.join(path.keys)!r} needs task.schema; a free-text answer has no fields"
+        return (
+            f"field {_join_keys(path.keys)!r} needs task.schema; a free-text answer has no fields"
+        )
     if not path.keys:
         return f"'input' names no column; write input.NAME (it has {_list(find_properties(root))})"
-    schema: Any = root
-    properties = find_properties(schema, root)
-    missing = ".".join(path.keys)
-    for key in path.keys:
-        properties = find_properties(schema, root)
-        if key not in properties:
-            missing = key
-            break
-        schema = properties[key]
+    schema, at = root, 0
+    while at + 1 < len(path.keys) and (found := _step(schema, path.keys[at], root)) is not None:
+        schema, at = found[0], at + 1
     kind = "field" if path.source == "output" else "column"
+    whole, missing = _join_keys(path.keys), path.keys[at]
+    before = _join_keys(path.keys[:at]) or path.source
+    if missing == ELEMENTS:
+        return f"{_HOLDERS[path.source]} has no {kind} {whole!r}: {before!r} is not a list"
+    properties = find_properties(schema, root)
+    if not properties and _find_items(schema, root):
+        rest = _join_keys(("", ELEMENTS, *path.keys[at:]))
+        return (
+            f"{_HOLDERS[path.source]} has no {kind} {whole!r}: {before!r} is a list; the values "
+            f"of its elements are {before + rest!r}"
+        )
     return (
-        f"{_HOLDERS[path.source]} has no {kind} {'.'.join(path.keys)!r} "
+        f"{_HOLDERS[path.source]} has no {kind} {whole!r} "
         f"(it has {_list(properties)}){_hint(missing, properties)}"
     )
 
@@ -230,11 +459,11 @@ def _describe_unknown(path: FieldPath, schemas: Mapping[Source, Schema | None]) 
     near = _hint(path.keys[0], {**answer, **inputs})
     if schemas["output"] == _FREE_TEXT:
         return (
-            f"field {'.'.join(path.keys)!r} needs task.schema, since a free-text answer has no "
+            f"field {_join_keys(path.keys)!r} needs task.schema, since a free-text answer has no "
             f"fields, or a column of that name in the input (it has {_list(inputs)}){near}"
         )
     return (
-        f"neither task.schema nor the input has a field {'.'.join(path.keys)!r} (task.schema has "
+        f"neither task.schema nor the input has a field {_join_keys(path.keys)!r} (task.schema has "
         f"{_list(answer)}; the input has {_list(inputs)}){near}"
     )
 

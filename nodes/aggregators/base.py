@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from math import isfinite
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
@@ -51,11 +51,12 @@ class Aggregator:
 
     def to_spec(self) -> dict[str, Json]:
         """Return the parameters as states contain them, tuples as lists."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return {"op": self.op} | {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-        }
+        spec: dict[str, Json] = {"op": self.op}
+        for about in fields(self):
+            if about.init and about.name not in SHOWN:
+                value = getattr(self, about.name)
+                spec[about.name] = list(value) if isinstance(value, tuple) else value
+        return spec
 
     def parameter_error(self, name: str, demand: str) -> ConfigurationError:
         """Return the error for a parameter ``name`` that does not meet ``demand``."""
@@ -63,6 +64,9 @@ class Aggregator:
             f"reduce: {self.op}.{name} is {getattr(self, name)!r}; it must be {demand}"
         )
 
+
+SHOWN: Final = ("categories",)
+"""Parameters that change only how results are shown; states do not contain them."""
 
 AggregatorT = TypeVar("AggregatorT", bound=Aggregator)
 
@@ -123,7 +127,50 @@ _INT64: Final = 1 << 63
 def pick_values(field: str, outcomes: Iterable[Outcome]) -> list[Json]:
     """Return the value of a field of each outcome, or None where there is none."""
     path = FieldPath.parse(field)
-    return [path.pick(outcome.output, outcome.row) for outcome in outcomes]
+    pick = path.pick_all if path.is_many else path.pick_one
+    return [pick(outcome.output, outcome.row) for outcome in outcomes]
+
+
+ValueT = TypeVar("ValueT")
+
+
+def pick_usable(
+    field: str, outcomes: Sequence[Outcome], convert: Callable[[Json], ValueT | None]
+) -> tuple[list[ValueT], State]:
+    """Return the usable values of a field, and counts of the outcomes without one.
+
+    Args:
+        field: Name of the field.
+        outcomes: Outcomes with an output.
+        convert: Returns a value in the form that is used, or None if it is not usable.
+
+    Returns:
+        The values, and the part of a state that :func:`sum_missing` combines: ``missing``; with
+        values in the elements of a list also ``items``, the number of outcomes that have one.
+    """
+    path = FieldPath.parse(field)
+    if not path.is_many:
+        found = [convert(path.pick_one(outcome.output, outcome.row)) for outcome in outcomes]
+        values = [value for value in found if value is not None]
+        return values, {"missing": len(found) - len(values)}
+    values, items = [], 0
+    for outcome in outcomes:
+        known = len(values)
+        for value in path.pick_all(outcome.output, outcome.row):
+            if (usable := convert(value)) is not None:
+                values.append(usable)
+        items += len(values) > known
+    return values, {"missing": len(outcomes) - items, "items": items}
+
+
+def sum_missing(a: State, b: State) -> State:
+    """Return the sum of two parts of states that :func:`pick_usable` made."""
+    return {name: a[name] + b[name] for name in ("missing", "items") if name in a}
+
+
+def show_missing(state: State) -> dict[str, Json]:
+    """Return a part of a state that :func:`pick_usable` made, as results show it."""
+    return {name: state[name] for name in ("items", "missing") if name in state}
 
 
 def finite_number(value: Json) -> int | float | None:

@@ -21,9 +21,11 @@ from .base import (
     State,
     done_outcomes,
     finite_number,
-    pick_values,
+    pick_usable,
     sanitize_json,
+    show_missing,
     sum_counts,
+    sum_missing,
 )
 
 MAX_DISTINCT: Final = 1_000
@@ -42,6 +44,7 @@ class Histogram(Aggregator):
         bins: Number of equal bins from ``low`` to ``high``, or the edges, or None.
         low: Lower end of the bins.
         high: Upper end of the bins.
+        categories: Values to show even if they do not occur.
         edges: (bins + 1,) edges, computed from the others; empty without bins.
     """
 
@@ -50,6 +53,7 @@ class Histogram(Aggregator):
     bins: int | tuple[float, ...] | None = None
     low: float | None = None
     high: float | None = None
+    categories: tuple[str | bool | int | float, ...] = ()
     edges: tuple[float, ...] = dataclasses.field(init=False, default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -92,10 +96,14 @@ class Histogram(Aggregator):
         Raises:
             ConfigurationError: Too many different values.
         """
-        found = pick_values(self.field, done_outcomes(outcomes))
+        done = done_outcomes(outcomes)
         if self.bins is None:
-            return _check_distinct({"of": self.to_spec(), **_count_values(found)})
-        return {"of": self.to_spec(), **_count_bins(found, self.edges)}
+            values, missing = pick_usable(self.field, done, _to_countable)
+            return _check_distinct(
+                {"of": self.to_spec(), "counts": _count_values(values), **missing}
+            )
+        numbers, missing = pick_usable(self.field, done, finite_number)
+        return {"of": self.to_spec(), "counts": _count_bins(numbers, self.edges), **missing}
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -105,16 +113,16 @@ class Histogram(Aggregator):
             ConfigurationError: Too many different values.
         """
         counts = sum_counts(a["counts"], b["counts"])
-        return _check_distinct(
-            {"of": a["of"], "counts": counts, "missing": a["missing"] + b["missing"]}
-        )
+        return _check_distinct({"of": a["of"], "counts": counts, **sum_missing(a, b)})
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the counts: by bin, or by value (numbers rising, else the most frequent first)."""
         head = {"op": self.op, "field": self.field}
-        counts, tail = state["counts"], {"missing": state["missing"]}
+        counts, tail = state["counts"], show_missing(state)
         if self.bins is None:
-            return head | {"counts": _rank_counts(counts)} | tail
+            shown = [value for c in self.categories if (value := _to_countable(c)) is not None]
+            none = dict.fromkeys(map(_to_name, shown), 0)
+            return head | {"counts": _rank_counts(none | counts)} | tail
         bins = [
             {"low": low, "high": high, "count": counts.get(str(n), 0)}
             for n, (low, high) in enumerate(pairwise(self.edges))
@@ -133,12 +141,15 @@ def _is_rising(edges: Sequence[float]) -> bool:
     return all(isfinite(a) and isfinite(b) and a < b for a, b in pairwise(edges))
 
 
-def _count_values(found: Sequence[Json]) -> State:
-    usable = [value for value in map(_to_countable, found) if value is not None]
+def _count_values(values: Sequence[Json]) -> dict[str, int]:
     # True == 1 in Python, so the key also says whether the value is a boolean.
-    seen = Counter((isinstance(value, bool), value) for value in usable)
-    counts = {json.dumps(value): count for (_, value), count in seen.items()}
-    return {"counts": counts, "missing": len(found) - len(usable)}
+    seen = Counter((isinstance(value, bool), value) for value in values)
+    return {_to_name(value): count for (_, value), count in seen.items()}
+
+
+def _to_name(value: Json) -> str:
+    """Return the key of a value in the counts."""
+    return json.dumps(value)
 
 
 def _to_countable(value: Json) -> str | bool | int | float | None:
@@ -151,12 +162,11 @@ def _to_countable(value: Json) -> str | bool | int | float | None:
     return finite_number(int(known)) if isinstance(known, float) and known.is_integer() else known
 
 
-def _count_bins(found: Sequence[Json], edges: Sequence[float]) -> State:
-    values = [value for value in map(finite_number, found) if value is not None]
+def _count_bins(values: Sequence[float], edges: Sequence[float]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for n, count in Counter(_find_bin(value, edges) for value in values).items():
         counts["under" if n < 0 else "over" if n > len(edges) - 2 else str(n)] = count
-    return {"counts": dict(counts), "missing": len(found) - len(values)}
+    return dict(counts)
 
 
 def _find_bin(value: float, edges: Sequence[float]) -> int:

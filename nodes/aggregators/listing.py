@@ -18,7 +18,9 @@ from .base import (
     finite_number,
     pick_values,
     sanitize_json,
+    show_missing,
     sum_counts,
+    sum_missing,
 )
 
 
@@ -27,8 +29,9 @@ class TopK(Aggregator):
     """The k items that rank first by a number in the output; ties go to the earlier item.
 
     Attributes:
-        field: Name of the field. A value that is not a finite number counts as missing.
-        k: How many items.
+        field: Name of the field. A value that is not a finite number counts as missing. In the
+            elements of a list each value is ranked, and an item may have several ranks.
+        k: How many items, or values.
         order: Whether the ``largest`` or the ``smallest`` ranks first.
         show: Columns of the input, or fields inside them, to carry along; texts over 2,000
             characters are cut.
@@ -53,7 +56,10 @@ class TopK(Aggregator):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        sign, found = _sign(self.order), done_outcomes(outcomes)
+        found = done_outcomes(outcomes)
+        path, sign = FieldPath.parse(self.field), _sign(self.order)
+        if path.is_many:
+            return self._lift_elements(path, found)
         keyed = [
             (sign * value, outcome.index, value, outcome)
             for outcome, picked in zip(found, pick_values(self.field, found), strict=True)
@@ -64,6 +70,23 @@ class TopK(Aggregator):
             "of": self.to_spec(),
             "missing": len(found) - len(keyed),
             "rows": [self._row(value, outcome) for _, _, value, outcome in first],
+        }
+
+    def _lift_elements(self, path: FieldPath, found: Sequence[Outcome]) -> State:
+        """Return the state of outcomes with several values; a row also has the value's place."""
+        sign, items = _sign(self.order), set[int]()
+        keyed = list[tuple[float, int, int, float, Outcome]]()
+        for outcome in found:
+            for at, picked in enumerate(path.pick_all(outcome.output, outcome.row)):
+                if (value := finite_number(picked)) is not None:
+                    keyed.append((sign * value, outcome.index, at, value, outcome))
+                    items.add(outcome.index)
+        first = nsmallest(self.k, keyed, key=itemgetter(0, 1, 2))
+        return {
+            "of": self.to_spec(),
+            "missing": len(found) - len(items),
+            "items": len(items),
+            "rows": [[*self._row(value, outcome), at] for _, _, at, value, outcome in first],
         }
 
     def _row(self, value: float, outcome: Outcome) -> list[Json]:
@@ -86,8 +109,9 @@ class TopK(Aggregator):
         """Return the state of the outcomes of both."""
         of = a["of"]
         sign = _sign(of["order"])
-        rows = sorted([*a["rows"], *b["rows"]], key=lambda row: (sign * row[0], row[1]))
-        return {"of": of, "missing": a["missing"] + b["missing"], "rows": rows[: of["k"]]}
+        # an item with several values has their place at the end of its rows
+        rows = sorted([*a["rows"], *b["rows"]], key=lambda row: (sign * row[0], row[1], row[5:]))
+        return {"of": of, **sum_missing(a, b), "rows": rows[: of["k"]]}
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the rows in order of rank, from 1."""
@@ -99,10 +123,10 @@ class TopK(Aggregator):
                 "output": output,
                 "show": dict(zip(self.show, shown, strict=True)),
             }
-            for rank, (value, _, name, output, shown) in enumerate(state["rows"], start=1)
+            for rank, (value, _, name, output, shown, *_) in enumerate(state["rows"], start=1)
         ]
         head = {"op": self.op, "field": self.field, "order": self.order}
-        return head | {"rows": rows, "missing": state["missing"]}
+        return head | {"rows": rows} | show_missing(state)
 
 
 def _sign(order: str) -> int:
@@ -115,7 +139,8 @@ class Collect(Aggregator):
 
     Attributes:
         limit: How many items.
-        field: Name of the field to collect, or None for the whole output.
+        field: Name of the field to collect, or None for the whole output. A field in the elements
+            of a list gives a list of values.
     """
 
     op: ClassVar[str] = "collect"

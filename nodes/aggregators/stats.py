@@ -10,7 +10,15 @@ from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
 from . import numeric
-from .base import Aggregator, State, done_outcomes, finite_number, pick_values
+from .base import (
+    Aggregator,
+    State,
+    done_outcomes,
+    finite_number,
+    pick_usable,
+    show_missing,
+    sum_missing,
+)
 from .numeric import ExactSum, mean, sample_sd
 
 _SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
@@ -23,7 +31,8 @@ class Stats(Aggregator):
     Mean and standard deviation are exact except for one rounding; quantiles are within 1 %.
 
     Attributes:
-        field: Name of the field. A value that is not a finite number counts as missing.
+        field: Name of the field. A value that is not a finite number counts as missing; in the
+            elements of a list, an item without such a number does.
         quantiles: Which quantiles, each in [0, 1].
     """
 
@@ -42,13 +51,13 @@ class Stats(Aggregator):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        found = [finite_number(value) for value in pick_values(self.field, done_outcomes(outcomes))]
+        found, missing = pick_usable(self.field, done_outcomes(outcomes), finite_number)
         # Adding 0.0 turns -0.0 into 0.0; otherwise the order decides which one is the minimum.
-        values = [value + 0.0 for value in found if value is not None]
+        values = [value + 0.0 for value in found]
         return {
             "of": self.to_spec(),
             "count": len(values),
-            "missing": len(found) - len(values),
+            **missing,
             "min": min(values, default=None),
             "max": max(values, default=None),
             **_sums(values),
@@ -61,7 +70,8 @@ class Stats(Aggregator):
             "of": a["of"],
             "min": min(_drop_none(a["min"], b["min"]), default=None),
             "max": max(_drop_none(a["max"], b["max"]), default=None),
-            **{name: a[name] + b[name] for name in ("count", "missing", "zeros")},
+            **{name: a[name] + b[name] for name in ("count", "zeros")},
+            **sum_missing(a, b),
             **{
                 n: (ExactSum.from_json(a[n]) + ExactSum.from_json(b[n])).to_json()
                 for n in ("sum", "squares")
@@ -76,7 +86,7 @@ class Stats(Aggregator):
             "op": self.op,
             "field": self.field,
             "count": count,
-            "missing": state["missing"],
+            **show_missing(state),
             "mean": mean(total, count) if count else None,
             "sd": sample_sd(total, ExactSum.from_json(state["squares"]), count),
             "min": state["min"],

@@ -15,7 +15,19 @@ from fanfold.configs.aggregators import (
 
 ADAPTER: TypeAdapter[AggregatorConfig] = TypeAdapter(AnyAggregatorConfig)
 SCHEMA: dict[str, Any] = {
-    "$defs": {"unit": {"type": "number", "minimum": 0, "maximum": 2}},
+    "$defs": {
+        "unit": {"type": "number", "minimum": 0, "maximum": 2},
+        "kind": {"enum": ["ic50", "ki"]},
+        "assay": {
+            "type": "object",
+            "properties": {
+                "name": {"$ref": "#/$defs/kind"},
+                "value": {"anyOf": [{"$ref": "#/$defs/unit"}, {"type": "null"}]},
+                "notes": {"type": "array", "items": {"type": "string"}},
+                "sure": {"type": "boolean"},
+            },
+        },
+    },
     "properties": {
         "n": {"type": "number"},
         "i": {"type": "integer", "minimum": 0, "maximum": 9},
@@ -28,6 +40,13 @@ SCHEMA: dict[str, Any] = {
         "u": {"$ref": "#/$defs/unit"},
         "deep": {"properties": {"er": {"$ref": "#/$defs/unit"}}},
         "free": True,
+        "text_or_none": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "label": {"anyOf": [{"$ref": "#/$defs/kind"}, {"type": "null"}]},
+        "assays": {
+            "anyOf": [{"type": "array", "items": {"$ref": "#/$defs/assay"}}, {"type": "null"}]
+        },
+        "grid": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        "pair": {"type": "array", "prefixItems": [{"const": "p"}, {"const": 5}], "items": False},
     },
     "allOf": [{"properties": {"more": {"type": "number"}}}, True],
 }
@@ -52,6 +71,16 @@ SCHEMA: dict[str, Any] = {
         {"op": "top_k", "field": "i", "order": "smallest"},
         {"op": "collect"},
         {"op": "collect", "field": "s"},
+        {"op": "histogram", "field": "label"},
+        {"op": "histogram", "field": "assays[].name"},
+        {"op": "histogram", "field": "output.assays[].sure"},
+        {"op": "histogram", "field": "assays[].value", "bins": 4},
+        {"op": "histogram", "field": "pair[]"},
+        {"op": "stats", "field": "assays[].value"},
+        {"op": "stats", "field": "grid[][]"},
+        {"op": "top_k", "field": "assays[].value"},
+        {"op": "collect", "field": "assays[].notes[]"},
+        {"op": "collect", "field": "assays[]"},
     ],
     ids=str,
 )
@@ -74,6 +103,15 @@ def test_stages_that_fit(stage: dict[str, Any]) -> None:
         ({"op": "histogram", "field": "n", "bins": 3, "low": 1, "high": 1}, "low < high"),
         ({"op": "histogram", "field": "n", "bins": [1]}, "rising order"),
         ({"op": "histogram", "field": "n", "bins": [1, 1]}, "rising order"),
+        ({"op": "stats", "field": "text_or_none"}, "is null/string in task.schema"),
+        ({"op": "stats", "field": "assays[].name"}, "is string"),
+        ({"op": "stats", "field": "grid[]"}, "is array"),
+        ({"op": "stats", "field": "assays.value"}, "'assays' is a list; the values of its"),
+        ({"op": "stats", "field": "assays.value"}, "are 'assays[].value'"),
+        ({"op": "stats", "field": "assays[].valu"}, "did you mean 'value'?"),
+        ({"op": "stats", "field": "n[]"}, "'n' is not a list"),
+        ({"op": "collect", "field": "output[]"}, "'output' is not a list"),
+        ({"op": "histogram", "field": "assays[].notes[]"}, "unlimited"),
     ],
     ids=str,
 )
@@ -87,6 +125,47 @@ def test_bounds_come_from_the_schema() -> None:
     stage = ADAPTER.validate_python({"op": "histogram", "field": "u", "bins": 4, "low": 1})
     plain = to_aggregator_spec(stage, SCHEMA)
     assert (plain["low"], plain["high"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "categories"),
+    [
+        ("e", ["a", "b"]),
+        ("label", ["ic50", "ki"]),
+        ("assays[].name", ["ic50", "ki"]),
+        ("pair[]", ["p", 5]),
+        ("b", [False, True]),
+        ("i", []),
+        ("input.x", []),
+    ],
+)
+def test_categories_come_from_the_schema(field: str, categories: list[Any]) -> None:
+    plain = to_aggregator_spec(ADAPTER.validate_python({"op": "histogram", "field": field}), SCHEMA)
+    assert plain["categories"] == categories
+
+
+def test_types_of_alternatives() -> None:
+    schema: dict[str, Any] = {
+        "properties": {
+            "x": {
+                "allOf": [{"type": "number"}, {"type": ["integer", "null"]}, {"minimum": 1}],
+                "anyOf": [{"maximum": 5}, {"maximum": 9}],
+            },
+            "y": {"allOf": [{"enum": [1, True, "a"]}, {"enum": ["a", 1]}]},
+        }
+    }
+    check_aggregators([ADAPTER.validate_python({"op": "histogram", "field": "x"})], schema)
+    plain = to_aggregator_spec(ADAPTER.validate_python({"op": "histogram", "field": "y"}), schema)
+    assert plain["categories"] == [1, "a"]
+    spec = ADAPTER.validate_python({"op": "histogram", "field": "x", "bins": 2})
+    assert to_aggregator_spec(spec, schema)["high"] == 9
+
+
+def test_many_alternatives_are_read_once() -> None:
+    names = [f"#/$defs/{n}" for n in range(200)]
+    every = {"anyOf": [{"$ref": name} for name in names], "allOf": [{"$ref": names[0]}]}
+    schema = {"$defs": {str(n): dict(every) for n in range(200)}, "properties": {"x": every}}
+    check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "x"})], schema)
 
 
 def test_references_in_a_circle_end() -> None:

@@ -18,6 +18,7 @@ ANSWER: dict[str, Any] = {
         "input": {"properties": {"x": {"type": "string"}}},
         "output": {"type": "boolean"},
         "deep": {"properties": {"er": {"type": "integer"}}},
+        "list": {"items": {"properties": {"n": {"items": {"type": "integer"}}}}},
     }
 }
 INPUT: dict[str, Any] = {
@@ -26,10 +27,26 @@ INPUT: dict[str, Any] = {
         "both": {"type": "string"},
         "mol.weight": {"type": "number"},
         "meta": {"properties": {"year": {"type": "integer"}}},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "odd[]": {"type": "string"},
     }
 }
-OUTPUT = {"score": 1, "both": 2, "input": {"x": "a"}, "output": True, "deep": {"er": 3}}
-ROW = {"smiles": "C", "both": "in", "mol.weight": 16.0, "meta": {"year": 2020}}
+OUTPUT = {
+    "score": 1,
+    "both": 2,
+    "input": {"x": "a"},
+    "output": True,
+    "deep": {"er": 3},
+    "list": [{"n": [1, 2]}, {}, {"n": [3]}],
+}
+ROW = {
+    "smiles": "C",
+    "both": "in",
+    "mol.weight": 16.0,
+    "meta": {"year": 2020},
+    "tags": ["a", "b"],
+    "odd[]": "c",
+}
 
 
 @pytest.mark.parametrize(
@@ -47,14 +64,31 @@ ROW = {"smiles": "C", "both": "in", "mol.weight": 16.0, "meta": {"year": 2020}}
         ("output.input.x", "output.input.x", "a"),
         ("output.output", "output.output", True),
         ("output", "output", OUTPUT),
+        ("list[].n[]", "list[].n[]", [1, 2, 3]),
+        ("output.list[].n", "list[].n", [[1, 2], None, [3]]),
+        ("tags[]", "input.tags[]", ["a", "b"]),
+        ("odd[]", "input.odd[]", ["c"]),
     ],
 )
 def test_names(name: str, short: str, value: Any) -> None:
-    path, _ = resolve_field(name, ANSWER, INPUT)
+    path, _ = resolve_field(name, ANSWER, INPUT, elements=True)
     assert str(path) == short
     assert FieldPath.parse(short).pick(OUTPUT, ROW) == path.pick(OUTPUT, ROW) == value
-    if name != "both":
-        assert str(resolve_field(name, ANSWER)[0]) == short  # before the input is known
+    if name != "both":  # before the input is known
+        assert str(resolve_field(name, ANSWER, elements=True)[0]) == short
+
+
+def test_elements_where_one_value_is_needed() -> None:
+    with pytest.raises(ConfigurationError, match=r"'tags\[\]' has a value for each element"):
+        resolve_field("tags[]", ANSWER, INPUT)
+
+
+def test_narrow_keeps_the_elements_with_a_value() -> None:
+    output, row = FieldPath.parse("list[].n[]").narrow(OUTPUT, ROW, lambda value: value == 3)
+    assert output == {**OUTPUT, "list": [{"n": [3]}]}
+    assert row == ROW
+    output, row = FieldPath.parse("input.tags[]").narrow(OUTPUT, ROW, lambda value: value == "b")
+    assert (output, row) == (OUTPUT, {**ROW, "tags": ["b"]})
 
 
 def test_the_schema_of_a_field() -> None:
@@ -98,7 +132,7 @@ def test_missing_values_are_null() -> None:
     assert FieldPath.parse("score").pick(None, {}) is None
 
 
-keys = st.lists(st.sampled_from(["output", "input", "a", ""]), max_size=4)
+keys = st.lists(st.sampled_from(["output", "input", "a", "", "[]"]), max_size=4)
 
 
 @given(st.sampled_from(["output", "input"]), keys)

@@ -30,6 +30,11 @@ SPECS: list[dict[str, Any]] = [
     {"op": "collect", "limit": 3},
     {"op": "collect", "limit": 2, "field": "label"},
     {"op": "agreement"},
+    {"op": "stats", "field": "parts[].score"},
+    {"op": "histogram", "field": "parts[].label", "categories": ["yes", "no", True]},
+    {"op": "histogram", "field": "parts[].score", "bins": [0, 1, 2]},
+    {"op": "top_k", "field": "parts[].score", "k": 3},
+    {"op": "collect", "limit": 2, "field": "parts[].label"},
 ]
 ALL = build_aggregators(SPECS)
 
@@ -56,6 +61,16 @@ outputs = st.one_of(
             "score": st.one_of(numbers, labels),
             "label": st.one_of(labels, numbers),
             "deep": st.one_of(st.none(), st.fixed_dictionaries({"score": numbers})),
+            "parts": st.one_of(
+                st.none(),
+                st.lists(
+                    st.one_of(
+                        st.none(),
+                        st.fixed_dictionaries({}, optional={"score": numbers, "label": labels}),
+                    ),
+                    max_size=3,
+                ),
+            ),
         },
     ),
 )

@@ -145,6 +145,47 @@ def test_collect() -> None:
     assert one({"op": "collect", "field": "y"}, items)["rows"][0]["value"] is None
 
 
+def parts(*lists: Json) -> list[Outcome]:
+    return [
+        Outcome(i, f"i{i}", "done", {"x": [{"v": v} for v in one]}) for i, one in enumerate(lists)
+    ]
+
+
+def test_values_in_the_elements_of_a_list() -> None:
+    items = [*parts([1, 2], [], [None, "a"], [3]), Outcome(4, "i4", "done", {"x": None})]
+    found = one({"op": "stats", "field": "x[].v"}, items)
+    assert (found["count"], found["items"], found["missing"]) == (3, 2, 3)
+    assert found["mean"] == 2
+    found = one({"op": "histogram", "field": "x[].v"}, items)
+    assert {row["value"]: row["count"] for row in found["counts"]} == {1: 1, 2: 1, 3: 1, "a": 1}
+    assert (found["items"], found["missing"]) == (3, 2)
+    found = one({"op": "collect", "field": "x[].v", "limit": 3}, items)
+    assert [row["value"] for row in found["rows"]] == [[1, 2], [], [None, "a"]]
+
+
+def test_top_k_ranks_each_element_of_a_list() -> None:
+    stage = build_aggregators([{"op": "top_k", "field": "x[].v", "k": 3}])
+    items = parts([1, 5, 5], [5, None], [0])
+    whole = stage.present(stage.lift(items))[0]
+    assert [(row["id"], row["value"]) for row in whole["rows"]] == [("i0", 5), ("i0", 5), ("i1", 5)]
+    assert (whole["items"], whole["missing"]) == (3, 0)
+    states = [stage.lift([item]) for item in reversed(items)]
+    assert stage.present(reduce(combine_states, states))[0] == whole
+
+
+def test_categories_that_do_not_occur_are_shown() -> None:
+    spec: dict[str, Json] = {"op": "histogram", "field": "x", "categories": ["c", "b", 1, True]}
+    found = one(spec, outcomes(["b", "z", 1.0]))
+    counts = {(type(row["value"]), row["value"]): row["count"] for row in found["counts"]}
+    assert counts == {(str, "c"): 0, (str, "b"): 1, (int, 1): 1, (bool, True): 0, (str, "z"): 1}
+    assert [row["count"] for row in found["counts"]] == [1, 1, 1, 0, 0]
+
+
+def test_categories_are_no_part_of_states() -> None:
+    plain, shown = ({"op": "histogram", "field": "x", "categories": c} for c in ([], ["a"]))
+    assert build_aggregators([plain]).empty() == build_aggregators([shown]).empty()
+
+
 def test_odd_outputs_are_made_writable() -> None:
     deep: Json = 1
     for _ in range(2_000):
