@@ -14,6 +14,7 @@ from ...configs.models import RunConfig
 from ..core.errors import BudgetExhaustedError, FanfoldError
 from ..core.messages import WALLTIME_REASON, ShardResult, ShardTask
 from ..core.money import Amount, BudgetLimits, TokenPrices
+from ..core.request_urls import REQUEST_URLS, URL_FIELD
 from ..core.types import CHAT_URL, Item, Json, Usage
 from ..discovery.connect import make_model_params
 from ..fleet.request import max_usage
@@ -183,9 +184,10 @@ class LeaseManager:
 
     def _of_request(self, item: Item, prices: TokenPrices) -> Amount:
         """Return the most that an item may need that is a request itself."""
-        if item.row["url"] != CHAT_URL:
+        url, body = item.row["url"], item.row["body"]
+        if url not in REQUEST_URLS:
             return prices.amount(Usage(0, 0))  # it will fail without a call
-        return prices.amount(max_usage(item.row["body"]))
+        return prices.amount(max_usage(body if url == CHAT_URL else {**body, URL_FIELD: url}))
 
     def _of_items(self, count: int, one: Amount) -> Amount:
         """Estimate the need of items from those measured, or from one item before any is."""

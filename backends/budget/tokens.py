@@ -20,6 +20,7 @@ from ...configs.prices import find_provider_name
 from ..core.connection_errors import describe_connection_error
 from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
+from ..core.request_urls import URL_FIELD
 from ..discovery.connect import ReadyEndpoints
 from ..fleet.endpoint import Endpoint, EndpointSpec
 from ..fleet.failures import HTTPAnswer
@@ -371,6 +372,8 @@ def make_prompt_counter(counter: TokenCounter) -> PromptCounter:
     """Return a function that counts a prompt's tokens exactly, or returns None."""
 
     async def count(body: Mapping[str, Any]) -> int | None:
+        if URL_FIELD in body:
+            return None  # only prompts of chats are counted
         tokens, exact = await counter.count(body)
         return tokens if exact else None
 

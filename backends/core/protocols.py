@@ -41,13 +41,14 @@ class CompletionClient(Protocol):
         ...
 
     async def complete(self, body: Mapping[str, Json]) -> tuple[dict[str, Json], Reply]:
-        """Send one chat request as it is.
+        """Send one request as it is.
 
         Args:
-            body: The request; ``model`` is replaced by the model's name.
+            body: The request; ``model`` is replaced by the model's name. ``URL_FIELD`` names the
+                URL of a request that does not ask for a chat completion.
 
         Returns:
-            The chat completion as the server sent it, and what it says.
+            The answer as the server sent it, and what it says.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.

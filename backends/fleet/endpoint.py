@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
 from ..core.protocols import CallLog
+from ..core.request_urls import URL_FIELD, join_url
 from ..core.waits import pause_after
 from .adaptive_limit import AdaptiveLimit
 from .policy import AdaptiveLimitPolicy, BreakerPolicy
@@ -453,6 +454,11 @@ class Endpoint:
         self.stats = EndpointStats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
+
+    def get_request_url(self, body: Mapping[str, Any]) -> str:
+        """Return the address to which a request is sent."""
+        url = body.get(URL_FIELD)
+        return self.chat_url if url is None else join_url(self.url, url)
 
     @property
     def alive(self) -> bool:

@@ -486,6 +486,13 @@ _BY_WORDS: Final = (
     (500, b"All connection attempts failed", _UNCONNECTED),
 )
 """Rules by status and words of the body, where the FIRST gateway has no code for a failure."""
+_UNSERVED: Final = frozenset({404, 405})
+"""Statuses of a URL that a server does not have."""
+_MODEL_CODES: Final = frozenset(
+    {"NotFoundError", "model_not_found", "endpoint_not_found", "cluster_not_found"}
+)
+"""Codes with which a server does not know the model, rather than the URL."""
+_UNSERVED_RULE: Final = replace(_REFUSED, advice="does this endpoint serve the url of the line?")
 _LENGTH_PARAMS: Final = frozenset({"input_tokens", "input_text"})
 _NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_DESCRIPTOR_RULE: Final = RetryRule(
@@ -502,6 +509,26 @@ def classify_answer(answer: HTTPAnswer, endpoint: str) -> Failure:
     """
     answer = unwrap_answer(answer)
     return classify_error_body(answer, ErrorBody.parse(answer.body), answer.status, endpoint)
+
+
+def classify_unserved(failure: Failure) -> Failure:
+    """Let a request fail whose URL its endpoint does not serve: it is there for other requests.
+
+    Args:
+        failure: The failure of a request that does not ask for a chat completion.
+    """
+    error = failure.error
+    if error.status not in _UNSERVED or error.code in _MODEL_CODES:
+        return failure
+    advice = f" ({failure.rule.advice})"
+    refused = RequestRefusedError(
+        f"{error.message.removesuffix(advice)} ({_UNSERVED_RULE.advice})",
+        error.endpoint,
+        error.status,
+        error.code,
+    )
+    refused.__cause__ = error.__cause__
+    return Failure(refused, _UNSERVED_RULE)
 
 
 def classify_error_body(

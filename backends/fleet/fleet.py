@@ -12,6 +12,7 @@ from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
+from ..core.request_urls import URL_FIELD
 from ..core.types import Message, Reply
 from . import transport
 from .balancer import Affinity
@@ -251,10 +252,11 @@ class Fleet:
         return [endpoint.report() for endpoint in self.endpoints]
 
     async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint | None]:
-        """Send one chat request and return its answer.
+        """Send one request and return its answer.
 
         Args:
-            body: The request as the endpoints accept it, ``messages`` included.
+            body: The request as the endpoints accept it, ``messages`` included; ``URL_FIELD`` names
+                the URL of one that does not ask for a chat completion.
 
         Returns:
             The decoded answer, which is a chat completion, and the endpoint that gave it; None if
@@ -270,7 +272,7 @@ class Fleet:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
         try:
-            if self._cache is None:
+            if self._cache is None or URL_FIELD in body:
                 return await self._answer(body)
             found = await self._cache.find(body)
             if isinstance(found, dict):
@@ -373,7 +375,7 @@ class FleetClient:
         return (await self._post({**self._constant, "messages": messages}))[1]
 
     async def complete(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Reply]:
-        """Send one chat request as it is, but for the model's name; return its completion.
+        """Send one request as it is, but for the model's name; return its answer.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.

@@ -15,6 +15,7 @@ import orjson
 
 from ..core.errors import ConfigurationError, PromptTooLongError
 from ..core.protocols import CallLog, EndpointUsage, Reservation
+from ..core.request_urls import URL_FIELD, bound_usage, get_kind
 from ..core.types import Usage
 from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
@@ -36,6 +37,8 @@ def max_usage(body: Mapping[str, Any]) -> Usage:
 
     The tokenizers of today's models work on bytes: a token stands for one byte at least.
     """
+    if (kind := get_kind(body)) is not None:
+        return bound_usage(body, kind)
     texts = [body["messages"], body.get("tools"), body.get("response_format")]
     size = sum(len(orjson.dumps(text)) for text in texts if text)
     prompt = size + _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
@@ -135,7 +138,7 @@ class RequestCharge:
         """
         if log is None or log.account is None:
             return cls(log, body, lost=lost)
-        if not (body.get("max_completion_tokens") or body.get("max_tokens")):
+        if not has_limited_answer(body):
             msg = (
                 "a budget is set, but a request has no max_tokens, so its cost is unlimited; keep "
                 "the model's configured max_tokens, or set one in the call"
@@ -241,6 +244,14 @@ def may_have_used(failure: Failure) -> bool:
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")
 
 
+def has_limited_answer(body: Mapping[str, Any]) -> bool:
+    """Return True if the length of a request's answer is limited, or the model writes none."""
+    kind = get_kind(body)
+    if kind is not None and not kind.generates:
+        return True
+    return bool(body.get("max_completion_tokens") or body.get("max_tokens"))
+
+
 def read_max_tokens(body: Mapping[str, Any]) -> int | None:
     """Return the longest answer that a request asks for, in tokens, or None."""
     for field in _FIELDS:
@@ -280,7 +291,7 @@ def learn_max_tokens(
     if most is None:
         return failure
     if most >= endpoint.longest and endpoint.confirm_max_tokens(
-        most, hash(orjson.dumps(body["messages"]))
+        most, hash(orjson.dumps(body.get("messages") or body.get("prompt")))
     ):
         endpoint.max_answer_tokens = min(most, endpoint.max_answer_tokens or most)
     return Failure(failure.error, replace(failure.rule, action=RetryAction.SAME, free=True), most)
@@ -367,14 +378,16 @@ class RequestSender:
         charge.record_sent(endpoint)
         try:
             headers, most = await endpoint.headers(), endpoint.max_answer_tokens
-            data = self._encode(endpoint, body if streamed else {**body, "stream": False})
+            kind, url = get_kind(body), endpoint.get_request_url(body)
+            whole = streamed or (kind is not None and not kind.generates)
+            data = self._encode(endpoint, body if whole else {**body, "stream": False})
             proxied = endpoint.spec.proxied
             result: dict[str, Any] | OpenStream | Failure
             endpoint.unanswered[task] = charge.sent_at
             self._monitor.watch_silence()
             if streamed:
                 reader = await self._transport.stream(
-                    endpoint.chat_url, data, self._add_session(headers, body), proxied
+                    url, data, self._add_session(headers, body), proxied
                 )
                 hooks = self._make_hooks(endpoint, charge)
                 silence_s = self._transport.silence_s
@@ -382,11 +395,11 @@ class RequestSender:
                 endpoint.record_heard(task)
             else:
                 answer = await self._transport.send(
-                    endpoint.chat_url, data, self._add_session(headers, body), proxied
+                    url, data, self._add_session(headers, body), proxied
                 )
                 endpoint.record_heard(task)
                 result = self.check_simulated(
-                    transport.read_completion(answer, endpoint.label), endpoint
+                    transport.read_answer(answer, endpoint.label, kind), endpoint
                 )
             if isinstance(result, Failure):
                 if not self._own_fields:
@@ -418,7 +431,9 @@ class RequestSender:
     ) -> Mapping[str, str]:
         """Return the headers of a request with that of its session, if there are sessions."""
         session = self._transport.session_policy
-        return headers if session is None else {**headers, **session.make_headers(body["messages"])}
+        if session is None:
+            return headers
+        return {**headers, **session.make_headers(body.get("messages") or ())}
 
     def _make_hooks(self, endpoint: Endpoint, charge: RequestCharge) -> StreamHooks:
         log, balancer = charge.log, self._monitor.balancer
@@ -533,6 +548,8 @@ class RequestSender:
     def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         if endpoint.spec.model is not None:
             body = {**body, "model": endpoint.spec.model}
+        if URL_FIELD in body:
+            body = {name: value for name, value in body.items() if name != URL_FIELD}
         if endpoint.max_answer_tokens is not None:
             fitting = lower_max_tokens(body, endpoint.max_answer_tokens)
             if fitting is not body and not self._warned:

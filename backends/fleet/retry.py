@@ -257,14 +257,15 @@ class Retrier:
         """
         self._calls += 1
         log = CURRENT_CALLS.get()
-        key = self._affinity.make_key(body) if self._affinity else 0
-        prefer = self._affinity.find_endpoint(key) if self._affinity else None
+        affinity = self._affinity if "messages" in body else None
+        key = affinity.make_key(body) if affinity else 0
+        prefer = affinity.find_endpoint(key) if affinity else None
         lost, answered = LostRequests(), None
         try:
             charge = await RequestCharge.reserve(log, body, lost)
             endpoint = await self._acquire_endpoint(charge, prefer)
-            if self._affinity is not None:
-                self._affinity.record(key, endpoint)
+            if affinity is not None:
+                affinity.record(key, endpoint)
             result, endpoint = await send(endpoint, body, charge)
             if isinstance(result, Failure) or _is_empty(result):
                 attempts = AttemptLog(self._policy, prefer)
@@ -274,8 +275,8 @@ class Retrier:
                     endpoint = await self._acquire_endpoint(
                         charge, attempts.prefer, attempts.excluded, attempts.unfit
                     )
-                    if self._affinity is not None:
-                        self._affinity.record(key, endpoint)
+                    if affinity is not None:
+                        affinity.record(key, endpoint)
                     charge.marks = attempts.marks
                     return await send(endpoint, attempts.adapt_body(endpoint, body), charge)
 

@@ -17,6 +17,7 @@ import orjson
 from yarl import URL
 
 from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
+from ..core.request_urls import RequestKind, read_kind_usage
 from ..core.types import SIMULATED_FINGERPRINT, Reply, Usage
 from ..core.values import cut_deep_levels, parse_json, parse_token_count, to_json_text
 from . import failures
@@ -293,6 +294,44 @@ CONTENT_FIELDS: Final = ("content", "tool_calls", "refusal", "function_call", "a
 """Fields of a message that hold content."""
 
 
+def read_answer(
+    answer: HTTPAnswer, endpoint: str, kind: RequestKind | None
+) -> dict[str, Any] | Failure:
+    """Decode an answer, or return why it is not one.
+
+    Args:
+        answer: The answer as it came, with any status.
+        endpoint: The endpoint's label.
+        kind: The kind of the request; None: it asked for a chat completion.
+    """
+    if kind is None:
+        return read_completion(answer, endpoint)
+    if answer.status != _OK:
+        return failures.classify_unserved(failures.classify_answer(answer.mask_keys(), endpoint))
+    try:
+        document = parse_json(answer.body)
+    except RecursionError:
+        return failures.classify_too_deep(answer.mask_keys(), endpoint)
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and isinstance(document.get(kind.answer), list):
+        cut_deep_levels(answer.body, document)
+        if _is_cut_off(document):
+            return failures.classify_abort(answer.mask_keys(), endpoint)
+        return document
+    problem = f"the answer has no list {kind.answer!r}"
+    return _classify_unreadable(document, answer.mask_keys(), problem, endpoint)
+
+
+def _is_cut_off(document: Mapping[str, Any]) -> bool:
+    """Return True if a server that shuts down has ended one of the texts of an answer."""
+    choices = document.get("choices")
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") in ABORT_REASONS
+        for choice in choices
+    )
+
+
 def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failure:
     """Decode an answer, or return why it is not a completion.
 
@@ -314,7 +353,11 @@ def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failu
             return failures.classify_abort(answer.mask_keys(), endpoint)
         plain: dict[str, Any] = document
         return plain
-    answer = answer.mask_keys()
+    return _classify_unreadable(document, answer.mask_keys(), problem, endpoint)
+
+
+def _classify_unreadable(document: Any, answer: HTTPAnswer, problem: str, endpoint: str) -> Failure:
+    """Return why an answer with status 200 is none: an error in its body, or another document."""
     if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
         error_body = ErrorBody.from_json(parse_json(answer.body))
         return failures.classify_error_body(answer, error_body, _inner_status(error_body), endpoint)
@@ -596,9 +639,14 @@ def _is_aborted(document: dict[str, Any]) -> bool:
 
 
 def is_empty(document: Mapping[str, Any]) -> bool:
-    """Return True if a good answer has no content although it was not cut."""
-    choice = document["choices"][0]
-    message = choice["message"]
+    """Return True if a good answer has no content although it was not cut.
+
+    Answers to other requests than chat completions count as they are.
+    """
+    choice = document["choices"][0] if document.get("choices") else {}
+    message = choice.get("message")
+    if message is None:
+        return False
     regular = choice.get("finish_reason") in ("stop", None)
     return regular and not any(map(message.get, CONTENT_FIELDS))
 
@@ -622,18 +670,19 @@ def read_usage(document: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details")
     cached = parse_token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return Usage(parse_token_count(prompt), parse_token_count(completion), cached)
+    read = Usage(parse_token_count(prompt), parse_token_count(completion), cached)
+    return read if "choices" in document else read_kind_usage(document, read)
 
 
 def make_reply(document: dict[str, Any], endpoint: str) -> Reply:
-    """Turn a chat completion into a reply.
+    """Turn a chat completion into a reply; of other answers it has the usage and the model.
 
     Args:
         document: The decoded answer, already checked.
         endpoint: Label of the endpoint that gave it.
     """
-    choice = document["choices"][0]
-    message = choice["message"]
+    choice = document["choices"][0] if document.get("choices") else {}
+    message = choice.get("message") or {}
     return Reply(
         content=message.get("content") or "",
         finish_reason=choice.get("finish_reason"),

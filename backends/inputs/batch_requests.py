@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from ...configs.endpoints import explain_refused_fields
 from ..core.errors import InputError
+from ..core.request_urls import REQUEST_KINDS, REQUEST_URLS
 from ..core.types import CHAT_URL, Json, Row
 from .base import RowSource
 
 _ID: Final = "custom_id"
+_MODELS: Final = 5
+"""Models that a message lists."""
 
 
 def read_requests(source: RowSource) -> RowSource:
     """Return a source of requests: rows with ``custom_id``, ``url`` and ``body``.
 
-    Only what fanfold itself needs is checked; the servers check the rest. A request for another URL
-    than chat completions is accepted: its item fails without a request.
+    Only what fanfold itself needs is checked; the servers check the rest. A request for a URL that
+    fanfold does not know is accepted: its item fails without a request.
 
     Args:
         source: Yields the lines of the batch.
@@ -35,14 +40,24 @@ def read_requests(source: RowSource) -> RowSource:
             if named is not None:
                 model = model or named
                 if named != model:
-                    raise InputError(
-                        f"{source.describe_position(position)}: the model is {named!r}, but lines "
-                        f"before it name {model!r}; a batch has one model: split it by model, one "
-                        "file and one output each"
-                    )
+                    where = source.describe_position(position)
+                    raise InputError(_explain_models(where, named, model, source))
             yield position, {key: line[key] for key in (_ID, "url", "body")}
 
     return replace(source, rows=rows, id=_ID, ragged=True)
+
+
+def _explain_models(where: str, named: str, before: str, source: RowSource) -> str:
+    """Return what to do with a file whose lines name several models; reads all of it."""
+    lines = (line for _, line in source.rows() if find_problem(line) is None)
+    counts = Counter(model for line in lines if (model := get_model(line)) is not None)
+    shown = ", ".join(f"{name!r} ({count:,} lines)" for name, count in counts.most_common(_MODELS))
+    more = f" and {len(counts) - _MODELS:,} more" if len(counts) > _MODELS else ""
+    return (
+        f"{where}: the model is {named!r}, but lines before it name {before!r}. The file names "
+        f"{shown}{more}; a batch has one model: split the file by model, with an output for each, "
+        "e.g. jq -c 'select(.body.model == \"NAME\")'"
+    )
 
 
 def find_problem(line: Mapping[str, Json]) -> str | None:
@@ -62,14 +77,18 @@ def find_problem(line: Mapping[str, Json]) -> str | None:
         return f"url must be text, e.g. {CHAT_URL} (found {_show(url)})"
     if not isinstance(body, dict):
         return f"body must be an object (found {_show(body)})"
-    return _find_body_problem(body) if url == CHAT_URL else None
+    return _find_body_problem(url, body) if url in REQUEST_URLS else None
 
 
-def _find_body_problem(body: Mapping[str, Json]) -> str | None:
-    """Return what is wrong with a chat request, or None."""
+def _find_body_problem(url: str, body: Mapping[str, Json]) -> str | None:
+    """Return what is wrong with a request, or None."""
     messages = body.get("messages")
-    if not (isinstance(messages, list) and messages and all(map(_is_object, messages))):
+    is_list = isinstance(messages, list) and messages and all(map(_is_object, messages))
+    if url == CHAT_URL and not is_list:
         return f"body.messages must be a list of messages (found {_show(messages)})"
+    kind = REQUEST_KINDS.get(url)
+    if kind is not None and not any(body.get(name) for name in kind.inputs):
+        return f"body has none of {', '.join(kind.inputs)}, which {url} reads"
     for key, is_fit, wanted in _FIELDS:
         if (value := body.get(key)) is not None and not is_fit(value):
             return f"body.{key} must be {wanted} (found {_show(value)})"
@@ -108,8 +127,8 @@ _FIELDS: Final = (
 
 
 def get_model(line: Mapping[str, Json]) -> str | None:
-    """Return the model that a checked line names; None if it names none or is no chat request."""
-    model = line["body"].get("model") if line["url"] == CHAT_URL else None
+    """Return the model that a checked line names; None if it names none, or is not sent."""
+    model = line["body"].get("model") if line["url"] in REQUEST_URLS else None
     return model if isinstance(model, str) else None
 
 
@@ -123,28 +142,36 @@ def find_model(source: RowSource) -> str | None:
 
 
 def find_unlimited(source: RowSource) -> str | None:
-    """Return the position, in words, of the first chat request without ``max_tokens``; blocks.
+    """Return the position, in words, of the first request of unlimited cost; blocks.
 
     Raises:
         InputError: The input cannot be read, or a line is no request.
     """
     for position, row in source.rows():
         body: dict[str, Any] = row["body"]
-        if row["url"] == CHAT_URL and not (
-            body.get("max_tokens") or body.get("max_completion_tokens")
-        ):
+        kind = REQUEST_KINDS.get(row["url"])
+        generates = row["url"] == CHAT_URL or (kind is not None and kind.generates)
+        if generates and not (body.get("max_tokens") or body.get("max_completion_tokens")):
             return source.describe_position(position)
     return None
 
 
-def find_field(
-    source: RowSource, explain: Callable[[Iterable[str]], str | None]
-) -> tuple[str, str] | None:
-    """Return the position, in words, of the first chat request with an unfit field; blocks.
+def explain_gateway_refusal(row: Row) -> str | None:
+    """Return why a request cannot go through a FIRST gateway; None: it can, or is not sent."""
+    url = row["url"]
+    if url not in REQUEST_URLS:
+        return None
+    if url != CHAT_URL:
+        return f"through a FIRST gateway, fanfold sends chat completions only, not {url}"
+    return explain_refused_fields(row["body"])
+
+
+def find_unfit(source: RowSource, explain: Callable[[Row], str | None]) -> tuple[str, str] | None:
+    """Return the position, in words, of the first request that is unfit; blocks.
 
     Args:
         source: Yields the lines of the batch.
-        explain: Returns what is wrong with the top-level fields of a request, or None.
+        explain: Returns what is wrong with a request, or None.
 
     Returns:
         The position and what is wrong, or None.
@@ -153,7 +180,7 @@ def find_field(
         InputError: The input cannot be read, or a line is no request.
     """
     for position, row in source.rows():
-        if row["url"] == CHAT_URL and (problem := explain(row["body"])) is not None:
+        if (problem := explain(row)) is not None:
             return source.describe_position(position), problem
     return None
 

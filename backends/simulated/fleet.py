@@ -11,6 +11,7 @@ from ..core.errors import ConfigurationError
 from ..core.process import raise_file_limit
 from .faults import FaultInjector, FaultRule
 from .node import CompletionJob, Node, NodeCounts, QuestionLog
+from .pooling import PoolingService
 from .responders import RESPONDERS, ResponderFactory, make_responder
 from .routes import CompletionService, NodeRoutes, Router
 from .server import FleetListeners
@@ -51,7 +52,8 @@ class SimulatedFleet:
         self._tasks: set[asyncio.Task[None]] = set()
         responder = make_responder(spec, responders)
         service = CompletionService(spec, responder, self._faults, self._questions, self.now)
-        routes = NodeRoutes(spec, service, self._faults, self.now)
+        pooling = PoolingService(spec, service.reader, self._questions, self.now)
+        routes = NodeRoutes(spec, service, pooling, self._faults, self.now)
         router = Router(self._nodes, routes, self, self._spawn)
         self._listeners = FleetListeners(spec, router.on_root, router.on_node)
 

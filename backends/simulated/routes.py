@@ -13,6 +13,7 @@ from ..core.errors import ConfigurationError
 from ..core.types import SIMULATED_FINGERPRINT
 from .faults import FaultContext, FaultDecision, FaultInjector, FaultRule
 from .node import CompletionJob, LatencyModel, Node, QuestionLog, Timing
+from .pooling import PoolingService
 from .requests import Question, QuestionReader, load_object
 from .responders import Answer, Responder, answer_question, spoil_answer
 from .responses import (
@@ -227,6 +228,7 @@ class NodeRoutes:
     Args:
         spec: The fleet's specification.
         service: Answers completions.
+        pooling: Answers requests for embeddings, scores and ranks.
         faults: Knows which nodes are cold.
         now: Returns simulated seconds since the start.
     """
@@ -235,6 +237,7 @@ class NodeRoutes:
         self,
         spec: SimulationSpec,
         service: CompletionService,
+        pooling: PoolingService,
         faults: FaultInjector,
         now: Callable[[], float],
     ) -> None:
@@ -246,6 +249,9 @@ class NodeRoutes:
         self._routes: dict[str, tuple[str, _Route]] = {
             "/v1/chat/completions": ("POST", lambda node, x: service.serve(node, x, chat=True)),
             "/v1/completions": ("POST", lambda node, x: service.serve(node, x, chat=False)),
+            "/v1/embeddings": ("POST", pooling.embed),
+            **dict.fromkeys(("/score", "/v1/score"), ("POST", pooling.score)),
+            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), ("POST", pooling.rerank)),
             "/v1/models": ("GET", self._models),
             "/health": ("GET", self._health),
             "/ping": ("GET", self._health),

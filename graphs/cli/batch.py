@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.inputs.batch_requests import find_field, find_model, find_unlimited
+from ...backends.inputs.batch_requests import (
+    explain_gateway_refusal,
+    find_model,
+    find_unfit,
+    find_unlimited,
+)
 from ...backends.inputs.formats import open_source
 from ...backends.storage.run_folder import RunFolder, is_vacant
 from ...configs.base import expand_home
-from ...configs.endpoints import explain_refused_fields
 from ...configs.loader import LoadedConfig, RawSettings, check_settings, read_settings
 from ...configs.models import RunConfig
 from ...configs.raw_settings import get_at_path
@@ -146,10 +150,10 @@ def _check_sections(raw: RawSettings) -> None:
 
 
 def _check_fields(config: RunConfig) -> None:
-    """Check that the endpoints accept the fields of each request, before the first one is sent."""
+    """Check that a gateway accepts each request, before the first one is sent."""
     if config.endpoints.first is None:
         return
-    found = find_field(open_source(config.input, ()), explain_refused_fields)
+    found = find_unfit(open_source(config.input, ()), explain_gateway_refusal)
     if found is not None:
         where, problem = found
         raise ConfigurationError(f"{where}: {problem}; no request was sent")

@@ -26,6 +26,7 @@ from ...backends.budget.tokens import (
 )
 from ...backends.core.errors import InvalidItemError, NoEndpointError
 from ...backends.core.money import BudgetLimits
+from ...backends.core.request_urls import REQUEST_KINDS, REQUEST_URLS, read_input_text
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
@@ -54,7 +55,7 @@ from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
-from .prepare import check_endpoints, check_fields, check_input_setting
+from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -97,21 +98,24 @@ class Sample:
     unlimited: int
 
 
-def read_sample(config: RunConfig, count: int) -> Sample:
+def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
     """Read an input and render a sample of it; blocks.
 
     Args:
         config: The settings.
         count: Items to render.
+        ready: The endpoints.
 
     Raises:
         InputError: The input cannot be read, or does not fit the task.
+        ConfigurationError: The endpoints refuse a request of the input.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
         samples = config.task.samples
         summary = load_input(config.input, file, needed_columns(config), samples=samples)
         with ItemStore(file) as store:
+            check_requests(config, ready, store)
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
@@ -130,8 +134,10 @@ def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
     total = limited = unlimited = 0
     for lo in range(0, len(store), _SLICE):
         for item in store.read(lo, min(len(store), lo + _SLICE)):
-            if item.row["url"] == CHAT_URL:
-                most = max_usage(item.row["body"]).completion
+            url, body = item.row["url"], item.row["body"]
+            kind = REQUEST_KINDS.get(url)
+            if url == CHAT_URL or (kind is not None and kind.generates):
+                most = max_usage(body).completion if kind is None else body.get("max_tokens")
                 total += most or 0
                 limited += bool(most)
                 unlimited += not most
@@ -146,8 +152,10 @@ def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Messa
     """
     if not config.input.is_batch:
         return prompt.build_messages(row)
-    if row["url"] != CHAT_URL:
+    if row["url"] not in REQUEST_URLS:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
+    if (kind := REQUEST_KINDS.get(row["url"])) is not None:
+        return [{"role": "user", "content": read_input_text(row["body"], kind)}]
     messages: list[Message] = row["body"]["messages"]
     return messages
 
@@ -265,7 +273,7 @@ async def estimate_run(
             problem = describe_missing_price(config, ready.model, ready.simulated)
         if like is not None:
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
-        sampled = await asyncio.to_thread(read_sample, config, sample)
+        sampled = await asyncio.to_thread(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
@@ -514,6 +522,8 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
             record = journal.read_record(index)
             if record["requests"] == 1 and record["prompt_tokens"]:
                 (item,) = store.read(index, index + 1)
+                if is_batch and item.row["url"] != CHAT_URL:
+                    continue
                 messages = (
                     item.row["body"]["messages"] if is_batch else prompt.build_messages(item.row)
                 )

@@ -60,7 +60,12 @@ from .items import (
     make_item_runner,
 )
 from .monitor import serve_metrics
-from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
+from .prepare import (
+    check_requests,
+    compute_fingerprint,
+    compute_question_digest,
+    ensure_run_identity,
+)
 from .result_rows import ResultSource, make_result_layout
 from .shutdown import close_at_deadline
 
@@ -145,9 +150,7 @@ async def open_run(
                 ready = await stack.enter_async_context(
                     ready_endpoints(config, loaded.plain["endpoints"], files.model)
                 )
-            files = await asyncio.to_thread(
-                _settle_simulated, folder, loaded, files, ready.simulated
-            )
+            files = await asyncio.to_thread(_settle_endpoints, folder, loaded, files, ready)
             if budget is not None:
                 counter = await stack.enter_async_context(open_token_counter(ready))
                 budget.budget.count_prompt = make_prompt_counter(counter)
@@ -370,16 +373,19 @@ def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:
     )
 
 
-def _settle_simulated(
-    folder: RunFolder, loaded: LoadedConfig, files: _RunFiles, now: bool
+def _settle_endpoints(
+    folder: RunFolder, loaded: LoadedConfig, files: _RunFiles, ready: ReadyEndpoints
 ) -> _RunFiles:
     """Return the run's files, after recording whether the endpoints are simulated.
 
     A run that was prepared before its endpoints existed records this here, once.
 
     Raises:
-        ConfigurationError: The endpoints changed from real to simulated, or back.
+        ConfigurationError: The endpoints changed from real to simulated, or back, or refuse a
+            request of the input.
     """
+    check_requests(loaded.config, ready, files.store)
+    now = ready.simulated
     if files.provenance["simulated"] is None:
         settled = compute_fingerprint(loaded.config, files.model, now)
         cost = price_of(loaded.config, files.model, now)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import orjson
 
@@ -46,6 +46,7 @@ from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_mode
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary, did_you_mean
+from ...backends.inputs.batch_requests import explain_gateway_refusal
 from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
@@ -65,6 +66,9 @@ from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
 from .items import check_item_graph
+
+if TYPE_CHECKING:
+    from ...backends.inputs.item_store import ItemStore
 
 logger = logging.getLogger(__name__)
 
@@ -280,6 +284,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
             get_deployment(ready)
+        await asyncio.to_thread(_check_stored_requests, loaded.config, ready, folder.items)
         if simulated and not allow_simulated:
             msg = (
                 "the endpoints are a simulated fleet, whose answers are meaningless; no request "
@@ -580,6 +585,33 @@ def _difference_message(folder: RunFolder, lines: list[str]) -> str:
         f"{folder.path}: the settings differ from those of this run; use a new run folder. "
         f"Differences (run → now):\n  {shown}"
     )
+
+
+_SLICE: Final = 256
+
+
+def check_requests(config: RunConfig, ready: ReadyEndpoints, store: ItemStore) -> None:
+    """Check that the endpoints accept requests like those of a batch, before one is sent; blocks.
+
+    Raises:
+        ConfigurationError: The endpoints are behind a gateway that refuses a request.
+    """
+    behind = ready.endpoint_set is not None and ready.endpoint_set.gateway is not None
+    if not (behind and config.input.is_batch):
+        return
+    for lo in range(0, len(store), _SLICE):
+        for item in store.read(lo, min(len(store), lo + _SLICE)):
+            if (problem := explain_gateway_refusal(item.row)) is not None:
+                msg = f"{config.input.path}, request {item.id!r}: {problem}; no request was sent"
+                raise ConfigurationError(msg)
+
+
+def _check_stored_requests(config: RunConfig, ready: ReadyEndpoints | None, items: Path) -> None:
+    from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - as above
+
+    if ready is not None:
+        with ItemStore(items) as store:
+            check_requests(config, ready, store)
 
 
 def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:

@@ -1,4 +1,4 @@
-"""Step of an item that is a request itself: send it as it is, keep the server's completion."""
+"""Step of an item that is a request itself: send it as it is, keep the server's answer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from langgraph.runtime import Runtime
 
 from ...backends.core.errors import ConfigurationError, EndpointError, InvalidItemError
 from ...backends.core.protocols import CURRENT_CALLS
+from ...backends.core.request_urls import REQUEST_URLS, URL_FIELD
 from ...backends.core.types import CHAT_URL, Row
 from ...backends.core.values import to_json_text
 from ..context import ItemContext
 from ..state import ItemState
 from .prepare import make_item_error
 
-_OWN_FIELDS: Final = frozenset({"model", "stream", "stream_options"})
+_OWN_FIELDS: Final = frozenset({"model", "stream", "stream_options", URL_FIELD})
 """Fields of a request that fanfold sets: it reads whole answers."""
 _LEAST_ERROR: Final = 400
 """The least HTTP status that is an error."""
 
 
 async def request(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Send the item's own request; its output is the completion as the server sent it."""
+    """Send the item's own request; its output is the answer as the server sent it."""
     client = runtime.context.completions
     if client is None:
         msg = "the item graph was built for requests (input.format), but the settings name none"
@@ -43,11 +44,11 @@ def _make_body(row: Row, model: str) -> Mapping[str, Any]:
     """Return the body that is sent.
 
     Raises:
-        InvalidItemError: It is not for chat completions, or for another model.
+        InvalidItemError: Its URL is not supported, or it is for another model.
     """
     url, body = row["url"], row["body"]
-    if url != CHAT_URL:
-        msg = f"url {url!r} is not supported; fanfold sends requests to {CHAT_URL} only"
+    if url not in REQUEST_URLS:
+        msg = f"url {url!r} is not supported; fanfold sends requests to {', '.join(REQUEST_URLS)}"
         raise InvalidItemError(msg)
     named = body.get("model")
     if named not in (None, model):
@@ -56,7 +57,8 @@ def _make_body(row: Row, model: str) -> Mapping[str, Any]:
             " (model.name, endpoints.models)"
         )
         raise InvalidItemError(msg)
-    return {key: value for key, value in body.items() if key not in _OWN_FIELDS}
+    sent = {key: value for key, value in body.items() if key not in _OWN_FIELDS}
+    return sent if url == CHAT_URL else {**sent, URL_FIELD: url}
 
 
 def _make_failure(error: EndpointError) -> ItemState:

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
 
@@ -57,16 +58,25 @@ class Line(Strict):
     error: Problem | None
 
     @property
-    def completion(self) -> ChatCompletion:
+    def answer(self) -> dict[str, Any]:
         assert self.response is not None
         assert self.error is None
         assert self.response.status_code == 200
-        return ChatCompletion.model_validate(self.response.body)
+        return self.response.body
+
+    @property
+    def completion(self) -> ChatCompletion:
+        return ChatCompletion.model_validate(self.answer)
 
 
 def request(n: int, /, **changes: Any) -> dict[str, Any]:
     body = {"model": MODEL, "messages": [{"role": "user", "content": f"Say {n}"}], "max_tokens": 16}
     return {"custom_id": f"request-{n}", "method": "POST", "url": CHAT, "body": body | changes}
+
+
+def embedding(n: int) -> dict[str, Any]:
+    body = {"model": MODEL, "input": [f"text {n}"]}
+    return {"custom_id": f"request-{n}", "method": "POST", "url": "/v1/embeddings", "body": body}
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -218,7 +228,7 @@ def test_failed_lines_have_the_formats_shape(shell: Shell, recorder: Recorder) -
     made = [
         request(0),
         request(1, refuse=True),
-        request(2) | {"url": "/v1/embeddings", "body": {"model": "e", "input": "text"}},
+        request(2) | {"url": "/v1/audio/speech", "body": {"model": "e", "input": "text"}},
         request(3),
     ]
     write(shell.folder / "in.jsonl", made)
@@ -238,7 +248,7 @@ def test_failed_lines_have_the_formats_shape(shell: Shell, recorder: Recorder) -
     assert "no such option" in refused.response.body["error"]["message"]
     assert other.response is None
     assert other.error is not None
-    assert "/v1/embeddings" in other.error.message
+    assert "/v1/audio/speech" in other.error.message
     assert len(recorder.bodies) == 3
 
     # without --errors all lines are in one file; the run is the same, and nothing is sent
@@ -248,6 +258,73 @@ def test_failed_lines_have_the_formats_shape(shell: Shell, recorder: Recorder) -
     assert by_id("out.jsonl").keys() == {f"request-{n}" for n in range(4)}
     assert not Path("errors.jsonl").exists()
     assert len(recorder.bodies) == 3
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": ["one", "two"], "dimensions": 4},
+    "/v1/completions": {"prompt": "Once upon", "max_tokens": 9, "vendor_field": "x"},
+    "/score": {"text_1": "a query", "text_2": ["one", "two", "three"]},
+    "/v1/score": {"text_1": ["a", "b"], "text_2": ["c", "d"]},
+    "/rerank": {"query": "a query", "documents": ["one", "two"]},
+    "/v1/rerank": {"query": "a query", "documents": ["one", "two"], "top_n": 1},
+    "/v2/rerank": {"query": "another", "documents": ["one"]},
+}
+
+
+def test_requests_to_other_urls(shell: Shell, fleet: Served, urls: str) -> None:
+    """They are sent as they are, to the URL of the line, within the budget, and once."""
+    made = [request(0)]
+    for url, body in OTHERS.items():
+        line = {"custom_id": url, "method": "POST", "url": url, "body": {"model": MODEL} | body}
+        made.append(line)
+    write(shell.folder / "in.jsonl", made)
+    options = ("--set", "limits.affinity=100", "--set", "cache=run", "--budget-tokens", "10000")
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", urls, *options)
+    said = shell(*command, "--json")
+    assert said.code == 0, said.err
+    found = {name: line.answer for name, line in by_id("out.jsonl").items()}
+    embeddings = CreateEmbeddingResponse.model_validate(found["/v1/embeddings"])
+    assert [len(one.embedding) for one in embeddings.data] == [4, 4]
+    assert Completion.model_validate(found["/v1/completions"]).choices[0].text
+    assert [len(found[url]["data"]) for url in ("/score", "/v1/score")] == [3, 2]
+    assert [len(found[url]["results"]) for url in OTHERS if "rerank" in url] == [2, 1, 1]
+    used = sum(answer["usage"]["total_tokens"] for answer in found.values())
+    spent = json.loads(said.out)["budget"]["tokens"]
+    assert spent["spent"] == used
+    assert fleet.requests == len(made)
+    assert shell(*command).code == 0
+    assert fleet.requests == len(made)
+
+
+def test_a_url_that_the_server_does_not_have_fails_its_line_only(
+    shell: Shell, recorder: Recorder
+) -> None:
+    made = [request(0), embedding(1), *(request(n) for n in range(2, 9)), embedding(9)]
+    write(shell.folder / "in.jsonl", made)
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
+    said = shell(*command, "--set", "limits.streams=1")
+    assert said.code == 3, said.err
+    found = by_id("out.jsonl")
+    failed = [found.pop(f"request-{n}") for n in (1, 9)]
+    assert all(line.completion for line in found.values())
+    for line in failed:
+        assert line.error is not None
+        assert line.error.code == "request_refused"
+        assert "does this endpoint serve the url of the line?" in line.error.message
+        assert line.response is not None
+        assert line.response.status_code == 404
+
+
+def test_a_file_with_several_models_is_refused_as_a_whole(
+    shell: Shell, fleet: Served, urls: str
+) -> None:
+    made = [request(0), request(1, model="b"), request(2), embedding(3), request(4, model="c")]
+    write(shell.folder / "in.jsonl", made)
+    said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
+    assert said.code == 2
+    assert "line 2: the model is 'b', but lines before it name 'simulated-8b'" in said.err
+    assert "The file names 'simulated-8b' (3 lines), 'b' (1 lines), 'c' (1 lines)" in said.err
+    assert fleet.requests == 0
 
 
 def test_a_field_that_a_server_refuses_fails_its_line_only(
@@ -286,6 +363,7 @@ def test_a_field_that_a_server_refuses_fails_its_line_only(
         (request(9, n=True), "line 3: body.n must be a whole number"),
         (request(9, response_format="json"), "line 3: body.response_format must be an object"),
         (request(9, model="other"), "line 3: the model is 'other', but lines before it name"),
+        (embedding(9) | {"body": {"model": MODEL}}, "line 3: body has none of input, messages"),
     ],
 )
 def test_a_bad_line_is_refused_by_its_number(
@@ -484,7 +562,7 @@ def test_the_estimate_of_a_batch(shell: Shell, fleet: Served) -> None:
     unlimited = request(2)
     del unlimited["body"]["max_tokens"]
     made = [request(0, max_tokens=10, n=3), request(1, max_completion_tokens=50), unlimited]
-    write(shell.folder / "in.jsonl", [*made, request(3) | {"url": "/v1/embeddings"}])
+    write(shell.folder / "in.jsonl", [*made, request(3) | {"url": "/v1/audio/speech"}])
     settings = {
         "input": {"path": "in.jsonl", "format": "openai_batch"},
         "endpoints": {"urls": [*fleet.urls]},
@@ -508,8 +586,10 @@ WORKERS = {
 @pytest.mark.parametrize("backend", WORKERS)
 def test_workers(shell: Shell, fleet: Served, urls: str, backend: str) -> None:
     made = [request(n) for n in range(300)]
-    made[0] |= {"url": "/v1/embeddings"}
-    made[17] |= {"url": "/v1/embeddings"}
+    made[0] |= {"url": "/v1/audio/speech"}
+    made[17] |= {"url": "/v1/audio/speech"}
+    made[18] |= embedding(18)
+    made[200] |= embedding(200)
     write(shell.folder / "in.jsonl", made)
     said = shell(
         *("batch", "in.jsonl", "out.jsonl", "--endpoints", urls, "--errors", "errors.jsonl"),
@@ -518,7 +598,10 @@ def test_workers(shell: Shell, fleet: Served, urls: str, backend: str) -> None:
     )
     assert said.code == 3, said.err
     assert len(by_id("out.jsonl")) == 298
-    assert all(line.completion for line in read("out.jsonl"))
+    found = by_id("out.jsonl")
+    embedded = [found.pop(f"request-{n}") for n in (18, 200)]
+    assert all(line.completion for line in found.values())
+    assert all(len(line.answer["data"]) == 1 for line in embedded)
     assert by_id("errors.jsonl").keys() == {"request-0", "request-17"}
     assert fleet.requests == 298
 
@@ -637,11 +720,11 @@ def test_the_commands_of_the_page(shell: Shell, fleet: Served) -> None:
     for command in commands:
         said = shell(*command)
         assert said.code == CODES.get(command[0], 3), (command, said.err)
-    assert by_id("answers.jsonl").keys() == {"a-1", "a-2"}
+    assert by_id("answers.jsonl").keys() == {"a-1", "a-2", "a-3"}
     (failed,) = read("errors.jsonl")
     (shown,) = re.findall(r"^\| `errors.jsonl` \| `(.*)` \|$", PAGE, re.MULTILINE)
-    assert json.loads(shown) == failed.model_dump() | {"id": "batch_req_…_2"}
-    assert len(by_id("limited.jsonl")) == len(by_id("more.jsonl")) == 3
+    assert json.loads(shown) == failed.model_dump() | {"id": "batch_req_…_3"}
+    assert len(by_id("limited.jsonl")) == len(by_id("more.jsonl")) == 4
 
 
 def test_a_configuration_with_a_batch(shell: Shell, fleet: Served) -> None:
@@ -650,8 +733,8 @@ def test_a_configuration_with_a_batch(shell: Shell, fleet: Served) -> None:
     Path("own.yaml").write_text(read_block("yaml"))
     said = shell("run", "own.yaml", "--out", "folder")
     assert said.code == 3, said.err
-    assert by_id("answers.jsonl").keys() == {"a-1", "a-2"}
-    assert by_id("errors.jsonl").keys() == {"a-3"}
+    assert by_id("answers.jsonl").keys() == {"a-1", "a-2", "a-3"}
+    assert by_id("errors.jsonl").keys() == {"a-4"}
     config = yaml.safe_load(Path("own.yaml").read_text())
     for changes, message in (
         ({"task": {"prompt": "Say {body}"}}, "leave out the section task"),

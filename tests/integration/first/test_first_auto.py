@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.discovery.auto import choose_endpoints
 from fanfold.backends.discovery.connect import open_endpoint_set
 from fanfold.backends.discovery.resolve import EndpointSet
 from fanfold.configs.loader import load_config
+from fanfold.graphs.run.estimate import estimate_run
+from fanfold.graphs.run.prepare import prepare_run
+from fanfold.graphs.session import RunOptions, execute_run
 from fanfold.tests.support.first_gateway import DeploymentSpec, FirstGateway, make_spec
 
 from .login import serve_renewals, store_login
@@ -108,4 +113,47 @@ async def test_fields_that_the_gateway_refuses_are_refused_before_it_does(
         with pytest.raises(ConfigurationError, match="gateway refuses requests with cache_salt,"):
             async with open_endpoint_set(config, {}):
                 raise AssertionError
+        assert gateway.count("chat/completions") == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"url": "/v1/chat/completions", "salt": True}, "gateway refuses requests with cache_salt"),
+        ({"url": "/v1/embeddings"}, "sends chat completions only, not /v1/embeddings"),
+    ],
+)
+async def test_requests_that_the_gateway_refuses_are_refused_before_it_does(
+    home: Path, monkeypatch: pytest.MonkeyPatch, line: dict[str, Any], message: str
+) -> None:
+    """A check, a run and a resumed run name the request; nothing is sent."""
+    store_login(home, "good")
+    plain = {"model": "org/m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 5}
+    bad = {"model": "org/m", "messages": plain["messages"], "input": "text", "max_tokens": 5}
+    if line.get("salt"):
+        bad["cache_salt"] = "x"
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": plain},
+        {"custom_id": "b", "method": "POST", "url": line["url"], "body": bad},
+    ]
+    (home / "in.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    async with FirstGateway(make_spec()) as gateway:
+        monkeypatch.setenv("inference_base_url", gateway.url)
+        monkeypatch.setattr("fanfold.backends.discovery.auto.PORTS", (9,))
+        settings = {
+            "input": {"path": "in.jsonl", "format": "openai_batch"},
+            "endpoints": "auto",
+            "model": {"name": "org/m"},
+        }
+        loaded = load_config(settings)
+        with pytest.raises(ConfigurationError, match=f"request 'b': .*{message}"):
+            await estimate_run(loaded)
+        with pytest.raises(ConfigurationError, match=f"request 'b': .*{message}"):
+            await prepare_run(loaded, home / "run")
+        assert not (home / "run").exists()
+        # a job finds its endpoints when it starts
+        ready = await prepare_run(loaded, home / "run", defer_endpoints=True)
+        console = Console(quiet=True)
+        with pytest.raises(ConfigurationError, match=f"request 'b': .*{message}"):
+            await execute_run(ready, RunOptions(quiet=True), console)
         assert gateway.count("chat/completions") == 0
