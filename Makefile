@@ -13,7 +13,7 @@ help:
 	$(PY) -m venv .venv
 .venv/.run: pyproject.toml | .venv/pyvenv.cfg
 	@echo 'Installing fanfold into .venv (about a minute the first time)'
-	$(PIP) -e ".[chem]" && touch $@
+	$(PIP) -e ".[chem,report]" && touch $@
 .venv/.dev: pyproject.toml | .venv/.run
 	@echo 'Installing the development tools and all extras into .venv (a few minutes the first time)'
 	$(PIP) -e '.[dev]' && touch $@

@@ -68,6 +68,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
     "graphs.run": {"configs", "nodes", "graphs.remote"} | BACKENDS,
     "graphs": {"configs", "nodes", "graphs.remote", "graphs.run"} | BACKENDS,
     "graphs.analysis": {"configs", "nodes", "graphs.run"} | BACKENDS,
+    "graphs.report": {"configs", "nodes", "graphs.analysis", "graphs.run"} | BACKENDS,
     "graphs.integrations": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
     "graphs.jobs": {"configs", "nodes", "graphs", "graphs.run", "graphs.remote"} | BACKENDS,
     "graphs.cli": {
@@ -79,6 +80,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
         "graphs.jobs",
         "graphs.analysis",
         "graphs.integrations",
+        "graphs.report",
     }
     | BACKENDS,
 }

@@ -240,6 +240,7 @@ def make_rows(records: Iterable[ResultRow], *, priced: bool) -> Iterator[ResultR
         yield {
             **record,
             "attempts": record.get("requests"),
+            "attempt_log": record.get("attempts"),
             "wasted_tokens": _wasted(record),
             "usd": _usd(record) if priced else None,
         }

@@ -281,6 +281,26 @@ def failures(
 
 
 @app.command()
+def report(
+    folder: Folder,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="File to write; default: DIR/report.html.",
+        ),
+    ] = None,
+) -> None:
+    """Write a run as one HTML page: finding, items, failures, endpoints, settings."""
+    from .report import show_report
+
+    show_report(folder, target)
+
+
+@app.command()
 def cost(
     folder: Folder,
     by: Annotated[

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,16 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.remedies import find_remedy
 from ...backends.core.terminal import escape_controls
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ..analysis.failures import describe_failures
 from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
-from ..run.result_rows import PromptRenderer, read_prompts
+from ..run.next_steps import continue_lines
 
 _SHOWN: Final = 1_000
 """Characters of a text that the terminal shows; ``--json`` has all that is known."""
@@ -45,12 +42,10 @@ def show_failures(path: Path, error_class: str | None, as_json: bool) -> None:
         if error_class is not None:
             _show_ids(journal, error_class, as_json)
             return
-        prompts = _read_prompts(folder)
-        rows = [
-            _describe_class(name, count, journal, store, prompts)
-            for name, count in journal.count_failures().items()
-        ]
-        counts = journal.count_items()
+        found = describe_failures(folder, journal, store)
+        rows, counts = found.rows, journal.count_items()
+    if found.notice is not None:
+        print_messages([found.notice])
     if as_json:
         print_json(
             {
@@ -78,43 +73,6 @@ def _show_ids(journal: Journal, error_class: str, as_json: bool) -> None:
         print_json({"class": error_class, "ids": list(ids)})
     else:
         print_lines(" ".join(name.splitlines()) for name in ids)
-
-
-def _read_prompts(folder: RunFolder) -> PromptRenderer | None:
-    """Return what renders the requests; None, with a message, if the prompt is incomplete."""
-    try:
-        return read_prompts(read_settings(folder.settings).data, str(folder.settings))
-    except ConfigurationError as error:
-        print_messages([f"{error.message}; rows of the input are shown instead of requests"])
-        return None
-
-
-def _describe_class(
-    name: str, count: int, journal: Journal, store: ItemStore, prompts: PromptRenderer | None
-) -> dict[str, Any]:
-    """Return an error class as data, with its first item in input order as the example."""
-    index = next(journal.find_failed(name))
-    record = journal.read_record(index)
-    (item,) = store.read(index, index + 1)
-    remedy = find_remedy(name)
-    messages = prompts.render(record, item.row) if prompts and record.get("requests") else None
-    return {
-        "class": name,
-        "count": count,
-        "remedy": remedy.text,
-        "retry": remedy.is_retry,
-        "example": {
-            "id": record.get("id"),
-            "error": record.get("error"),
-            "endpoint": record.get("endpoint"),
-            "requests": record.get("requests"),
-            "repairs": record.get("repairs"),
-            "messages": messages,
-            "row": item.row if messages is None else None,
-            "response": record.get("raw"),
-            "response_bytes": record.get("raw_bytes"),
-        },
-    }
 
 
 def _print(
@@ -190,31 +148,3 @@ def _shorten(value: Any, size: int | None = None) -> str:
         return text
     whole = f"{len(text):,} characters" if size is None else f"{size:,} bytes"
     return f"{text[:_SHOWN]}… ({whole}; --json shows more)"
-
-
-def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -> Iterator[str]:
-    """Yield how failed items are processed again.
-
-    Args:
-        folder: The run's folder.
-        classes: The error classes of the run.
-        running: Whether a session is working on the run.
-    """
-    if any(find_remedy(name).is_retry for name in classes):
-        when = "when the run has ended, retry" if running else "retry"
-        yield f"{when} failed items with: {retry_command(folder)}"
-    if fixed := [name for name in classes if not find_remedy(name).is_retry]:
-        yield f"{', '.join(fixed)}: {_describe_new_run(folder)}"
-
-
-def _describe_new_run(folder: RunFolder) -> str:
-    """Return how a remedy that needs a new run is applied; requests cannot be taken over."""
-    if get_at_path(read_settings(folder.settings).data, ("input", "format")) == "openai_batch":
-        return "the remedy needs a new run in another folder"
-    command = f"fanfold run NEW.yaml --from {shlex.quote(str(folder.path))}"
-    return f"change the settings or the input, and extend the run: {command}"
-
-
-def retry_command(folder: RunFolder) -> str:
-    """Return the command that retries the failed items of a run."""
-    return f"fanfold resume {shlex.quote(str(folder.path))} --retry-failed"

@@ -24,7 +24,7 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
-from ...backends.core.errors import EXIT_BUDGET, ConfigurationError
+from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
@@ -40,9 +40,9 @@ from ..run.console import (
     print_message,
     print_messages,
 )
+from ..run.next_steps import continue_lines, find_next_command, retry_command
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
-from .failures import continue_lines, retry_command
 from .format import Column, format_cell, make_table
 from .options import COST_BY
 
@@ -214,7 +214,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if batches:
         facts["batches"] = summarize_batches(batches)
     jobs = job_report(path, usage, batch)
-    command = _next_command(folder, about, counts, cost) if jobs is None else None
+    command = find_next_command(folder, about, counts, cost) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
             "budget": read_budget(folder, cost),
@@ -253,22 +253,6 @@ def extension_facts(about: Mapping[str, Any]) -> dict[str, Any]:
     if known is None:
         return {}
     return {"from": known["run"], "kept": {key: known[key] for key in ("done", "failed")}}
-
-
-def _next_command(
-    folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
-) -> str | None:
-    """Return the command that continues a run, or None if there is nothing to do, or a session."""
-    if folder.is_in_use():
-        return None
-    last = about["sessions"][-1] if about["sessions"] else {}
-    if not counts.open and last.get("outcome") == _FINISHED:
-        return retry_command(folder) if counts.failed else None
-    options = ""
-    if last.get("exit_code") == EXIT_BUDGET:
-        limits = read_budget(folder, cost)
-        options = "".join(f" --budget-{name.replace('_', '-')} N" for name in limits)
-    return f"fanfold resume {shlex.quote(str(folder.path))}{options}"
 
 
 def _hints(folder: RunFolder, failures: Collection[str], command: str | None) -> Iterator[str]:
@@ -405,8 +389,6 @@ def _write_text(source: ResultSource, form: str, stream: IO[bytes], safe_csv: bo
 
 
 _NO_PRICE: Final = "-"
-_FINISHED: Final = "finished"
-"""Outcome of a session that ended all items."""
 
 
 def show_cost(path: Path, by: str | None, as_json: bool) -> None:

@@ -1,0 +1,198 @@
+"""What a report says about a run, read from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import yaml
+
+from ...backends.budget.cost import Cost, read_cost
+from ...backends.core.errors import ConfigurationError, JournalError
+from ...backends.core.fields import FieldPath
+from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_sessions
+from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal_file import ItemCounts
+from ...backends.storage.run_folder import RunFolder, get_run_ids, read_state
+from ...configs.loader import read_settings
+from ...configs.raw_settings import get_at_path
+from ..analysis.failures import describe_failures
+from ..run.next_steps import continue_lines, find_next_command
+from ..run.result_rows import ResultSource, open_result_source, read_prompts
+from .charts import load_charts
+from .findings import Finding, FindingMaker
+from .flags import RowFacts
+from .molecules import SMILES_NAMES, open_drawing
+from .rows import ReportRows, collect_rows, describe_constants
+from .texts import shorten, to_text
+
+_MOST_ENDPOINTS: Final = 200
+"""Endpoints that the table of endpoints lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """What a report says about a run.
+
+    Attributes:
+        about: Provenance of the run.
+        state: Its state, as ``fanfold status`` says it.
+        counts: Its items by state.
+        cost: Its cost.
+        settings: Its settings, and as text.
+        settings_text: The settings as YAML.
+        findings: The finding.
+        rows: Rows of the table.
+        constants: Role and text of the messages that all items share.
+        failures: Error classes with examples.
+        endpoints: Work of each endpoint over all sessions.
+        notices: What is missing, and why.
+        steps: How the run continues.
+        folder: The run folder.
+    """
+
+    about: Mapping[str, Any]
+    state: str
+    counts: ItemCounts
+    cost: Cost
+    settings: Mapping[str, Any]
+    settings_text: str
+    findings: Sequence[Finding]
+    rows: ReportRows
+    constants: Sequence[tuple[str, str]]
+    failures: Sequence[Mapping[str, Any]]
+    endpoints: Sequence[Mapping[str, Any]]
+    notices: Sequence[str]
+    steps: Sequence[str]
+    folder: Path
+
+
+def read_report(folder: RunFolder) -> ReportData:
+    """Read what a report says about a run; the run may be going on.
+
+    Raises:
+        ConfigurationError: The settings cannot be read.
+        JournalError: A file of the run is damaged.
+    """
+    about, state = folder.read_provenance(), read_state(folder, folder.read_provenance())
+    settings = read_settings(folder.settings).data
+    notices = list[str]()
+    with _open_source(folder, notices) as source, open_drawing() as draw:
+        rank = _find_rank(settings, source)
+        rows = collect_rows(source, RowFacts(rank))
+        counts = source.journal.count_items()
+        charts = load_charts()
+        columns = {} if rows.chosen else {column.name: column for column in rows.columns}
+        smiles = _find_smiles(settings)
+        maker = FindingMaker(charts, draw, smiles, columns)
+        findings = list(maker.make(_read_aggregate(folder)))
+        failures = describe_failures(folder, source.journal, source.store)
+        cost = read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
+        if lost := list_lost_files(folder.journal):
+            from ..run.open_run import describe_lost_files  # noqa: PLC0415 - imports LangGraph
+
+            notices.append(describe_lost_files(lost, source.journal))
+        prompt = None if source.prompts is None else source.prompts.prompt
+    if charts is None:
+        notices.append(
+            "No charts: they need the extra 'report' (pip install 'fanfold[report]'); "
+            "tables show the same numbers"
+        )
+    has_smiles = any(name.casefold() in smiles for name in columns)
+    if draw is None and has_smiles:
+        notices.append("No molecules: drawing SMILES needs the extra 'chem'")
+    return ReportData(
+        about,
+        state,
+        counts,
+        cost,
+        settings,
+        yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True),
+        findings,
+        rows,
+        describe_constants(prompt),
+        [_shorten_failure(row) for row in failures.rows],
+        sum_sessions(read_endpoints(folder.path / FILE_NAME))[:_MOST_ENDPOINTS],
+        [*notices, *filter(None, [failures.notice])],
+        list(_list_steps(folder, about, counts, cost)),
+        folder.path,
+    )
+
+
+@contextmanager
+def _open_source(folder: RunFolder, notices: list[str]) -> Iterator[ResultSource]:
+    """Open the results with the messages, or without them if these cannot be rendered here."""
+    optional = ["prompt"]
+    try:
+        _check_prompt_variables(folder)
+    except ConfigurationError as error:
+        notices.append(f"No prompts of items: {error.message}")
+        optional = []
+    with open_result_source(folder, optional) as source:
+        yield source
+
+
+def _check_prompt_variables(folder: RunFolder) -> None:
+    read_prompts(read_settings(folder.settings).data, str(folder.settings))
+
+
+def _find_rank(settings: Mapping[str, Any], source: ResultSource) -> FieldPath | None:
+    """Return the field that ranks the items: of the first ranking, else the first number."""
+    for entry in settings.get("reduce") or ():
+        if isinstance(entry, dict) and entry.get("op") == "top_k" and entry.get("field"):
+            return FieldPath.parse(str(entry["field"]))
+    for name, kind in source.layout.output.parts:
+        if source.layout.output.kind == "struct" and kind.kind in {"number", "integer"}:
+            return FieldPath("output", (name,))
+    return None
+
+
+def _find_smiles(settings: Mapping[str, Any]) -> frozenset[str]:
+    named = get_at_path(settings, ("input", "smiles"))
+    return SMILES_NAMES | ({named.casefold()} if isinstance(named, str) else set())
+
+
+def _read_aggregate(folder: RunFolder) -> list[dict[str, Any]]:
+    try:
+        found = orjson.loads(folder.aggregate.read_bytes())["aggregate"]
+    except FileNotFoundError:  # the run has not ended
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"{folder.aggregate}: cannot be read: {error}") from error
+    return [one for one in found if isinstance(one, dict)]
+
+
+def _shorten_failure(row: Mapping[str, Any]) -> dict[str, Any]:
+    example = row["example"]
+    size = example["response_bytes"]
+    parts = [(f"request, {m.get('role')}", m.get("content")) for m in example["messages"] or ()]
+    if example["row"] is not None:
+        parts.append(("row of the input", example["row"]))
+    shown = [(name, shorten(to_text(text))) for name, text in parts]
+    if example["response"] is not None:
+        response = shorten(example["response"], None if size is None else f"{size:,} bytes")
+        shown.append(("response", response or "(empty)"))
+    return {
+        "name": row["class"],
+        "count": row["count"],
+        "remedy": row["remedy"],
+        "id": shorten(str(example["id"])),
+        "error": shorten(str(example["error"])),
+        "endpoint": example["endpoint"],
+        "texts": shown,
+    }
+
+
+def _list_steps(
+    folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
+) -> Iterator[str]:
+    command = find_next_command(folder, about, counts, cost)
+    if command is not None and counts.open:
+        yield f"continue the run: {command}"
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+        classes = list(journal.count_failures())
+    yield from continue_lines(folder, classes, folder.is_in_use())

@@ -1,0 +1,58 @@
+"""Texts of models, inputs and servers as the page may show them: visible, and of bounded length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+
+from ...backends.core.terminal import escape_controls
+
+MOST_CHARACTERS: Final = 500
+"""Characters of a text in the file; longer ones are shortened, with their length."""
+
+NONE: Final = "\N{EN DASH}"
+"""Cell without a value."""
+
+_MOST_PARTS: Final = 200
+"""Elements of a list or an object in the file."""
+_DEPTH: Final = 8
+
+
+def shorten(text: str, size: str | None = None) -> str:
+    """Return a text with its control characters spelled out, shortened if it is long.
+
+    Args:
+        text: The text.
+        size: Its size in words, if ``text`` is only its beginning.
+    """
+    if size is None and len(text) > MOST_CHARACTERS:
+        size = f"{len(text):,} characters"
+    shown = escape_controls(text[:MOST_CHARACTERS])
+    return shown if size is None else f"{shown}… ({size})"
+
+
+def shorten_json(value: Any, depth: int = 0) -> Any:
+    """Return JSON data in which all texts, lists and objects are shortened."""
+    if isinstance(value, str):
+        return shorten(value)
+    if isinstance(value, Mapping | list) and depth == _DEPTH:
+        return shorten(orjson.dumps(value).decode())
+    if isinstance(value, Mapping):
+        kept = list(value.items())[:_MOST_PARTS]
+        found = {shorten(str(name)): shorten_json(one, depth + 1) for name, one in kept}
+        if len(value) > _MOST_PARTS:
+            found["…"] = f"{len(value) - _MOST_PARTS:,} more"
+        return found
+    if isinstance(value, list):
+        more = len(value) - _MOST_PARTS
+        return [shorten_json(one, depth + 1) for one in value[:_MOST_PARTS]] + [
+            f"… {more:,} more" for _ in range(more > 0)
+        ]
+    return value
+
+
+def to_text(value: Any) -> str:
+    """Return a value as one text: JSON if it is none."""
+    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()

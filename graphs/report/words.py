@@ -1,0 +1,223 @@
+"""Words of a report: what its template says, from the data of the run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+from ...backends.budget.cost import Cost, format_dollars, format_unaccounted
+from ...configs.raw_settings import get_at_path
+from ..run.console import format_count
+from .data import ReportData
+from .flags import FLAGS
+from .rows import ReportRows
+from .texts import NONE, shorten
+
+_MOST_SKIPPED: Final = 20
+_MOST_NAMES: Final = 3
+
+ENDPOINT_HEAD: Final = (
+    "endpoint", "state", "calls", "failed", "prompt tokens", "completion tokens",
+    "median s", "90 % s", "99 % s", "opened", "hedges",
+)  # fmt: skip
+ENDPOINT_NUMBERS: Final = (False, False, *[True] * 9)
+
+SESSION_HEAD: Final = ("session", "started (UTC)", "took", "outcome", "host", "versions")
+
+
+def describe_time(about: Mapping[str, Any]) -> str:
+    """Return when the run worked, and for how long."""
+    sessions = about["sessions"]
+    if not sessions:
+        return "not started"
+    first, last = _parse(sessions[0].get("started")), _parse(sessions[-1].get("ended"))
+    begun = "" if first is None else f"{first:%d %B %Y, %H:%M} UTC".lstrip("0")
+    spent = 0.0
+    for one in sessions:
+        start, end = _parse(one.get("started")), _parse(one.get("ended"))
+        if start is not None and end is not None:
+            spent += (end - start).total_seconds()
+    more = f" in {len(sessions)} sessions" if len(sessions) > 1 else ""
+    return begun + (f" · {format_seconds(spent)}{more}" if spent or last else "")
+
+
+def _parse(text: object) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in two units: ``1 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004 - a minute
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"  # noqa: PLR2004
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:  # noqa: PLR2004 - an hour
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02} min"
+
+
+def describe_cost(cost: Cost) -> tuple[str, str]:
+    """Return the cost in dollars, and what is to be said about it."""
+    doubt = format_unaccounted(cost)
+    note = f"in doubt: at most {doubt}" if doubt else ""
+    if cost.nano_usd is None:
+        return "no price", note or "neither tokens nor nodes have a price"
+    first, _, rest = format_dollars(cost).partition(", of which ")
+    return first, "; ".join(filter(None, (rest, note)))
+
+
+def describe_flags(rows: ReportRows) -> list[tuple[str, int, str]]:
+    """Return the flags that occur, with counts and meanings."""
+    return [(name, rows.flags[name], text) for name, text in FLAGS.items() if name in rows.flags]
+
+
+def describe_question(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the templates of the messages, as the settings have them."""
+    if get_at_path(settings, ("input", "format")) == "openai_batch":
+        return []
+    task = settings.get("task") or {}
+    if isinstance(given := task.get("messages"), list):
+        return [(str(one.get("role")), str(one.get("content"))) for one in given]
+    found = [("system", task.get("system")), ("user", task.get("prompt"))]
+    return [(role, str(text).strip()) for role, text in found if text]
+
+
+def list_missing(data: ReportData) -> Iterator[str]:
+    """Yield what the run lacks."""
+    counts, found = data.counts, data.about["input"]
+    if counts.open:
+        yield f"{counts.open:,} of {found['items']:,} items have not ended"
+    if counts.failed:
+        yield f"{counts.failed:,} items failed and have no answer"
+    if found.get("skipped_total"):
+        yield f"{found['skipped_total']:,} rows of the input were skipped"
+
+
+def list_skipped(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the first skipped rows with reasons."""
+    skipped = about["input"].get("skipped") or ()
+    return [(shorten(one["id"]), shorten(one["reason"])) for one in skipped[:_MOST_SKIPPED]]
+
+
+def describe_lead(data: ReportData) -> str:
+    """Return what was asked of what, by which model and endpoints, and when."""
+    about = data.about
+    endpoints = [str(one["endpoint"]) for one in data.endpoints]
+    parts = [
+        f"{about['input']['items']:,} items of {shorten(str(about['input']['source']))}",
+        f"asked of {shorten(str(about['model']))}",
+        *[f"at {_name_some(endpoints)}" for _ in endpoints[:1]],
+        describe_time(about),
+    ]
+    return " · ".join(parts)
+
+
+def _name_some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names):,} endpoints"
+
+
+def short(count: int) -> str:
+    """Return a number in at most five characters."""
+    return format_count(count)
+
+
+def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
+    """Yield what else was asked: answer, model and input."""
+    task, model = data.settings.get("task") or {}, data.settings.get("model") or {}
+    schema = task.get("schema")
+    if isinstance(schema, Mapping):
+        fields = schema.get("properties")
+        names = ", ".join(map(str, fields)) if isinstance(fields, Mapping) else "JSON"
+        yield "Answer", shorten(names)
+    else:
+        yield "Answer", "free text"
+    if shots := task.get("examples"):
+        yield (
+            "Examples",
+            f"{len(shots):,} before each question"
+            if isinstance(shots, list)
+            else (shorten(str(shots))),
+        )
+    yield "Model", shorten(str(data.about["model"]))
+    for key, name in (("temperature", "Temperature"), ("max_tokens", "Longest answer")):
+        if model.get(key) is not None:
+            yield name, f"{model[key]} tokens" if key == "max_tokens" else str(model[key])
+    endpoints = [str(one["endpoint"]) for one in data.endpoints]
+    if endpoints:
+        more = len(endpoints) - _MOST_NAMES
+        yield "Endpoints", ", ".join(endpoints[:_MOST_NAMES]) + (f" and {more:,} more" * (more > 0))
+    yield "Input", shorten(str(data.about["input"]["source"]))
+    if known := data.about.get("from"):
+        yield "Taken over", f"{known['done']:,} answers of run {known['run']}"
+
+
+def list_endpoints(data: ReportData) -> list[list[str]]:
+    """Return the table of endpoints, the busiest first."""
+    rows = sorted(data.endpoints, key=lambda one: -(one["calls"] or 0))
+    counts = ("calls", "failed", "prompt_tokens", "completion_tokens")
+    times = ("latency_p50_s", "latency_p90_s", "latency_p99_s")
+    return [
+        [
+            shorten(str(one["endpoint"])),
+            str(one["state"]),
+            *(f"{one[name] or 0:,}" for name in counts),
+            *(NONE if one[name] is None else f"{one[name]:.3g}" for name in times),
+            *(f"{one[name] or 0:,}" for name in ("opened", "hedges")),
+        ]
+        for one in rows
+    ]
+
+
+def list_commands(data: ReportData) -> list[tuple[str, str]]:
+    """Return commands that export, repeat and extend the run."""
+    path = shlex.quote(os.fspath(data.folder))
+    command = data.about["sessions"][0].get("command") if data.about["sessions"] else None
+    begun = [("Begun with", shlex.join(map(str, command)))] if command else []
+    return [
+        *begun,
+        ("All results", f"fanfold results {path} -o results.csv"),
+        ("Repeat", f"fanfold run {shlex.quote(str(data.folder / 'run.yaml'))} --out NEW"),
+        ("Extend", f"fanfold run NEW.yaml --from {path}"),
+        ("This page", f"fanfold report {path}"),
+    ]
+
+
+def list_sessions(about: Mapping[str, Any]) -> list[list[str]]:
+    """Return the sessions of the run."""
+    rows = list[list[str]]()
+    for number, one in enumerate(about["sessions"], 1):
+        start, end = _parse(one.get("started")), _parse(one.get("ended"))
+        took = format_seconds((end - start).total_seconds()) if start and end else NONE
+        versions = one.get("versions") or {}
+        known = ", ".join(f"{name} {value}" for name, value in versions.items())
+        rows.append(
+            [
+                str(number),
+                f"{start:%Y-%m-%d %H:%M:%S}" if start else NONE,
+                took,
+                shorten(str(one.get("outcome") or "no end recorded")),
+                shorten(str(one.get("host"))),
+                f"{known}, Python {one.get('python')}",
+            ]
+        )
+    return rows
+
+
+def list_sections(data: ReportData) -> list[tuple[str, str]]:
+    """Return the sections of the page: id and name."""
+    failures = [("failures", "Failures")] if data.failures else []
+    return [
+        ("finding", "Finding"),
+        ("question", "What was asked"),
+        ("rows", "Items"),
+        *failures,
+        ("endpoints", "Endpoints"),
+        ("again", "Settings and how to go on"),
+    ]

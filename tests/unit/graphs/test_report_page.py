@@ -1,0 +1,238 @@
+"""Parts of ``report.html``: flags, the rows that are chosen, pictures, texts, findings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from fanfold.backends.core.fields import FieldPath
+from fanfold.graphs.report import flags as flags_module
+from fanfold.graphs.report.charts import Charts, clean_svg, load_charts
+from fanfold.graphs.report.findings import FindingMaker
+from fanfold.graphs.report.flags import FLAGS, RowFacts, is_repetitive
+from fanfold.graphs.report.molecules import open_drawing
+from fanfold.graphs.report.texts import MOST_CHARACTERS, shorten, shorten_json
+
+EVIL = "</script><img src=x onerror=alert(1)>\u202e\x00javascript:alert(1)"
+
+
+@pytest.fixture(scope="module")
+def charts() -> Charts:
+    pytest.importorskip("altair", reason="charts need the extra 'report'")
+    found = load_charts()
+    assert found is not None
+    return found
+
+
+def names(bits: int) -> set[str]:
+    return {name for n, name in enumerate(FLAGS) if bits >> n & 1}
+
+
+def row(**given: Any) -> dict[str, Any]:
+    return {"status": "done", "output": {"score": 1}, "row": {}, "attempts": 1, **given}
+
+
+def test_each_flag_has_its_cause() -> None:
+    facts = RowFacts()
+    rows = [
+        row(question="a", latency_s=1.0),
+        row(question="a", latency_s=1.1),
+        row(status="failed", error_class="TruncatedAnswerError", latency_s=1.0),
+        row(status="failed", error_class="RefusedAnswerError", latency_s=1.0),
+        row(repairs=1, latency_s=1.0),
+        row(reasoning="wait, no. " * 100, latency_s=1.0),
+        row(output={"parts": [{"text": "so " * 400}]}, latency_s=1.0),
+        *[row(question=f"q{n}", latency_s=1 + n / 100) for n in range(20)],
+        row(latency_s=30.0),
+        row(latency_s=40.0, attempts=0),
+    ]
+    for one in rows:
+        facts.add(one)
+    facts.mark_slow()
+    found = [names(bits) for bits in facts.flags]
+    assert found[:7] == [
+        set(),
+        {"duplicate"},
+        {"truncated"},
+        {"refused"},
+        {"repaired"},
+        {"repetitive"},
+        {"repetitive"},
+    ]
+    assert found[-2:] == [{"slow"}, set()]  # an item that asked nothing is not slow
+    assert not any(found[7:-2])
+    assert facts.count_flags() == {
+        "truncated": 1,
+        "refused": 1,
+        "repaired": 1,
+        "repetitive": 2,
+        "duplicate": 1,
+        "slow": 1,
+    }
+
+
+def test_ordinary_texts_are_not_repetitive() -> None:
+    text = json.dumps([{"name": f"assay {n}", "value": n * 7 % 13, "unit": "nM"} for n in range(9)])
+    assert not is_repetitive(text)
+    assert not is_repetitive("ab" * 20)
+
+
+def test_a_table_that_is_too_small_has_failed_flagged_extreme_and_random_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {"MOST_ROWS": 60, "_MOST_FAILED": 5, "_MOST_FLAGGED": 5, "_MOST_ENDS": 10}
+    for name, value in sizes.items():
+        monkeypatch.setattr(flags_module, name, value)
+    facts = RowFacts(FieldPath.parse("score"))
+    for n in range(500):
+        failed = n in {3, 400}
+        facts.add(
+            row(
+                status="failed" if failed else "done",
+                repairs=int(n in {7, 300}),
+                output=None if failed else {"score": n / 10},
+            )
+        )
+    chosen, words = facts.choose()
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 60
+    assert {3, 400, 7, 300, *range(3), *range(490, 500)} <= set(chosen)
+    assert words[:3] == ["all 2 failed", "all 2 flagged", "the 10 lowest and highest by score"]
+    assert words[3].startswith("a random sample of ")
+    assert facts.choose() == (chosen, words)  # the same run gives the same page
+
+
+def test_long_texts_have_their_length_and_control_characters_are_spelled_out() -> None:
+    assert shorten("x" * MOST_CHARACTERS) == "x" * MOST_CHARACTERS
+    assert shorten("x" * 1_000_000) == "x" * MOST_CHARACTERS + "… (1,000,000 characters)"
+    assert shorten("a\x00\u202eb") == "a\\x00\\u202eb"
+    assert shorten("a", "17,000 bytes") == "a… (17,000 bytes)"
+    deep: Any = "end"
+    for _ in range(60):
+        deep = {"k": [deep]}
+    found = shorten_json({"deep": deep, "list": list(range(5_000)), "n": 1.5, EVIL: None})
+    assert len(json.dumps(found)) < 5_000
+    assert found["n"] == 1.5
+    assert found["list"][-1] == "… 4,800 more"
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9px" height="9" viewBox="0 0 9 9">{}</svg>'
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "<script>alert(1)</script>",
+        '<a href="javascript:alert(1)"><path d="M0 0"/></a>',
+        '<foreignObject><p xmlns="http://www.w3.org/1999/xhtml">x</p></foreignObject>',
+        "<style>@import 'x'</style>",
+        '<image href="http://x/y.png"/>',
+    ],
+)
+def test_a_picture_keeps_shapes_and_texts_only(part: str) -> None:
+    safe = '<path d="M0 0h9" onclick="x()" style="fill:none;stroke:#000"/>'
+    found = clean_svg(SVG.format(safe + part), EVIL)
+    kept = '<path d="M0 0h9" fill="none" stroke="#000" />'
+    assert found.count("<") == 3
+    assert kept in found
+    assert 'width="9" height="9"' in found
+
+
+def test_a_picture_refers_to_nothing() -> None:
+    found = clean_svg(SVG.format('<rect fill="URL(http://x)" width="3"/>'), "x")
+    assert 'rect width="3"' in found
+    assert "http" not in found
+    for text in ("<p>x</p>", "<svg", SVG.format("\x00")):
+        with pytest.raises(ValueError, match="picture"):
+            clean_svg(text, "x")
+
+
+def test_hostile_labels_stay_text_in_charts(charts: Charts) -> None:
+    found = charts.draw_counts([(EVIL, 3), (EVIL + "2", 2), ("", 1)], EVIL)
+    assert "<img" not in found
+    assert "<script" not in found
+    assert "\u202e" not in found
+    assert "&lt;/script&gt;&lt;img" in found
+    assert "(blank)" in found
+    assert found.count("3  (50.0%)") == 1
+
+
+def test_molecules_are_drawn_within_limits() -> None:
+    pytest.importorskip("rdkit", reason="drawing SMILES needs the extra 'chem'")
+    with open_drawing() as draw:
+        assert draw is not None
+        drawing = draw("CCO")
+        assert drawing is not None
+        assert "<path" in drawing
+        assert "style=" not in drawing
+        for other in ("no smiles", "", None, 7, "C" * 5_000, EVIL):
+            assert draw(other) is None
+
+
+AGGREGATE: list[Mapping[str, Any]] = [
+    {"op": "count", "done": 5, "failed": 1, "failed_by_class": {EVIL: 1}},
+    {
+        "op": "top_k",
+        "field": "score",
+        "order": "largest",
+        "missing": 2,
+        "rows": [
+            {
+                "rank": 1,
+                "id": "a",
+                "value": 0.5,
+                "output": {"score": 0.5, "why": EVIL},
+                "show": {"smiles": "CCO"},
+            }
+        ],
+    },
+    {"op": "histogram", "field": "kind", "counts": [{"value": EVIL, "count": 3}], "missing": 0},
+    {
+        "op": "histogram",
+        "field": "x",
+        "bins": [{"low": 0, "high": 1, "count": 3}],
+        "under": 1,
+        "over": 2,
+        "missing": 0,
+    },
+    {
+        "op": "stats",
+        "field": "x",
+        "count": 0,
+        "mean": None,
+        "sd": None,
+        "min": None,
+        "max": None,
+        "quantiles": {"0.5": None},
+        "note": None,
+        "missing": 3,
+    },
+    {"op": "collect", "field": None, "rows": [{"id": "a", "output": {"x": [1, {"y": None}]}}]},
+    {"op": "of a later version", "groups": [{"key": "a", "values": {"n": 3}}]},
+]
+
+
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
+    with open_drawing() as draw:
+        maker = FindingMaker(charts if is_drawn else None, draw if is_drawn else None)
+        found = list(maker.make(AGGREGATE))
+    assert [one.title for one in found] == [
+        "Highest score",
+        "Counts",
+        "Distribution of kind",
+        "Distribution of x",
+        "Statistics of x",
+        "Collect",
+        "Of a later version",
+    ]
+    assert found[0].note == "2 items without a usable value"
+    assert list(found[0].head) == ["rank", "id", "score", "smiles", "why"]
+    assert found[3].note.startswith("3 outside the bins")
+    assert ["groups 1 values n", "3"] in [list(line) for line in found[-1].rows]
+    drawn = [one.title for one in found if one.svg is not None]
+    assert drawn == (["Distribution of kind", "Distribution of x"] if is_drawn else [])
+    assert all(one.is_open == (one.svg is None) for one in found)
