@@ -1,0 +1,1 @@
+"""Operators: what reduces items by asking the model."""
