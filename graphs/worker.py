@@ -45,6 +45,7 @@ from ..backends.discovery.connect import (
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
+from ..backends.fleet.timeline import TimelineRecorder, open_recorder
 from ..backends.storage.journal_file import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
@@ -67,6 +68,9 @@ from .run.prepare import compute_question_digest
 
 _MOST_CARRIES: Final = 2
 """Largest result, as a multiple of its task's `carry`."""
+_BIN_MS: Final = 1_000
+_MOST_REPORT: Final = 256_000
+"""Bytes that a result's report for the timeline aims at."""
 FSYNC_S: Final = 1.0
 """Seconds between flushes of a worker's journal: the most work that the loss of a node costs."""
 IDLE_S: Final = 60.0
@@ -75,13 +79,14 @@ IDLE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class TaskResources:
-    """Resources that the tasks of one run share: settings, fleet, journal file, open calls."""
+    """Resources that the tasks of one run share: settings, fleet, statistics, journal file."""
 
     loaded: LoadedConfig
     fleet: Fleet
     model: str
     writer: JournalWriter | None
     stats_reporter: StatsReporter
+    recorder: TimelineRecorder
     open_calls: dict[int, CallLog]
     record_open_calls: Callable[[], Awaitable[None]] | None
     count_tokens: PromptCounter | None = None
@@ -179,6 +184,7 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
         fleet = await stack.enter_async_context(
             open_fleet(loaded.config, ready, cache, task.run["id"])
         )
+        recorder = await stack.enter_async_context(open_recorder(lambda: fleet.endpoints, _BIN_MS))
         writer, open_calls, record_now = None, dict[int, CallLog](), None
         if task.journal is not None:
             writer = await _open_journal(Path(task.journal), task, worker)
@@ -197,6 +203,7 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
             model=model,
             writer=writer,
             stats_reporter=StatsReporter(lambda: fleet.endpoints),
+            recorder=recorder,
             open_calls=open_calls,
             record_open_calls=record_now,
             count_tokens=count,
@@ -394,6 +401,7 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
         follow_share(task, resources.fleet.limiter, worker_name()),
         open_lease(task, resources.loaded.config, received) as budget,
     ):
+        stop.recorder = resources.recorder
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
         drain = (lambda: late) if late else context.stop_reason
         part = await finish_items(Shard(0, len(task.items)), context.tools, drain)
@@ -414,6 +422,7 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
             else make_task_error(gate.error),
             seconds=time.monotonic() - began,
             endpoints=resources.stats_reporter.delta(),
+            timeline=_make_report(resources.recorder, task.carry),
             lease=None if task.lease is None else task.lease["name"],
             used=None if used is None else used.to_json(),
             short=gate.error is not None and is_lease_exhausted(gate.error),
@@ -421,8 +430,14 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
         return await asyncio.to_thread(_fit_message, result, task.carry)
 
 
+def _make_report(recorder: TimelineRecorder, carry: int) -> dict[str, Json] | None:
+    """Return what heartbeats have not reported for the timeline, if there is anything."""
+    delta = recorder.take()
+    return delta.to_json(min(_MOST_REPORT, carry // 8)) if delta else None
+
+
 def _fit_message(result: ShardResult, carry: int) -> ShardResult:
-    """Drop what does not fit: the partial aggregate, then the last records.
+    """Drop what does not fit: the partial aggregate and the timeline, then the last records.
 
     The coordinator can fold the records itself. It sends items without a record again.
     """
@@ -432,7 +447,8 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
     size = json_size(result.to_json())
     if size <= most or result.records is None:
         return result
-    records, result, dropped = list(result.records), replace(result, parts=None), 0
+    result = replace(result, parts=None, timeline=None)
+    records, dropped = list(result.records or ()), 0
     size = json_size(result.to_json())
     while size > most and len(records) > 1:
         size -= json_size(records.pop()) + len(", ")

@@ -286,9 +286,11 @@ class BatchTransport:
     async def _wait(self, line: _Line, log: CallLog) -> tuple[int, bytes] | str | None:
         queue, log.queue = log.queue, self
         line.is_awaited = True
+        self._endpoint.flight.begin()
         try:
             return await line.outcome
         finally:
+            self._endpoint.flight.end()
             log.queue = queue
             self._queue.pop(line, None)
 

@@ -122,6 +122,8 @@ class ShardResult:
         short: Whether items are left because the lease is used up.
         dropped: Items whose records were left out because the result would be too large.
         endpoints: Statistics of each endpoint since the worker's last result.
+        timeline: What its endpoints did since its last report, as a
+            :class:`~.timeline.TimelineDelta`; None if nothing.
     """
 
     shard: str
@@ -139,6 +141,7 @@ class ShardResult:
     short: bool = False
     dropped: int = 0
     endpoints: list[dict[str, Json]] | None = None
+    timeline: dict[str, Json] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the result as plain data."""

@@ -216,6 +216,7 @@ class LoadBalancer:
             endpoint.over_quota = False
         self.in_flight -= 1
         endpoint.in_flight -= 1
+        endpoint.flight.end()
         if item is not None:
             item.in_flight -= 1
             if self._extra_of:
@@ -433,6 +434,7 @@ class LoadBalancer:
                 self._extra_of[id(item)] = self._extra_of.get(id(item), 0) + 1
         self.in_flight += 1
         endpoint.in_flight += 1
+        endpoint.flight.begin()
         self._rank(endpoint)
         return endpoint
 

@@ -21,7 +21,7 @@ from ..core.waits import pause_after
 from .adaptive_limit import AdaptiveLimit
 from .policy import AdaptiveLimitPolicy, BreakerPolicy
 from .rate_limit import Quota
-from .stats import EndpointReport, EndpointStats
+from .stats import EndpointReport, EndpointStats, FlightTime
 
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 """A key, or a function that fetches the current one."""
@@ -368,6 +368,7 @@ class Endpoint:
         longest: Longest answer in tokens among accepted requests.
         longest_asked: The field of the last such request from which that was taken.
         stats: Its statistics.
+        flight: The time that requests to it are in flight, lines of batches included.
         streaming: Streams in flight that have begun.
         refused_items: By id, the items that it has refused since it last accepted another one; they
             are kept alive, for an id may be used again.
@@ -388,6 +389,7 @@ class Endpoint:
         "breaker",
         "chat_url",
         "ejected",
+        "flight",
         "foreign_load",
         "heard_at",
         "host",
@@ -452,6 +454,7 @@ class Endpoint:
         self.unanswered: dict[asyncio.Task[Any], float] = {}
         self.heard_at = 0.0
         self.stats = EndpointStats()
+        self.flight = FlightTime()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
 

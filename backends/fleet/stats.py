@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,37 @@ _TOKENS: Final = (
 _SUMS: Final = ("calls", *_TOKENS, "hedges")
 
 
+class FlightTime:
+    """Time that requests to an endpoint are in flight, summed over them.
+
+    Attributes:
+        count: Requests in flight now.
+    """
+
+    __slots__ = ("_sum_s", "count")
+
+    def __init__(self) -> None:
+        self.count, self._sum_s = 0, 0.0
+
+    def begin(self) -> None:
+        """Count a request as begun."""
+        self.count += 1
+        self._sum_s -= time.monotonic()
+
+    def end(self) -> None:
+        """Count a request as ended."""
+        self.count -= 1
+        self._sum_s += time.monotonic()
+
+    def total_s(self, now: float) -> float:
+        """Return the seconds in flight of all requests until now.
+
+        Args:
+            now: Monotonic time in seconds.
+        """
+        return self._sum_s + self.count * now
+
+
 @dataclass(slots=True)
 class EndpointStats:
     """Totals of one endpoint.
@@ -39,6 +71,7 @@ class EndpointStats:
         lost_completion_tokens: The same for their completions.
         useful_tokens: Tokens of its answers that were used, of items that have ended.
         hedges: Second requests that were sent to it.
+        latency_sum_s: Seconds to its answers, summed.
     """
 
     calls: int = 0
@@ -50,6 +83,7 @@ class EndpointStats:
     lost_completion_tokens: int = 0
     useful_tokens: int = 0
     hedges: int = 0
+    latency_sum_s: float = 0.0
     _cells: Counter[int] = field(default_factory=Counter)
 
     def add_answer(self, seconds: float, usage: Usage) -> None:
@@ -58,6 +92,7 @@ class EndpointStats:
         self.prompt_tokens += usage.prompt or 0
         self.completion_tokens += usage.completion or 0
         self.cached_tokens += usage.cached or 0
+        self.latency_sum_s += seconds
         self._cells[math.ceil(math.log2(max(seconds, 1e-4)) * _PER_DOUBLING)] += 1
 
     def add_failure(self, error: str) -> None:

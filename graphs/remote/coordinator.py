@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,6 +24,7 @@ from ...backends.core.errors import (
     WorkerLostError,
 )
 from ...backends.core.messages import DUPLICATE_REASON, WALLTIME_REASON, ShardResult, ShardTask
+from ...backends.core.timeline import ClockAlignment, TimelineDelta
 from ...backends.core.types import Item, Shard
 from ...backends.fleet.fleet import StatsCollector
 from ...backends.storage.journal import Journal
@@ -34,7 +35,7 @@ from ...backends.workers.pool import BackendPool
 from ...backends.workers.registry import make_backend_pool
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
-from .heartbeat import MISSED_POLLS, ControlFiles
+from .heartbeat import MISSED_POLLS, ControlFiles, TimelineReport
 from .rate_leases import open_rate_file
 from .task_template import TaskTemplate
 
@@ -219,6 +220,8 @@ class Coordinator:
         self._stop_requested = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
         self.stats_collector = StatsCollector()
+        self._timeline_reports = list[TimelineReport]()
+        self._clocks = defaultdict[str, ClockAlignment](ClockAlignment)
         self._has_orphans = False  # True if workers of earlier sessions may still write
 
     @property
@@ -323,8 +326,9 @@ class Coordinator:
             member.release()
             return None
         self._attempts[shard] += 1
+        sent_at = time.time()
         result = await self._pool.run(member, task, heartbeat)
-        return task, await self._record_result(result)
+        return task, await self._record_result(result, sent_at)
 
     def _overlapping_orphans(self, shard: Shard) -> list[asyncio.Task[ShardResult | None]]:
         """Return the tasks that adopt results of an earlier session for items of a shard."""
@@ -342,8 +346,14 @@ class Coordinator:
             await self.refresh()
         return result
 
-    async def _record_result(self, result: ShardResult) -> ShardResult:
+    async def _record_result(
+        self, result: ShardResult, sent_at: float | None = None
+    ) -> ShardResult:
         """Record the items, host, endpoint statistics and spending of a result.
+
+        Args:
+            result: The result.
+            sent_at: When its task was sent, in seconds since 1970; None if it was long ago.
 
         Returns:
             The result, without its part of the aggregate if another copy's record of an item
@@ -369,8 +379,31 @@ class Coordinator:
             )
         self._hosts.add(result.worker.partition(":")[0])
         self.stats_collector.add(result.endpoints or ())
+        self._add_timeline(result, sent_at)
         await self._lease_manager.settle(result)
         return result if only_copy else replace(result, parts=None)
+
+    def _add_timeline(self, result: ShardResult, sent_at: float | None) -> None:
+        if result.timeline is None:
+            return
+        try:
+            delta = TimelineDelta.from_json(result.timeline)
+        except ValueError as error:
+            text = "worker %s: its report for the timeline cannot be read (%s); it is left out"
+            logger.warning(text, result.worker, error)
+        else:
+            report = TimelineReport(delta, result.worker, sent_at, time.time())
+            self._timeline_reports.append(report)
+
+    def take_timeline(self) -> list[TimelineDelta]:
+        """Return what workers have reported since the last call, by this process' clock."""
+        reports, self._timeline_reports = self._timeline_reports, []
+        reports += self._control_files.take_reports()
+        for one in reports:
+            sent_ms = None if one.sent_at is None else 1000 * one.sent_at
+            clock = self._clocks[one.worker]
+            one.delta.shift(clock.update(one.delta, sent_ms, 1000 * one.arrived_at))
+        return [one.delta for one in reports]
 
     async def refresh(self, worker: str | None = None) -> None:
         """Read what workers have recorded since the last time, and count it.

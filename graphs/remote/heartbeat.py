@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+import orjson
+
 from ...backends.cluster.walltime import Walltime, walltime
 from ...backends.core.errors import JournalError
 from ...backends.core.messages import DUPLICATE_REASON, WALLTIME_REASON, ShardTask
+from ...backends.core.timeline import TimelineDelta
+from ...backends.fleet.timeline import TimelineRecorder
 from ...backends.workers.member import Heartbeat
 from ...configs.models import LimitsConfig
 
@@ -76,6 +83,8 @@ class ControlFiles:
     def __init__(self, journal: Path | None, token: str, silence_s: float) -> None:
         self._journal, self._token = journal, token
         self._watched = dict[Path, _FileState]()
+        self._reports = deque[TimelineReport]()
+        self._reading, self._damaged = threading.Lock(), False
         self._most_s, self._polled_at = silence_s / MISSED_POLLS, time.monotonic()
         self._unreadable = False
 
@@ -124,7 +133,8 @@ class ControlFiles:
 
     def revoke(self, file: Path) -> None:
         """Revoke a task: its worker stops if it still runs. Blocks."""
-        self._watched.pop(file, None)
+        if (seen := self._watched.pop(file, None)) is not None:
+            self._read_reports(file, seen)
         try:
             file.unlink(missing_ok=True)
         except OSError as error:  # its worker then finishes items that others finish too
@@ -145,9 +155,8 @@ class ControlFiles:
             except OSError as error:
                 failed.append(f"{file}: cannot be read: {error.strerror}")
             else:
-                seen.update(stamp, passed)
-                if seen.worker is None and seen.silent_s is not None:
-                    seen.worker = _read_worker(file)
+                if seen.update(stamp, passed):
+                    self._read_reports(file, seen)
         self._polled_at = time.monotonic()
         if failed and not self._unreadable:  # one warning, because thousands of files may be polled
             text = "%s (%d such files); still waiting for their workers"
@@ -159,16 +168,34 @@ class ControlFiles:
         """Return the names of the workers that process a task, as of the last poll."""
         return {seen.worker for seen in list(self._watched.values()) if seen.worker}
 
+    def take_reports(self) -> list[TimelineReport]:
+        """Return what workers have reported for the timeline since the last call."""
+        reports = list[TimelineReport]()
+        while self._reports:  # other threads may add to them
+            reports.append(self._reports.popleft())
+        return reports
+
+    def _read_reports(self, file: Path, seen: _FileState) -> None:
+        """Read what a worker has written to the file of its task since the last time."""
+        with self._reading:
+            for line in seen.read_lines(file):
+                if line.startswith(_BEGUN.encode()):
+                    name = line.decode(errors="replace")
+                    seen.worker = seen.worker or name.removeprefix(_BEGUN).strip() or None
+                    continue
+                try:
+                    delta = TimelineDelta.from_json(orjson.loads(line))
+                except ValueError as error:
+                    if not self._damaged:  # one warning, because it is of no harm
+                        text = "%s: a report for the timeline cannot be read (%s); it is left out"
+                        logger.warning(text, file, error)
+                    self._damaged = True
+                    continue
+                report = TimelineReport(delta, seen.worker or "", seen.sent_at, time.time())
+                self._reports.append(report)
+
     def _open(self, journal: Path) -> Path:
         return journal / f"{_OPEN}{self._token}"
-
-
-def _read_worker(file: Path) -> str | None:
-    """Return the name of the worker that began a task, or None if it cannot be read now."""
-    try:
-        return file.read_text(encoding="utf-8").removeprefix(_BEGUN).strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _rename(file: Path, target: Path) -> None:
@@ -185,18 +212,55 @@ class _FileState:
     Attributes:
         silent_s: Seconds since the last observed change; None before a worker has touched it.
         worker: Name of the worker that began the task, once it is known.
+        sent_at: When it was created, in seconds since 1970.
     """
 
     def __init__(self, mtime_ns: int) -> None:
         self._mtime_ns = mtime_ns
         self.silent_s: float | None = None
         self.worker: str | None = None
+        self.sent_at = time.time()
+        self._offset = 0
 
-    def update(self, stamp: int | None, passed_s: float) -> None:
+    def update(self, stamp: int | None, passed_s: float) -> bool:
+        """Count the time since the last poll; return True if the file has changed since."""
         if stamp is not None and stamp != self._mtime_ns:
             self._mtime_ns, self.silent_s = stamp, 0.0
-        elif self.silent_s is not None:
+            return True
+        if self.silent_s is not None:
             self.silent_s += passed_s
+        return False
+
+    def read_lines(self, file: Path) -> list[bytes]:
+        """Return the whole lines that were added since the last call; none if it cannot be read."""
+        try:
+            with file.open("rb") as opened:
+                opened.seek(self._offset)
+                data = opened.read(_MOST_READ)
+        except OSError:  # a later poll, or the result of the task, tells what happened
+            return []
+        whole, _, _ = data.rpartition(b"\n")
+        if len(data) == _MOST_READ and not whole:
+            whole = data  # no report is so long: skip it
+        self._offset += len(whole) + 1 if whole else 0
+        return [line for line in whole.split(b"\n") if line]
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineReport:
+    """What a worker reports for the timeline.
+
+    Attributes:
+        delta: What its endpoints did, with times by the worker's clock.
+        worker: Name of the worker.
+        sent_at: When its task was sent, in seconds since 1970; None if an earlier session did.
+        arrived_at: When the report arrived, in seconds since 1970.
+    """
+
+    delta: TimelineDelta
+    worker: str
+    sent_at: float | None
+    arrived_at: float
 
 
 STOPPED: Final = "the coordinator stopped the run"
@@ -205,6 +269,10 @@ TIME_OVER: Final = f"{WALLTIME_REASON}: the run's time is over"
 _STOP_S: Final = 1.0
 _BEAT_S: Final = 2.0
 """Seconds between the heartbeats of a worker."""
+_MOST_REPORT: Final = 64_000
+"""Bytes that a report for the timeline aims at."""
+_APPEND_S: Final = 5.0
+_MOST_READ: Final = 8_000_000
 
 
 class StopSignal:
@@ -218,12 +286,15 @@ class StopSignal:
         stopped: True if the coordinator has stopped the run.
         revoked: True if it has revoked the task: this worker was silent for too long.
         repeated: True if the task was started before, on this or another worker.
+        recorder: What the worker's endpoints do, which heartbeats report; None before they are
+            open.
     """
 
     def __init__(self, deadline_s: float, ends_at: float | None = None) -> None:
         self._deadline, self._ends_at = time.monotonic() + deadline_s, ends_at
         self._job_end: Walltime | None = None
         self.stopped = self.revoked = self.repeated = False
+        self.recorder: TimelineRecorder | None = None
 
     def stop_reason(self) -> str | None:
         """Return why no further item may start, or None."""
@@ -279,19 +350,36 @@ async def heartbeat(task: ShardTask, worker: str) -> AsyncIterator[StopSignal]:
 async def _send_heartbeats(file: Path, signal: StopSignal) -> None:
     while not signal.revoked:
         await asyncio.sleep(_BEAT_S)
-        await _check_file(_touch, file, signal)
+        recorder = signal.recorder
+        delta = None if recorder is None or signal.repeated else recorder.take()
+        if recorder is None or not delta:
+            await _check_file(_touch, file, signal)
+            continue
+        appending = asyncio.create_task(_check_file(partial(_append, delta=delta), file, signal))
+        try:
+            await asyncio.shield(appending)
+        finally:  # the thread goes on when the task ends
+            await asyncio.wait({appending}, timeout=_APPEND_S)
+            if not appending.done() or not appending.result():
+                recorder.put_back(delta)
 
 
 async def _check_file(
     do: Callable[[Path, StopSignal], None], file: Path, signal: StopSignal
-) -> None:
-    """Send a heartbeat; the file is missing if the coordinator has revoked the task."""
+) -> bool:
+    """Send a heartbeat; return True if it was sent.
+
+    The file is missing if the coordinator has revoked the task.
+    """
     try:
         await asyncio.to_thread(do, file, signal)
     except FileNotFoundError:
         signal.revoked = True
     except OSError as error:  # it may recover before the worker counts as lost
         logger.warning("%s: cannot be touched: %s", file, error.strerror)
+    else:
+        return True
+    return False
 
 
 def _mark_begun(file: Path, signal: StopSignal, worker: str) -> None:
@@ -304,6 +392,14 @@ def _mark_begun(file: Path, signal: StopSignal, worker: str) -> None:
 
 def _touch(file: Path, _: StopSignal) -> None:
     os.utime(file)
+
+
+def _append(file: Path, _: StopSignal, delta: TimelineDelta) -> None:
+    """Add a line to a file that must exist."""
+    line = orjson.dumps(delta.to_json(_MOST_REPORT))
+    with file.open("r+b") as opened:
+        opened.seek(0, os.SEEK_END)
+        opened.write(b"\n%b\n" % line)  # what an earlier failure left is a line of its own
 
 
 async def _poll_stop_file(file: Path, signal: StopSignal) -> None:

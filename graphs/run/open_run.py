@@ -22,7 +22,7 @@ from ...backends.budget.spend_log import SpendLogs
 from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
-from ...backends.core.money import NO_PRICES, NodeTime
+from ...backends.core.money import NO_PRICES, NodeTime, TokenPrices
 from ...backends.core.types import Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
@@ -68,6 +68,7 @@ from .prepare import (
 )
 from .result_rows import ResultSource, make_result_layout
 from .shutdown import close_at_deadline
+from .timeline import record_timeline, write_timeline
 
 _SHOWN_FILES: Final = 3
 
@@ -165,9 +166,8 @@ async def open_run(
                 coordinator = await stack.enter_async_context(
                     open_coordinator(options.work_shard, template, journal, progress, budget)
                 )
-                reports = coordinator.stats_collector.reports
                 await stack.enter_async_context(
-                    write_reports_at_end(reports, folder, journal.session_number, price)
+                    _record_workers(coordinator, folder, journal.session_number, price)
                 )
             else:
                 cache = await stack.enter_async_context(
@@ -177,9 +177,7 @@ async def open_run(
                     open_fleet(config, ready, cache, files.provenance["run"])
                 )
                 await stack.enter_async_context(
-                    write_reports_at_end(
-                        make_reporter(fleet), folder, journal.session_number, price
-                    )
+                    _record_fleet(fleet, folder, journal.session_number, price)
                 )
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
                 batches = await stack.enter_async_context(
@@ -231,6 +229,31 @@ async def open_run(
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
         stack.enter_context(close_at_deadline(tools.gate, options.deadline))
         yield tools
+
+
+@asynccontextmanager
+async def _record_fleet(
+    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices
+) -> AsyncIterator[None]:
+    """Write the timeline and the endpoints table of a fleet of this process."""
+    async with (
+        write_reports_at_end(make_reporter(fleet), folder, session, prices),
+        record_timeline(folder, fleet),
+    ):
+        yield
+
+
+@asynccontextmanager
+async def _record_workers(
+    coordinator: Coordinator, folder: RunFolder, session: int, prices: TokenPrices
+) -> AsyncIterator[None]:
+    """Write the timeline and the endpoints table from what workers report."""
+    reports = coordinator.stats_collector.reports
+    async with (
+        write_reports_at_end(reports, folder, session, prices),
+        write_timeline(folder, lambda _: coordinator.take_timeline()),
+    ):
+        yield
 
 
 def _make_item_runner(

@@ -15,6 +15,7 @@ from fanfold.backends.fleet.endpoint import BreakerState
 from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
 from fanfold.backends.storage.results_schema import OPTIONAL_COLUMNS, UNFIT_COLUMN
+from fanfold.backends.storage.timeline import SCHEMA
 from fanfold.nodes.aggregators.registry import AGGREGATORS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()
@@ -49,6 +50,10 @@ def test_every_column_and_state_of_the_endpoints_is_listed(tmp_path: Path) -> No
     listed = first_cells("endpoints.parquet")
     assert listed[: len(columns) + 1] == [*columns, "state"]
     assert {state.value for state in BreakerState} <= set(listed)
+
+
+def test_every_column_of_the_timeline_is_listed() -> None:
+    assert set(SCHEMA.names) <= set(first_cells("timeline.arrow"))
 
 
 def test_every_aggregator_is_listed() -> None:

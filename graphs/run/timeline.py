@@ -1,0 +1,103 @@
+"""Write the timeline of a run while a session goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+from ...backends.core.errors import JournalError
+from ...backends.core.timeline import TimelineDelta
+from ...backends.fleet.fleet import Fleet
+from ...backends.fleet.timeline import open_recorder
+from ...backends.storage.run_folder import RunFolder
+from ...backends.storage.timeline import FILE_NAME, Timeline
+
+logger = logging.getLogger(__name__)
+
+_WRITE_S: Final = 3.0
+"""Seconds between two writes: what a kill costs."""
+_SHARE: Final = 50.0
+"""Writing takes at most one part in so many of the time, however large the timeline is."""
+_MOST_PAUSE_S: Final = 60.0
+
+TakeDeltas = Callable[[int], Sequence[TimelineDelta]]
+"""Returns what processes have reported since the last call, in bins of at least a width in ms."""
+
+
+class _TimelineWriter:
+    """Adds reports to the timeline of a run and writes it; a failure is a warning, once."""
+
+    def __init__(self, folder: RunFolder, take: TakeDeltas) -> None:
+        self._timeline, self._take = Timeline(folder.path / FILE_NAME), take
+        self._loaded = self._failed = self._changed = False
+        self._writing: asyncio.Task[None] | None = None
+
+    async def write(self) -> None:
+        """Write the timeline if there is anything new."""
+        if self._writing is not None:  # a thread goes on when its caller is cancelled
+            await asyncio.wait({self._writing})
+        deltas = [delta for delta in self._take(self._timeline.width_ms) if delta]
+        if not deltas and not self._changed:
+            return
+        self._changed = True
+        self._writing = asyncio.create_task(asyncio.to_thread(self._write, deltas))
+        await asyncio.shield(self._writing)
+
+    def _write(self, deltas: Sequence[TimelineDelta]) -> None:
+        if not self._loaded:
+            self._loaded = True
+            try:
+                self._timeline.load()
+            except JournalError as error:
+                logger.warning("%s; this session begins a new one", error.message)
+        self._timeline.add(deltas)
+        try:
+            self._timeline.write()
+        except JournalError as error:  # the run is worth more than its timeline
+            if not self._failed:
+                logger.warning("%s; will retry", error.message)
+            self._failed = True
+        else:
+            self._failed = self._changed = False
+
+    async def follow(self) -> None:
+        """Write every few seconds; never returns."""
+        took_s = 0.0
+        while True:
+            await asyncio.sleep(min(max(_WRITE_S, _SHARE * took_s), _MOST_PAUSE_S))
+            began = time.monotonic()
+            await self.write()
+            took_s = time.monotonic() - began
+
+
+@asynccontextmanager
+async def write_timeline(folder: RunFolder, take: TakeDeltas) -> AsyncIterator[None]:
+    """Write the timeline of a run every few seconds while the block runs, and when it ends.
+
+    Args:
+        folder: The run's folder.
+        take: Returns what there is to add.
+    """
+    writer = _TimelineWriter(folder, take)
+    following = asyncio.create_task(writer.follow())
+    try:
+        yield
+    finally:
+        following.cancel()
+        with suppress(asyncio.CancelledError):
+            await following
+        await writer.write()
+
+
+@asynccontextmanager
+async def record_timeline(folder: RunFolder, fleet: Fleet) -> AsyncIterator[None]:
+    """Write the timeline of a run whose requests this process sends, while the block runs."""
+    async with (
+        open_recorder(lambda: fleet.endpoints) as recorder,
+        write_timeline(folder, lambda width_ms: [recorder.take(width_ms)]),
+    ):
+        yield
