@@ -10,6 +10,7 @@ from itertools import groupby, tee
 from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.images import show_images
 from ...backends.core.samples import FoldRule, SampleFold
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import Json, Row, find_row_id
@@ -49,7 +50,9 @@ class PromptRenderer:
             return body.get("messages") if isinstance(body, dict) else None
         if record.get("question") is None:
             return None
-        return self.prompt.build_messages(row)
+        messages = self.prompt.build_messages(row)
+        images = record.get("images")
+        return show_images(messages, images) if images else messages
 
 
 @dataclass(frozen=True, slots=True)
