@@ -86,7 +86,7 @@ class TaskTemplate:
             ConfigurationError: The first item alone is too large.
         """
         backend, limits, journal = self.config.backend, self.config.limits, self.journal
-        packed, images = _fit_images(items, self.images, backend.message_bytes)
+        packed, images = pack_items(items, self.images, backend.message_bytes)
         return ShardTask(
             shard=shard,
             attempt=attempt,
@@ -107,7 +107,7 @@ class TaskTemplate:
         )
 
 
-def _fit_images(
+def pack_items(
     items: Sequence[Item], images: ImageFolder | None, most: int
 ) -> tuple[list[tuple[int, str, Row, str | None]], dict[str, list[dict[str, Json]]] | None]:
     """Return items as a task contains them and their images, as many as fit; blocks.

@@ -153,9 +153,8 @@ def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Messa
         InvalidItemError: The item fails without a request.
     """
     if not config.input.is_batch:
-        messages = prompt.build_messages(row)
-        images = open_images(config)
-        return messages if images is None else add_images(messages, images.load_heads(row))
+        images, first = open_images(config), prompt.build_messages(row)
+        return first if images is None else add_images(first, images.load_heads(row))
     if row["url"] not in REQUEST_URLS:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
     if (kind := REQUEST_KINDS.get(row["url"])) is not None:
