@@ -290,6 +290,10 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])
+    task = data.get("task")
+    images = task.get("images") if isinstance(task, dict) else None
+    if isinstance(images, dict) and isinstance(images.get("folder"), str):
+        images["folder"] = change(images["folder"])
     if isinstance(cache := data.get("cache"), str) and cache not in ("off", "run"):
         data["cache"] = change(cache)
     endpoints = data.get("endpoints")

@@ -211,6 +211,23 @@ class MessageConfig(Section):
     content: Annotated[str, Field(min_length=1)]
 
 
+class ImagesConfig(Section):
+    """Images that are sent with each item.
+
+    Attributes:
+        columns: Columns that name the image of an item, or a list of them: files below the folder
+            of the input, or URLs.
+        urls: Whether an image may be an http URL, which the server of the model loads.
+        folder: Folder of the files; None is that of the input.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="columns urls folder")
+
+    columns: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    urls: bool = False
+    folder: PathText | None = None
+
+
 class TaskConfig(Section):
     """What is asked of each item.
 
@@ -223,6 +240,8 @@ class TaskConfig(Section):
             ``output``, the answer; or a jsonl or csv file of them.
         answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
         repairs: How often an answer that does not parse or validate is sent back.
+        images: Images that are sent after the prompt: a list of columns that name them, or a
+            section with ``columns``, ``urls`` and ``folder``.
         samples: How often each row is asked; each sample is an item.
         fold: How the answers of the samples become one: ``vote``, ``mean``, or one of them by
             field; None averages numbers (``type: number``) and lets all else vote.
@@ -243,9 +262,15 @@ class TaskConfig(Section):
     examples: Annotated[list[dict[str, Any]], Field(max_length=MOST_EXAMPLES)] | None = None
     answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     repairs: Annotated[int, Field(ge=0, le=10)] = 1
+    images: ImagesConfig | None = None
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     fold: FoldKind | dict[str, FoldKind] | None = None
     graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _columns_are_a_section(cls, value: Any) -> Any:
+        return {"columns": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _asks_in_one_way(self) -> TaskConfig:
@@ -571,6 +596,12 @@ class RunConfig(Section):
             msg = (
                 "backend.kind: batch answers one request per item and repair, but the calls of a "
                 "task.graph follow each other; leave out one of the two"
+            )
+            raise ValueError(msg)
+        if self.task.images is not None:
+            msg = (
+                "backend.kind: batch writes its requests to files, which must not hold images; "
+                "leave out one of backend.kind and task.images"
             )
             raise ValueError(msg)
         if self.limits.item_timeout_s is not None:

@@ -88,7 +88,8 @@ def _check_examples(task: TaskConfig) -> None:
 def find_task_warnings(task: TaskConfig) -> list[str]:
     """Return a line for each part of a task that is allowed but seldom intended."""
     lines = list[str]()
-    if task.graph is None and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
+    asks_same = task.images is None and task.graph is None
+    if asks_same and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
         where = "task.prompt names" if task.messages is None else "task.messages name"
         lines.append(
             f"{where} no column, so that every item asks the same; write {{NAME}} where the "

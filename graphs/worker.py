@@ -45,7 +45,11 @@ from ..backends.discovery.connect import (
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
+<<<<<<< HEAD
 from ..backends.fleet.timeline import TimelineRecorder, open_recorder
+=======
+from ..backends.inputs.images import CarriedImages, open_images
+>>>>>>> tasks-b
 from ..backends.storage.journal_file import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
@@ -309,7 +313,14 @@ def make_task_context(
         item_journal=journal,
         aggregators=build_aggregators(loaded.config.list_aggregators()),
         run_item=make_item_runner(
-            loaded, resources.fleet, resources.model, engine=None, quiet=True
+            loaded,
+            resources.fleet,
+            resources.model,
+            engine=None,
+            quiet=True,
+            images=open_images(loaded.config)
+            if task.images is None
+            else CarriedImages.from_json(task.images),
         ),
         gate=Gate(task.streams, loaded.config.limits.drain_s),
         progress=Progress(total=len(items)),

@@ -280,3 +280,8 @@ def _fold_schema(rule: FoldRule, schema: Any, root: Mapping[str, Any]) -> Mappin
     parts = {key: _fold_schema(one, properties[key], root) for key, one in rule.fields.items()}
     kept = {key: value for key, value in found.items() if key not in ("anyOf", "oneOf", "allOf")}
     return kept | {"type": "object", "properties": parts}
+
+
+def find_row_error(classes: Sequence[str | None]) -> str | None:
+    """Return the most frequent error class of a row's samples; the first of several."""
+    return Counter(classes).most_common(1)[0][0]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import orjson
 
+from ..core.images import IMAGE_PART, is_image, read_media_type
 from ..core.schemas import open_validator
 from .json_schema import PARAM, ValueGenerator, check_keywords
 from .values import (
@@ -317,7 +318,22 @@ def _messages(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ApiError(f"'{type(messages).__name__}' object is not iterable")
     if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ApiError("messages must be a list of objects with a role", param="messages")
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if is_image(part):
+                _check_image(part)
     return messages
+
+
+def _check_image(part: Mapping[str, Any]) -> None:
+    """Refuse what is no image; those of other servers are accepted without a look."""
+    held = part.get(IMAGE_PART)
+    url = held.get("url") if isinstance(held, Mapping) else None
+    if isinstance(url, str) and url.startswith(("http://", "https://")):
+        return
+    if not isinstance(url, str) or read_media_type(url) is None:
+        raise ApiError("Failed to load image: cannot identify image file", param="messages")
 
 
 def _prompt(data: Mapping[str, Any]) -> str:

@@ -15,10 +15,12 @@ from typing import Any, Final
 from ...backends.budget.pricing import read_price
 from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
+from ...backends.core.images import add_images
 from ...backends.core.samples import SampleFold
 from ...backends.core.selection import Selection
 from ...backends.core.types import Item, Json, Message, Row, find_row_id
 from ...backends.inputs.column_types import describe_columns
+from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
@@ -217,6 +219,7 @@ class Extension:
                 bytes.fromhex(about["fingerprint"]),
             ),
             build_messages=prompt.build_messages,
+            images=open_images(config),
             ask_again=self.ask_again or _choose_ask_again(self.source, self.loaded),
             plan=ExtensionPlan(
                 before["run"], self.source.path, bool(about["simulated"]), only=self.only
@@ -290,6 +293,7 @@ class _Matcher:
         total: Number of its items.
         digests: Digests of the new run's items.
         build_messages: Returns the first messages of an item from its columns.
+        images: Reads the images of an item, or None.
         ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
         plan: What has been found so far.
         prompts: Estimated tokens of the prompts to ask.
@@ -301,6 +305,7 @@ class _Matcher:
     total: int
     digests: ItemDigests
     build_messages: Callable[[Row], list[Message]]
+    images: ImageFolder | None
     ask_again: str | None
     plan: ExtensionPlan
     prompts: array[float] = field(default_factory=lambda: array("d"))
@@ -313,27 +318,35 @@ class _Matcher:
     def _iter_kept(self, items: list[Item]) -> Iterator[dict[str, Json]]:
         for item in items:
             index = self.indices.pop(item.id, None)
-            messages = self._render(item)
-            if messages is None:
+            rendered = self._render(item)
+            if rendered is None:
                 self.plan.invalid += 1
-            elif (record := self._find_kept(index, messages, item.sample)) is not None:
+                continue
+            messages, question = rendered
+            if (record := self._find_kept(index, question)) is not None:
                 yield self._adopt(record, item)
             else:
                 tokens = estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE
                 self.prompts.append(tokens)
 
-    def _render(self, item: Item) -> list[Message] | None:
-        """Return the first messages of an item; None if it fails without a request."""
+    def _render(self, item: Item) -> tuple[list[Message], str | None] | None:
+        """Return the first messages of an item and the digest of its question.
+
+        Returns:
+            None if it fails without a request.
+        """
         if item.problem is not None:
             return None
         try:
-            return self.build_messages(item.row)
+            messages = self.build_messages(item.row)
+            images = [] if self.images is None else self.images.load(item.row)
         except InvalidItemError:
             return None
+        told = [image.describe() for image in images]
+        question = self.digests.compute_question(messages, item.sample, told)
+        return add_images(messages, images), question
 
-    def _find_kept(
-        self, index: int | None, messages: list[Message], sample: int
-    ) -> dict[str, Any] | None:
+    def _find_kept(self, index: int | None, question: str | None) -> dict[str, Any] | None:
         """Return the record to take over; None, counted by its reason, if the item is asked."""
         plan = self.plan
         if index is None:
@@ -343,7 +356,7 @@ class _Matcher:
             plan.unfinished += 1
             return None
         record = self.journal.read_record(index)
-        is_same = record.get("question") == self.digests.compute_question(messages, sample)
+        is_same = record.get("question") == question
         if not is_same or bool(record.get("simulated")) != plan.simulated:
             plan.changed += 1
             return None

@@ -32,6 +32,7 @@ from ...backends.discovery.connect import (
 )
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
+from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
@@ -264,7 +265,8 @@ def _make_item_runner(
     by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
     engine = options.make_engine(choose_steps(config)) if by_engine else None
     quiet = not is_small_batch(total) and not trace
-    return make_item_runner(loaded, fleet, model, engine, quiet)
+    images = open_images(config)
+    return make_item_runner(loaded, fleet, model, engine, quiet, images=images)
 
 
 def _check_trace(options: OpenOptions) -> None:

@@ -88,12 +88,23 @@ def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -
 
 def _dump_task(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the task; those that are not set need no place in the digest."""
-    dumped = config.task.model_dump(mode="json", by_alias=True, exclude={"fold"})
+    dumped = config.task.model_dump(
+        mode="json", by_alias=True, exclude={"fold": True, "images": {"folder"}}
+    )
     return {k: v for k, v in dumped.items() if k not in _LATER or v != _LATER[k]}
 
 
-_LATER: Final[Mapping[str, Any]] = {"examples": None, "messages": None, "samples": 1}
+_LATER: Final[Mapping[str, Any]] = {
+    "examples": None,
+    "messages": None,
+    "images": None,
+    "samples": 1,
+}
 """Settings, with their defaults, that runs may lack because they began before they existed."""
+
+
+_PER_ITEM: Final = ("images", "samples")
+"""Settings whose part of a question is added for each item."""
 
 
 def _dump_model(config: RunConfig) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def compute_question_digest(config: RunConfig, model: str) -> bytes:
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
     task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
-    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER and k != "samples"}
+    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER and k not in _PER_ITEM}
     has_system = bool(config.task.system) or any(
         message.role == "system" for message in config.task.messages or ()
     )
@@ -128,7 +139,7 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     """Return one line per difference of two settings that a run may not change.
 
     The input's path does not count, because its content is compared by digest. Endpoints, backend,
-    limits, reduce and the fold of samples may change.
+    limits, reduce, the fold of samples and the folder of the images may change.
 
     Args:
         old: The run's settings.
@@ -139,7 +150,10 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     for section in ("input", "task", "model"):
         a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
         if section == "task":
-            a.pop("fold", None), b.pop("fold", None)
+            for settings in (a, b):
+                settings.pop("fold", None)
+                if isinstance(images := settings.get("images"), Mapping):
+                    settings["images"] = {k: v for k, v in images.items() if k != "folder"}
         if section == "model":
             a["name"], b["name"] = model, b.get("name") or model
             a["price"] = b["price"] = None  # may change
@@ -327,14 +341,21 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
 def check_input_setting(
     loaded: LoadedConfig, items: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Check that an input is configured.
+    """Check that an input is configured, and a folder for its images if it has some.
 
     Raises:
-        ConfigurationError: There are no items, path or dataset.
+        ConfigurationError: There are no items, path or dataset; or no folder.
     """
-    given = loaded.config.input
+    given, images = loaded.config.input, loaded.config.task.images
     if items is None and given.path is None and given.dataset is None:
         msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
+        raise ConfigurationError(msg)
+    has_folder = items is None and given.path is not None
+    if images is not None and images.folder is None and not has_folder and not images.urls:
+        msg = (
+            f"{loaded.source}: task.images: items that are given in memory or by a data set have "
+            "no folder; set task.images.folder, or task.images.urls: true"
+        )
         raise ConfigurationError(msg)
 
 

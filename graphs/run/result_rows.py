@@ -10,7 +10,8 @@ from itertools import groupby, tee
 from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.samples import FoldRule, SampleFold
+from ...backends.core.images import show_images
+from ...backends.core.samples import FoldRule, SampleFold, find_row_error
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import Json, Row, find_row_id
 from ...backends.inputs.item_store import ItemStore
@@ -29,7 +30,6 @@ from ...backends.storage.results_schema import (
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_extents
 from ...configs.loader import read_settings
 from ...configs.raw_settings import expand_variables, get_at_path
-from ...nodes.shard.record import find_row_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ class PromptRenderer:
             return body.get("messages") if isinstance(body, dict) else None
         if record.get("question") is None:
             return None
-        return self.prompt.build_messages(row)
+        messages = self.prompt.build_messages(row)
+        images = record.get("images")
+        return show_images(messages, images) if images else messages
 
 
 @dataclass(frozen=True, slots=True)

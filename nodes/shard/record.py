@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -15,10 +14,11 @@ import orjson
 from ...backends.core.errors import (
     InvalidAnswerError,
 )
+from ...backends.core.images import mask_images, read_text
 from ...backends.core.money import TokenPrices
 from ...backends.core.protocols import CallLog, EndpointUsage
-from ...backends.core.samples import SampleFold
-from ...backends.core.types import Item, Json, Outcome
+from ...backends.core.samples import SampleFold, find_row_error
+from ...backends.core.types import Item, Json, Message, Outcome
 from ...backends.core.values import MAX_COUNT, clamp_counts, replace_surrogates
 from ..context import ItemJournal, RunTools
 from ..state import ItemState
@@ -48,20 +48,26 @@ class ItemDigests:
         self._fingerprint = hashlib.blake2b(fingerprint, digest_size=12)
 
     def compute_question(
-        self, messages: Sequence[Mapping[str, str]] | None, sample: int = 0
+        self,
+        messages: Sequence[Message] | None,
+        sample: int = 0,
+        images: Sequence[Mapping[str, Json]] = (),
     ) -> str | None:
         """Return the digest of an item's first messages; repairs repeat them.
 
         Args:
             messages: The messages; None or empty gives None.
             sample: Number of the sample. The first one has the digest of an item without samples.
+            images: What is known of the images, with their digests.
         """
         if not messages:
             return None
         digest = self._question.copy()
         for number, message in enumerate(messages[self._constant_messages :]):
-            content = message["content"].encode(errors="replace")
+            content = read_text(message["content"]).encode(errors="replace")
             digest.update(b"\0%d\0" % len(content) + content if number else content)
+        for image in images:
+            digest.update(f"\0image {image['sha256']}".encode())
         if sample:
             digest.update(b"\0sample %d" % sample)
         return digest.hexdigest()[:32]
@@ -96,7 +102,9 @@ class RecordBuilder:
             "id": item.id,
             "sample": item.sample,
             "status": "failed" if error else "done",
-            "question": self._digests.compute_question(state.get("messages"), item.sample),
+            "question": self._digests.compute_question(
+                state.get("messages"), item.sample, state.get("images") or ()
+            ),
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,
             "error": error["text"] if error else None,
@@ -124,6 +132,9 @@ class RecordBuilder:
             record |= _make_text_fields("raw", raw)
         if (reasoning := state.get("reasoning")) is not None:
             record |= _make_text_fields("reasoning", reasoning)
+        if images := state.get("images"):
+            _leave_out_images(record)
+            record["images"] = images
         usages = list(calls.usage_by_endpoint.values())
         if len(usages) == 1:
             record |= _cost_counts(usages[0], tools.token_prices)
@@ -135,6 +146,13 @@ class RecordBuilder:
                 clamp_counts(share)
         clamp_counts(record)
         return record
+
+
+def _leave_out_images(record: dict[str, Json]) -> None:
+    """Leave out the content of images in texts that a model or a server may repeat."""
+    for name in ("error", "raw", "reasoning"):
+        if isinstance(text := record.get(name), str):
+            record[name] = mask_images(text)
 
 
 def put_record(journal: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:
@@ -270,8 +288,3 @@ class SampleCollector:
             item.row,
             folded,
         )
-
-
-def find_row_error(classes: Sequence[str | None]) -> str | None:
-    """Return the most frequent error class of a row's samples; the first of several."""
-    return Counter(classes).most_common(1)[0][0]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import fanfold
+from fanfold.tests.unit.inputs.test_images import JPEG, make_png
 
 from .conftest import Shell
 
@@ -173,3 +174,25 @@ def test_samples_are_folded(shell: Shell) -> None:
         assert row["novelty"] == pytest.approx(sum(one["novelty"] for one in answers) / 5)
     counts, agreement = fanfold.load_results("topics").aggregate
     assert counts["missing"] == agreement["ties"]["field"] == sum(r["field"] is None for r in shown)
+
+
+def test_images_of_the_page(shell: Shell) -> None:
+    Path("figures.yaml").write_text(yaml.safe_dump(read_page_settings("figures")))
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"```\n(id,figure,caption\n.*?)```", page, re.DOTALL)
+    Path("figures").mkdir()
+    Path("figures/figures.csv").write_text(rows)
+    Path("figures/f1.png").write_bytes(make_png(280, 280))
+    Path("figures/f2.jpg").write_bytes(JPEG)
+    checked = shell("check", "figures.yaml")
+    assert "[image, image/png, 280 x 280 pixels]" in checked.out, checked.err
+    assert "images by their size" in checked.out
+    said = shell("run", "figures.yaml", "--out", "figures-run", "--quiet")
+    assert said.code == 0, said.err
+    first, second = read_lines(shell, "figures-run", "--prompt")
+    (message,) = first["prompt"]
+    asked, image = message["content"].splitlines()
+    assert asked == "What kind of figure is this? Its caption: Yield over time"
+    assert re.fullmatch(r"\[image f1\.png, [\d,]+ bytes, sha256 [0-9a-f]{16}\]", image)
+    assert first["output"] in {"plot", "micrograph", "structure"}
+    assert second["prompt_tokens"] > 256
