@@ -45,11 +45,8 @@ from ..backends.discovery.connect import (
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
-<<<<<<< HEAD
 from ..backends.fleet.timeline import TimelineRecorder, open_recorder
-=======
 from ..backends.inputs.images import CarriedImages, open_images
->>>>>>> tasks-b
 from ..backends.storage.journal_file import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
