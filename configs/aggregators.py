@@ -14,7 +14,10 @@ from .base import Access, declare_access
 
 
 class AggregatorConfig(BaseModel):
-    """Base of the settings of an aggregator; ``op`` names its kind."""
+    """Base of the settings of an aggregator; ``op`` names its kind.
+
+    With ``group_by``, there is a result for each value of this field of the answer or the input.
+    """
 
     access: ClassVar[dict[str, Access]] = {}
 
@@ -22,12 +25,20 @@ class AggregatorConfig(BaseModel):
         extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )
 
+    group_by: str | None = None
+    max_groups: Annotated[int, Field(ge=1, le=1000)] = 100
+
+    @property
+    def most_rows(self) -> int:
+        """Number of rows that a result may have."""
+        return int(getattr(self, "k", 0)) or int(getattr(self, "limit", 0))
+
 
 class CountConfig(AggregatorConfig):
     """Numbers of done and failed items, the failed ones by error class."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="op",
+        open="op group_by max_groups",
     )
 
     op: Literal["count"]
@@ -37,7 +48,7 @@ class StatsConfig(AggregatorConfig):
     """Mean, deviation, extremes and quantiles of a number."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="op field quantiles",
+        open="op field quantiles group_by max_groups",
     )
 
     op: Literal["stats"]
@@ -49,7 +60,7 @@ class HistogramConfig(AggregatorConfig):
     """Counts of each value; ``bins`` groups numbers (a number of bins, or the edges)."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="op field bins low high",
+        open="op field bins low high group_by max_groups",
     )
 
     op: Literal["histogram"]
@@ -63,7 +74,7 @@ class TopKConfig(AggregatorConfig):
     """The k items with the largest (or smallest) value, with the columns in ``show``."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="op field k order show",
+        open="op field k order show group_by max_groups",
     )
 
     op: Literal["top_k"]
@@ -77,7 +88,7 @@ class CollectConfig(AggregatorConfig):
     """The answers (or one field) of the first ``limit`` items in input order."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="op limit field",
+        open="op limit field group_by max_groups",
     )
 
     op: Literal["collect"]
@@ -107,6 +118,8 @@ AGGREGATOR_CONFIGS: Final[dict[str, type[BaseModel]]] = {
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
+_MOST_ROWS = 100_000
+"""Rows of all groups together."""
 
 
 def check_aggregators(
@@ -133,9 +146,47 @@ def check_aggregators(
             msg = f"reduce.{n} (agreement) compares samples; set task.samples to 2 or more"
             raise ConfigurationError(msg)
         field = getattr(config, "field", None)
+        where = f"reduce.{n} ({config.op})"  # type: ignore[attr-defined]
         if field is not None:
-            where = f"reduce.{n} ({config.op})"  # type: ignore[attr-defined]
             _check_field(where, config, field, schema, inputs)
+        if config.group_by is not None:
+            _check_groups(where, config, config.group_by, schema, inputs)
+
+
+def _check_groups(
+    where: str,
+    config: AggregatorConfig,
+    field: str,
+    schema: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any] | None,
+) -> None:
+    try:
+        _, sub = resolve_field(field, schema, inputs, elements=True)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: group_by: {error.message}") from None
+    types = list_types(sub) - {"null"}
+    if types and types <= {"array", "object"}:
+        kind = "a list" if "array" in types else "an object"
+        part = f"{field}[]" if "array" in types else f"{field}.NAME"
+        msg = (
+            f"{where}: group_by: {field!r} is {kind}; name a text, number or boolean in it ({part})"
+        )
+        raise ConfigurationError(msg)
+    groups = len(_list_categories(sub))
+    if groups > config.max_groups:
+        msg = (
+            f"{where}: group_by: the enum of {field!r} has {groups:,} values; set max_groups to as "
+            f"many ({_MAX_CATEGORIES:,} at most)"
+        )
+        raise ConfigurationError(msg)
+    most = groups or config.max_groups
+    if config.most_rows * most > _MOST_ROWS:
+        name = "limit" if isinstance(config, CollectConfig) else "k"
+        msg = (
+            f"{where}: {config.most_rows:,} rows for each of {most:,} groups "
+            f"are more than {_MOST_ROWS:,}; lower {name} or max_groups"
+        )
+        raise ConfigurationError(msg)
 
 
 def _check_field(
@@ -215,6 +266,11 @@ def to_aggregator_spec(
     histogram the range of its schema.
     """
     plain = config.model_dump()
+    if config.group_by is None:
+        del plain["group_by"], plain["max_groups"]
+    else:
+        path, sub = resolve_field(config.group_by, schema, elements=True)
+        plain |= {"group_by": str(path), "groups": _list_categories(sub)}
     if plain.get("field") is not None:
         path, sub = resolve_field(plain["field"], schema, elements=True)
         plain["field"] = str(path)

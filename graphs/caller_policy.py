@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from ..backends.budget.budget import SETTING_UNITS
 from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.secrets import is_secret, mask_command, mask_data
-from ..backends.core.types import Json
-from ..backends.inputs.formats import find_matches, is_pattern
+from ..backends.core.types import CHAT_URL, Json
+from ..backends.inputs.formats import find_matches, is_pattern, open_source
 from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
 from ..configs.loader import (
@@ -33,7 +33,7 @@ from ..configs.loader import (
     read_schema,
     read_settings_file,
 )
-from ..configs.models import SAMPLING_FIELDS, BudgetConfig, RunConfig
+from ..configs.models import SAMPLING_FIELDS, BudgetConfig, InputConfig, RunConfig
 from ..configs.raw_settings import (
     REFERENCE_START,
     escape_variables,
@@ -65,6 +65,19 @@ _NO_ADDRESS: Final = re.compile(
     r"|first\.(token|token_command|requests_per_s|tokens_per_min|window_s))"
 )
 """Settings of the endpoints that do not change where requests go."""
+
+_QUESTION_FIELDS: Final = SAMPLING_FIELDS | {
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "model",
+    "response_format",
+    "seed",
+    "stream",
+    "stream_options",
+    "temperature",
+}
+"""Fields of an item that is itself a request, which correspond to settings that are open."""
 
 _INLINED: Final = frozenset({"task.schema", "task.examples"})
 """Settings that are data, or a file whose content takes its place."""
@@ -302,6 +315,28 @@ class CallerPolicy:
             return self._resolve_path("input.path", os.fspath(text))
         except ConfigurationError as error:
             raise InputError(error.message) from None
+
+    def check_items(self, config: InputConfig, items: Sequence[Mapping[str, Any]] | None) -> None:
+        """Check the input that a request gives, if its items are themselves requests; blocks.
+
+        Their fields are sent as they are, so they may set no more than the request's settings.
+
+        Args:
+            config: The settings of the input.
+            items: The items; None reads the file.
+
+        Raises:
+            ConfigurationError: An item sets a closed field.
+            InputError: The input cannot be read.
+        """
+        if not config.is_batch:
+            return
+        source = open_source(config, (), items)
+        for position, row in source.rows():
+            names = row["body"] if row["url"] == CHAT_URL else ()
+            keys = (f"{_SAMPLED}.{name}" for name in names if name not in _QUESTION_FIELDS)
+            if closed := [key for key in keys if not self.is_open(key)]:
+                raise self._refusal(source.describe_position(position), closed)
 
     def _resolve_path(self, key: str, text: object, base: Path | None = None) -> str:
         if not isinstance(text, str) or not text or "\0" in text:

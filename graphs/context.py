@@ -328,7 +328,9 @@ class RunContext(SettingsForm):
         given = path is not None or items is not None or preset is not None
         folder = None if given else await asyncio.to_thread(self._find_existing)
         if folder is None:
-            loaded, target, asked = await asyncio.to_thread(self._resolve_new_run, path, preset)
+            loaded, target, asked = await asyncio.to_thread(
+                self._resolve_new_run, path, items, preset
+            )
             made = await prepare_run(loaded, target, items, self.allow_simulated)
             if asked:
                 await asyncio.to_thread(_extend_provenance, made.folder, asked)
@@ -368,12 +370,17 @@ class RunContext(SettingsForm):
         return None if folder is None or is_vacant(folder) else open_folder(folder).path
 
     def _resolve_new_run(
-        self, path: str | None, preset: str | None
+        self,
+        path: str | None,
+        items: Sequence[Mapping[str, Any]] | None,
+        preset: str | None,
     ) -> tuple[LoadedConfig, Path, dict[str, Any]]:
         """Return a new run's settings, its folder, and the request for its provenance."""
         asked = dict[str, Any]()
         if self.policy is not None:
             loaded, request = self._resolve_request(None, path, preset)
+            if items is not None or "input.path" in request.settings:
+                self.policy.check_items(loaded.config.input, items)
             asked = {} if request.is_empty else {"request": request.to_json()}
         else:
             loaded = self._load_with_preset(preset)

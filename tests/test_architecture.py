@@ -175,6 +175,7 @@ def test_public_names() -> None:
         ("fanfold", {"langgraph", "openai", "pyarrow"}),
         ("fanfold.graphs.analysis.results", {"langgraph", "openai", "pandas", "polars"}),
         ("fanfold.graphs.cli.app", {"langgraph", "openai", "pyarrow", "pydantic"}),
+        ("fanfold.graphs.cli.watch", {"langgraph", "langchain_core", "openai", "pyarrow"}),
         ("fanfold.graphs.cli.runs", {"langgraph", "langchain_core", "openai", "pyarrow"}),
         ("fanfold.graphs.worker", {"pyarrow", "fanfold.backends.simulated.server"}),
     ],

@@ -239,19 +239,29 @@ class BatchFolder:
         except OSError as error:
             raise JournalError(f"{path}: cannot be flushed: {error.strerror}") from error
 
-    def discard(self, record: BatchRecord, folder: Path) -> None:
-        """Remove a batch that the service refused, with its file of requests in ``folder``.
+    def discard(self, record: BatchRecord, folder: Path, run: str) -> None:
+        """Remove a batch that the service refused, with its file of requests.
+
+        Args:
+            record: The batch.
+            folder: The folder of the files.
+            run: The run's id; a file of a run that this one is a copy of stays.
 
         Raises:
             JournalError: A file cannot be removed.
         """
         file = Path(record.input_file)
         try:
-            if file.parent == folder:
+            if file.parent == folder and file.name.startswith(_make_stem(run)):
                 file.unlink(missing_ok=True)
             self.state_path(record.number).unlink(missing_ok=True)
         except OSError as error:
             raise JournalError(f"{error.filename}: cannot be removed: {error.strerror}") from error
+
+
+def _make_stem(run: str) -> str:
+    """Return the beginning of the names of a run's files of requests."""
+    return f"fanfold-{run}-"
 
 
 def _parse_line(line: bytes) -> LineRecord:
@@ -315,7 +325,7 @@ def write_requests(folder: Path, run: str, number: int, lines: Iterable[bytes]) 
     Raises:
         ConfigurationError: The file cannot be written.
     """
-    stem = f"fanfold-{run}-{number:04}-{secrets.token_hex(4)}"
+    stem = f"{_make_stem(run)}{number:04}-{secrets.token_hex(4)}"
     path, digest = folder / f"{stem}.jsonl", hashlib.sha256()
     with _new_file(path) as file:
         for line in lines:

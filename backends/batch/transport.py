@@ -22,6 +22,7 @@ from ..core.errors import (
     EndpointError,
     EndpointLostError,
     FanfoldError,
+    PromptTooLongError,
     RunStoppedError,
 )
 from ..core.money import Amount, TokenPrices
@@ -66,6 +67,8 @@ _READ_AGAIN_S: Final = 30.0
 """Seconds until the output is read once more, if lines are missing: file systems may lag."""
 _READS: Final = 3
 """How often the output is read before a batch without any counts as such."""
+_RECENT: Final = 200
+"""Number of recent items for the share of those that failed in every batch."""
 _SLOWER: Final = 1.5
 """Factor of the pauses between two questions for a state."""
 _CLOSE_S: Final = 30.0
@@ -213,7 +216,8 @@ class BatchTransport:
         self._batches = dict[int, _Batch]()
         self._kept = list[_Batch]()
         self._next_number = 1
-        self._collected = self._void = 0
+        self._collected = self._void = self._answered = self._refused = 0
+        self._ended = deque[bool](maxlen=_RECENT)
         self._changed = asyncio.Event()
         self._tasks = set[asyncio.Task[None]]()
         self._submissions = set[asyncio.Task[Any]]()
@@ -249,6 +253,8 @@ class BatchTransport:
                 continue
             result = self._record(outcome, line, body, log)
             if not isinstance(result, Failure):
+                self._answered += 1
+                self._ended.append(False)
                 return result, self._endpoint
             rounds += 1
             if result.rule.action is RetryAction.STOP:
@@ -257,7 +263,35 @@ class BatchTransport:
             if self._config.leftovers == "interactive" and (refused or rounds >= _ROUNDS):
                 return await self._fleet.post_now(body)
             if refused or rounds >= self._run.attempts:
+                self._count_failed(result)
                 raise result.error
+
+    def _count_failed(self, failure: Failure) -> None:
+        """Count an item that batches failed; stop the run if it looks like an outage.
+
+        Raises:
+            RunStoppedError: Too many of the recent items failed, or no request was ever accepted.
+        """
+        retry, told = self._fleet.policy.retry, failure.error.message
+        if isinstance(failure.error, PromptTooLongError):
+            return
+        if failure.rule.action is RetryAction.FAIL:
+            self._refused += 1
+            if self._answered or self._refused < retry.hopeless_after:
+                return
+            why = f"no request was accepted; the last answer: {told}"
+        else:
+            self._ended.append(True)
+            failed = sum(self._ended)
+            if failed <= retry.refused_share * _RECENT:
+                return
+            why = (
+                f"{failed} of the last {len(self._ended)} items failed in every batch; more than "
+                f"{retry.refused_share:.0%} of {_RECENT} look like an outage: check the service "
+                f"and the items, then resume the run; the last answer: {told}"
+            )
+        self._fleet.stop(why)
+        raise RunStoppedError(why) from failure.error
 
     def _find_line(self, index: int, digest: bytes, body: Mapping[str, Any]) -> _Line:
         """Return the line of an earlier session, or queue a new one."""
@@ -341,7 +375,7 @@ class BatchTransport:
         self._next_number = await asyncio.to_thread(self._folder.next_number)
         for record in records:
             if record.state == "refused":
-                await asyncio.to_thread(self._folder.discard, record, self._dir)
+                await asyncio.to_thread(self._folder.discard, record, self._dir, self._run.runs[0])
                 continue
             lines = await asyncio.to_thread(self._folder.read_lines, record)
             batch = _Batch(record, self._list_open(record, lines), lines)

@@ -92,18 +92,29 @@ class FieldPath:
         found = _split_elements(self.keys, row)
         return [] if found is None else list(_walk_all(row[found[0]], found[1]))
 
-    def narrow(self, output: Json, row: Row, test: Callable[[Json], bool]) -> tuple[Json, Row]:
-        """Return answer and columns of an item with only some elements of the field's lists.
+    def split(
+        self, output: Json, row: Row, to_name: Callable[[Json], str]
+    ) -> dict[str, tuple[Json, Row]]:
+        """Split an item by the values of a field in the elements of lists.
 
         Args:
             output: The answer.
             row: The columns of the input.
-            test: Whether an element stays, by its value of the field.
+            to_name: Returns the name of a value; elements of one name stay together.
+
+        Returns:
+            By name, answer and columns with only these elements in the lists on the path.
         """
         if self.source == "output":
-            return _narrow(output, self.keys, test), row
-        column, keys = _split_elements(self.keys, row) or ("", ())
-        return output, {**row, column: _narrow(row.get(column), keys, test)}
+            return {name: (part, row) for name, part in _split(output, self.keys, to_name).items()}
+        found = _split_elements(self.keys, row)
+        if found is None:
+            return {}
+        column, keys = found
+        return {
+            name: (output, {**row, column: part})
+            for name, part in _split(row[column], keys, to_name).items()
+        }
 
 
 def _split_keys(name: str) -> Iterator[str]:
@@ -172,18 +183,21 @@ def _walk_all(value: Json, keys: Sequence[str]) -> Iterator[Json]:
     yield value
 
 
-def _narrow(value: Json, keys: Sequence[str], test: Callable[[Json], bool]) -> Json:
-    """Return a copy without the elements that have no value which passes the test."""
-    if ELEMENTS not in keys:
-        return value
-    key, *rest = keys
-    if key != ELEMENTS:
-        return {**value, key: _narrow(value[key], rest, test)}
-    return [
-        _narrow(element, rest, test)
-        for element in value
-        if any(map(test, _walk_all(element, rest)))
-    ]
+def _split(value: Json, keys: Sequence[str], to_name: Callable[[Json], str]) -> dict[str, Json]:
+    """Return, by the name of the value at the end of the keys, the elements that lead to it."""
+    if not keys:
+        return {to_name(value): value}
+    key, rest = keys[0], keys[1:]
+    if key == ELEMENTS:
+        lists = dict[str, list[Json]]()
+        for element in value if isinstance(value, list) else ():
+            for name, part in _split(element, rest, to_name).items():
+                lists.setdefault(name, []).append(part)
+        return dict(lists)
+    if isinstance(value, dict):
+        parts = _split(value.get(key), rest, to_name)
+        return {name: {**value, key: part} for name, part in parts.items()}
+    return {} if ELEMENTS in rest else {to_name(None): value}
 
 
 def resolve_field(

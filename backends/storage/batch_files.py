@@ -15,6 +15,7 @@ from ..core.errors import ConfigurationError
 from .journal import Journal
 from .journal_file import get_current_run_id
 from .results import explain_write_errors, replace_file
+from .run_folder import get_own_ids, get_run_ids
 
 _LINE: Final = re.compile(rb'\{"id":"batch_req_([0-9a-f]{16})_([0-9]{1,15})","custom_id":')
 _START: Final = b'{"id":"batch_req_'
@@ -73,7 +74,7 @@ class BatchFiles:
 
     Args:
         journal: The run's journal.
-        run: The run's ids.
+        about: The run's provenance. Files of a run that its folder was copied from are left alone.
         items: Number of items of the run.
         output: The file of answers.
         errors: The file of failed items; None puts them into ``output``.
@@ -82,12 +83,13 @@ class BatchFiles:
     def __init__(
         self,
         journal: Journal,
-        run: tuple[str, ...],
+        about: Mapping[str, Any],
         items: int,
         output: Path,
         errors: Path | None,
     ) -> None:
-        self._journal, self._run = journal, run
+        self._journal, self._run = journal, get_own_ids(about)
+        self._copied_from = frozenset(get_run_ids(about)) - set(self._run)
         self._written = bytearray(items)
         self._paths = {True: output, False: errors or output}
         self._sizes = dict.fromkeys(self._paths.values(), 0)
@@ -166,6 +168,8 @@ class BatchFiles:
             end = 0
             for number, line in enumerate(file):
                 index = self._read_line(line)
+                if index is None:
+                    self._check_owner(path, line)
                 if number == 0 and index is None and not _is_beginning(line):
                     msg = (
                         f"{path}: contains something else than the output of this batch; choose "
@@ -189,6 +193,22 @@ class BatchFiles:
             return None
         index = int(found[2])
         return index if index < len(self._written) else None
+
+    def _check_owner(self, path: Path, line: bytes) -> None:
+        """Check that a line is not of the run from which this one was copied.
+
+        Raises:
+            ConfigurationError: It is.
+        """
+        found = _LINE.match(line)
+        if found is None or (run := found[1].decode()) not in self._copied_from:
+            return
+        msg = (
+            f"{path}: is the output of run {run}, and this run is a copy of it; choose other files "
+            "with --set batch.output=FILE (and batch.errors), or move this one away: what has "
+            "ended is then written again from the journal"
+        )
+        raise ConfigurationError(msg)
 
     def _agrees(self, path: Path, line: bytes, index: int) -> bool:
         done = line.endswith(_DONE_END)

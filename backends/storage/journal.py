@@ -156,9 +156,9 @@ class Journal:
         self._folder, self._run = folder, run
         self._state = bytearray(items)
         self._classes = dict[str, int]()
-        self._file = array("i", bytes(4 * items))
-        self._start = array("q", bytes(8 * items))
-        self._length = array("i", bytes(4 * items))
+        self._file = array("i", [0]) * items  # 17 bytes per item in all; from bytes it takes more
+        self._start = array("q", [0]) * items
+        self._length = array("i", [0]) * items
         self._paths = sorted(
             folder.glob("*.jsonl"), key=lambda path: (parse_session_number(path), path.stem)
         )

@@ -52,7 +52,7 @@ class _Part:
     __slots__ = ("keys", "live", "positions", "used")
 
     def __init__(self, size: int = _FIRST) -> None:
-        self.keys, self.positions = array("Q", bytes(8 * size)), array("Q", bytes(8 * size))
+        self.keys, self.positions = array("Q", [0]) * size, array("Q", [0]) * size
         self.live = self.used = 0
 
     def slot(self, key: int) -> int:

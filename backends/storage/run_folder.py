@@ -243,10 +243,26 @@ def read_extents(folder: RunFolder) -> dict[str, int] | None:
     Raises:
         JournalError: The aggregate's file is damaged.
     """
+    found = _read_aggregate_file(folder)
+    return None if found is None else found[0]
+
+
+def read_aggregate(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the aggregate; none if there is none yet.
+
+    Raises:
+        JournalError: The aggregate's file is damaged.
+    """
+    found = _read_aggregate_file(folder)
+    return [] if found is None else found[1]
+
+
+def _read_aggregate_file(folder: RunFolder) -> tuple[dict[str, int], list[dict[str, Any]]] | None:
     try:
         found = orjson.loads(folder.aggregate.read_bytes())
         extents: dict[str, int] = found["journal"]
         check_counts(extents, extents, "journal")
+        aggregate = [dict(entry) for entry in found["aggregate"]]
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -254,7 +270,7 @@ def read_extents(folder: RunFolder) -> dict[str, int] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it again"
         raise JournalError(msg) from None
-    return extents
+    return extents, aggregate
 
 
 def check_path_text(path: Path) -> None:
@@ -326,6 +342,17 @@ def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
         about: The run's provenance.
     """
     return (about["run"], *about.get("earlier", ()))
+
+
+def get_own_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a run's id, followed by those that this very folder had.
+
+    The number of a file system may change; ids of a run that was copied are not among them.
+
+    Args:
+        about: The run's provenance.
+    """
+    return (about["run"], *about.get("own", ()))
 
 
 def read_state(folder: RunFolder, about: Mapping[str, Any]) -> str:

@@ -210,13 +210,11 @@ class Timeline:
         ]
         width = self.width_ms // BASE_MS
         self._rows.restore(pa.table([keys, *numbers], schema=_ROWS), width)
-        maps = _combine(table["failures"])
-        # the functions for lists refuse maps, and some of them abort the process
-        parents = pc.list_parent_indices(pa.ListArray.from_arrays(maps.offsets, maps.keys))
-        found = maps.keys.dictionary_encode()
+        parents, names, counts = _unnest(table["failures"])
+        found = names.dictionary_encode()
         classes = [self._class_id(name) for name in found.dictionary.to_pylist()]
         keys = pc.bit_wise_or(keys.take(parents), pa.array(classes, pa.int64()).take(found.indices))
-        self._failures.restore(pa.table([keys, maps.items], schema=_FAILURES), width)
+        self._failures.restore(pa.table([keys, counts], schema=_FAILURES), width)
 
     def add(self, deltas: Iterable[TimelineDelta]) -> None:
         """Add what processes report."""
@@ -328,6 +326,14 @@ def _make_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     return pa.table([*map(list, zip(*rows, strict=True))], schema=schema)
 
 
+def _unnest(failures: Any) -> tuple[Any, Any, Any]:
+    """Return the row, the error class and the count of each entry in a column of maps."""
+    maps = _combine(failures)
+    # the functions for lists refuse maps, and some of them abort the process
+    rows = pc.list_parent_indices(pa.ListArray.from_arrays(maps.offsets, maps.keys))
+    return rows, maps.keys, maps.items
+
+
 def _scalar(value: Any) -> Any:
     return value.as_py()
 
@@ -354,3 +360,17 @@ def read_timeline(path: Path) -> pa.Table:
         found = repr(version.decode(errors="replace")) if version else "none"
         raise JournalError(f"{path}: not a timeline of version {VERSION.decode()} (found {found})")
     return table
+
+
+def list_failures(table: pa.Table) -> pa.Table:
+    """Return the failures of a timeline, a row per bin, endpoint and error class.
+
+    Args:
+        table: The timeline, as :func:`read_timeline` returns it.
+
+    Returns:
+        The columns ``start``, ``endpoint``, ``class`` and ``count``.
+    """
+    rows, names, counts = _unnest(table["failures"])
+    starts, endpoints = (_combine(table[name]).take(rows) for name in ("start", "endpoint"))
+    return pa.table({"start": starts, "endpoint": endpoints, "class": names, "count": counts})

@@ -247,6 +247,14 @@ def ls(
 
 
 @app.command()
+def watch(folder: Folder, as_json: AsJson = False) -> None:
+    """Show what the endpoints of a run do over time; Ctrl-C leaves, and the run goes on."""
+    from .watch import watch_run
+
+    watch_run(folder, as_json)
+
+
+@app.command()
 def show(
     folder: Folder,
     columns: Annotated[

@@ -205,6 +205,8 @@ def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "(not known yet)", "endpoints that the registry lists"
     elif endpoints.first is not None:
         yield _host(get_gateway_url(endpoints.first, os.environ)), "gateway"
+        if endpoints.first.token is None and endpoints.first.token_command is None:
+            yield "auth.globus.org", "renews the login of alcf-tokens, gets no items"
     elif endpoints.file is not None and (file := find_registry_file(Path(endpoints.file))):
         yield _host(read_registry_file(file).url), "registry of endpoints, gets no items"
         yield "(not known yet)", "endpoints that the registry lists"

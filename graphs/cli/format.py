@@ -220,8 +220,10 @@ def format_cell(value: Any, most: int | None = _CELL) -> Text:
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:
     """Print one table per aggregator, marked if the answers are simulated."""
     for stage in aggregate:
-        field = format_cell(stage.get("field")).plain
-        title = f"{stage['op']} of {field}" if field else str(stage["op"])
+        title = str(stage["op"])
+        for word, key in (("of", "field"), ("by", "group_by")):
+            if name := format_cell(stage.get(key)).plain:
+                title += f" {word} {name}"
         mark = "   simulated: true" if simulated else ""
         console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
         for part in _tables(stage, console.width):
@@ -229,12 +231,46 @@ def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Co
 
 
 def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
-    if not isinstance(stage.get("rows"), list):
+    if isinstance(stage.get("groups"), list):
+        yield from _groups(stage, width)
+    elif not isinstance(stage.get("rows"), list):
         yield _facts(stage)
     elif stage["rows"]:
         yield from _ranking(stage, width)
     else:
         yield Text("no rows", style="italic")
+
+
+def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
+    """Yield one row per group, or per row of a group."""
+    field, by = stage.get("field"), str(stage["group_by"])
+    flat = list[dict[str, Any]]()
+    for group in stage["groups"]:
+        head = {by: "null" if group["group"] is None else group["group"], "size": group["size"]}
+        facts = {k: v for k, v in group.items() if k not in ("group", "size", "rows")}
+        if isinstance(group.get("rows"), list):
+            flat += [{**_flatten_row(row, field), **head} for row in group["rows"]]
+        else:
+            pairs = {format_cell(name).plain: value for name, value in _pairs(facts)}
+            flat.append({**pairs, **head})
+    names = dict.fromkeys([by, "size", *(name for row in flat for name in row)])
+    if flat:
+        yield from make_table(
+            [
+                Column(
+                    name,
+                    [row.get(name) for row in flat],
+                    is_key=name in {by, "rank", "id", field},
+                    is_number=all(isinstance(row.get(name, 0), int | float) for row in flat),
+                )
+                for name in names
+            ],
+            width,
+        )
+    else:
+        yield Text("no groups", style="italic")
+    if others := stage["others"]:
+        yield Text(f"and {others:,} items in further groups (max_groups)", style="italic")
 
 
 def _facts(stage: Mapping[str, Any]) -> Table:

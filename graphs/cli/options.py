@@ -91,6 +91,9 @@ _SHARED: Final[Mapping[str, Any]] = {
     ],
     "as_json": AsJson,
     "quiet": Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")],
+    "no_report": Annotated[
+        bool, typer.Option("--no-report", help="Write no report.html at the end.")
+    ],
     "retry_failed": Annotated[bool, typer.Option("--retry-failed", help="Retry failed items.")],
     "metrics_port": Annotated[
         int | None,
@@ -123,10 +126,17 @@ BUDGET_OPTIONS: Final = tuple(name for name in _SHARED if name.startswith("budge
 
 @dataclass(frozen=True, slots=True)
 class OutputMode:
-    """Output of a run: one JSON object, or nothing, or progress and tables."""
+    """Output of a run: one JSON object, or nothing, or progress and tables.
+
+    Attributes:
+        as_json: Print one JSON object.
+        quiet: Print neither progress nor tables.
+        no_report: Write no report of the run.
+    """
 
     as_json: bool
     quiet: bool
+    no_report: bool = True
 
     @property
     def is_silent(self) -> bool:
@@ -154,7 +164,9 @@ def take_overrides(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 
             shared = {name: given.pop(name) for name in names}
             if "quiet" in shared:
-                given["output"] = OutputMode(shared.pop("as_json"), shared.pop("quiet"))
+                given["output"] = OutputMode(
+                    shared.pop("as_json"), shared.pop("quiet"), shared.pop("no_report", True)
+                )
             budget = {
                 n.removeprefix("budget_"): shared.pop(n) for n in names if n in BUDGET_OPTIONS
             }

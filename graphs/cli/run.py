@@ -42,6 +42,7 @@ from .format import (
     show_aggregate,
 )
 from .options import ASK_AGAIN, OutputMode
+from .report_at_end import write_report_at_end
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
@@ -142,7 +143,9 @@ def run_in_folder(
             if not asked or not confirm_rest(pilot.left):
                 return _stop_after_pilot(pilot, path, asked, output)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
-    return _print_result(result, output, pilot)
+    code = _print_result(result, output, pilot)
+    write_report_at_end(path, code, output)
+    return code
 
 
 async def _pilot_session(
@@ -198,7 +201,9 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
     folder = open_folder(path)
     loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
-    return _print_result(result, output)
+    code = _print_result(result, output)
+    write_report_at_end(path, code, output)
+    return code
 
 
 async def _whole_session(

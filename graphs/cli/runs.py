@@ -115,7 +115,7 @@ def _read_run(path: Path) -> _Run:
     try:
         state = read_state(folder, about)
         last = about["sessions"][-1] if about["sessions"] else {}
-        done, failed, usd = _read_counts(folder, about, last if state != "running" else {})
+        done, failed, usd = read_counts(folder, about, last if state != "running" else {})
         return _Run(
             folder=str(path),
             name=str(about["name"]),
@@ -134,7 +134,7 @@ def _read_run(path: Path) -> _Run:
         raise ConfigurationError(msg) from None
 
 
-def _read_counts(
+def read_counts(
     folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]
 ) -> tuple[int | None, int | None, float | None]:
     """Return the items done and failed, and dollars.

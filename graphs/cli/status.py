@@ -24,13 +24,19 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.results import write_csv, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    open_folder,
+    read_aggregate,
+    read_state,
+)
 from ..jobs.usage import job_report
 from ..run.console import (
     Terminal,
@@ -40,10 +46,10 @@ from ..run.console import (
     print_message,
     print_messages,
 )
-from ..run.next_steps import continue_lines, find_next_command, retry_command
+from ..run.next_steps import FINISHED, continue_lines, find_next_command, retry_command
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
-from .format import Column, format_cell, make_table
+from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
 
 
@@ -213,6 +219,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     batches = BatchFolder(folder.batches).read()
     if batches:
         facts["batches"] = summarize_batches(batches)
+    aggregate = _read_final_aggregate(folder, about)
     jobs = job_report(path, usage, batch)
     command = find_next_command(folder, about, counts, cost) if jobs is None else None
     if as_json:
@@ -222,7 +229,8 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         }
         chain = {} if jobs is None else {"chain": jobs}
         sessions = {"sessions": len(about["sessions"])}
-        print_json(facts | costs | sessions | {"next_command": command} | chain)
+        found = {"aggregate": aggregate} if aggregate else {}
+        print_json(facts | costs | sessions | found | {"next_command": command} | chain)
         return
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -235,6 +243,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         else:
             table.add_row(key, _format_value(value))
     Terminal().print(table)
+    show_aggregate(aggregate, bool(about["simulated"]), Terminal())
     print_messages(describe_open_batches(batches))
     if jobs is not None:
         show_jobs(jobs, Terminal())
@@ -245,6 +254,18 @@ def samples_facts(about: Mapping[str, Any]) -> dict[str, int]:
     """Return how many items each row of the input has, by the provenance; nothing if one."""
     samples = about["input"].get("samples", 1)
     return {"samples": samples} if samples > 1 else {}
+
+
+def _read_final_aggregate(folder: RunFolder, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the aggregate of a finished run; nothing if another session has begun since."""
+    last = about["sessions"][-1] if about["sessions"] else {}
+    if last.get("outcome") != FINISHED or folder.is_in_use():
+        return []
+    try:
+        return read_aggregate(folder)
+    except JournalError as error:
+        print_messages([error.message])
+        return []
 
 
 def extension_facts(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ...configs.loader import LoadedConfig, load_config
 from ...configs.raw_settings import escape_variables
 from ...nodes.batch.load import check_run_input
 from ...nodes.context import RunTools
-from ..caller_policy import resolve_below
+from ..caller_policy import CallerPolicy, resolve_below
 from ..run.prepare import ReadyRun, prepare_run
 from ..run.shutdown import Shutdown, session_deadline
 from ..session import RunOptions, RunResult, run_session
@@ -77,18 +77,23 @@ class Service:
         """Return the settings with the input of a request; blocks.
 
         Raises:
+            ConfigurationError: An item that is itself a request sets what a caller may not set.
             InputError: The request has unknown keys, both inputs, an empty input, or a path that is
                 not allowed.
         """
         check_run_input(request, where="request", keys=_KEYS)
-        path = request.get("path")
+        path, items = request.get("path"), request.get("items")
         if path is None:
+            if items is not None:
+                CallerPolicy().check_items(self.loaded.config.input, items)
             return self.loaded
         if self.inputs is None:
             raise InputError("request.path: this service takes no paths; give items")
         full = resolve_below(self.inputs, str(path), "request.path")
         changes = {"input.path": escape_variables(str(full)), "input.dataset": None}
-        return load_config(self.loaded.raw, settings=changes)
+        loaded = load_config(self.loaded.raw, settings=changes)
+        CallerPolicy().check_items(loaded.config.input, None)
+        return loaded
 
 
 class ServiceRun:

@@ -175,10 +175,15 @@ def format_reply(end: Mapping[str, Any], rows: int) -> str:
 def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Json]:
     """Return an aggregate entry with its first rows and the number of further rows."""
     shown = dict(_short(stage))
-    for key in ("rows", "counts"):
+    for key in ("rows", "counts", "groups"):
         found = stage.get(key)
-        if isinstance(found, Sequence) and len(found) > rows:
+        if not isinstance(found, Sequence):
+            continue
+        if key == "groups":
+            shown[key] = [_stage(group, rows) for group in found[:rows]]
+        elif len(found) > rows:
             shown[key] = _short(found[:rows])
+        if len(found) > rows:
             shown[f"more_{key}"] = len(found) - rows
     return shown
 
@@ -441,7 +446,11 @@ def _description(loaded: LoadedConfig) -> str:
     asked = " ".join(question.split())
     asked = asked if len(asked) <= _SHOWN else asked[: _SHOWN - 1] + "…"
     stages = ", ".join(
-        f"{stage.op} of {field}" if (field := getattr(stage, "field", None)) else stage.op
+        " ".join(
+            [stage.op]
+            + [f"of {field}" for field in [getattr(stage, "field", None)] if field]
+            + [f"by {stage.group_by}" for _ in [0] if stage.group_by]
+        )
         for stage in loaded.config.reduce
     )
     ends = f" Returns {stages}, and the paths of the full results." if stages else ""

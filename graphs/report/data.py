@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import orjson
 import yaml
+from markupsafe import Markup
 
 from ...backends.budget.cost import Cost, read_cost
 from ...backends.core.errors import ConfigurationError, JournalError
@@ -23,15 +25,23 @@ from ...configs.raw_settings import get_at_path
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
-from .charts import load_charts
+from .charts import Charts, load_charts
+from .evaluation import FILE_NAME as EVALUATION_FILE
+from .evaluation import make_evaluations, read_evaluation
 from .findings import Finding, FindingMaker
 from .flags import RowFacts
 from .molecules import SMILES_NAMES, open_drawing
 from .rows import ReportRows, collect_rows, describe_constants
-from .texts import shorten, to_text
-
-_MOST_ENDPOINTS: Final = 200
-"""Endpoints that the table of endpoints lists."""
+from .texts import format_seconds, parse_time, shorten, to_text
+from .timeline import FILE_NAME as TIMELINE_FILE
+from .timeline import (
+    Timeline,
+    TimeUse,
+    list_points,
+    make_heat_map,
+    measure_time_use,
+    read_timeline,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,9 @@ class ReportData:
         constants: Role and text of the messages that all items share.
         failures: Error classes with examples.
         endpoints: Work of each endpoint over all sessions.
+        timeline: The run over time, or None.
+        time_use: Where the time went, or None.
+        time_charts: Pictures of the run over time, by name.
         notices: What is missing, and why.
         steps: How the run continues.
         folder: The run folder.
@@ -66,6 +79,9 @@ class ReportData:
     constants: Sequence[tuple[str, str]]
     failures: Sequence[Mapping[str, Any]]
     endpoints: Sequence[Mapping[str, Any]]
+    timeline: Timeline | None
+    time_use: TimeUse | None
+    time_charts: Mapping[str, Markup]
     notices: Sequence[str]
     steps: Sequence[str]
     folder: Path
@@ -89,7 +105,11 @@ def read_report(folder: RunFolder) -> ReportData:
         columns = {} if rows.chosen else {column.name: column for column in rows.columns}
         smiles = _find_smiles(settings)
         maker = FindingMaker(charts, draw, smiles, columns)
-        findings = list(maker.make(_read_aggregate(folder)))
+        evaluations = read_evaluation(folder.path / EVALUATION_FILE)
+        findings = [
+            *make_evaluations(evaluations, charts),
+            *maker.make(_read_aggregate(folder)),
+        ]
         failures = describe_failures(folder, source.journal, source.store)
         cost = read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
         if lost := list_lost_files(folder.journal):
@@ -105,6 +125,8 @@ def read_report(folder: RunFolder) -> ReportData:
     has_smiles = any(name.casefold() in smiles for name in columns)
     if draw is None and has_smiles:
         notices.append("No molecules: drawing SMILES needs the extra 'chem'")
+    timeline = read_timeline(folder.path / TIMELINE_FILE)
+    use = None if timeline is None else measure_time_use(timeline, list_session_times(about))
     return ReportData(
         about,
         state,
@@ -116,11 +138,40 @@ def read_report(folder: RunFolder) -> ReportData:
         rows,
         describe_constants(prompt),
         [_shorten_failure(row) for row in failures.rows],
-        sum_sessions(read_endpoints(folder.path / FILE_NAME))[:_MOST_ENDPOINTS],
+        sum_sessions(read_endpoints(folder.path / FILE_NAME)),
+        timeline,
+        use,
+        _draw_times(timeline, use, charts),
         [*notices, *filter(None, [failures.notice])],
         list(_list_steps(folder, about, counts, cost)),
         folder.path,
     )
+
+
+def list_session_times(
+    about: Mapping[str, Any],
+) -> list[tuple[datetime | None, datetime | None]]:
+    """Return start and end of each session, as far as they are known."""
+    return [
+        (parse_time(one.get("started")), parse_time(one.get("ended"))) for one in about["sessions"]
+    ]
+
+
+def _draw_times(
+    timeline: Timeline | None, use: TimeUse | None, charts: Charts | None
+) -> dict[str, Markup]:
+    """Return pictures of a run over time."""
+    if timeline is None or charts is None:
+        return {}
+    heat = make_heat_map(timeline)
+    found = {
+        "time": charts.draw_timeline(*list_points(timeline)),
+        "endpoints": charts.draw_heat_map(heat.cells, heat.names, heat.width, heat.unit),
+    }
+    if use is not None:
+        bars = [(name, seconds, format_seconds(seconds)) for name, seconds in use.parts.items()]
+        found["use"] = charts.draw_bars(bars, "where the time went")
+    return found
 
 
 @contextmanager
@@ -144,7 +195,9 @@ def _find_rank(settings: Mapping[str, Any], source: ResultSource) -> FieldPath |
     """Return the field that ranks the items: of the first ranking, else the first number."""
     for entry in settings.get("reduce") or ():
         if isinstance(entry, dict) and entry.get("op") == "top_k" and entry.get("field"):
-            return FieldPath.parse(str(entry["field"]))
+            path = FieldPath.parse(str(entry["field"]))
+            if not path.is_many:  # else an item has several ranks
+                return path
     for name, kind in source.layout.output.parts:
         if source.layout.output.kind == "struct" and kind.kind in {"number", "integer"}:
             return FieldPath("output", (name,))

@@ -101,6 +101,8 @@ class FindingMaker:
                 outside = sum(int(entry.get(name) or 0) for name in ("under", "over"))
                 note = f"{outside:,} outside the bins; " if outside else ""
                 return self._make_bins(_title(entry), found, note + _missing(entry.get("missing")))
+            case {"op": "collect", "rows": [*rows]}:
+                return self._make_list(entry, rows)
             case {"op": "stats", "quantiles": _}:
                 return self._make_stats(entry)
         rows = [[shorten(name), _format(value)] for name, value in _flatten(entry)][:_MOST_ROWS]
@@ -125,6 +127,16 @@ class FindingMaker:
             note = "no item has a usable value"
         title = f"{order.capitalize()} {shorten(field_name)}"
         return Finding(title, note, None, cards, list(map(shorten, head)), cells, numbers)
+
+    def _make_list(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
+        head = list(dict.fromkeys(str(name) for row in rows[:_MOST_ROWS] for name in row))
+        cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
+        more = len(rows) - _MOST_ROWS
+        note = f"the first {_MOST_ROWS:,} of {len(rows):,}" if more > 0 else f"{len(rows):,} rows"
+        numbers = [all(_is_number(row.get(name)) for row in rows) for name in head]
+        return Finding(
+            _title(entry), note, None, (), list(map(shorten, head)), cells, numbers, False
+        )
 
     def _make_counts(
         self, title: str, counts: Sequence[tuple[str, int]], missing: object = None
@@ -177,10 +189,18 @@ def _column_name(name: str) -> str:
 
 
 def _title(entry: Mapping[str, Any]) -> str:
-    words = {"histogram": "Distribution of", "stats": "Statistics of", "count": "Counts"}
+    words = {
+        "histogram": "Distribution of",
+        "stats": "Statistics of",
+        "count": "Counts",
+        "collect": "All",
+    }
     op, name = str(entry.get("op")), entry.get("field")
     head = words.get(op, shorten(op).replace("_", " ").capitalize())
-    return head if name is None else f"{head} {shorten(str(name))}"
+    if op == "collect" and name is None:
+        head = "All answers"
+    title = head if name is None else f"{head} {shorten(str(name))}"
+    return f"{title} by {shorten(str(by))}" if (by := entry.get("group_by")) else title
 
 
 def _missing(count: object) -> str:
@@ -208,7 +228,7 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested data with their paths."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if name or key not in {"op", "field"}:
+            if name or key not in {"op", "field", "group_by"}:
                 yield from _flatten(inner, f"{name} {key}".strip())
     elif isinstance(value, list) and any(isinstance(one, Mapping | list) for one in value):
         for n, inner in enumerate(value, 1):
@@ -241,13 +261,11 @@ def _count_bins(values: Sequence[Any]) -> list[tuple[float, float, int]]:
     rough = (high - low) / _BINS
     power = 10.0 ** floor(log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first = floor(low / step)
-    count = max(1, ceil(high / step + 1e-9) - first)
-    found = [0] * (count + 1)
-    for value in numbers:
-        found[min(max(int(value / step - first), 0), count)] += 1
-    while found and not found[-1]:
-        found.pop()
+    first = floor(low / step + 1e-9)
+    count = max(1, ceil(high / step - 1e-9) - first)
+    found = [0] * count
+    for value in numbers:  # the highest value belongs to the last bin
+        found[min(max(floor(value / step - first + 1e-9), 0), count - 1)] += 1
     return [
         (round((first + n) * step, 12), round((first + n + 1) * step, 12), amount)
         for n, amount in enumerate(found)

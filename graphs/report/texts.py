@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final
 
 import orjson
@@ -56,3 +57,23 @@ def shorten_json(value: Any, depth: int = 0) -> Any:
 def to_text(value: Any) -> str:
     """Return a value as one text: JSON if it is none."""
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+
+
+def parse_time(text: object) -> datetime | None:
+    """Return the time of an ISO 8601 text, or None."""
+    try:
+        return datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in two units: ``1 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004 - a minute
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"  # noqa: PLR2004
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:  # noqa: PLR2004 - an hour
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02} min"

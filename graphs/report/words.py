@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from typing import Any, Final
 
 from ...backends.budget.cost import Cost, format_dollars, format_unaccounted
@@ -14,7 +13,10 @@ from ..run.console import format_count
 from .data import ReportData
 from .flags import FLAGS
 from .rows import ReportRows
-from .texts import NONE, shorten
+from .texts import NONE, format_seconds, parse_time, shorten
+
+MOST_ENDPOINTS: Final = 200
+"""Endpoints that the table of endpoints lists."""
 
 _MOST_SKIPPED: Final = 20
 _MOST_NAMES: Final = 3
@@ -33,34 +35,15 @@ def describe_time(about: Mapping[str, Any]) -> str:
     sessions = about["sessions"]
     if not sessions:
         return "not started"
-    first, last = _parse(sessions[0].get("started")), _parse(sessions[-1].get("ended"))
+    first, last = parse_time(sessions[0].get("started")), parse_time(sessions[-1].get("ended"))
     begun = "" if first is None else f"{first:%d %B %Y, %H:%M} UTC".lstrip("0")
     spent = 0.0
     for one in sessions:
-        start, end = _parse(one.get("started")), _parse(one.get("ended"))
+        start, end = parse_time(one.get("started")), parse_time(one.get("ended"))
         if start is not None and end is not None:
             spent += (end - start).total_seconds()
     more = f" in {len(sessions)} sessions" if len(sessions) > 1 else ""
     return begun + (f" · {format_seconds(spent)}{more}" if spent or last else "")
-
-
-def _parse(text: object) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text) if isinstance(text, str) else None
-    except ValueError:
-        return None
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration in two units: ``1 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:  # noqa: PLR2004 - a minute
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"  # noqa: PLR2004
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:  # noqa: PLR2004 - an hour
-        return f"{minutes} min {rest:02} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min"
 
 
 def describe_cost(cost: Cost) -> tuple[str, str]:
@@ -160,7 +143,7 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
 
 def list_endpoints(data: ReportData) -> list[list[str]]:
     """Return the table of endpoints, the busiest first."""
-    rows = sorted(data.endpoints, key=lambda one: -(one["calls"] or 0))
+    rows = sorted(data.endpoints, key=lambda one: -(one["calls"] or 0))[:MOST_ENDPOINTS]
     counts = ("calls", "failed", "prompt_tokens", "completion_tokens")
     times = ("latency_p50_s", "latency_p90_s", "latency_p99_s")
     return [
@@ -193,7 +176,7 @@ def list_sessions(about: Mapping[str, Any]) -> list[list[str]]:
     """Return the sessions of the run."""
     rows = list[list[str]]()
     for number, one in enumerate(about["sessions"], 1):
-        start, end = _parse(one.get("started")), _parse(one.get("ended"))
+        start, end = parse_time(one.get("started")), parse_time(one.get("ended"))
         took = format_seconds((end - start).total_seconds()) if start and end else NONE
         versions = one.get("versions") or {}
         known = ", ".join(f"{name} {value}" for name, value in versions.items())
@@ -218,6 +201,46 @@ def list_sections(data: ReportData) -> list[tuple[str, str]]:
         ("question", "What was asked"),
         ("rows", "Items"),
         *failures,
+        ("time", "Over time"),
         ("endpoints", "Endpoints"),
         ("again", "Settings and how to go on"),
     ]
+
+
+def describe_time_use(data: ReportData) -> str:
+    """Return ideal over actual time in words."""
+    use = data.time_use
+    if use is None:
+        return ""
+    return (
+        f"Ideal over actual: {use.share:.0%}. The useful requests take "
+        f"{format_seconds(use.ideal)} with {short(round(use.level))} requests in flight, the level "
+        f"that the run reached; its sessions took {format_seconds(use.actual)}."
+    )
+
+
+TIME_PARTS: Final = {
+    "useful requests": "requests whose answers count, at the level that the run reached",
+    "failed requests": "requests that failed or were sent again",
+    "start": "from the start of a session to its first request",
+    "free slots": "fewer requests in flight than the run reached",
+    "tail": "the last requests, when no further item waited",
+    "end": "from the last request to the end of a session",
+}
+
+
+def list_time_parts(data: ReportData) -> list[list[str]]:
+    """Return where the time went, as a table."""
+    use = data.time_use
+    if use is None:
+        return []
+    return [
+        [name, format_seconds(seconds), f"{seconds / (use.actual or 1):.1%}", TIME_PARTS[name]]
+        for name, seconds in use.parts.items()
+    ]
+
+
+def list_call_failures(data: ReportData) -> list[list[str]]:
+    """Return the failed requests by error class."""
+    failures = {} if data.timeline is None else data.timeline.failures
+    return [[shorten(name), f"{count:,}"] for name, count in failures.items()]

@@ -12,7 +12,7 @@ from typing import Final
 from ...backends.core.aio import create_detached_task
 from ...backends.core.errors import JournalError
 from ...backends.storage.batch_files import BatchFiles
-from ...backends.storage.run_folder import RunFolder, get_run_ids
+from ...backends.storage.run_folder import RunFolder
 from ...configs.models import BatchConfig
 from .accounting import OpenRun
 
@@ -44,7 +44,7 @@ async def write_batch_output(
     journal, ended = tools.item_journal, deque[int]()
     files = BatchFiles(
         journal,
-        get_run_ids(await asyncio.to_thread(folder.read_provenance)),
+        await asyncio.to_thread(folder.read_provenance),
         len(tools.store),
         Path(batch.output),
         None if batch.errors is None else Path(batch.errors),

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import IO, Any, Final
 
 import orjson
@@ -192,3 +192,17 @@ def format_count(number: float) -> str:
         scaled, units = scaled / 1000, units[1:]
     digits = 1 if scaled < 9.95 else 0  # noqa: PLR2004 - 9.95 is 10 when rounded
     return f"{scaled:.{digits}f}{units[0]}"
+
+
+BLANK: Final = "  "
+
+
+def fill_lines(parts: Sequence[str], width: int) -> list[str]:
+    """Return lines of whole parts; only a part that is wider than the terminal exceeds it."""
+    lines = list[str]()
+    for part in parts:
+        if lines and len(lines[-1]) + len(BLANK) + len(part) <= width:
+            lines[-1] += f"{BLANK}{part}"
+        else:
+            lines.append(part)
+    return lines

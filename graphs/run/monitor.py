@@ -24,7 +24,7 @@ from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
 from .accounting import OpenRun
-from .console import format_count
+from .console import fill_lines, format_count
 
 _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25
@@ -214,17 +214,6 @@ async def show_progress(tools: OpenRun, console: Console, quiet: bool) -> AsyncI
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-
-
-def fill_lines(parts: Sequence[str], width: int) -> list[str]:
-    """Return lines of whole parts; only a part that is wider than the terminal exceeds it."""
-    lines = list[str]()
-    for part in parts:
-        if lines and len(lines[-1]) + len(_BLANK) + len(part) <= width:
-            lines[-1] += f"{_BLANK}{part}"
-        else:
-            lines.append(part)
-    return lines
 
 
 async def _show_live(line: ProgressLine, console: Console) -> None:

@@ -14,7 +14,7 @@ from ...backends.storage.run_folder import RunFolder
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 
-_FINISHED: Final = "finished"
+FINISHED: Final = "finished"
 """Outcome of a session that ended all items."""
 
 
@@ -25,7 +25,7 @@ def find_next_command(
     if folder.is_in_use():
         return None
     last = about["sessions"][-1] if about["sessions"] else {}
-    if not counts.open and last.get("outcome") == _FINISHED:
+    if not counts.open and last.get("outcome") == FINISHED:
         return retry_command(folder) if counts.failed else None
     options = ""
     if last.get("exit_code") == EXIT_BUDGET:

@@ -53,6 +53,7 @@ from ...backends.storage.run_folder import (
     RunFolder,
     create_folder,
     get_folder_identity,
+    get_own_ids,
     get_run_ids,
     is_vacant,
     place_to_be,
@@ -195,8 +196,10 @@ def ensure_run_identity(folder: RunFolder) -> dict[str, Any]:
     except OSError as error:
         msg = f"{folder.path}: cannot remove files that a copied run must not keep: {error}"
         raise JournalError(msg) from error
-    ids = get_run_ids(about)
-    about |= {"run": secrets.token_hex(8), "earlier": [*ids], "place": place}
+    ids, own = get_run_ids(about), list[str]()
+    if about.get("place", {}).get("inode") == place["inode"]:
+        own = [*get_own_ids(about)]  # only the number of its file system has changed
+    about |= {"run": secrets.token_hex(8), "earlier": [*ids], "own": own, "place": place}
     folder.write_provenance(about)  # written last: until then the folder counts as a copy
     logger.warning(
         "%s: copied from the folder of run %s, or moved from another file system; it continues as "

@@ -18,10 +18,10 @@ from ...backends.storage.timeline import FILE_NAME, Timeline
 
 logger = logging.getLogger(__name__)
 
-_WRITE_S: Final = 3.0
+_WRITE_S: Final = 5.0
 """Seconds between two writes: what a kill costs."""
-_SHARE: Final = 50.0
-"""Writing takes at most one part in so many of the time, however large the timeline is."""
+_SHARE: Final = 500.0
+"""Writing takes at most one part in so many of a core, however large the timeline is."""
 _MOST_PAUSE_S: Final = 60.0
 
 TakeDeltas = Callable[[int], Sequence[TimelineDelta]]
@@ -35,6 +35,7 @@ class _TimelineWriter:
         self._timeline, self._take = Timeline(folder.path / FILE_NAME), take
         self._loaded = self._failed = self._changed = False
         self._writing: asyncio.Task[None] | None = None
+        self._took_s = 0.0
 
     async def write(self) -> None:
         """Write the timeline if there is anything new."""
@@ -48,6 +49,7 @@ class _TimelineWriter:
         await asyncio.shield(self._writing)
 
     def _write(self, deltas: Sequence[TimelineDelta]) -> None:
+        began = time.thread_time()
         if not self._loaded:
             self._loaded = True
             try:
@@ -63,15 +65,13 @@ class _TimelineWriter:
             self._failed = True
         else:
             self._failed = self._changed = False
+        self._took_s = time.thread_time() - began
 
     async def follow(self) -> None:
         """Write every few seconds; never returns."""
-        took_s = 0.0
         while True:
-            await asyncio.sleep(min(max(_WRITE_S, _SHARE * took_s), _MOST_PAUSE_S))
-            began = time.monotonic()
+            await asyncio.sleep(min(max(_WRITE_S, _SHARE * self._took_s), _MOST_PAUSE_S))
             await self.write()
-            took_s = time.monotonic() - began
 
 
 @asynccontextmanager

@@ -192,6 +192,21 @@ def finite_number(value: Json) -> int | float | None:
         return None
 
 
+def to_countable(value: Json, longest: int = SHOWN_CHARACTERS) -> str | bool | int | float | None:
+    """Return a value that can be counted, None for others: 1.0 is 1, and long texts are cut.
+
+    Args:
+        value: Any JSON value.
+        longest: Cut texts to this many characters.
+    """
+    if isinstance(value, str):
+        return _text(value, longest)
+    if isinstance(value, bool):
+        return value
+    known = finite_number(value)
+    return finite_number(int(known)) if isinstance(known, float) and known.is_integer() else known
+
+
 def sanitize_json(value: Json, longest: int | None = None, depth: int = MAX_STATE_DEPTH) -> Json:
     """Return a copy of a JSON value that survives every JSON and msgpack writer.
 

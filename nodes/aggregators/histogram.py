@@ -16,16 +16,15 @@ from typing import ClassVar, Final
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json, Outcome
 from .base import (
-    SHOWN_CHARACTERS,
     Aggregator,
     State,
     done_outcomes,
     finite_number,
     pick_usable,
-    sanitize_json,
     show_missing,
     sum_counts,
     sum_missing,
+    to_countable,
 )
 
 MAX_DISTINCT: Final = 1_000
@@ -98,7 +97,7 @@ class Histogram(Aggregator):
         """
         done = done_outcomes(outcomes)
         if self.bins is None:
-            values, missing = pick_usable(self.field, done, _to_countable)
+            values, missing = pick_usable(self.field, done, to_countable)
             return _check_distinct(
                 {"of": self.to_spec(), "counts": _count_values(values), **missing}
             )
@@ -120,7 +119,7 @@ class Histogram(Aggregator):
         head = {"op": self.op, "field": self.field}
         counts, tail = state["counts"], show_missing(state)
         if self.bins is None:
-            shown = [value for c in self.categories if (value := _to_countable(c)) is not None]
+            shown = [value for c in self.categories if (value := to_countable(c)) is not None]
             none = dict.fromkeys(map(_to_name, shown), 0)
             return head | {"counts": _rank_counts(none | counts)} | tail
         bins = [
@@ -150,16 +149,6 @@ def _count_values(values: Sequence[Json]) -> dict[str, int]:
 def _to_name(value: Json) -> str:
     """Return the key of a value in the counts."""
     return json.dumps(value)
-
-
-def _to_countable(value: Json) -> str | bool | int | float | None:
-    """Return the value to count: 1.0 is counted as 1, and long texts are cut."""
-    if isinstance(value, str):
-        return str(sanitize_json(value, SHOWN_CHARACTERS))
-    if isinstance(value, bool):
-        return value
-    known = finite_number(value)
-    return finite_number(int(known)) if isinstance(known, float) and known.is_integer() else known
 
 
 def _count_bins(values: Sequence[float], edges: Sequence[float]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.types import Json, Outcome
 from .agreement import Agreement
 from .base import Aggregator, State, make_aggregator
+from .grouped import Grouped
 from .histogram import Histogram
 from .listing import Collect, Count, TopK
 from .stats import Stats
@@ -71,7 +72,8 @@ def build_aggregators(specs: Sequence[Mapping[str, Json]]) -> AggregatorSet:
     """Make the aggregators of a run.
 
     Args:
-        specs: The dicts under ``reduce``, e.g. ``{"op": "top_k", "field": "score", "k": 20}``.
+        specs: The dicts under ``reduce``, e.g. ``{"op": "top_k", "field": "score", "k": 20}``. Any
+            may have ``group_by``, ``max_groups``, and ``groups``: those to show in any case.
 
     Returns:
         The aggregators.
@@ -84,7 +86,20 @@ def build_aggregators(specs: Sequence[Mapping[str, Json]]) -> AggregatorSet:
             raise ConfigurationError(
                 f"reduce: unknown op {spec.get('op')!r}; the ops are {', '.join(AGGREGATORS)}"
             )
-    return AggregatorSet(tuple(make_aggregator(AGGREGATORS[spec["op"]], spec) for spec in specs))
+    return AggregatorSet(tuple(_build_aggregator(spec) for spec in specs))
+
+
+_GROUPING: Final = ("group_by", "max_groups", "groups")
+
+
+def _build_aggregator(spec: Mapping[str, Json]) -> Aggregator:
+    plain = {name: value for name, value in spec.items() if name not in _GROUPING}
+    one = make_aggregator(AGGREGATORS[spec["op"]], plain)
+    if spec.get("group_by") is None:
+        return one
+    return Grouped(
+        one, spec["group_by"], spec.get("max_groups", 100), tuple(spec.get("groups", ()))
+    )
 
 
 def combine_states(a: State, b: State) -> State:
@@ -116,7 +131,12 @@ def combine_states(a: State, b: State) -> State:
             "'reduce', fold the finished items again"
         )
     pairs = zip(a["stages"], b["stages"], strict=True)
-    return _state([AGGREGATORS[left["of"]["op"]].combine(left, right) for left, right in pairs])
+    return _state([_combine(left, right) for left, right in pairs])
+
+
+def _combine(a: State, b: State) -> State:
+    combine = AGGREGATORS[a["of"]["op"]].combine
+    return Grouped.combine_with(combine, a, b) if "group_by" in a["of"] else combine(a, b)
 
 
 def _state(parts: list[State]) -> State:

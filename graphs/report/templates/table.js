@@ -428,7 +428,7 @@
     const section = (title, ...content) => parts.push(make("section", { class: "part" }, make("h4", {}, title), ...content));
     data.flags.forEach((name, bit) => { if ((bits[row] >> bit) & 1) parts.push(make("span", { class: "tag", title: meta.flags[name] }, name)); });
     if (found.error) section("Error", make("p", { class: "error" }, found.error));
-    if (found.output !== undefined) section("Answer", make("pre", {}, typeof found.output === "string" ? found.output : JSON.stringify(found.output, null, 1)));
+    if (found.output !== undefined) section("Answer", make("pre", {}, typeof found.output === "string" ? found.output : JSON.stringify(found.output, null, 1).replace(/\\\\(x[0-9a-f]{2}|u[0-9a-f]{4})/g, "\\$1")));
     if (found.raw) section("Text of the model", make("pre", {}, found.raw));
     if (found.reasoning) section("Reasoning", make("pre", {}, found.reasoning));
     if (found.prompt) section("Prompt", ...meta.constants.map(([role, text]) => message(role, text, "the same for all items")), ...found.prompt.map(([role, text]) => message(role, text)));
@@ -475,7 +475,7 @@
   const body = make("div", { class: "body", role: "rowgroup" });
   const head = make("div", { class: "head", role: "row", "aria-rowindex": 1 }, ...columns.map(makeHead));
   head.style.width = body.style.width = `${total}px`;
-  const grid = make("div", { role: "grid", "aria-label": "Items", "aria-colcount": columns.length }, make("div", { role: "rowgroup" }, head), body);
+  const grid = make("div", { role: "grid", "aria-label": "Items", "aria-colcount": columns.length }, make("div", { class: "heads", role: "rowgroup" }, head), body);
   const view = make("div", { class: "view", tabindex: 0, "aria-label": "Items; arrow keys move, Enter opens an item" }, grid);
   const pane = make("aside", { class: "pane", tabindex: -1, "aria-label": "Item", hidden: true });
   const frame = make("div", { class: "frame" }, view, pane);

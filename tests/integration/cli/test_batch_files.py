@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -470,6 +471,40 @@ def test_a_foreign_output_is_not_touched(
     assert said.code == 2
     assert "contains something else" in said.err
     assert Path("out.jsonl").read_text() == "my notes\n"
+
+
+def test_a_copy_leaves_the_output_of_the_original_alone(
+    shell: Shell, recorder: Recorder, tmp_path: Path
+) -> None:
+    write(shell.folder / "in.jsonl", [request(0), request(1), request(2, refuse=True)])
+    command = ("batch", "in.jsonl", "out.jsonl", "--endpoints", recorder.url)
+    assert shell(*command, "--errors", "bad.jsonl").code == 3
+    before = [Path(name).read_bytes() for name in ("out.jsonl", "bad.jsonl")]
+    shutil.copytree("out.jsonl.fanfold", "copy")
+    recorder.bodies.clear()
+    said = shell("resume", "copy", "--retry-failed")
+    assert said.code == 2, said.err
+    assert "out.jsonl: is the output of run" in said.err
+    assert "--set batch.output=FILE" in said.err
+    said = shell(
+        "resume", "copy", "--retry-failed", "--set", f"batch.output={shell.folder}/mine.jsonl"
+    )
+    assert said.code == 2, said.err
+    assert "bad.jsonl: is the output of run" in said.err
+    assert not recorder.bodies
+    options = ("--set", f"batch.output={shell.folder}/mine.jsonl", "--set", "batch.errors=null")
+    assert shell("resume", "copy", "--retry-failed", *options).code == 3
+    assert len(recorder.bodies) == 1
+    assert by_id("mine.jsonl").keys() == {"request-0", "request-1", "request-2"}
+    assert [Path(name).read_bytes() for name in ("out.jsonl", "bad.jsonl")] == before
+    assert shell(*command, "--errors", "bad.jsonl").code == 3
+    (tmp_path / "moved").mkdir()
+    for name in ("out.jsonl.fanfold", "out.jsonl", "bad.jsonl"):
+        Path(name).rename(tmp_path / "moved" / name)
+    said = shell("batch", "in.jsonl", "moved/out.jsonl", "--errors", "moved/bad.jsonl")
+    assert said.code == 3, said.err
+    assert Path("moved/out.jsonl").read_bytes() == before[0]
+    assert not Path("out.jsonl").exists()
 
 
 def cut_last(data: bytes) -> bytes:

@@ -70,6 +70,10 @@ def test_no_command_shows_them(shell: Shell, url: str) -> None:
             for n, text in enumerate([f"good {EVIL}", f"bad {EVIL}", "good"])
         )
     )
+    message = {"role": "user", "content": f"bad {EVIL}"}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": {"messages": [message]}}
+    lines = [line | {"custom_id": f"a{EVIL}"}, line | {"custom_id": "b", "url": f"/{EVIL}"}]
+    (shell.folder / "lines.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
     shell.write(
         input={"path": "in.jsonl", "id": "id"},
         task={"prompt": "Say {text}", "system": f"Be {EVIL}", "schema": LABELLED},
@@ -88,6 +92,15 @@ def test_no_command_shows_them(shell: Shell, url: str) -> None:
         ["show", "run", "--columns", "error,output.label,text,prompt"],
         ["failures", "run", "--class", "RequestRefusedError"],
         ["cost", "run", "--by", "model"],
+        ["ls", "."],
+        ["endpoints", "run"],
+        ["run", "c.yaml", "--from", "run", "--out", "more", "--yes", "--ask-again", "all"],
+        ["run", "c.yaml", "--from", "run", "--out", "none", "--only", f"{EVIL} == 1"],
+        ["run", "c.yaml", "--from", "run", "--out", "none", "--only", f'label == "{EVIL}"'],
+        ["show", "run", "--columns", EVIL],
+        ["batch", "lines.jsonl", "out.jsonl", "--endpoints", url],
+        ["failures", "out.jsonl.fanfold"],
+        ["show", "out.jsonl.fanfold"],
         ["run", "c.yaml", "--set", f"model.name={json.dumps(EVIL)}"],
         ["run", f"none{EVIL}"],
     ):

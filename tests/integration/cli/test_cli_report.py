@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
-from .conftest import Shell
+from .conftest import SCHEMA, Shell
 
 pytestmark = pytest.mark.integration
 
@@ -40,3 +43,47 @@ def test_what_cannot_be_written(shell: Shell, arguments: list[str], said: str) -
     assert found.code == 2
     assert said in found.err
     assert not (shell.folder / "run" / "report.html").exists()
+
+
+def test_the_page_has_its_tables_without_charts_and_drawings(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"{n},{'C' * n}O\n" for n in range(1, 6))
+    (shell.folder / "in.csv").write_text("id,smiles\n" + rows)
+    reduce = [{"op": "top_k", "field": "score", "k": 3, "show": ["smiles"]}]
+    reduce.append({"op": "histogram", "field": "label"})
+    shell.write(task={"prompt": "Rate {smiles}", "schema": SCHEMA}, reduce=reduce)
+    assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 0
+    for name in ("altair", "rdkit"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert shell("report", "run").code == 0
+    text = (shell.folder / "run" / "report.html").read_text()
+    assert "<svg" not in text
+    assert "No charts: they need the extra &#39;report&#39;" in text
+    assert "No molecules: drawing SMILES needs the extra &#39;chem&#39;" in text
+    assert "Highest score" in text
+    assert "Distribution of label" in text
+
+
+def test_the_commands_of_the_page(shell: Shell) -> None:
+    page = Path(str(files("fanfold")), "docs", "report.md").read_text()
+    block = re.findall(r"```console\n(.*?)```", page, re.DOTALL)[0]
+    lines = block.splitlines()
+    for line in (line for line in lines if line.startswith("$ fanfold ")):
+        found = shell(*line.removeprefix("$ fanfold ").split(), *["--limit=40"] * ("run" in line))
+        assert found.code == 0, found.err
+    assert re.fullmatch(r"Report: \S+ \([\d.]+ MB\)", lines[-1])
+    assert found.err.startswith(lines[-1].partition(" (")[0])
+    text = (shell.folder / "screening" / "report.html").read_text()
+    assert 'aria-label="structure of ' in text
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_empty_or_unfinished_run(shell: Shell, ended: bool) -> None:
+    limit = "2" if ended else "1"
+    code = shell("run", "c.yaml", "--out", "run", "--quiet", "--budget-requests", limit).code
+    assert code == 4
+    assert shell("report", "run").code == 0
+    text = (shell.folder / "run" / "report.html").read_text()
+    assert "have not ended" in text
+    assert "fanfold resume run --budget-requests N" in text

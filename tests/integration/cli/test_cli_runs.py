@@ -63,7 +63,9 @@ def test_everything_says_simulated(shell: Shell) -> None:
     for file in ("x.parquet", "r/results.parquet"):
         assert pq.read_table(file).column("simulated").to_pylist() == [True] * 3
 
-    assert json.loads(shell("status", "r", "--json").out)["simulated"] is True
+    status = json.loads(shell("status", "r", "--json").out)
+    assert status["simulated"] is True
+    assert status["aggregate"] == json.loads(Path("r/aggregate.json").read_text())["aggregate"]
     assert "simulated │ true" in shell("status", "r").out
     said = shell("resume", "r")
     assert said.out.splitlines()[0] == "top_k of score   simulated: true"

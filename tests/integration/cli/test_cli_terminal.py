@@ -104,7 +104,7 @@ def faulty(shell: Shell) -> Shell:
 @pytest.mark.parametrize("width", [60, 80, pytest.param(140, marks=pytest.mark.long)])
 @pytest.mark.usefixtures("faulty")
 def test_a_run(width: int) -> None:
-    screen, frames, code = see(width, "run", "c.yaml", "--out", "run")
+    screen, frames, code = see(width, "run", "c.yaml", "--out", "run", "--no-report")
     text = screen.text
     assert code == 3, text
     during = [frame for frame in frames if re.search(r" [1-9]\d? %  \d+/150", frame)]
@@ -149,7 +149,7 @@ def test_commands_that_look_at_a_run(shell: Shell, width: int) -> None:
 @pytest.mark.parametrize("width", [60, 80])
 def test_long_messages_break_between_words(shell: Shell, width: int) -> None:
     shell.write(task={"prompt": "Say {textt}", "schema": {"type": "object"}}, reduce=[])
-    screen, _, code = see(width, "run", "c.yaml")
+    screen, _, code = see(width, "run", "c.yaml", "--no-report")
     assert code == 2
     assert_whole(screen.text, width)
 
@@ -159,7 +159,9 @@ def test_long_messages_break_between_words(shell: Shell, width: int) -> None:
 def test_a_printed_command_can_be_copied(width: int) -> None:
     """A command that does not fit has a line of its own, without line ends of ours."""
     folder = "a-folder-with-a-long-name/" * 4 + "run"
-    screen, _, code = see(width, "run", "c.yaml", "--out", folder, "--budget-requests", "1")
+    screen, _, code = see(
+        width, "run", "c.yaml", "--out", folder, "--budget-requests", "1", "--no-report"
+    )
     assert code == 4
     commands = [line for line in screen.text.splitlines() if line.strip().startswith("fanfold")]
     assert commands == [f"  fanfold resume {folder} --budget-requests N"]
@@ -183,3 +185,21 @@ def assert_whole(text: str, width: int) -> None:
     """Check that no line is longer than the terminal, which would break or cut it."""
     long = [line for line in text.splitlines() if len(line) > width]
     assert not long, f"{width} columns:\n" + "\n".join(long)
+
+
+def test_a_run_writes_its_report_at_the_end(shell: Shell) -> None:
+    screen, _, code = see(100, "run", "c.yaml", "--out", "run")
+    assert code == 0
+    assert "Report: run/report.html (" in screen.text
+    report = shell.folder / "run" / "report.html"
+    assert report.stat().st_size > 50_000
+    report.unlink()
+    report.mkdir()  # so that it cannot be written
+    screen, _, code = see(200, "resume", "run")
+    assert code == 0
+    assert "WARNING: no report was written (" in screen.text
+    assert "write it with: fanfold report run" in screen.text
+    report.rmdir()
+    for option in ("--no-report", "--json"):
+        assert see(100, "resume", "run", option)[2] == 0
+    assert not report.exists()

@@ -316,6 +316,28 @@ async def test_leftovers_of_batches_only(tmp_path: Path) -> None:
         assert all(r["requests"] == 2 and "no line" in r["error"] for r in failed)
 
 
+@pytest.mark.parametrize("missing", [0.0, 0.7])
+async def test_an_outage_fails_few_items(tmp_path: Path, missing: float) -> None:
+    """Without requests one by one, nothing else tells a broken service from bad items."""
+    rules = BatchSpec(missing=missing, failed=1.0 - missing)
+    async with open_lab(tmp_path, items=80, batch=rules) as lab:
+        lab.config["backend"]["leftovers"] = "batch"
+        lab.config["limits"] = {"attempts": 2}
+        code, _, said = await lab.run()
+        assert code == 5, said
+        assert "failed in every batch; more than 5% of 200 look like an outage" in said
+        assert [r["status"] for r in lab.records()] == ["failed"] * 10
+
+
+async def test_some_items_that_fail_are_no_outage(tmp_path: Path) -> None:
+    async with open_lab(tmp_path, items=400, batch=BatchSpec(failed=0.1)) as lab:
+        lab.config["backend"] |= {"leftovers": "batch", "lines": 400}
+        lab.config["limits"] = {"attempts": 2}
+        code, _, said = await lab.run()
+        assert code in {0, 3}, said
+        assert len(lab.records()) == 400
+
+
 async def test_repairs_are_requests_of_later_batches(tmp_path: Path) -> None:
     async with open_lab(tmp_path, items=20) as lab:
         # the server answers in free text, so that each answer is sent back once

@@ -180,6 +180,21 @@ async def test_others_go_on_while_the_other_endpoint_is_busy() -> None:
             assert fleet.health().waiting == 6
 
 
+@pytest.mark.parametrize("quota", [{"requests_per_s": 0.01}, {"tokens_per_min": 124}], ids=str)
+async def test_others_go_on_while_the_quota_of_the_other_endpoint_is_used_up(
+    quota: dict[str, Any],
+) -> None:
+    pair = Pair("good")
+    async with fleet_of(pair, **quota) as fleet:
+        while not pair.asked["other", "good"]:  # its first request uses the quota up
+            await asyncio.gather(*(ask(fleet, "good") for _ in range(4)))
+        pair.asked.clear()
+        async with working(fleet, mixed(200, 6)) as tasks:
+            await all_done(tasks, "good")
+            assert fleet.health().waiting == 6
+            assert pair.asked == {("healthy", "good"): 200, ("healthy", "bad"): 6}
+
+
 async def test_others_go_on_while_the_other_endpoint_is_tried_with_one_request() -> None:
     pair = Pair("lost")
     policy = replace(POLICY, breaker=BreakerPolicy(failures=1, open_s=0.01))

@@ -277,6 +277,8 @@ QUICK = HedgePolicy(quantile=0.0, peak=1, share=9.0, tick_s=0.001)
             FleetPolicy(streams=1, rate_limit=RateLimitPolicy(tokens_per_min=1e6)),
             {"tokens_per_min": 1e6},
         ),
+        (FleetPolicy(streams=4, rate_limit=RateLimitPolicy(tokens_per_min=500)), {}),
+        (FleetPolicy(streams=4), {"tokens_per_min": 500}),
         (FleetPolicy(streams=2, hedge=QUICK), {}),
         (FleetPolicy(streams=2, hedge=None, affinity=AffinityPolicy()), {"max_in_flight": 1}),
     ],

@@ -99,11 +99,26 @@ def attacks(marker: Path, secret: Path, url: str) -> dict[str, dict[str, Any]]:
         "configuration file": {"config": str(secret)},
         "run folder": {"out": str(marker)},
         "answers of others": {"cache": str(marker)},
+        "examples file": {"overrides": [f"task.examples={secret}"]},
+        "examples file by configuration": {"config": {"task": {**task, "examples": str(secret)}}},
+        "output file": {"batch": {"output": str(marker)}},
+        "output file by override": {
+            "overrides": ["input.format=openai_batch", f"batch.output={marker}"]
+        },
+        "items that are requests": {"input_format": "openai_batch"},
+        "batch service": {"backend": "batch", "backend_options": {"dir": str(marker.parent)}},
+        "commands of servers": {"node": {"ready": touch, "env": {"LD_PRELOAD": str(secret)}}},
+        "found endpoints": {"endpoints": "auto"},
+        "endpoints of a registry": {"overrides": [f"endpoints.aegis_registry={url}"]},
+        "gateway of a stranger": {"overrides": [f"endpoints.first.base_url={url}"]},
+        "hosts": {"endpoint_options": {"hosts": ["127.0.0.1"], "port": int(url.rsplit(":", 1)[1])}},
+        "backend of a user": {"backend_options": {"client": "os:abort", "executor": "os:abort"}},
+        "load of servers": {"load": "metrics"},
         "metrics port": {"metrics_port": 65000},
     }
 
 
-NAMES = list(attacks(Path("m"), Path("s"), "u"))
+NAMES = list(attacks(Path("m"), Path("s"), "http://u:1"))
 
 
 @pytest.fixture

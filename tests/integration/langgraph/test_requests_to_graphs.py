@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,36 @@ async def test_paths_need_a_root(
     assert (await graph.ainvoke({"path": "${HOME}.csv"}))["progress"]["done"] == 1
     trusting: Any = build_graph(settings(simulated), trust_context=True)
     assert (await trusting.ainvoke({"path": "things.csv"}))["progress"]["done"] == 3
+
+
+async def test_items_that_are_requests_are_requests_of_the_caller(
+    simulated: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound file may set any field of the body; what an invocation gives may not."""
+
+    def line(**fields: Any) -> dict[str, Any]:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, **fields}
+        return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+    (tmp_path / "shared").mkdir()
+    for file in (tmp_path / "bound.jsonl", tmp_path / "shared" / "given.jsonl"):
+        file.write_text(json.dumps(line(priority=-1)))
+    monkeypatch.setenv("FANFOLD_SERVER_ROOT", str(tmp_path / "shared"))
+    config = settings(simulated, input={"path": "bound.jsonl", "format": "openai_batch"})
+    config = {key: config[key] for key in ("input", "endpoints", "limits")}
+    graph: Any = build_graph(config)
+    given: list[Any] = [{"items": [line(priority=-1)]}, {"path": "given.jsonl"}]
+    for one in given:
+        with pytest.raises(ConfigurationError, match=r"may not set model\.extra_body\.priority"):
+            await graph.ainvoke(one)
+    context: Any = {"overrides": ["input.path=given.jsonl"]}
+    with pytest.raises(ConfigurationError, match=r"may not set model\.extra_body\.priority"):
+        await graph.ainvoke({}, context=context)
+    assert_nothing_began(simulated)
+    for fine in ({"items": [line(top_k=3)]}, {}):
+        assert (await graph.ainvoke(fine))["progress"]["done"] == 1
+    trusting: Any = build_graph(config, trust_context=True)
+    assert (await trusting.ainvoke(given[0]))["progress"]["done"] == 1
 
 
 async def test_the_owner_opens_keys(

@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from rich.console import Console
 
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.storage.endpoints_table import read_endpoints, sum_sessions
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
+from fanfold.backends.storage.timeline import read_timeline
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run, resume_run
 from fanfold.graphs.session import RunOptions, RunResult, execute_run
@@ -162,6 +165,25 @@ class Lab:
         assert orjson.dumps(found["aggregate"]) == orjson.dumps(aggregate)
         assert len(self._asked) == self.items
         assert self.again <= again
+
+
+def assert_timeline(out: Path) -> None:
+    """Assert that the timeline adds up to the endpoints table, and that no call took no time."""
+    timeline = read_timeline(out / "timeline.arrow").to_pylist()
+    rows = sum_sessions(read_endpoints(out / "endpoints.parquet"))
+    assert rows
+    assert {bin_["endpoint"] for bin_ in timeline} == {row["endpoint"] for row in rows}
+    for row in rows:
+        mine = [bin_ for bin_ in timeline if bin_["endpoint"] == row["endpoint"]]
+        sums = {name: sum(bin_[name] for bin_ in mine) for name in ("calls", "output_tokens")}
+        assert sums == {"calls": row["calls"], "output_tokens": row["completion_tokens"]}
+        failures = Counter[str]()
+        for bin_ in mine:
+            failures.update(dict(bin_["failures"]))
+        assert failures == row["failures"]
+    flown = sum(bin_["in_flight"] * bin_["seconds"] for bin_ in timeline)
+    answering = sum(bin_["latency_s"] for bin_ in timeline)
+    assert 0 < answering <= flown * 1.01 + 0.1
 
 
 LabMaker = Callable[..., AbstractAsyncContextManager[Lab]]

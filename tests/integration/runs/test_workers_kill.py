@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
+from fanfold.backends.storage.timeline import read_timeline
 from fanfold.graphs.session import RunResult
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
@@ -107,6 +109,12 @@ async def test_worker_processes_are_killed(lab_of: LabMaker) -> None:
         lab.assert_whole(aggregate, again=0)
         assert 0 < asked_again(lab) <= STREAMS // 2 + STREAMS
         assert leftovers(lab) == []
+        # heartbeats of the killed workers have reported what their results could not
+        rows = read_endpoints(lab.out / "endpoints.parquet")
+        timeline = read_timeline(lab.out / "timeline.arrow").to_pylist()
+        calls = sum(bin_["calls"] for bin_ in timeline)
+        assert sum(row["calls"] for row in rows) <= calls
+        assert calls <= lab.fleet.stats()["totals"]["requests"]
 
 
 async def test_parsls_worker_and_manager_are_killed(lab_of: LabMaker) -> None:

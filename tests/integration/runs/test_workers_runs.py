@@ -16,13 +16,12 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.backends.storage.timeline import read_timeline
 from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.remote.heartbeat import heartbeat_file
 from fanfold.graphs.run.accounting import endpoints_table_path
-from fanfold.tests.integration.runs.conftest import LabMaker
+from fanfold.tests.integration.runs.conftest import LabMaker, assert_timeline
 
 pytestmark = pytest.mark.integration
 
@@ -61,15 +60,7 @@ async def test_results_are_those_of_a_local_run(lab_of: LabMaker, shared: bool) 
         tokens = sum(node["completion_tokens"] for node in nodes)
         assert sum(row["completion_tokens"] for row in rows) == tokens
         assert all(row["latency_p50_s"] and row["failures"] == {} for row in rows)
-        timeline = read_timeline(lab.out / "timeline.arrow").to_pylist()
-        for name in ("calls", "prompt_tokens", "completion_tokens"):
-            column = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
-            for row in rows:
-                mine = [bin_ for bin_ in timeline if bin_["endpoint"] == row["endpoint"]]
-                assert sum(bin_[column.get(name, name)] for bin_ in mine) == row[name]
-        flown = sum(bin_["in_flight"] * bin_["seconds"] for bin_ in timeline)
-        answering = sum(bin_["latency_s"] for bin_ in timeline)
-        assert 0 < answering <= flown * 1.01 + 0.1
+        assert_timeline(lab.out)
 
 
 async def test_orders_and_summaries_of_bounded_size(

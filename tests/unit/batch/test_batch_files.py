@@ -189,12 +189,14 @@ def test_a_refused_batch_takes_only_its_own_file_along(tmp_path: Path) -> None:
     folder = BatchFolder(tmp_path / "batches")
     folder.write_lines(1, LINES)
     file = write_requests(cluster, "r1", 1, [b"{}\n"])
-    for path in (file.path, other):
+    original = write_requests(cluster, "r0", 1, [b"{}\n"])  # of the run that r1 is a copy of
+    for path in (file.path, other, original.path):
         record = replace(RECORD, input_file=str(path), state="refused")
         folder.write(record)
-        folder.discard(record, cluster)
+        folder.discard(record, cluster, "r1")
         assert folder.read() == []
     assert other.exists()
+    assert original.path.exists()
     assert not file.path.exists()
 
 

@@ -81,6 +81,10 @@ SCHEMA: dict[str, Any] = {
         {"op": "top_k", "field": "assays[].value"},
         {"op": "collect", "field": "assays[].notes[]"},
         {"op": "collect", "field": "assays[]"},
+        {"op": "count", "group_by": "e"},
+        {"op": "stats", "field": "assays[].value", "group_by": "assays[].name"},
+        {"op": "collect", "group_by": "s", "max_groups": 1000},
+        {"op": "top_k", "field": "n", "group_by": "e", "k": 10_000},
     ],
     ids=str,
 )
@@ -112,6 +116,13 @@ def test_stages_that_fit(stage: dict[str, Any]) -> None:
         ({"op": "stats", "field": "n[]"}, "'n' is not a list"),
         ({"op": "collect", "field": "output[]"}, "'output' is not a list"),
         ({"op": "histogram", "field": "assays[].notes[]"}, "unlimited"),
+        ({"op": "count", "group_by": "output.x"}, "group_by: task.schema has no field 'x'"),
+        ({"op": "count", "group_by": "assays"}, "is a list; name a text, number or boolean in it"),
+        ({"op": "count", "group_by": "assays[]"}, "is an object; name"),
+        ({"op": "count", "group_by": "many", "max_groups": 1000}, "has 1,001 values"),
+        ({"op": "count", "group_by": "e", "max_groups": 1}, "has 2 values; set max_groups to"),
+        ({"op": "top_k", "field": "n", "group_by": "s", "k": 2000}, "lower k or max_groups"),
+        ({"op": "collect", "group_by": "s", "limit": 2000}, "lower limit or max_groups"),
     ],
     ids=str,
 )
@@ -166,6 +177,19 @@ def test_many_alternatives_are_read_once() -> None:
     every = {"anyOf": [{"$ref": name} for name in names], "allOf": [{"$ref": names[0]}]}
     schema = {"$defs": {str(n): dict(every) for n in range(200)}, "properties": {"x": every}}
     check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "x"})], schema)
+
+
+def test_groups_come_from_the_schema() -> None:
+    plain = to_aggregator_spec(
+        ADAPTER.validate_python({"op": "count", "group_by": "output.assays[].name"}), SCHEMA
+    )
+    assert plain == {
+        "op": "count",
+        "group_by": "assays[].name",
+        "max_groups": 100,
+        "groups": ["ic50", "ki"],
+    }
+    assert "group_by" not in to_aggregator_spec(ADAPTER.validate_python({"op": "count"}), SCHEMA)
 
 
 def test_references_in_a_circle_end() -> None:

@@ -83,12 +83,20 @@ def test_elements_where_one_value_is_needed() -> None:
         resolve_field("tags[]", ANSWER, INPUT)
 
 
-def test_narrow_keeps_the_elements_with_a_value() -> None:
-    output, row = FieldPath.parse("list[].n[]").narrow(OUTPUT, ROW, lambda value: value == 3)
-    assert output == {**OUTPUT, "list": [{"n": [3]}]}
-    assert row == ROW
-    output, row = FieldPath.parse("input.tags[]").narrow(OUTPUT, ROW, lambda value: value == "b")
-    assert (output, row) == (OUTPUT, {**ROW, "tags": ["b"]})
+def test_split_by_the_elements_with_a_value() -> None:
+    parts = FieldPath.parse("list[].n[]").split(OUTPUT, ROW, str)
+    assert parts["3"] == ({**OUTPUT, "list": [{"n": [3]}]}, ROW)
+    assert list(parts) == ["1", "2", "3"]
+    parts = FieldPath.parse("input.tags[]").split(OUTPUT, ROW, str)
+    assert parts["b"] == (OUTPUT, {**ROW, "tags": ["b"]})
+    listed = {"x": [{"k": 1, "v": "a"}, {"k": 2}, {"k": 1, "v": "b"}, {"v": "c"}, 7]}
+    parts = FieldPath.parse("x[].k").split(listed, {}, str)
+    assert {
+        name: [e["v"] for e in out["x"] if isinstance(e, dict) and "v" in e]
+        for name, (out, _) in parts.items()
+    } == {"1": ["a", "b"], "2": [], "None": ["c"]}
+    assert FieldPath.parse("x[].k").split({"x": None}, {}, str) == {}
+    assert FieldPath.parse("input.no[]").split(None, {}, str) == {}
 
 
 def test_the_schema_of_a_field() -> None:

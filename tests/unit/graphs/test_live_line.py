@@ -23,8 +23,8 @@ from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
 from fanfold.backends.storage.journal import Journal
 from fanfold.graphs.run.accounting import OpenRun
-from fanfold.graphs.run.console import format_count
-from fanfold.graphs.run.monitor import ProgressLine, fill_lines
+from fanfold.graphs.run.console import fill_lines, format_count
+from fanfold.graphs.run.monitor import ProgressLine
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ def hosts(environment: dict[str, str] | None = None, **sections: Any) -> list[st
         ({"aegis_registry": "http://head:8471"}, ["head", "(not known yet)"]),
         (
             {"first": {"base_url": "https://gate.example/x", "paths": ["a/b"], "token": "t"}},
+            ["gate.example"],
+        ),
+        ({"first": {}}, ["inference-api.alcf.anl.gov", "auth.globus.org"]),
+        (
+            {"first": {"base_url": "https://gate.example", "token_command": "cat t"}},
             ["gate.example"],
         ),
         ({"auto": True}, ["(not known yet)"]),
@@ -112,3 +119,30 @@ def test_secrets_of_urls_are_not_shown() -> None:
         "backend": {"kind": "academy", "exchange": {"kind": "http", "url": "http://u:s3cr3t@h"}},
     }
     assert "s3cr3t" not in str(list_receiving_hosts(load_config(settings).config, {}))
+
+
+LISTENS = re.compile(
+    r"\b(TCPSite|UnixSite|SockSite|start_server|start_unix_server|create_server|HTTPServer)\("
+    r"|\.listen\("
+)
+DESCRIBED = {
+    "graphs/run/monitor.py": "`metrics.port`",
+    "backends/workers/launched/server.py": "`backend.kind: launched`",
+    "backends/workers/academy/exchange.py": "`backend.kind: academy`",
+    "backends/simulated/server.py": "the simulated fleet",
+}
+"""What SECURITY.md calls the ports that a module opens. Engines and model servers open others."""
+
+
+def test_every_module_that_opens_a_port_is_in_the_list_of_ports() -> None:
+    """A new port is a decision: who can connect, with which secret?"""
+    root = Path(str(files("fanfold")))
+    modules = (
+        p for top in ("graphs", "nodes", "backends", "configs") for p in (root / top).rglob("*.py")
+    )
+    found = {str(path.relative_to(root)) for path in modules if LISTENS.search(path.read_text())}
+    assert found == DESCRIBED.keys(), "describe the port in SECURITY.md and here"
+    _, _, text = (root / "SECURITY.md").read_text().partition("## Open ports")
+    rows = text.partition("\n## ")[0].splitlines()
+    for words in DESCRIBED.values():
+        assert any(words in row for row in rows if row.startswith("|")), words

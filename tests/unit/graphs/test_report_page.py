@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.fields import FieldPath
 from fanfold.graphs.report import flags as flags_module
 from fanfold.graphs.report.charts import Charts, clean_svg, load_charts
+from fanfold.graphs.report.evaluation import make_evaluations, read_evaluation
 from fanfold.graphs.report.findings import FindingMaker
 from fanfold.graphs.report.flags import FLAGS, RowFacts, is_repetitive
 from fanfold.graphs.report.molecules import open_drawing
 from fanfold.graphs.report.texts import MOST_CHARACTERS, shorten, shorten_json
+from fanfold.graphs.report.timeline import (
+    list_points,
+    make_heat_map,
+    measure_time_use,
+    read_timeline,
+)
 
 EVIL = "</script><img src=x onerror=alert(1)>\u202e\x00javascript:alert(1)"
 
@@ -226,7 +237,7 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
         "Distribution of kind",
         "Distribution of x",
         "Statistics of x",
-        "Collect",
+        "All answers",
         "Of a later version",
     ]
     assert found[0].note == "2 items without a usable value"
@@ -235,4 +246,139 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
     assert ["groups 1 values n", "3"] in [list(line) for line in found[-1].rows]
     drawn = [one.title for one in found if one.svg is not None]
     assert drawn == (["Distribution of kind", "Distribution of x"] if is_drawn else [])
-    assert all(one.is_open == (one.svg is None) for one in found)
+    assert all(one.is_open == (one.svg is None) for one in found if one.title != "All answers")
+
+
+def make_timeline(path: Path, rows: list[dict[str, Any]]) -> Path:
+    kinds: list[tuple[str, pa.DataType]] = [
+        ("start", pa.timestamp("ms", "UTC")),
+        ("seconds", pa.float64()),
+        ("endpoint", pa.dictionary(pa.int32(), pa.string())),
+        ("calls", pa.int64()),
+        ("failures", pa.map_(pa.string(), pa.int64())),
+        ("in_flight", pa.float64()),
+        ("input_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+    ]
+    schema = pa.schema(kinds)
+    given = {"failures": [], "input_tokens": 2, "output_tokens": 1, "seconds": 1.0}
+    table = pa.Table.from_pylist([given | row for row in rows], schema=schema)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+BEGUN = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def at(seconds: float) -> datetime:
+    return BEGUN + timedelta(seconds=seconds)
+
+
+def test_where_the_time_went_adds_up(tmp_path: Path) -> None:
+    levels = [10.0] * 20 + [5.0] * 2 + [10.0] * 8 + [2.0] * 10
+    rows: list[dict[str, Any]] = [
+        {"start": at(2 + n), "endpoint": name, "calls": 4, "in_flight": level / 2}
+        for n, level in enumerate(levels)
+        for name in ("a", "b")
+    ]
+    rows[0]["failures"] = [("EndpointLostError", 4)]
+    timeline = read_timeline(make_timeline(tmp_path / "t.arrow", rows))
+    assert timeline is not None
+    assert timeline.failures == {"EndpointLostError": 4}
+    assert [one.in_flight for one in timeline.bins] == levels
+    use = measure_time_use(timeline, [(at(0), at(45))])
+    assert use is not None
+    assert use.level == 10
+    assert use.actual == pytest.approx(45)
+    assert use.parts == pytest.approx(
+        {
+            "useful requests": 27.5 + 1 + 2,
+            "failed requests": 0.5,
+            "start": 2,
+            "free slots": 1,
+            "tail": 8,
+            "end": 3,
+        }
+    )
+    assert use.share == pytest.approx(30.5 / 45)
+    killed = measure_time_use(timeline, [(at(0), None)])
+    assert killed is not None
+    assert killed.actual == pytest.approx(42)
+    assert killed.parts["end"] == 0
+
+
+def test_the_heat_map_has_bounds_and_keeps_the_load(tmp_path: Path) -> None:
+    rows = [
+        {"start": at(3 * n), "seconds": 3.0, "endpoint": f"n{one}", "calls": 3, "in_flight": 1.0}
+        for n in range(250)
+        for one in range(300)
+    ]
+    timeline = read_timeline(make_timeline(tmp_path / "t.arrow", rows))
+    assert timeline is not None
+    heat = make_heat_map(timeline)
+    columns, lines = {cell[0] for cell in heat.cells}, {cell[1] for cell in heat.cells}
+    assert (len(columns), len(lines), len(heat.names)) == (200, 100, 100)
+    assert heat.names[0] == "n0 \u2026 n2"
+    assert all(level == pytest.approx(1) for _, _, level, _ in heat.cells)
+
+
+def test_a_pause_between_sessions_takes_no_room(tmp_path: Path) -> None:
+    starts = [0, 1, 2, 100_000, 100_001]
+    rows = [{"start": at(n), "endpoint": "a", "calls": 1, "in_flight": 1.0} for n in starts]
+    timeline = read_timeline(make_timeline(tmp_path / "t.arrow", rows))
+    assert timeline is not None
+    points, pauses, unit = list_points(timeline)
+    assert (pauses, unit) == ([3.0], "seconds")
+    assert points[-1]["at"] == 5.0
+
+
+def test_a_timeline_that_is_missing_empty_or_damaged(tmp_path: Path) -> None:
+    assert read_timeline(tmp_path / "none") is None
+    assert read_timeline(make_timeline(tmp_path / "empty", [])) is None
+    (tmp_path / "bad").write_bytes(b"no arrow")
+    with pytest.raises(JournalError, match="bad: cannot be read"):
+        read_timeline(tmp_path / "bad")
+
+
+EVALUATION: dict[str, Any] = {
+    "version": 1,
+    "evaluations": [
+        {
+            "gold": "label",
+            "field": EVIL,
+            "kind": "category",
+            "items": 100,
+            "answered": 97,
+            "missing": 3,
+            "metrics": {"accuracy": {"value": 0.9, "low": 0.82, "high": 0.95, "n": 100}},
+            "classes": {},
+            "confusion": {"labels": ["a", EVIL], "counts": [[50, 3], [7, 40]]},
+        },
+        {
+            "gold": "y",
+            "field": "x",
+            "kind": "number",
+            "items": 10,
+            "answered": 10,
+            "missing": 0,
+            "metrics": {"rmse": {"value": 12.5, "low": None, "high": None, "n": 10}},
+        },
+    ],
+}
+
+
+def test_an_evaluation_has_intervals_and_a_confusion_matrix(tmp_path: Path, charts: Charts) -> None:
+    path = tmp_path / "evaluation.json"
+    assert read_evaluation(path) == []
+    path.write_text(json.dumps(EVALUATION))
+    found = list(make_evaluations(read_evaluation(path), charts))
+    assert [one.svg is not None for one in found] == [True, True, False]
+    assert list(found[0].rows[0]) == ["accuracy", "0.9", "0.82 to 0.95", "100"]
+    assert "3 without an answer count as missing" in found[0].note
+    assert list(found[1].rows[0])[1:] == ["50", "3"]
+    assert "<img" not in str(found[1].svg)
+    assert list(found[2].rows[0])[1:3] == ["12.5", "\u2013"]
+    path.write_text(json.dumps(EVALUATION | {"version": 2}))
+    with pytest.raises(JournalError, match="format 2"):
+        read_evaluation(path)

@@ -47,6 +47,28 @@ def test_columns_without_room_are_named() -> None:
     assert "field_29" in text
 
 
+@pytest.mark.parametrize("width", [60, 120])
+def test_groups_are_rows(width: int) -> None:
+    facts = {"size": 2, "count": 2, "mean": 0.5, "quantiles": {"0.5": 0.25}}
+    groups = [{"group": "[red]a", **facts}, {"group": None, **facts, "mean": None}]
+    stage = {"op": "stats", "field": "score", "group_by": "kind", "groups": groups, "others": 1234}
+    text = shown([stage], width)
+    assert text.startswith("stats of score by kind   simulated: true")
+    assert all(len(line) <= width for line in text.splitlines())
+    for word in ("kind", "size", "mean", "[red]a", "null", "and 1,234 items in further groups"):
+        assert word in text
+    assert "no groups" in shown([{**stage, "groups": [], "others": 0}], width)
+
+
+def test_rows_of_groups_begin_with_the_group() -> None:
+    groups = [{"group": name, "size": 1, "rows": RANKED["rows"]} for name in ("x", "y")]
+    text = shown(
+        [{"op": "top_k", "field": "score", "group_by": "k", "groups": groups, "others": 0}]
+    )
+    assert [line.split()[1] for line in text.splitlines() if "│" in line][:2] == ["x", "x"]
+    assert text.count("│ a ") == 2
+
+
 COLUMN = st.tuples(st.integers(1, 120), st.integers(1, 120), st.booleans())
 
 

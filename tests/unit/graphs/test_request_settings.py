@@ -6,27 +6,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
-from fanfold.configs.aggregators import (
-    CollectConfig,
-    CountConfig,
-    HistogramConfig,
-    StatsConfig,
-    TopKConfig,
-)
+from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 from fanfold.configs.base import Access
 from fanfold.configs.describe import find_setting, iter_access, split_settings
 from fanfold.configs.loader import LoadedConfig, load_config
-from fanfold.configs.models import RunConfig
+from fanfold.configs.models import SAMPLING_FIELDS, RunConfig
 from fanfold.graphs.bound_graph import BoundSettings
 from fanfold.graphs.caller_policy import ALLOW_ENV, ROOT_ENV, CallerPolicy, CallerSettings
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.context_schema import build_request_form
+from fanfold.graphs.integrations.service import Service
 
 OWN: dict[str, Any] = {
     "name": "own",
@@ -89,9 +85,7 @@ def test_no_section_declares_what_it_does_not_have() -> None:
         assert getattr(section, "access").keys() <= keys, section  # noqa: B009 - of any model
 
 
-@pytest.mark.parametrize(
-    "stage", [CountConfig, StatsConfig, HistogramConfig, TopKConfig, CollectConfig]
-)
+@pytest.mark.parametrize("stage", AGGREGATOR_CONFIGS.values())
 def test_every_key_of_a_reduce_stage_declares_its_access(stage: Any) -> None:
     assert stage.access.keys() == stage.model_fields.keys()
 
@@ -448,6 +442,69 @@ def test_a_file_below_the_root_is_a_request_as_well(root: Path) -> None:
     assert "alias" in refused({"config": "bomb.yaml"}, policy)
     (root / "out.yaml").write_text("task: {prompt: x, schema: ../secret.csv}\n")
     assert "outside" in refused({"config": "out.yaml"}, policy)
+
+
+# -- items that are requests ------------------------------------------------------------------
+
+BATCH: dict[str, Any] = {
+    "input": {"path": "bound.jsonl", "format": "openai_batch"},
+    "endpoints": OWN["endpoints"],
+}
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 9}
+
+
+def line(**fields: Any) -> dict[str, Any]:
+    url = fields.pop("url", "/v1/chat/completions")
+    return {"custom_id": "a", "method": "POST", "url": url, "body": BODY | fields}
+
+
+@pytest.mark.parametrize(
+    "closed",
+    [
+        {"priority": -100},
+        {"chat_template": "{{ 1 }}"},
+        {"n": 50},
+        {"tools": []},
+        {"kv_transfer_params": {"remote_host": "evil"}},
+        {"user": "somebody"},
+        {"Temperature": 1},
+        {"": 1},
+    ],
+    ids=lambda closed: next(iter(closed)),
+)
+def test_items_that_are_requests_set_no_closed_field(root: Path, closed: dict[str, Any]) -> None:
+    """Their fields are sent as they are, so they must not do more than settings can."""
+    policy, (name,) = CallerPolicy(root=root), closed
+    config = load_config(BATCH).config.input
+    with pytest.raises(ConfigurationError, match=rf"items\[1\]: .*model\.extra_body\.{name}"):
+        policy.check_items(config, [line(), line(**closed)])
+    file = root / "in.jsonl"
+    file.write_bytes(orjson.dumps(line(**closed)))
+    named = config.model_copy(update={"path": str(file)})
+    with pytest.raises(ConfigurationError, match=f"in.jsonl, line 1: .*{ALLOW_ENV}"):
+        policy.check_items(named, None)
+    service = Service(load_config(BATCH), root, inputs=root)
+    for request in ({"items": [line(**closed)]}, {"path": "in.jsonl"}):
+        with pytest.raises(ConfigurationError, match="a request may not set"):
+            service.load_settings(request)
+    for keys in ({f"model.extra_body.{name}"}, {"model.extra_body"}, {"model"}):
+        CallerPolicy(frozenset(keys)).check_items(config, [line(**closed)])
+
+
+def test_items_that_are_requests_ask_and_sample_as_they_like() -> None:
+    config = load_config(BATCH).config.input
+    open_fields = dict.fromkeys(SAMPLING_FIELDS, 1) | {
+        "model": "small",
+        "temperature": 1,
+        "seed": 1,
+        "response_format": {"type": "json_object"},
+        "stream": True,
+        "stream_options": {},
+        "max_completion_tokens": 5,
+    }
+    elsewhere = line(url="/v1/embeddings", priority=1)  # fails without a request
+    CallerPolicy().check_items(config, [line(**open_fields), elsewhere])
+    CallerPolicy().check_items(load_config(OWN).config.input, [{"priority": 1}])
 
 
 # -- malformed requests -----------------------------------------------------------------------

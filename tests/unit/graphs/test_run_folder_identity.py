@@ -19,6 +19,7 @@ from fanfold.backends.storage.journal_file import ItemCounts
 from fanfold.backends.storage.run_folder import (
     RunFolder,
     create_folder,
+    get_own_ids,
     get_run_ids,
     is_folder_of_run,
     place_to_be,
@@ -69,6 +70,27 @@ def test_copies_get_ids_of_their_own_once(tmp_path: Path, caplog: pytest.LogCapt
     assert get_run_ids(ensure_run_identity(original)) == ("one",)
     assert original.checkpoints.exists()
     assert not is_folder_of_run(original.path, first[0])
+
+
+def test_own_ids_are_those_before_a_change_of_the_device(tmp_path: Path) -> None:
+    """They tell whether files outside the folder are its own or those of the original."""
+
+    def renumbered(folder: RunFolder) -> tuple[str, ...]:
+        about = folder.read_provenance()
+        about["place"]["device"] += 1
+        folder.write_provenance(about)
+        return get_own_ids(ensure_run_identity(folder))
+
+    original = made(tmp_path / "a")
+    assert renumbered(original)[1:] == ("one",)
+    twice = renumbered(original)
+    assert twice[2:] == ("one",)
+    shutil.copytree(original.path, tmp_path / "b")
+    copy = RunFolder(tmp_path / "b")
+    about = ensure_run_identity(copy)
+    assert get_own_ids(about) == (about["run"],)
+    assert get_run_ids(about)[1:] == twice
+    assert renumbered(copy)[1:] == (about["run"],)
 
 
 def test_a_copy_that_cannot_be_settled_stays_one(tmp_path: Path) -> None:

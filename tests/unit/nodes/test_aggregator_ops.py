@@ -186,6 +186,67 @@ def test_categories_are_no_part_of_states() -> None:
     assert build_aggregators([plain]).empty() == build_aggregators([shown]).empty()
 
 
+def grouped(spec: dict[str, Json], items: list[Outcome]) -> dict[Json, Any]:
+    found = one(spec, items)
+    return {group.pop("group"): group for group in found["groups"]} | {"others": found["others"]}
+
+
+def test_a_result_for_each_group() -> None:
+    items = [
+        Outcome(i, f"i{i}", "done", {"x": i, "g": g}, None, {"c": i % 2})
+        for i, g in enumerate(["b", "a", "b", None, ["a"]])
+    ]
+    items.append(failed(5, "BackendError"))
+    found = one({"op": "stats", "field": "x", "group_by": "g", "groups": ["a", "c"]}, items)
+    assert (found["op"], found["field"], found["group_by"]) == ("stats", "x", "g")
+    shown = [(group["group"], group["size"], group["mean"]) for group in found["groups"]]
+    assert shown == [("b", 2, 1), ("a", 1, 1), ("c", 0, None), (None, 3, 3.5)]
+    assert found["others"] == 0
+    by_column = grouped({"op": "count", "group_by": "input.c"}, items)
+    assert (by_column[0]["done"], by_column[1]["done"]) == (3, 2)
+    assert by_column[None]["failed_by_class"] == {"BackendError": 1}
+    top = grouped({"op": "top_k", "field": "x", "k": 1, "group_by": "g"}, items)
+    assert [row["id"] for row in top["b"]["rows"]] == ["i2"]
+
+
+def test_the_first_groups_are_kept_in_any_order() -> None:
+    stage = build_aggregators([{"op": "count", "group_by": "x", "max_groups": 3}])
+    values: list[Json] = ["b", 10, 9, None, "a", True, 9.0, "b", 10, None]
+    states = [stage.lift([item]) for item in outcomes(values)]
+    found = stage.present(reduce(combine_states, states))[0]
+    assert found == stage.present(reduce(combine_states, states[::-1]))[0]
+    sizes = {group["group"]: group["size"] for group in found["groups"]}
+    assert sizes == {9: 2, 10: 2, True: 1, None: 2}
+    assert found["others"] == 3
+
+
+def test_groups_of_numbers_rise_with_null_last() -> None:
+    found = one({"op": "count", "group_by": "x"}, outcomes([10, None, None, None, 9, 10]))
+    assert [group["group"] for group in found["groups"]] == [9, 10, None]
+
+
+def test_an_item_is_in_the_group_of_each_of_its_elements() -> None:
+    items = [
+        Outcome(
+            0, "i0", "done", {"x": [{"k": "a", "v": 1}, {"k": "b", "v": 5}, {"k": "a", "v": 3}]}
+        ),
+        Outcome(1, "i1", "done", {"x": [{"k": "b", "v": 7}, {"v": 9}]}),
+        Outcome(2, "i2", "done", {"x": []}),
+    ]
+    found = grouped({"op": "stats", "field": "x[].v", "group_by": "x[].k"}, items)
+    shown = {
+        name: (g["size"], g["count"], g["mean"]) for name, g in found.items() if name != "others"
+    }
+    assert shown == {"a": (1, 2, 2), "b": (2, 2, 6), None: (2, 1, 9)}
+    top = grouped({"op": "top_k", "field": "x[].v", "group_by": "x[].k", "k": 1}, items)
+    assert top["a"]["rows"][0]["output"] == {"x": [{"k": "a", "v": 1}, {"k": "a", "v": 3}]}
+
+
+def test_long_names_of_groups_are_cut() -> None:
+    found = grouped({"op": "count", "group_by": "x"}, outcomes(["é" * 300 + "a", "é" * 300 + "b"]))
+    assert found["é" * 199 + "…"]["size"] == 2
+
+
 def test_odd_outputs_are_made_writable() -> None:
     deep: Json = 1
     for _ in range(2_000):

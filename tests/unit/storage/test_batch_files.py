@@ -20,6 +20,8 @@ from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import write_journal
 
 RUN = "0123456789abcdef"
+ABOUT = {"run": RUN}
+COPY = "fedcba9876543210"
 ITEMS = 6
 
 
@@ -45,7 +47,7 @@ def record(index: int, status: str) -> dict[str, Any]:
 def opened(folder: Path, split: bool = True) -> Iterator[BatchFiles]:
     errors = folder / "errors" if split else None
     with Journal(folder, (RUN,), ITEMS) as journal:
-        yield BatchFiles(journal, (RUN,), ITEMS, folder / "out", errors)
+        yield BatchFiles(journal, ABOUT, ITEMS, folder / "out", errors)
 
 
 def listed(path: Path) -> list[dict[str, Any]]:
@@ -178,6 +180,44 @@ def test_a_file_that_others_change_meanwhile_is_written_again(tmp_path: Path) ->
 def test_a_device_is_no_output(tmp_path: Path) -> None:
     write_run(tmp_path, ["done"] * ITEMS)
     with Journal(tmp_path, (RUN,), ITEMS) as journal:
-        files = BatchFiles(journal, (RUN,), ITEMS, Path("/dev/null"), None)
+        files = BatchFiles(journal, ABOUT, ITEMS, Path("/dev/null"), None)
         with pytest.raises(ConfigurationError, match="no regular file"):
             files.open()
+
+
+@pytest.mark.parametrize("file", ["out", "errors"])
+@pytest.mark.parametrize("lines", ["all", "one", "torn"])
+def test_a_copy_leaves_the_files_of_the_original_alone(
+    tmp_path: Path, file: str, lines: str
+) -> None:
+    """Both would write to the same files, because the settings name them."""
+    write_run(tmp_path, ["done", "failed"] * (ITEMS // 2))
+    with opened(tmp_path) as files:
+        files.open()
+    whole = (tmp_path / file).read_bytes()
+    kept = {"all": whole, "one": whole.splitlines(keepends=True)[0], "torn": whole[:90]}[lines]
+    for path in (tmp_path / "out", tmp_path / "errors"):
+        path.unlink()
+    (tmp_path / file).write_bytes(kept)
+    about = {"run": COPY, "earlier": [RUN]}
+    with Journal(tmp_path, (COPY, RUN), ITEMS) as journal:
+        copy = BatchFiles(journal, about, ITEMS, tmp_path / "out", tmp_path / "errors")
+        with pytest.raises(ConfigurationError, match=f"run {RUN}, and this run is a copy"):
+            copy.open()
+        assert (tmp_path / file).read_bytes() == kept
+        copy = BatchFiles(journal, about, ITEMS, tmp_path / "out2", tmp_path / "errors2")
+        copy.open()
+    assert [line["id"] for line in listed(tmp_path / "out2")] == [
+        f"batch_req_{COPY}_{n}" for n in range(0, ITEMS, 2)
+    ]
+
+
+def test_a_folder_whose_device_number_changed_keeps_its_files(tmp_path: Path) -> None:
+    write_run(tmp_path, ["done"] * ITEMS)
+    with opened(tmp_path) as files:
+        files.open()
+    before = (tmp_path / "out").read_bytes()
+    about = {"run": COPY, "earlier": [RUN, "1" * 16], "own": [RUN]}
+    with Journal(tmp_path, (COPY, RUN), ITEMS) as journal:
+        BatchFiles(journal, about, ITEMS, tmp_path / "out", None).open()
+    assert (tmp_path / "out").read_bytes() == before

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+import gc
 import tempfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -34,10 +35,21 @@ async def test_counts_and_what_was_spent(tmp_path: Path) -> None:
     assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (6, 40, 7)
 
 
-async def test_memory_per_item_is_small(tmp_path: Path) -> None:
-    ledger = Journal(tmp_path, "r", 100_000)
-    index = (ledger._state, ledger._file, ledger._start, ledger._length)
-    assert sum(map(sys.getsizeof, index)) <= 20 * 100_000
+@pytest.mark.parametrize("ended", [0, 2_000])
+def test_memory_is_17_bytes_per_item(tmp_path: Path, ended: int) -> None:
+    items = 400_000
+    records = (sample(n) if n % 9 else sample(n, "failed") for n in range(ended))
+    write_journal(tmp_path / "0001.jsonl", records)
+    Journal(tmp_path, "r", 10_000).close()  # what is allocated once
+    tracemalloc.start()
+    try:
+        with Journal(tmp_path, "r", items) as ledger:
+            gc.collect()
+            size, _ = tracemalloc.get_traced_memory()
+            assert ledger.count_items().open == items - ended
+    finally:
+        tracemalloc.stop()
+    assert size <= 17 * items + 100_000  # a constant part, whatever the number of items
 
 
 async def test_one_life_without_items_leaves_no_file(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from fanfold import RunContext, build_graph
+from fanfold.tests.integration.runs.conftest import assert_timeline
 from fanfold.tests.integration.workers.academy.academy_run import DEADLINE_S, AcademyRun, alive
 
 pytestmark = [
@@ -50,6 +51,7 @@ async def test_a_run_over_the_local_exchange(academy_run: AcademyRun) -> None:
     end = await run_of(academy_run, exchange={"kind": "local"})
     assert end["progress"]["done"] == len(academy_run.items)
     academy_run.assert_whole(again=0)
+    assert_timeline(academy_run.out)
 
 
 @pytest.mark.xdist_group("redis")  # it looks at all keys

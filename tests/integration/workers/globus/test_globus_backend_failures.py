@@ -11,7 +11,7 @@ import pytest
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE, TaskLog
-from fanfold.tests.integration.runs.conftest import Lab
+from fanfold.tests.integration.runs.conftest import Lab, assert_timeline
 from fanfold.tests.integration.runs.test_budget_sessions import paid
 from fanfold.tests.integration.workers.globus.endpoint import UserEndpoint
 from fanfold.tests.integration.workers.globus.fixtures import StartEndpoint
@@ -42,6 +42,7 @@ async def test_two_endpoints_share_a_run(
         assert counts.keys() == {endpoint.endpoint_id, other.endpoint_id}
         assert sum(counts.values()) == SHARDS
         assert in_hand(lab) == 0
+        assert_timeline(lab.out)
 
 
 async def test_shards_of_a_killed_agent_go_elsewhere(
