@@ -31,8 +31,9 @@ def with_images(lab: Lab, **settings: Any) -> Lab:
         writer = csv.writer(file)
         writer.writerow(["id", "figure"])
         writer.writerows([f"i{n}", f"{n}.png"] for n in range(COUNT))
-    schema = {"type": "object", "properties": {"kind": {"enum": ["a", "b", "c"]}}}
-    schema |= {"required": ["kind"], "additionalProperties": False}
+    kinds = {"kind": {"enum": ["a", "b", "c"]}}
+    schema: dict[str, Any] = {"type": "object", "properties": kinds, "required": ["kind"]}
+    schema["additionalProperties"] = False
     lab.config["task"] = {"prompt": "What is this?", "images": ["figure"], "schema": schema}
     lab.config["limits"]["hedge"] = False
     lab.config |= {"reduce": [{"op": "histogram", "field": "kind"}], **settings}
@@ -53,8 +54,8 @@ async def test_everywhere_the_same(lab_of: LabMaker) -> None:
     """Here, on workers that read the files, and on workers to which the images travel."""
     async with lab_of(items=COUNT, ttft_s=0.0, tpot_s=0.0) as lab:
         with_images(lab)
-        seen = []
-        backends = [
+        seen = list[list[dict[str, Any]]]()
+        backends: list[dict[str, Any]] = [
             {},
             {"backend": {"kind": "local", "processes": 2}},
             {"backend": {"kind": "local", "processes": 2, "shared_folder": False}},
