@@ -20,8 +20,9 @@ from pydantic import ValidationError
 
 from ..backends.budget.budget import SETTING_UNITS
 from ..backends.core.errors import ConfigurationError, InputError
+from ..backends.core.request_urls import REQUEST_KINDS
 from ..backends.core.secrets import is_secret, mask_command, mask_data
-from ..backends.core.types import CHAT_URL, Json
+from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern, open_source
 from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
@@ -77,7 +78,8 @@ _QUESTION_FIELDS: Final = SAMPLING_FIELDS | {
     "stream_options",
     "temperature",
 }
-"""Fields of an item that is itself a request, which correspond to settings that are open."""
+"""Fields of an item that is itself a request, which correspond to settings that are open, besides
+those that the model reads."""
 
 _INLINED: Final = frozenset({"task.schema", "task.examples"})
 """Settings that are data, or a file whose content takes its place."""
@@ -333,8 +335,9 @@ class CallerPolicy:
             return
         source = open_source(config, (), items)
         for position, row in source.rows():
-            names = row["body"] if row["url"] == CHAT_URL else ()
-            keys = (f"{_SAMPLED}.{name}" for name in names if name not in _QUESTION_FIELDS)
+            kind = REQUEST_KINDS.get(row["url"])
+            known = _QUESTION_FIELDS if kind is None else _QUESTION_FIELDS.union(kind.inputs)
+            keys = (f"{_SAMPLED}.{name}" for name in row["body"] if name not in known)
             if closed := [key for key in keys if not self.is_open(key)]:
                 raise self._refusal(source.describe_position(position), closed)
 

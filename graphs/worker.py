@@ -61,6 +61,7 @@ from ..nodes.context import RunTools, no_account
 from ..nodes.shard.gate import Gate
 from ..nodes.shard.local import finish_items
 from ..nodes.shard.progress import Progress
+from .remote.deployments import share_watches
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
 from .remote.rate_leases import follow_share
 from .run.items import make_item_runner
@@ -220,7 +221,10 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
         key = config.endpoints.api_key.get_secret_value()
         yield ReadyEndpoints(tuple(EndpointSpec(url, key) for url in task.urls), model, simulated)
     elif task.deployments is not None:
-        yield unpack_deployments(config, task.deployments, model)
+        ready = unpack_deployments(config, task.deployments, model)
+        if task.journal is not None:
+            ready = await share_watches(ready, Path(task.journal), task.run["token"])
+        yield ready
     elif config.backend.node_endpoints:
         async with node_endpoints(
             config, written, model, simulated, _make_stop_check(task)
@@ -408,7 +412,10 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
         shared.use(task, worker_name()) as resources,
         follow_share(task, resources.fleet.limiter, worker_name()),
         open_lease(task, resources.loaded.config, received) as budget,
+        AsyncExitStack() as stack,
     ):
+        if budget is not None:
+            stack.enter_context(resources.fleet.count_probes(budget.charge_probe))
         stop.recorder = resources.recorder
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
         drain = (lambda: late) if late else context.stop_reason

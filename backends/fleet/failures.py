@@ -375,6 +375,16 @@ class Failure:
         return self.rule.action in {RetryAction.EJECT, RetryAction.REKEY}
 
 
+_CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
+"""Statuses after which the server may have completed an answer that was lost."""
+
+
+def may_have_used(failure: Failure) -> bool:
+    """Return True if a failed request may have used tokens: its answer may be lost."""
+    status = failure.error.status
+    return status in _CUT_OFF or (status is None and not failure.rule.free)
+
+
 _REFUSED: Final = RetryRule(RequestRefusedError, RetryAction.FAIL)
 _BUSY: Final = RetryRule(EndpointBusyError, RetryAction.WAIT, free=True)
 _SERVER: Final = RetryRule(EndpointError, RetryAction.OTHER, BreakerEffect.COUNT, poison=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -13,7 +14,7 @@ from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
-from ..core.types import Message, Reply
+from ..core.types import Message, Reply, Usage
 from . import transport
 from .balancer import Affinity
 from .cache import RequestCache
@@ -193,6 +194,28 @@ class Fleet:
             FanfoldError: None can be used any more.
         """
         await self._monitor.wait_alive()
+
+    def report_stopped_model(self, endpoint: Endpoint) -> None:
+        """Put an endpoint on standby: another process was told that its model does not run."""
+        self._monitor.put_on_standby(endpoint, "a worker was told that its model does not run")
+
+    @contextmanager
+    def count_probes(self, count: Callable[[Usage], None]) -> Iterator[None]:
+        """Call a function with the tokens of each probe, and of each start of a model.
+
+        While several blocks run, the last one counts.
+        """
+        self._monitor.on_probe = count
+        try:
+            yield
+        finally:
+            if self._monitor.on_probe is count:
+                self._monitor.on_probe = None
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Return why no further request is sent, or None."""
+        return self._monitor.stop_reason
 
     def get_loop_fleet(self) -> Fleet:
         """Return the fleet of the running loop: this one, or a copy with its own connections.

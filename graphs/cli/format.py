@@ -107,6 +107,13 @@ def _rate_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
         yield f"time under the limit of {name}: {low} to {high}"
     else:
         yield f"time under the limit of {name}: {format_range(bound.seconds, format_duration)}"
+    most = plan.most_in_flight
+    if most is not None and most < min(plan.streams, plan.items):
+        yield (
+            f"requests in flight under this limit: {most:,} at most, because each one reserves "
+            f"about {plan.reserved:,.0f} tokens (prompt and max_tokens) until it is answered; a "
+            "lower model.max_tokens allows more"
+        )
     slow = bound.slowdown is not None and bound.slowdown >= _SLOW
     long = bound.slowdown is None and bound.seconds.likely >= _LONG_S
     factor = "" if bound.slowdown is None else f" ({bound.slowdown:.1f} times as long as without)"

@@ -17,6 +17,7 @@ from ...backends.core.money import TokenPrices
 from ...backends.core.types import Item, Json, Row
 from ...backends.core.values import json_size
 from ...backends.discovery.connect import ReadyEndpoints, pack_deployments
+from ...backends.discovery.login import TOKEN_VARIABLE
 from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.storage.run_folder import RunFolder
 from ...configs.loader import LoadedConfig
@@ -28,17 +29,25 @@ _MOST_GROWTH: Final = 3
 """Bytes as ASCII with blanks, at most, for each byte of compact UTF-8."""
 
 
-def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
+def worker_settings(loaded: LoadedConfig, ready: ReadyEndpoints) -> dict[str, Any]:
     """Return the settings for workers: streams of an endpoint divided, and no metrics port.
 
     They are not divided if each worker uses the endpoints of its node. Rates are whole: a worker
-    knows its share of them (``backends/fleet/rate_limit.py``).
+    knows its share of them (``backends/fleet/rate_limit.py``). A gateway that ``auto`` chose is
+    named, so that workers do not search.
     """
     settings = copy.deepcopy(loaded.plain)
     backend, limits = loaded.config.backend, settings["limits"]
     if limits.get("endpoint_streams") is not None and not backend.node_endpoints:
         limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // backend.concurrent_shards)
     settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
+    gateway = None if ready.endpoint_set is None else ready.endpoint_set.gateway
+    if loaded.config.endpoints.auto and gateway is not None:
+        first: dict[str, Any] = {"base_url": gateway.base}
+        if isinstance(gateway.key, str):  # auto took it from this variable
+            first["token"] = f"${{{TOKEN_VARIABLE}}}"
+        del settings["endpoints"]["auto"]
+        settings["endpoints"]["first"] = first
     if settings.get("metrics"):
         settings["metrics"] = {"port": None}  # the coordinator serves them
     return settings
@@ -194,13 +203,13 @@ def make_task_template(
     run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session")}
     return TaskTemplate(
         config=config,
-        settings=worker_settings(loaded),
+        settings=worker_settings(loaded, ready),
         run=run | {"id": about["run"], "token": secrets.token_hex(4)},
         folder=folder.path,
         journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         token_prices=prices.to_json(),
         urls=_simulated_urls(ready, config),
-        deployments=pack_deployments(config, ready),
+        deployments=pack_deployments(ready),
         images=None if config.backend.workers_share_folder else open_images(config),
     )
 

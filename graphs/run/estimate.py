@@ -35,6 +35,7 @@ from ...backends.discovery.connect import (
     check_cache,
     check_tags,
     find_rate_limits,
+    find_token_window,
     make_fleet_policy,
     make_model_params,
     open_endpoint_set,
@@ -359,11 +360,13 @@ def limit_rates(
     """
     if config.backend.is_batch:  # batches are not counted
         return plan
-    requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, specs)
+    members = list(specs)
+    requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, members)
     return replace(
         plan,
         requests_per_s=requests_per_s,
         tokens_per_min=tokens_per_min,
+        window_s=find_token_window(members),
         is_gateway=policy.whole_answers,
     )
 

@@ -27,10 +27,11 @@ from ...backends.core.types import Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     open_cache,
+    open_deployments,
     open_fleet,
-    wait_for_model,
 )
 from ...backends.discovery.node_local import ready_endpoints
+from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore
@@ -48,8 +49,9 @@ from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
+from ..remote.deployments import follow_deployments
 from ..remote.heartbeat import stop_earlier_workers
-from ..remote.task_template import make_task_template
+from ..remote.task_template import TaskTemplate, make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .batch_output import write_batch_output
 from .items import (
@@ -159,8 +161,8 @@ async def open_run(
             if config.backend.is_remote:
                 _check_trace(options)
                 about = {**files.provenance, "session": journal.session_number}
-                template = make_task_template(
-                    folder, loaded, await wait_for_model(config, ready, about["run"]), about, price
+                template = await stack.enter_async_context(
+                    _open_template(folder, loaded, ready, about, price, budget)
                 )
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
@@ -175,7 +177,7 @@ async def open_run(
                     open_cache(config, ready.simulated, folder.responses)
                 )
                 fleet = await stack.enter_async_context(
-                    open_fleet(config, ready, cache, files.provenance["run"])
+                    _open_charged_fleet(config, ready, cache, files.provenance["run"], budget)
                 )
                 await stack.enter_async_context(
                     _record_fleet(fleet, folder, journal.session_number, price)
@@ -233,6 +235,40 @@ async def open_run(
 
 
 @asynccontextmanager
+async def _open_template(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    ready: ReadyEndpoints,
+    about: dict[str, Any],
+    price: TokenPrices,
+    budget: RunBudget | None,
+) -> AsyncIterator[TaskTemplate]:
+    """Yield the template of all tasks; follow the deployments of a gateway for the workers."""
+    charge = None if budget is None else budget.budget.charge_probe
+    async with open_deployments(loaded.config, ready, about["run"], charge) as (running, fleet):
+        template = make_task_template(folder, loaded, running, about, price)
+        async with follow_deployments(fleet, template.journal, template.token):
+            yield template
+
+
+@asynccontextmanager
+async def _open_charged_fleet(
+    config: RunConfig,
+    ready: ReadyEndpoints,
+    cache: RequestCache | None,
+    run: str,
+    budget: RunBudget | None,
+) -> AsyncIterator[Fleet]:
+    """Open the fleet of this process; the budget is charged for its probes."""
+    async with open_fleet(config, ready, cache, run) as fleet:
+        if budget is None:
+            yield fleet
+            return
+        with fleet.count_probes(budget.budget.charge_probe):
+            yield fleet
+
+
+@asynccontextmanager
 async def _record_fleet(
     fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices
 ) -> AsyncIterator[None]:
@@ -283,9 +319,12 @@ def _gate(config: RunConfig) -> Gate:
     backend, drain_s = config.backend, config.limits.drain_s
     if backend.is_remote:
         return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shards")
-    return Gate(
-        backend.lines * backend.active if backend.is_batch else config.limits.streams, drain_s
-    )
+    if backend.is_batch:
+        return Gate(backend.lines * backend.active, drain_s, left=_BATCHES_LEFT)
+    return Gate(config.limits.streams, drain_s)
+
+
+_BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
+from fanfold.backends.core.request_urls import REQUEST_KINDS, URL_FIELD
 from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 from fanfold.configs.base import Access
 from fanfold.configs.describe import find_setting, iter_access, split_settings
@@ -469,6 +470,7 @@ def line(**fields: Any) -> dict[str, Any]:
         {"user": "somebody"},
         {"Temperature": 1},
         {"": 1},
+        {URL_FIELD: "/v1/load_lora_adapter"},
     ],
     ids=lambda closed: next(iter(closed)),
 )
@@ -489,6 +491,11 @@ def test_items_that_are_requests_set_no_closed_field(root: Path, closed: dict[st
             service.load_settings(request)
     for keys in ({f"model.extra_body.{name}"}, {"model.extra_body"}, {"model"}):
         CallerPolicy(frozenset(keys)).check_items(config, [line(**closed)])
+    for url, kind in REQUEST_KINDS.items():
+        asked = line(url=url, **dict.fromkeys(kind.inputs, "x"))
+        policy.check_items(config, [asked])
+        with pytest.raises(ConfigurationError, match=f"model.extra_body.{name}"):
+            policy.check_items(config, [asked | {"body": asked["body"] | closed}])
 
 
 def test_items_that_are_requests_ask_and_sample_as_they_like() -> None:
@@ -502,8 +509,7 @@ def test_items_that_are_requests_ask_and_sample_as_they_like() -> None:
         "stream_options": {},
         "max_completion_tokens": 5,
     }
-    elsewhere = line(url="/v1/embeddings", priority=1)  # fails without a request
-    CallerPolicy().check_items(config, [line(**open_fields), elsewhere])
+    CallerPolicy().check_items(config, [line(**open_fields)])
     CallerPolicy().check_items(load_config(OWN).config.input, [{"priority": 1}])
 
 
