@@ -100,7 +100,7 @@ class AgreementConfig(AggregatorConfig):
     """How far the samples of a row agree; every run with samples has it."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="op",
+        open="op group_by max_groups",
     )
 
     op: Literal["agreement"]
