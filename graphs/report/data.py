@@ -20,6 +20,7 @@ from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_s
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_state
+from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..analysis.failures import describe_failures
@@ -33,7 +34,6 @@ from .flags import RowFacts
 from .molecules import SMILES_NAMES, open_drawing
 from .rows import ReportRows, collect_rows, describe_constants
 from .texts import format_seconds, parse_time, shorten, to_text
-from .timeline import FILE_NAME as TIMELINE_FILE
 from .timeline import (
     Timeline,
     TimeUse,

@@ -224,6 +224,7 @@ class _Builder:
             if column.values
             and not (name in _CONSTANT and column.has_one_value())
             and not (column.source == "run" and all(value is None for value in column.values))
+            and not (column.source == "input" and column.values == self._columns["id"].values)
         ]
         order = {"key": 0, "answer": 1, "input": 2, "run": 3}
         return tuple(sorted(found, key=lambda column: order[column.source]))

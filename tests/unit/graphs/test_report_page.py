@@ -222,6 +222,29 @@ AGGREGATE: list[Mapping[str, Any]] = [
         "missing": 3,
     },
     {"op": "collect", "field": None, "rows": [{"id": "a", "output": {"x": [1, {"y": None}]}}]},
+    {
+        "op": "stats",
+        "field": "x",
+        "group_by": "kind",
+        "groups": [
+            {"group": EVIL, "size": 5, "mean": 2.0, "quantiles": {"0.25": 1, "0.5": 2, "0.75": 3}},
+            {"group": None, "size": 1, "mean": None, "quantiles": {"0.5": None}},
+        ],
+        "others": 7,
+    },
+    {
+        "op": "top_k",
+        "field": "x",
+        "order": "largest",
+        "group_by": "kind",
+        "groups": [{"group": 1, "size": 5, "rows": [{"rank": 1, "id": "a", "value": 3}]}],
+    },
+    {
+        "op": "histogram",
+        "field": "x",
+        "group_by": "kind",
+        "groups": [{"group": True, "size": 5, "counts": [{"value": "v", "count": 4}]}],
+    },
     {"op": "of a later version", "groups": [{"key": "a", "values": {"n": 3}}]},
 ]
 
@@ -233,20 +256,30 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
         found = list(maker.make(AGGREGATE))
     assert [one.title for one in found] == [
         "Highest score",
+        "Highest x by kind",
         "Counts",
         "Distribution of kind",
         "Distribution of x",
         "Statistics of x",
         "All answers",
+        "Statistics of x by kind",
+        "Distribution of x by kind",
         "Of a later version",
     ]
     assert found[0].note == "2 items without a usable value"
     assert list(found[0].head) == ["rank", "id", "score", "smiles", "why"]
-    assert found[3].note.startswith("3 outside the bins")
+    titles = [one.title for one in found]
+    bins = found[titles.index("Distribution of x")]
+    assert bins.note.startswith("3 outside the bins")
+    groups = found[titles.index("Statistics of x by kind")]
+    assert list(groups.head)[:3] == ["group", "size", "mean"]
+    assert list(groups.rows[1])[1:3] == ["1", "\u2013"]
+    assert groups.note.startswith("7 items in further groups")
+    assert "<img" not in str(groups.svg)
     assert ["groups 1 values n", "3"] in [list(line) for line in found[-1].rows]
     drawn = [one.title for one in found if one.svg is not None]
-    assert drawn == (["Distribution of kind", "Distribution of x"] if is_drawn else [])
-    assert all(one.is_open == (one.svg is None) for one in found if one.title != "All answers")
+    pictures = ["Distribution of kind", "Distribution of x", "Statistics of x by kind"]
+    assert drawn == (pictures if is_drawn else [])
 
 
 def make_timeline(path: Path, rows: list[dict[str, Any]]) -> Path:
