@@ -252,17 +252,19 @@ def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
 def _fields(loc: Sequence[str | int], raw: dict[str, Any]) -> list[str]:
     """Return the known keys of a section."""
     model: type[BaseModel] = RunConfig
-    for n, name in enumerate(loc):
+    for name in loc:
         if loc[0] == "reduce":
             model = AGGREGATOR_CONFIGS.get(str(get_at_path(raw, [*loc[:2], "op"])), CountConfig)
             break
-        model = _model_of(model, str(name)) if n < len(loc) else model
+        if isinstance(name, str):  # a number is the place in a list
+            model = _model_of(model, name)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _model_of(model: type[BaseModel], name: str) -> type[BaseModel]:
-    annotation = model.model_fields[name].annotation
-    for candidate in (annotation, *get_args(annotation)):
+    candidates: list[Any] = [model.model_fields[name].annotation]
+    for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
+        candidates += get_args(candidate)
     return model

@@ -24,6 +24,7 @@ from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .base import expand_home
 from .describe import explain_validation
+from .evaluation import resolve_evaluations
 from .models import RunConfig
 from .raw_settings import (
     apply_override,
@@ -191,6 +192,8 @@ def check_settings(
     for path, value in (settings or {}).items():
         set_path(data, path, value)
     check_plain(data, source)
+    if isinstance(data.get("evaluate"), dict):
+        data["evaluate"] = [data["evaluate"]]
     _resolve_files(data, source, raw.folder)
     environment = os.environ if environment is None else environment
     checked = _validate(data, expand_variables(data, environment, source), source)
@@ -421,6 +424,7 @@ def _check(config: RunConfig, source: str) -> None:
     try:
         check_task(config.task)
         check_aggregators(config.reduce, config.result_schema, has_samples=config.task.samples > 1)
+        resolve_evaluations(config.evaluate, config.result_schema)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
         raise ConfigurationError(msg) from None

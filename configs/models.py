@@ -13,6 +13,7 @@ from .aggregators import AgreementConfig, AnyAggregatorConfig, to_aggregator_spe
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 from .endpoints import EndpointsConfig, explain_refused_fields
+from .evaluation import EvaluationConfig
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
 
@@ -461,10 +462,12 @@ class RunConfig(Section):
         cache_sampled: Whether answers sampled at a temperature above 0 are reused too.
         reduce: Aggregators of the answers, each a mapping with its ``op``: count, stats,
             histogram, top_k, collect.
+        evaluate: Comparisons of answers with known ones, each with ``gold``, a column of the
+            input, and ``field``, a field of the answer; None compares nothing.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="reduce",
+        open="reduce evaluate",
         closed="name cache cache_sampled",
     )
 
@@ -485,6 +488,7 @@ class RunConfig(Section):
     cache: PathText = "off"
     cache_sampled: bool = False
     reduce: list[AnyAggregatorConfig] = Field(default_factory=list)
+    evaluate: Annotated[list[EvaluationConfig], Field(max_length=100)] | None = None
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -546,6 +550,12 @@ class RunConfig(Section):
             msg = (
                 "the lines of a batch in OpenAI's format are whole requests (input.format); leave "
                 "out the section task"
+            )
+            raise ValueError(msg)
+        if self.evaluate:
+            msg = (
+                "evaluate compares fields of answers, but answers to requests in OpenAI's format "
+                "are whole responses (input.format); leave it out"
             )
             raise ValueError(msg)
         model = self.model

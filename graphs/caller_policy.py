@@ -616,7 +616,7 @@ def _mask(key: str, value: Any) -> Any:
 def _apply_preset(raw: dict[str, Any], owner: LoadedConfig, preset: LoadedConfig) -> None:
     """Replace the bound task by that of a preset; keep the bound endpoints and backend."""
     _clear_task(raw)
-    for key in ("name", "reduce", "task", "model", "input"):
+    for key in ("name", "reduce", "evaluate", "task", "model", "input"):
         given, kept = preset.raw.get(key), raw.get(key)
         if isinstance(given, dict) and isinstance(kept, dict):
             raw[key] = given | {k: v for k, v in kept.items() if v is not None}
@@ -635,6 +635,7 @@ def _clear_task(raw: dict[str, Any]) -> None:
     raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
     raw["input"] = {"limit": input_["limit"]} if input_.get("limit") else {}
     raw.pop("reduce", None)
+    raw.pop("evaluate", None)
 
 
 def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:

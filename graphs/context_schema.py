@@ -93,6 +93,7 @@ class SettingsForm(Context):
     samples: int = _setting_field("task.samples")
     fold: str | dict[str, str] | None = _setting_field("task.fold")
     reduce: list[dict[str, Any]] = _setting_field("reduce", items={"type": "object"})
+    evaluate: list[dict[str, Any]] | None = _setting_field("evaluate")
     dataset: str | None = _setting_field("input.dataset", examples=list(_DATASETS))
     input_format: Literal["auto", "openai_batch"] = _setting_field("input.format")
     id_column: str | None = _setting_field("input.id")

@@ -464,18 +464,20 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
         return result
     result = replace(result, parts=None, timeline=None)
     records, dropped = list(result.records or ()), 0
-    size = json_size(result.to_json())
+    if json_size(result.to_json()) <= most or len(records) <= 1:
+        return result
+    note = "{} records did not fit in the result"
+    noted = replace(result, dropped=len(records), stopped=note.format(len(records)))
+    size = json_size(noted.to_json())  # the note takes room too
     while size > most and len(records) > 1:
         size -= json_size(records.pop()) + len(", ")
         dropped += 1
-    if not dropped:
-        return result
     return replace(
         result,
         records=records,
         dropped=dropped,
         tally={status: sum(r["status"] == status for r in records) for status in STATUSES},
-        stopped=f"{dropped} records did not fit in the result",
+        stopped=note.format(dropped),
     )
 
 

@@ -27,7 +27,13 @@ from ...backends.storage.results import (
     iter_batches,
     read_input_names,
 )
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    open_folder,
+    read_evaluation,
+    read_extents,
+)
 from ..run.result_rows import open_result_source
 
 if TYPE_CHECKING:
@@ -251,6 +257,18 @@ class RunResults(ResultTable):
         """Results of the aggregators in ``reduce``; empty until all items have ended."""
         found: list[dict[str, Any]] = orjson.loads(orjson.dumps(self._about.aggregate))
         return found
+
+    @cached_property
+    def evaluation(self) -> list[dict[str, Any]]:
+        """Comparisons of the answers with gold values, as in ``evaluation.json``.
+
+        Empty if the run was not evaluated, and for simulated answers.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        found = read_evaluation(self._about.folder)
+        return [] if found is None else list(found["evaluations"])
 
     @cached_property
     def cost(self) -> dict[str, Any]:

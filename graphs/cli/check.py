@@ -16,6 +16,7 @@ from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import ConfigurationError, NoEndpointError
 from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
 from ...backends.discovery.sources import find_registry_file, read_registry_file
+from ...backends.storage.run_folder import EVALUATION_REFUSED
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
@@ -99,6 +100,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         *_graph_lines(loaded),
         *_batch_lines(loaded.config, found),
         *_unlimited_lines(found),
+        *_evaluation_lines(found),
         *_reuse(loaded),
         *_host_lines(loaded.config),
     ]
@@ -177,6 +179,11 @@ def _unlimited_lines(found: Estimate) -> list[str]:
         f"{found.unlimited:,} requests have no max_tokens: their answers may be longer than these "
         "figures assume"
     ]
+
+
+def _evaluation_lines(found: Estimate) -> list[str]:
+    refused = [f"evaluate: {EVALUATION_REFUSED}"] if found.evaluated and found.simulated else []
+    return [*found.evaluated, *refused]
 
 
 def list_receiving_hosts(
@@ -286,5 +293,6 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "streams": found.plan.streams,
         "batches": _count_batches(loaded.config, found),
         "estimate": found.forecast.to_json(),
+        "evaluate": list(_evaluation_lines(found)),
         "problem": found.problem,
     }

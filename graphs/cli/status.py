@@ -49,6 +49,7 @@ from ..run.console import (
 from ..run.next_steps import FINISHED, continue_lines, find_next_command, retry_command
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
+from .evaluate import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
 
@@ -230,6 +231,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         chain = {} if jobs is None else {"chain": jobs}
         sessions = {"sessions": len(about["sessions"])}
         found = {"aggregate": aggregate} if aggregate else {}
+        found |= evaluation_facts(folder)
         print_json(facts | costs | sessions | found | {"next_command": command} | chain)
         return
     table = Table(show_header=False)
@@ -244,7 +246,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
             table.add_row(key, _format_value(value))
     Terminal().print(table)
     show_aggregate(aggregate, bool(about["simulated"]), Terminal())
-    print_messages(describe_open_batches(batches))
+    print_messages([*describe_open_batches(batches), *describe_evaluation(folder)])
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())

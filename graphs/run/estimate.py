@@ -24,7 +24,7 @@ from ...backends.budget.tokens import (
     TokenCounter,
     open_token_counter,
 )
-from ...backends.core.errors import InvalidItemError, NoEndpointError
+from ...backends.core.errors import ConfigurationError, InvalidItemError, NoEndpointError
 from ...backends.core.images import add_images, show_content
 from ...backends.core.money import BudgetLimits
 from ...backends.core.request_urls import REQUEST_KINDS, REQUEST_URLS, read_input_text
@@ -90,6 +90,7 @@ class Sample:
         problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
+        evaluated: Lines about the gold values of the section evaluate.
     """
 
     summary: InputSummary
@@ -99,6 +100,7 @@ class Sample:
     problem: str | None
     max_tokens: int
     unlimited: int
+    evaluated: tuple[str, ...] = ()
 
 
 def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
@@ -124,7 +126,19 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
             problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited)
+            evaluated = _check_gold_values(config, store)
+    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited, evaluated)
+
+
+def _check_gold_values(config: RunConfig, store: ItemStore) -> tuple[str, ...]:
+    if not config.evaluate:
+        return ()
+    from .evaluation import check_gold_values  # noqa: PLC0415 - numpy is slow to import
+
+    try:
+        return tuple(check_gold_values(config, store))
+    except ConfigurationError:  # check_fields raises it with the name of the file
+        return ()
 
 
 _SLICE: Final = 256
@@ -230,6 +244,7 @@ class Estimate:
         forecast: Estimated tokens, cost and time.
         problem: Why a run with these settings would stop before its first call, or None.
         unlimited: Requests of a batch without a limit of their answer.
+        evaluated: Lines about the gold values of the section evaluate.
     """
 
     input: InputSummary
@@ -246,6 +261,7 @@ class Estimate:
     forecast: Forecast
     problem: str | None = None
     unlimited: int = 0
+    evaluated: tuple[str, ...] = ()
 
 
 async def estimate_run(
@@ -305,6 +321,7 @@ async def estimate_run(
         forecast=forecast(plan, seen),
         problem=problem,
         unlimited=sampled.unlimited,
+        evaluated=sampled.evaluated,
     )
 
 

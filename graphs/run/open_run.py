@@ -37,7 +37,13 @@ from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    remove_evaluation,
+    write_evaluation,
+    write_json,
+)
 from ...backends.workers.executor import WorkShard
 from ...configs.backend import BackendConfig
 from ...configs.loader import LoadedConfig
@@ -491,7 +497,7 @@ def write_results(
     schema, fold = loaded.config.task.answer_schema, tools.fold
     layout = make_result_layout(schema, tools.store, fold=fold)
     source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
-    write_parquet(source.iter_rows(), folder.results, layout)
+    _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
     layout = make_result_layout(schema, tools.store)  # each failed sample has a row
     source = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
@@ -508,3 +514,20 @@ def write_results(
         "failures": str(folder.failures),
         "simulated": tools.simulated,
     }
+
+
+def _write_results_and_evaluation(
+    folder: RunFolder, config: RunConfig, source: ResultSource, simulated: bool
+) -> None:
+    if not config.evaluate or simulated:
+        write_parquet(source.iter_rows(), folder.results, source.layout)
+        if config.evaluate:
+            write_evaluation(folder, (), simulated)
+        else:
+            remove_evaluation(folder)
+        return
+    from .evaluation import make_evaluator  # noqa: PLC0415 - numpy is slow to import
+
+    evaluator = make_evaluator(config, source.store)
+    write_parquet(evaluator.watch(source.iter_rows()), folder.results, source.layout)
+    write_evaluation(folder, evaluator.to_json(), simulated)

@@ -63,6 +63,7 @@ from ...backends.storage.run_folder import (
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
 from ...configs.aggregators import check_aggregators
 from ...configs.base import expand_home
+from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
@@ -639,7 +640,7 @@ def _check_stored_requests(config: RunConfig, ready: ReadyEndpoints | None, item
 
 
 def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields of the prompt and the aggregators against the answer and the input.
+    """Check the fields that settings name against the answer and the input.
 
     Raises:
         ConfigurationError: A field does not exist, or means two things.
@@ -652,6 +653,7 @@ def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
             summary.row_schema,
             has_samples=loaded.config.task.samples > 1,
         )
+        resolve_evaluations(loaded.config.evaluate, loaded.config.result_schema, summary.row_schema)
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 
