@@ -19,6 +19,7 @@ from fanfold.graphs.report.evaluation import make_evaluations, read_evaluation
 from fanfold.graphs.report.findings import FindingMaker
 from fanfold.graphs.report.flags import FLAGS, RowFacts, is_repetitive
 from fanfold.graphs.report.molecules import open_drawing
+from fanfold.graphs.report.rows import TableColumn
 from fanfold.graphs.report.texts import MOST_CHARACTERS, shorten, shorten_json
 from fanfold.graphs.report.timeline import (
     list_points,
@@ -415,3 +416,21 @@ def test_an_evaluation_has_intervals_and_a_confusion_matrix(tmp_path: Path, char
     path.write_text(json.dumps(EVALUATION | {"version": 2}))
     with pytest.raises(JournalError, match="format 2"):
         read_evaluation(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        (["336.10", "-2", "1e-3", "", None, ".5"], [336.1, -2, 0.001, None, None, 0.5]),
+        (["1", "007"], None),
+        (["1", "nan"], None),
+        (["1", "1e999"], None),
+        (["1", "e5"], None),
+        (["1", "-"], None),
+        (["", None], None),
+    ],
+)
+def test_numbers_of_a_file_without_types(values: list[Any], numbers: list[Any] | None) -> None:
+    column = TableColumn("x", "input", pa.string(), values).to_json()
+    assert (column["values"] if column["kind"] == "number" else None) == numbers
+    assert TableColumn("x", "answer", pa.string(), values).to_json()["kind"] != "number"
