@@ -193,6 +193,7 @@ class RunTools:
             items that were cut off stay.
         coordinator: The workers that run shards; None if this process runs them.
         progress_stream: Streams the counts to clients of the graph.
+        stage: Name of the stage that the run belongs to; empty for a run of its own.
     """
 
     store: ItemSequence
@@ -213,6 +214,7 @@ class RunTools:
     open_calls: dict[int, CallLog] = field(default_factory=dict)
     coordinator: ShardCoordinator | None = None
     progress_stream: ProgressStream = field(default_factory=ProgressStream)
+    stage: str = ""
 
     def progress_json(self) -> dict[str, Any]:
         """Return the counts as the state, the streams and ``--json`` contain them."""
