@@ -218,7 +218,8 @@ class RunTools:
 
     def progress_json(self) -> dict[str, Any]:
         """Return the counts as the state, the streams and ``--json`` contain them."""
-        return self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
+        counts = self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
+        return counts | ({"stage": self.stage} if self.stage else {})
 
     @property
     def is_priced(self) -> bool:
@@ -236,6 +237,7 @@ class PreparedRun:
         shard_items: Items per shard.
         window: Shards per superstep.
         sizing: How remote shards are sized; None keeps ``shard_items``.
+        stages: Names of the stages if it is a pipeline, which has no shards of its own.
     """
 
     key: RunKey
@@ -243,6 +245,7 @@ class PreparedRun:
     shard_items: int
     window: int
     sizing: dict[str, Json] | None = None
+    stages: tuple[str, ...] = ()
 
 
 @dataclass

@@ -286,6 +286,12 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         load_rows,
     )
 
+    if loaded.config.stages is not None:
+        msg = (
+            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
+            "batch and agents' tools take a single task"
+        )
+        raise ConfigurationError(msg)
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
