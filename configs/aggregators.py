@@ -130,12 +130,23 @@ class CollectConfig(AggregatorConfig):
     field: str | None = None
 
 
+class AgreementConfig(AggregatorConfig):
+    """How far the samples of a row agree; every run with samples has it."""
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        open="op group_by max_groups",
+    )
+
+    op: Literal["agreement"]
+
+
 AnyAggregatorConfig = Annotated[
     CountConfig
     | StatsConfig
     | HistogramConfig
     | TopKConfig
     | CollectConfig
+    | AgreementConfig
     | SqlConfig
     | PythonConfig,
     Field(discriminator="op"),
@@ -156,6 +167,8 @@ def check_aggregators(
     configs: Iterable[ReduceEntry],
     schema: Mapping[str, Any] | None,
     inputs: Mapping[str, Any] | None = None,
+    *,
+    has_samples: bool = False,
 ) -> None:
     """Check that every aggregator's field exists and has a usable type.
 
@@ -164,6 +177,7 @@ def check_aggregators(
         schema: Schema of the answers; None for free text.
         inputs: Schema of the input's rows; None if it is not known yet: then only fields of the
             answer are checked.
+        has_samples: Whether each row has several samples.
 
     Raises:
         ConfigurationError: Names the aggregator, the field, and the fields that exist.
@@ -171,6 +185,9 @@ def check_aggregators(
     for n, config in enumerate(configs):
         if not isinstance(config, AggregatorConfig):
             continue
+        if isinstance(config, AgreementConfig) and not has_samples:
+            msg = f"reduce.{n} (agreement) compares samples; set task.samples to 2 or more"
+            raise ConfigurationError(msg)
         field = getattr(config, "field", None)
         where = f"reduce.{n} ({config.op})"  # type: ignore[attr-defined]
         if field is not None:

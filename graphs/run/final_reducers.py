@@ -50,7 +50,8 @@ def read_layout(loaded: LoadedConfig, folder: RunFolder) -> ResultLayout:
         JournalError: Its items cannot be read.
     """
     with ItemStore(folder.items) as store:
-        return make_result_layout(loaded.config.task.answer_schema, store)
+        fold = loaded.config.make_fold()
+        return make_result_layout(loaded.config.task.answer_schema, store, fold=fold)
 
 
 async def check_final_reducers(loaded: LoadedConfig, layout: ResultLayout) -> None:
