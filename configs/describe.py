@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Final, get_args
 
@@ -16,6 +16,7 @@ from ..backends.core.secrets import is_secret, mask_command
 from .aggregators import AGGREGATOR_CONFIGS, CountConfig
 from .base import Access
 from .models import RunConfig
+from .operators import OPERATOR_CONFIGS
 from .raw_settings import get_at_path
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
@@ -171,6 +172,7 @@ def _require_section(annotation: Any, key: str) -> type[BaseModel]:
     return found
 
 
+_UNION_TAGS: Final = frozenset({"operator", "aggregators", *AGGREGATOR_CONFIGS, *OPERATOR_CONFIGS})
 _MAPPING: Final = "expected keys with values below it"
 _WORDS: Final = {
     "reduce.bins": "expected a whole number of bins, or a list of their edges",
@@ -200,13 +202,24 @@ def _line(finding: Any, raw: dict[str, Any]) -> str:
         del loc[2]  # pydantic also names the member of the union
         if loc[2:3] == ["bins"]:
             del loc[3:]  # … and the alternatives of a value
+    if loc[:1] == ["stages"]:  # pydantic also names the members of the unions
+        loc = [name for name in loc[:3] if name != "reduce"] + (
+            ["reduce", *(one for one in loc[3:] if one not in _UNION_TAGS)]
+            if loc[2:3] == ["reduce"]
+            else loc[3:]
+        )
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
         return f"unknown key {key!r}{_known(loc, raw)}"
-    if kind == "missing":
+    if kind == "missing" and loc[-1:] != ["op"]:
         return f"the key {key!r} is missing"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{key}: {_unknown_op(get_at_path(raw, [*loc, 'op']))}"
+    if kind in ("union_tag_invalid", "union_tag_not_found") or (
+        kind in ("literal_error", "missing") and loc[-1:] == ["op"]
+    ):
+        place = loc[:-1] if loc[-1:] == ["op"] else loc
+        known = OPERATOR_CONFIGS if isinstance(loc[-1], str) else AGGREGATOR_CONFIGS
+        explained = _unknown_op(get_at_path(raw, [*place, "op"]), known)
+        return f"{'.'.join(map(str, place))}: {explained}"
     message = (
         _WORDS.get(_unnumbered(loc))
         or _WORDS.get(kind)
@@ -220,11 +233,11 @@ def _unnumbered(loc: Sequence[str | int]) -> str:
     return ".".join(name for name in loc if isinstance(name, str))
 
 
-def _unknown_op(op: object) -> str:
-    known = ", ".join(AGGREGATOR_CONFIGS)
+def _unknown_op(op: object, ops: Collection[str]) -> str:
+    known = ", ".join(ops)
     if op is None:
         return f"the key 'op' is missing; there are {known}"
-    close = get_close_matches(str(op), AGGREGATOR_CONFIGS, n=1)
+    close = get_close_matches(str(op), ops, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown op {op!r}; there are {known}{hint}"
 
@@ -262,6 +275,8 @@ def _fields(loc: Sequence[str | int], raw: dict[str, Any]) -> list[str]:
 
 
 def _model_of(model: type[BaseModel], name: str) -> type[BaseModel]:
+    if name not in model.model_fields:  # the number of an entry
+        return model
     candidates: list[Any] = [model.model_fields[name].annotation]
     for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):

@@ -35,6 +35,7 @@ from .raw_settings import (
     set_path,
 )
 from .serialize import check_plain, to_plain
+from .stages import make_stage_settings
 from .task_check import check_task
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
@@ -198,7 +199,34 @@ def check_settings(
     environment = os.environ if environment is None else environment
     checked = _validate(data, expand_variables(data, environment, source), source)
     _check(checked, source)
-    return LoadedConfig(checked, to_plain(checked, data), source, raw.preset, data)
+    loaded = LoadedConfig(checked, to_plain(checked, data), source, raw.preset, data)
+    for number in range(len(checked.stages or ())):
+        load_stage(loaded, number, environment=environment)
+    return loaded
+
+
+def load_stage(
+    loaded: LoadedConfig,
+    number: int,
+    changes: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Return the settings of a stage as those of a run.
+
+    Args:
+        loaded: The settings of the pipeline.
+        number: The stage, from 0.
+        changes: Sections that replace those of the stage.
+        environment: Variables for ``${VAR}``; by default those of the process.
+
+    Raises:
+        ConfigurationError: A setting of the stage is wrong.
+    """
+    assert loaded.config.stages is not None, "the settings have stages"
+    data = make_stage_settings(loaded.raw, number) | dict(changes or {})
+    source = f"{loaded.source}: stage {loaded.config.stages[number].name!r}"
+    _expand_auto(data)
+    return check_settings(RawSettings(data, source, Path.cwd()), environment=environment)
 
 
 def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -273,16 +301,25 @@ def read_settings_file(path: Path) -> str:
 def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
     """Make paths absolute and inline the schema file, so that the settings are self-contained."""
     _change_paths(data, lambda path: _absolute(path, base))
-    task = data.get("task")
-    if isinstance(task, dict) and isinstance(task.get("schema"), str):
-        task["schema"] = read_schema(Path(_absolute(task["schema"], base)), source)
-    if isinstance(task, dict) and isinstance(task.get("examples"), str):
-        examples = read_examples(Path(_absolute(task["examples"], base)), source)
-        task["examples"] = escape_variables(examples)
+    tasks = [data.get("task"), *(stage.get("map") for stage in _list_stages(data))]
+    for task in tasks:
+        if isinstance(task, dict) and isinstance(task.get("schema"), str):
+            task["schema"] = read_schema(Path(_absolute(task["schema"], base)), source)
+        if isinstance(task, dict) and isinstance(task.get("examples"), str):
+            examples = read_examples(Path(_absolute(task["examples"], base)), source)
+            task["examples"] = escape_variables(examples)
+
+
+def _list_stages(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the stages of settings that are not checked yet."""
+    stages = data.get("stages")
+    return [one for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
 
 
 def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
     """Change, in place, all settings that are paths of files or folders."""
+    for stage in _list_stages(data):
+        _change_paths(stage, change)
     for section, key in (
         ("input", "path"),
         ("batch", "output"),

@@ -12,6 +12,7 @@ from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 from .endpoints import EndpointsConfig, explain_refused_fields
 from .evaluation import EvaluationConfig
+from .stages import STAGED_PROMPT, StageConfig, check_stages
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
 
@@ -49,6 +50,22 @@ class PriceConfig(Section):
         return self
 
 
+class ReserveConfig(Section):
+    """An amount that a budget keeps for later.
+
+    Attributes:
+        usd: US dollars.
+        tokens: Prompt and completion tokens.
+        requests: Requests.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="usd tokens requests")
+
+    usd: Annotated[float, Field(ge=0, le=9_000_000)] = 0
+    tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
+    requests: Annotated[int, Field(ge=0, le=2**53)] = 0
+
+
 class BudgetConfig(Section):
     """Limits on the spending of a run over all of its sessions; None means no limit.
 
@@ -60,11 +77,13 @@ class BudgetConfig(Section):
         on_limit: ``pause`` waits for a higher cap by LangGraph's interrupt; ``stop`` ends the run
             with an error. In both cases it can be resumed.
         warn_at: Fractions of a cap at which a warning is logged.
+        reserve_for_reduce: What stages leave of the limits for later stages that reduce: ``auto``,
+            the estimate for them; or amounts (usd, tokens, requests), 0 by default.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         lower="usd tokens requests node_hours",
-        closed="on_limit warn_at",
+        closed="on_limit warn_at reserve_for_reduce",
     )
 
     usd: Annotated[float, Field(gt=0, le=9_000_000)] | None = None
@@ -73,6 +92,7 @@ class BudgetConfig(Section):
     node_hours: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = None
     on_limit: Literal["pause", "stop"] = "pause"
     warn_at: list[WarnShare] = Field(default_factory=lambda: [0.5, 0.9])
+    reserve_for_reduce: ReserveConfig | Literal["auto"] = "auto"
 
 
 RESERVED: Final = {
@@ -428,11 +448,12 @@ class RunConfig(Section):
             histogram, top_k, collect.
         evaluate: Comparisons of answers with known ones, each with ``gold``, a column of the
             input, and ``field``, a field of the answer; None compares nothing.
+        stages: The steps of a pipeline, in order; None: a single task.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="reduce evaluate",
-        closed="name cache cache_sampled",
+        closed="name cache cache_sampled stages",
     )
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
@@ -453,6 +474,7 @@ class RunConfig(Section):
     cache_sampled: bool = False
     reduce: list[AnyAggregatorConfig] = Field(default_factory=list)
     evaluate: Annotated[list[EvaluationConfig], Field(max_length=100)] | None = None
+    stages: Annotated[list[StageConfig], Field(min_length=1, max_length=100)] | None = None
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -477,6 +499,37 @@ class RunConfig(Section):
         if isinstance(rows, dict) and rows.get("format") == "openai_batch" and "task" not in data:
             return data | {"task": {"prompt": BATCH_PROMPT}}
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_have_their_tasks(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("stages"):
+            return data
+        task, stages = data.get("task"), data["stages"]
+        task = {} if task is None else task
+        if isinstance(task, dict) and not task.get("prompt") and not task.get("messages"):
+            data = data | {"task": task | {"prompt": STAGED_PROMPT}}
+        first = stages[0] if isinstance(stages, list) else None
+        if "endpoints" not in data and isinstance(first, dict) and "endpoints" in first:
+            data = data | {"endpoints": first["endpoints"]}
+        return data
+
+    @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> RunConfig:
+        if self.stages is None:
+            return self
+        check_stages(self.stages)
+        if self.reduce:
+            msg = (
+                "reduce: with stages, aggregators belong to a stage; move them into the stage "
+                "whose answers they fold"
+            )
+            raise ValueError(msg)
+        if self.evaluate:
+            raise ValueError("evaluate: compares the answers of a single task, without stages")
+        if self.input.is_batch:
+            raise ValueError("stages: items that are requests (input.format) have no stages")
+        return self
 
     @model_validator(mode="after")
     def _batch_is_sent_as_it_is(self) -> RunConfig:

@@ -105,6 +105,10 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         del settings["evaluate"]
     if config.keep == KeepConfig():
         del settings["keep"]
+    if config.stages is None:
+        del settings["stages"]
+    if config.budget.reserve_for_reduce == "auto":
+        del settings["budget"]["reserve_for_reduce"]
     plain: dict[str, Any] = _unexpand(settings, raw)
     key = raw["endpoints"].get("api_key")
     plain["endpoints"]["api_key"] = _safe_key(key, config.endpoints.api_key)
@@ -133,13 +137,35 @@ def mask_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     masked = {
         name: mask_data(value, name, mask_url if name == "reduce" else mask_command)
         for name, value in plain.items()
-        if name != "task"
+        if name not in _TEXTS
     }
-    masked = {name: plain[name] if name == "task" else masked[name] for name in plain}
+    masked = {name: plain[name] if name in _TEXTS else masked[name] for name in plain}
+    if plain.get("stages"):
+        masked["stages"] = [_mask_stage(stage) for stage in plain["stages"]]
     for section, *names in _NO_SECRETS:
         _copy(plain[section], masked[section], names)
     for section, *names in _COMMANDS:
         _copy(plain[section], masked[section], names, mask_command)
+    return masked
+
+
+_TEXTS: Final = frozenset({"task", "stages"})
+"""Sections whose names the user chooses."""
+
+
+def _mask_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage in which secrets of its endpoints are masked."""
+    masked = dict(stage)
+    endpoints = stage.get("endpoints")
+    if isinstance(endpoints, Mapping):
+        masked["endpoints"] = mask_data(_mask_secrets(endpoints), "endpoints", mask_command)
+        for name in ("models", "api_key"):
+            if name == "models" and name in endpoints:
+                masked["endpoints"][name] = endpoints[name]
+        if endpoints.get("api_key") == "EMPTY":
+            masked["endpoints"]["api_key"] = "EMPTY"
+    if stage.get("model") is not None:
+        masked["model"] = mask_data(stage["model"], "model", mask_command)
     return masked
 
 

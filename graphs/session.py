@@ -19,7 +19,7 @@ from rich.console import Console
 from ..backends.batch.files import BatchFolder, describe_open_batches
 from ..backends.budget.cost import Cost
 from ..backends.budget.pricing import read_price
-from ..backends.budget.spend_log import SpendLogs
+from ..backends.budget.spend_log import open_spend_logs
 from ..backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import (
@@ -356,7 +356,7 @@ def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenRun) -> Cost:
     """
     journal = tools.item_journal
     recorded = {name: spent.amount for name, spent in journal.usage_by_session.items()}
-    doubt = SpendLogs(folder.budget, run).unaccounted(recorded)
+    doubt = open_spend_logs(folder, run).unaccounted(recorded)
     return Cost(journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
 
 

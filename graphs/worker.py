@@ -23,9 +23,10 @@ from ..backends.budget.leases import (
     expiry_reason,
     is_lease_exhausted,
     open_lease,
+    open_worker_logs,
     spent_of_lease,
 )
-from ..backends.budget.spend_log import SpendLogs, read_lease_clock
+from ..backends.budget.spend_log import read_lease_clock
 from ..backends.budget.tokens import make_prompt_counter, open_token_counter
 from ..backends.core.aio import LoopThread, SharedResource
 from ..backends.core.errors import BackendError, FanfoldError
@@ -191,7 +192,7 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
         if task.journal is not None:
             writer = await _open_journal(Path(task.journal), task, worker)
             stack.push_async_callback(writer.close)
-            logs = SpendLogs(Path(task.journal).parent / "budget", task.run["id"])
+            logs = await asyncio.to_thread(open_worker_logs, task)
             prices, session = TokenPrices(**task.tariff), task.run["session"]
             record_now = await stack.enter_async_context(
                 record_worker_calls(open_calls, prices, logs, session, worker)
@@ -327,6 +328,7 @@ def make_task_context(
         open_account=no_account if budget is None else budget.open_account,
         budget=budget,
         open_calls=resources.open_calls,
+        stage=task.run.get("stage", ""),
     )
     return TaskContext(tools, journal, stop, budget)
 

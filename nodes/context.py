@@ -175,6 +175,7 @@ class RunTools:
             items that were cut off stay.
         coordinator: The workers that run shards; None if this process runs them.
         progress_stream: Streams the counts to clients of the graph.
+        stage: Name of the stage that the run belongs to; empty for a run of its own.
     """
 
     store: ItemSequence
@@ -194,10 +195,12 @@ class RunTools:
     open_calls: dict[int, CallLog] = field(default_factory=dict)
     coordinator: ShardCoordinator | None = None
     progress_stream: ProgressStream = field(default_factory=ProgressStream)
+    stage: str = ""
 
     def progress_json(self) -> dict[str, Any]:
         """Return the counts as the state, the streams and ``--json`` contain them."""
-        return self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
+        counts = self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
+        return counts | ({"stage": self.stage} if self.stage else {})
 
     @property
     def is_priced(self) -> bool:
@@ -215,6 +218,7 @@ class PreparedRun:
         shard_items: Items per shard.
         window: Shards per superstep.
         sizing: How remote shards are sized; None keeps ``shard_items``.
+        stages: Names of the stages if it is a pipeline, which has no shards of its own.
     """
 
     key: RunKey
@@ -222,6 +226,7 @@ class PreparedRun:
     shard_items: int
     window: int
     sizing: dict[str, Json] | None = None
+    stages: tuple[str, ...] = ()
 
 
 @dataclass

@@ -164,6 +164,7 @@ class RunState(RunInput, RunOutput, total=False):
         shard_items: Items per shard.
         window: Shards per superstep.
         sizing: How remote shards are sized; None keeps ``shard_items``.
+        stages: Stages of a pipeline that have not ended.
         sent: First item of the present superstep, and its items per shard.
         cursor: First item that was not sent in a shard yet.
         left: Shards that the budget did not cover, each ``[lo, hi]``.
@@ -182,6 +183,7 @@ class RunState(RunInput, RunOutput, total=False):
     shard_items: int
     window: int
     sizing: dict[str, Json] | None
+    stages: list[str]
     sent: list[int]
     cursor: int
     left: Annotated[list[list[int]], operator.add]

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -21,13 +21,15 @@ from ..storage.journal import Journal
 from ..storage.journal_file import ItemCounts, RunIds
 from ..storage.run_folder import (
     RunFolder,
+    StagePlace,
     get_run_ids,
+    is_part_key,
     read_raised_limits,
     read_requested_limits,
     write_raised_limits,
 )
 from .reservations import BudgetBalance, ItemAccount
-from .spend_log import Lease, SpendLog, SpendLogs, read_lease_clock
+from .spend_log import Lease, SpendLog, SpendLogs, open_spend_logs, read_lease_clock
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,14 @@ class BudgetSettings:
         prices: Prices of tokens and nodes.
         repairs: How often an answer may be sent back.
         warn_at: Shares of a limit at which to warn.
+        kept: What is kept for later stages of a pipeline; the limits are without it.
     """
 
     limits: BudgetLimits
     prices: TokenPrices
     repairs: int = 0
     warn_at: Sequence[float] = ()
+    kept: Amount = field(default_factory=Amount)
 
 
 class Budget:
@@ -142,7 +146,13 @@ class Budget:
             for name, cap in _limits(self.settings.limits)
             if getattr(spent.plus(self.balance.reserved).plus(needed), name) > cap
         ]
-        return f"the budget is exhausted: {'; '.join(short)}"
+        kept = [
+            format_amount(name, value)
+            for name, _ in _limits(self.settings.limits)
+            if (value := getattr(self.settings.kept, name))
+        ]
+        later = f" ({', '.join(kept)} more are kept for later stages)" if kept else ""
+        return f"the budget is exhausted: {'; '.join(short)}{later}"
 
 
 def _limits(caps: BudgetLimits) -> list[tuple[str, int]]:
@@ -402,15 +412,42 @@ def lower_raised_limits(folder: RunFolder, most: Mapping[str, float]) -> None:
         write_raised_limits(folder.raised_limits, lowered, requested)
 
 
-def read_spent_before(logs: SpendLogs, journal: Journal) -> Amount:
-    """Return the most that all sessions so far may have spent.
+def read_spent_before(folder: RunFolder, logs: SpendLogs, journal: Journal) -> Amount:
+    """Return the most that all sessions so far may have spent, those of its pipeline included.
+
+    Args:
+        folder: The run's folder.
+        logs: Its spend logs.
+        journal: Its journal.
 
     Raises:
-        JournalError: A spend log is damaged.
+        JournalError: A spend log, or the journal of another run of the pipeline, is damaged.
     """
-    return logs.total_spent(
-        {session: spent.amount for session, spent in journal.usage_by_session.items()}
-    )
+    return logs.total_spent(_read_recorded(folder, logs) | _sum_sessions(journal))
+
+
+def _sum_sessions(journal: Journal) -> dict[int, Amount]:
+    return {session: spent.amount for session, spent in journal.usage_by_session.items()}
+
+
+def _read_recorded(folder: RunFolder, logs: SpendLogs) -> dict[int, Amount]:
+    """Return the journal totals of the pipeline's other runs, by session, where they count.
+
+    A settled spend log has the final amount, so that most journals need not be read.
+    """
+    place = folder.read_place()
+    if place is None:
+        return {}
+    recorded = dict[int, Amount]()
+    states = logs.read_sessions().values()
+    for key in sorted({state.part for state in states if state.settled is None}):
+        other = RunFolder(place.root / key)
+        if not is_part_key(key) or key == place.key or not other.provenance.exists():
+            continue
+        about = other.read_provenance()
+        with Journal(other.journal, get_run_ids(about), about["input"]["items"]) as journal:
+            recorded |= _sum_sessions(journal)
+    return recorded
 
 
 def make_budget_settings(
@@ -432,7 +469,8 @@ async def open_budget(
         JournalError: A spend log is damaged or cannot be written.
     """
     settings = await asyncio.to_thread(make_budget_settings, folder, config, price)
-    if not settings.limits.has_any:
+    place = await asyncio.to_thread(folder.read_place)
+    if not settings.limits.has_any and not (place is not None and place.limits):
         yield None
         return
     opened = await asyncio.to_thread(_open_run_budget, folder, settings, journal, run)
@@ -446,10 +484,59 @@ async def open_budget(
 def _open_run_budget(
     folder: RunFolder, settings: BudgetSettings, journal: Journal, run: RunIds
 ) -> RunBudget:
-    logs = SpendLogs(folder.budget, run)
-    before, earlier = read_spent_before(logs, journal), logs.unreturned_leases()
+    logs = open_spend_logs(folder, run)
+    before = read_spent_before(folder, logs, journal)
+    earlier = logs.unreturned_leases(own=True)
+    settings = _limit_stage(folder, settings, logs, journal, before)
     budget = Budget(settings, before, logs.create(logs.session_path(journal.session_number)))
     return RunBudget(budget, LeaseTable(budget.balance, logs, earlier), logs)
+
+
+def _limit_stage(
+    folder: RunFolder,
+    settings: BudgetSettings,
+    logs: SpendLogs,
+    journal: Journal,
+    before: Amount,
+) -> BudgetSettings:
+    """Return the settings without what later stages need and what exceeds the stage's own limits.
+
+    Args:
+        folder: The run's folder.
+        settings: The budget of the whole pipeline.
+        logs: Its spend logs.
+        journal: The run's journal.
+        before: What the pipeline has spent.
+    """
+    place = folder.read_place()
+    if place is None:
+        return settings
+    given: dict[str, Any] = dict(place.limits)
+    own = BudgetLimits.from_settings(**given)
+    spent = Amount()
+    if own.has_any:
+        spent = _read_stage_spending(folder, place, logs, journal)
+    kept = Amount.from_json(place.kept)
+    limits = list[int | None]()
+    for cap, stage_cap, all_before, stage_before, later in zip(
+        settings.limits.as_tuple(), own.as_tuple(), before, spent, kept, strict=True
+    ):
+        most = [] if cap is None else [max(0, cap - later)]
+        most += [] if stage_cap is None else [all_before + max(0, stage_cap - stage_before)]
+        limits.append(min(most, default=None))
+    return replace(settings, limits=BudgetLimits(*limits), kept=kept)
+
+
+def _read_stage_spending(
+    folder: RunFolder, place: StagePlace, logs: SpendLogs, journal: Journal
+) -> Amount:
+    """Return the most that all runs of the stage may have spent."""
+    recorded = _read_recorded(folder, logs) | _sum_sessions(journal)
+    stage, total = f"stages/{place.stage}", Amount()
+    for key in {state.part for state in logs.read_sessions().values()}:
+        if key == stage or key.startswith(f"{stage}/"):
+            total = total.plus(logs.of_part(key).total_spent(recorded, own=True))
+    return total
 
 
 def budget_gap(
@@ -471,8 +558,11 @@ def budget_gap(
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         counts, usage, budget = journal.count_items(), journal.total_usage(), live
         if budget is None:
-            before = read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), journal)
-            budget = Budget(_read_budget_settings(folder, config, about), before, None)
+            logs = open_spend_logs(folder, get_run_ids(about))
+            before = read_spent_before(folder, logs, journal)
+            settings = _read_budget_settings(folder, config, about)
+            settings = _limit_stage(folder, settings, logs, journal, before)
+            budget = Budget(settings, before, None)
     if not (live is not None and live.needed) and budget.can_carry(needed):
         return None
     refusal, spent = budget.record_refusal(needed), budget.total_spent()

@@ -30,7 +30,7 @@ from ..storage.journal_file import (
 )
 from ..storage.run_folder import RunFolder
 from .budget import Budget, BudgetSettings, estimate_total, format_amount, read_limits
-from .spend_log import SpendLogs
+from .spend_log import open_spend_logs
 
 NO_ENDPOINT: Final = "(none)"
 """Endpoint name of items that ended without a call."""
@@ -225,7 +225,7 @@ def read_cost(folder: RunFolder, run: RunIds, sessions: Mapping[int, UsageTotals
     Raises:
         JournalError: A spend log is damaged.
     """
-    logs, total = SpendLogs(folder.budget, run), UsageTotals.total(sessions.values())
+    logs, total = open_spend_logs(folder, run), UsageTotals.total(sessions.values())
     unaccounted = logs.unaccounted({session: spent.amount for session, spent in sessions.items()})
     return Cost(total, logs.total_node_time(), unaccounted, total.nano_usd > 0)
 

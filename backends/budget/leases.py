@@ -18,8 +18,16 @@ from ..core.request_urls import REQUEST_URLS, URL_FIELD
 from ..core.types import CHAT_URL, Item, Json, Usage
 from ..discovery.connect import make_model_params
 from ..fleet.request import max_usage
+from ..storage.run_folder import RunFolder
 from .budget import Budget, BudgetSettings, RunBudget
-from .spend_log import CLOCK_SKEW_S, Lease, SpendLog, SpendLogs, read_lease_clock
+from .spend_log import (
+    CLOCK_SKEW_S,
+    Lease,
+    SpendLog,
+    SpendLogs,
+    open_spend_logs,
+    read_lease_clock,
+)
 
 _POLL_S: Final = 1.0
 LEASE_EXPIRED: Final = (
@@ -58,7 +66,7 @@ async def open_lease(
     if expiry_reason(task):
         caps = dict.fromkeys(caps, 0)
     elif lease["booked"] and task.journal is not None:
-        logs = SpendLogs(Path(task.journal).parent / "budget", task.run["id"])
+        logs = await asyncio.to_thread(open_worker_logs, task)
         log = await asyncio.to_thread(_open_lease_log, logs, lease["name"], task.deadline_s)
         if log is None:
             await _wait_for_holder(logs, lease["name"])
@@ -70,6 +78,16 @@ async def open_lease(
         yield budget
     finally:
         await budget.balance.aclose()
+
+
+def open_worker_logs(task: ShardTask) -> SpendLogs:
+    """Return the spend logs of the run of a task whose worker shares the run folder; blocks.
+
+    Raises:
+        JournalError: The provenance of the run's pipeline cannot be read.
+    """
+    assert task.journal is not None, "the worker shares the folder"
+    return open_spend_logs(RunFolder(Path(task.journal).parent), task.run["id"])
 
 
 def expiry_reason(task: ShardTask) -> str | None:

@@ -39,6 +39,7 @@ from ..storage.journal_file import (
     parse_session_number,
     scan_lines,
 )
+from ..storage.run_folder import RunFolder, get_run_ids
 from ..storage.worker_journal import make_worker_path
 
 HEADER_KIND: Final = "budget"
@@ -157,6 +158,7 @@ class SpendState:
             more is spent.
         term: (log of a lease) Seconds from its receipt until then.
         late_returns: Leases of earlier sessions returned in this one, with what each spent.
+        part: (session of a pipeline) Key of the run that it worked on.
     """
 
     level: dict[str, int] = field(default_factory=dict)
@@ -167,6 +169,7 @@ class SpendState:
     until: float = float("inf")
     term: float = 0.0
     late_returns: dict[str, Amount] = field(default_factory=dict)
+    part: str = ""
 
 
 def read_spend_state(path: Path, run: RunIds) -> SpendState:
@@ -190,6 +193,8 @@ def read_spend_state(path: Path, run: RunIds) -> SpendState:
 
 
 def _apply(state: SpendState, record: dict[str, Any]) -> None:
+    if "part" in record:
+        state.part = str(record["part"])
     if "level" in record:
         level = Amount.from_json(record["level"])
         state.level = {name: getattr(level, name) for name in record["level"]}
@@ -227,13 +232,25 @@ def _time(value: Any) -> float:
 class SpendLogs:
     """Spend logs of a run.
 
+    The runs of a pipeline share one folder, and each session has a number of its own in it.
+
     Args:
         folder: Folder of the spend logs.
         run: The run's ids; new spend logs carry the current one.
+        part: (pipeline) Key of one run: reports count its sessions only; empty: all sessions.
     """
 
-    def __init__(self, folder: Path, run: RunIds) -> None:
-        self._folder, self._run = folder, run
+    def __init__(self, folder: Path, run: RunIds, part: str = "") -> None:
+        self._folder, self._run, self._part = folder, run, part
+
+    @property
+    def part(self) -> str:
+        """Return the key of the run in its pipeline, or an empty text."""
+        return self._part
+
+    def of_part(self, part: str) -> SpendLogs:
+        """Return the same spend logs, whose reports count the sessions of another run."""
+        return SpendLogs(self._folder, self._run, part)
 
     def session_path(self, session: int) -> Path:
         """Return the path of a session's spend log."""
@@ -274,7 +291,10 @@ class SpendLogs:
         Raises:
             JournalError: The file cannot be created.
         """
-        return SpendLog(path, get_current_run_id(self._run))
+        log = SpendLog(path, get_current_run_id(self._run))
+        if self._part:
+            log.write({"part": self._part}, sync=False)
+        return log
 
     def read_lease(self, lease: str) -> SpendState:
         """Read a lease's spend log.
@@ -304,11 +324,25 @@ class SpendLogs:
             state.open_calls = state.open_calls.plus(found)
         return states
 
-    def unreturned_leases(self, now: float | None = None) -> dict[str, Amount]:
+    def read_own_sessions(self) -> dict[int, SpendState]:
+        """Read the spend logs of the sessions of the run, without those of other runs.
+
+        Raises:
+            JournalError: A spend log is damaged.
+        """
+        states = self.read_sessions()
+        if not self._part:
+            return states
+        return {number: state for number, state in states.items() if state.part == self._part}
+
+    def unreturned_leases(
+        self, now: float | None = None, *, own: bool = False
+    ) -> dict[str, Amount]:
         """Return, by name, what counts as spent of each lease not returned to its session.
 
         Args:
             now: Unix time in seconds.
+            own: Leave out leases of the pipeline's other runs.
 
         Raises:
             JournalError: A spend log is damaged.
@@ -318,6 +352,7 @@ class SpendLogs:
         return {
             name: late[name] if name in late else self.proven_spending(name, lease, now)
             for state in states.values()
+            if not own or state.part == self._part
             for name, lease in state.leases.items()
         }
 
@@ -396,21 +431,25 @@ class SpendLogs:
             JournalError: A spend log is damaged.
         """
         total = NodeTime()
-        for state in self.read_sessions().values():
+        for state in self.read_own_sessions().values():
             total = total.plus(state.node_time)
         return total
 
-    def total_spent(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
+    def total_spent(
+        self, recorded: Mapping[int, Amount], now: float | None = None, *, own: bool = False
+    ) -> Amount:
         """Return the most that all sessions so far may have spent.
 
         Args:
             recorded: Journal totals by session; used where there is no spend log.
             now: Unix time in seconds.
+            own: Leave out the pipeline's other runs.
 
         Raises:
             JournalError: A spend log is damaged.
         """
-        states, lent, total = self.read_sessions(), self.unreturned_leases(now), Amount()
+        states = self.read_own_sessions() if own else self.read_sessions()
+        lent, total = self.unreturned_leases(now), Amount()
         for session in states.keys() | recorded.keys():
             journal = recorded.get(session, Amount())
             state = states.get(session)
@@ -428,7 +467,7 @@ class SpendLogs:
             JournalError: A spend log is damaged.
         """
         lent, total = self.unreturned_leases(now), Amount()
-        for session, state in self.read_sessions().items():
+        for session, state in self.read_own_sessions().items():
             journal = recorded.get(session, Amount())
             known = journal.plus(state.node_time.amount)
             more = _sum_session(state, journal, lent).minus(known).maximum(Amount())
@@ -436,6 +475,23 @@ class SpendLogs:
                 more = more._replace(nano_usd=0)
             total = total.plus(more)
         return total
+
+
+def open_spend_logs(folder: RunFolder, run: RunIds) -> SpendLogs:
+    """Return the spend logs of a run: its own, or those of the pipeline that it is a part of.
+
+    Args:
+        folder: The run's folder.
+        run: The run's ids.
+
+    Raises:
+        JournalError: The provenance of the pipeline cannot be read.
+    """
+    place = folder.read_place()
+    if place is None:
+        return SpendLogs(folder.budget, run)
+    about = RunFolder(place.root).read_provenance()
+    return SpendLogs(folder.budget, get_run_ids(about), place.key)
 
 
 def _is_of_worker(path: Path) -> bool:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import IOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import orjson
 import pyarrow as pa
 
 from ...configs.models import InputConfig
-from ..core.errors import JournalError
+from ..core.errors import InputError, JournalError
 from ..core.types import Item, Json, Row
 from .base import InputSummary, SkippedRow
 from .column_types import ColumnTypes, decode_schema, describe_columns, encode_schema
 from .formats import open_source
 from .screening import ItemEntry, RowValidator
+
+if TYPE_CHECKING:
+    from .column_types import ArrowTypes
 
 VERSION: Final = "2"
 VERSION_KEY: Final = b"fanfold.items"
@@ -290,7 +293,81 @@ _BATCH_BYTES: Final = 2**20
 _DIGEST_BYTES: Final = 16
 
 
-def write_store(target: Path, screen: RowValidator) -> None:
+class EntrySource(Protocol):
+    """What an item store is written from; counts and columns are complete at the end.
+
+    Attributes:
+        source: The input in words.
+        columns: Names of the columns.
+        skipped: The first skipped rows.
+        skipped_total: Number of skipped rows.
+        invalid: Number of items that carry a problem.
+        id_column: Column whose texts are the ids of all items, or None.
+    """
+
+    source: str
+    columns: dict[str, None]
+    skipped: list[SkippedRow]
+    skipped_total: int
+    invalid: int
+    id_column: str | None
+
+    def iter_entries(self) -> Generator[ItemEntry, None, None]:
+        """Yield the items in order.
+
+        Raises:
+            InputError: A row does not fit, or there are no rows.
+        """
+        ...
+
+    def read_types(self) -> ArrowTypes:
+        """Return the types that the input declares for its columns."""
+        ...
+
+
+class NamedRows:
+    """Rows that have their ids already, such as the results of a stage; see `EntrySource`.
+
+    Args:
+        source: The rows in words.
+        rows: Yields id and columns of each item, in order; the ids are unique.
+        types: Types of columns, as far as they are known.
+        id_column: Column whose texts are the ids of all items, or None.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        rows: Iterable[tuple[str, Row]],
+        types: ArrowTypes | None = None,
+        id_column: str | None = None,
+    ) -> None:
+        self.source, self._rows, self._types = source, rows, types or {}
+        self.columns: dict[str, None] = {}
+        self.skipped: list[SkippedRow] = []
+        self.skipped_total = self.invalid = 0
+        self.id_column = id_column
+
+    def iter_entries(self) -> Generator[ItemEntry, None, None]:
+        """Yield the items in order.
+
+        Raises:
+            InputError: There are no rows.
+        """
+        is_empty = True
+        for name, row in self._rows:
+            is_empty = False
+            self.columns.update(dict.fromkeys(row))
+            yield ItemEntry(name, orjson.dumps(row), None, row)
+        if is_empty:
+            raise InputError(f"{self.source}: there are no items; nothing to run")
+
+    def read_types(self) -> ArrowTypes:
+        """Return the types of the columns that are known."""
+        return self._types
+
+
+def write_store(target: Path, screen: EntrySource) -> None:
     """Write the validated items to a temporary file beside the target, then rename it.
 
     Args:
@@ -318,7 +395,7 @@ def write_store(target: Path, screen: RowValidator) -> None:
             temporary.unlink()
 
 
-def _write(file: IOBase, screen: RowValidator) -> None:
+def _write(file: IOBase, screen: EntrySource) -> None:
     digest = blake2b(digest_size=_DIGEST_BYTES)
     starts: list[int] = []
     items = 0
@@ -407,3 +484,32 @@ def load_input(
     write_store(target, RowValidator(config, open_source(config, needed, items), columns, only))
     with ItemStore(target) as store:
         return store.summary()
+
+
+def load_rows(target: Path, source: EntrySource) -> InputSummary:
+    """Write rows that have their ids already to a store; blocks.
+
+    Args:
+        target: The store's path; its folder must exist. An existing store is replaced.
+        source: The rows.
+
+    Raises:
+        InputError: There are no rows.
+        JournalError: The store cannot be written.
+    """
+    write_store(target, source)
+    with ItemStore(target) as store:
+        return store.summary()
+
+
+def compute_rows_digest(source: EntrySource) -> str:
+    """Return the digest that a store of these rows would have; blocks.
+
+    Raises:
+        InputError: There are no rows.
+    """
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    with closing(source.iter_entries()) as entries:
+        for batch in _batches(entries):
+            _update_digest(digest, batch)
+    return digest.hexdigest()

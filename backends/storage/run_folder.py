@@ -6,12 +6,13 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -36,14 +37,41 @@ _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
 _NEW: Final = ".new-"
 """Name prefix of a folder that is prepared within an existing empty one."""
+PLACE_FILE: Final = "stage.json"
+"""File that makes a folder a part of a pipeline."""
+_PART: Final = re.compile(r"stages/[a-z][a-z0-9_]{0,31}(/levels/[1-9][0-9]{0,8})?")
 _NOT_EMPTY: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class StagePlace:
+    """The place of a run in a pipeline.
+
+    Attributes:
+        root: Folder of the pipeline.
+        key: Path of the run's folder from there: ``stages/NAME`` or ``stages/NAME/levels/2``.
+        kept: What the budget keeps for later stages, by field of an amount.
+        limits: The stage's own limits, by name of a budget limit.
+    """
+
+    root: Path
+    key: str
+    kept: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        """Return the name of the stage."""
+        return self.key.split("/")[1]
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of one run.
+
+    A run that is a part of a pipeline shares the budget of the pipeline.
 
     Attributes:
         path: The folder.
@@ -74,7 +102,7 @@ class RunFolder:
     @property
     def budget(self) -> Path:
         """Return the folder of the budget's spend logs."""
-        return self.path / "budget"
+        return self._budget_root / "budget"
 
     @property
     def batches(self) -> Path:
@@ -84,7 +112,61 @@ class RunFolder:
     @property
     def raised_limits(self) -> Path:
         """Return the limits raised at a pause, which override the settings."""
-        return self.path / "caps.json"
+        return self._budget_root / "caps.json"
+
+    @property
+    def _budget_root(self) -> Path:
+        place = self.read_place()
+        return self.path if place is None else place.root
+
+    @property
+    def place(self) -> Path:
+        """Return the file that makes the run a part of a pipeline."""
+        return self.path / PLACE_FILE
+
+    @property
+    def stages(self) -> Path:
+        """Return the folder of the stages, if the run is a pipeline."""
+        return self.path / "stages"
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Return True if the run is a pipeline of stages."""
+        return self.stages.is_dir()
+
+    def read_place(self) -> StagePlace | None:
+        """Return the place of the run in a pipeline, or None if it is a run of its own; blocks.
+
+        A folder that was copied out of its pipeline is a run of its own.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        try:
+            found: Any = orjson.loads(self.place.read_bytes())
+            key, kept = found["key"], found["kept"]
+            check_counts(kept, kept, "kept")
+            limits = {str(name): float(cap) for name, cap in found["limits"].items()}
+            if not _PART.fullmatch(key):
+                raise ValueError(f"key is {key!r}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise JournalError(f"{self.place}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            msg = f"{self.place}: damaged ({error}); a resumed pipeline writes it again"
+            raise JournalError(msg) from None
+        root = self.path.absolute()
+        for _ in key.split("/"):
+            root = root.parent
+        if not RunFolder(root).provenance.exists():
+            return None
+        return StagePlace(root, key, kept, limits)
+
+    def write_place(self, place: StagePlace) -> None:
+        """Record the place of the run in a pipeline; the file contains no path of the machine."""
+        data = {"v": 1, "key": place.key, "kept": dict(place.kept), "limits": dict(place.limits)}
+        write_json(self.place, data)
 
     @property
     def responses(self) -> Path:
@@ -212,6 +294,11 @@ def _unlock(handle: int, owner: int) -> None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
+
+
+def is_part_key(key: str) -> bool:
+    """Return True if a text is the key of a run in a pipeline."""
+    return _PART.fullmatch(key) is not None
 
 
 def make_busy_message(what: object) -> str:
@@ -357,7 +444,9 @@ def open_folder(path: Path) -> RunFolder:
     check_path_text(path)
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such run folder")
-    missing = [p.name for p in (folder.settings, folder.items, folder.provenance) if not p.exists()]
+    items = () if folder.is_pipeline else (folder.items,)
+    files = (folder.settings, *items, folder.provenance)
+    missing = [p.name for p in files if not p.exists()]
     if missing or not folder.journal.is_dir():
         missing_names = ", ".join(missing) or "journal/"
         msg = f"{path}: not a run folder of fanfold (missing: {missing_names})"

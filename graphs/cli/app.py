@@ -36,6 +36,7 @@ from .options import (
     Out,
     OutputMode,
     Pilot,
+    Stage,
     Yes,
     nonempty,
     nonempty_path,
@@ -67,6 +68,13 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"fanfold {own_version()}")
         raise typer.Exit
+
+
+def folder_is_pipeline(path: Path) -> bool:
+    """Return True if a run folder is that of a pipeline of stages."""
+    from ...backends.storage.run_folder import open_folder
+
+    return open_folder(path).is_pipeline
 
 
 @app.callback()
@@ -225,9 +233,13 @@ def status(
 
         show_past_endpoints(folder, as_json)
     else:
+        from .stage_status import show_pipeline_status
         from .status import show_status
 
-        show_status(folder, as_json, usage or batch is not None, batch)
+        if folder_is_pipeline(folder):
+            show_pipeline_status(folder, as_json)
+        else:
+            show_status(folder, as_json, usage or batch is not None, batch)
 
 
 @app.command()
@@ -255,7 +267,7 @@ def watch(folder: Folder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(
+def show(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     folder: Folder,
     columns: Annotated[
         str | None,
@@ -263,11 +275,14 @@ def show(
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show failed items only.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Number of rows.")] = 20,
+    stage: Stage = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the first rows of the results so far."""
+    from ..run.stage_folder import find_run
     from .show import show_rows
 
+    folder = find_run(folder, stage)
     show_rows(folder, columns, "failed" if failed else None, limit, as_json)
 
 
@@ -280,12 +295,17 @@ def failures(
             "--class", metavar="NAME", help="List the ids of the items with this error class."
         ),
     ] = None,
+    stage: Stage = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the error classes of a run, each with a remedy and an example."""
     from .failures import show_failures
+    from .stage_status import show_stage_failures
 
-    show_failures(folder, error_class, as_json)
+    if folder_is_pipeline(folder):
+        show_stage_failures(folder, stage, error_class, as_json)
+    else:
+        show_failures(folder, error_class, as_json)
 
 
 @app.command()
@@ -389,11 +409,13 @@ def report(
             help="File to write; default: DIR/report.html.",
         ),
     ] = None,
+    stage: Stage = None,
 ) -> None:
     """Write a run as one HTML page: finding, items, failures, endpoints, settings."""
+    from ..run.stage_folder import find_run
     from .report import show_report
 
-    show_report(folder, target)
+    show_report(find_run(folder, stage), target)
 
 
 @app.command()
@@ -405,9 +427,13 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Show the cost of a run over all its sessions: tokens, dollars, node-hours."""
+    from .stage_status import show_pipeline_cost
     from .status import show_cost
 
-    show_cost(folder, by, as_json)
+    if folder_is_pipeline(folder):
+        show_pipeline_cost(folder, by, as_json)
+    else:
+        show_cost(folder, by, as_json)
 
 
 @app.command()
@@ -450,10 +476,13 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
             "--raw", help="Add the text of the answer where the run kept it (column raw)."
         ),
     ] = False,
+    stage: Stage = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
+    from ..run.stage_folder import find_run
     from .status import export_results
 
+    folder = find_run(folder, stage)
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
     export_results(folder, form, target, safe_csv, optional)
 

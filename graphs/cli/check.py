@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from ...backends.budget.pricing import explain_no_price
 from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import ConfigurationError, NoEndpointError
+from ...backends.core.money import NANO_PER_USD
 from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
 from ...backends.discovery.sources import find_registry_file, read_registry_file
 from ...backends.storage.run_folder import EVALUATION_REFUSED
@@ -23,7 +24,8 @@ from ...configs.resolve import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
 from ..run.items import SHOWN_ITEMS
-from .format import budget_lines, cost_lines
+from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
+from .format import budget_lines, cost_lines, format_usd_amount
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
@@ -58,6 +60,10 @@ def check_config(
             missing, the estimate is printed first.
     """
     loaded, notices = overrides.resolve(config)
+    if loaded.config.stages is not None:
+        print_messages(notices)
+        _check_pipeline(loaded, as_json)
+        return
     found = asyncio.run(estimate_run(loaded, sample, like))
     print_messages(notices)
     if as_json:
@@ -66,6 +72,87 @@ def check_config(
         print_lines(_lines(loaded, found))
     if found.problem is not None:
         raise ConfigurationError(found.problem)
+
+
+def _check_pipeline(loaded: LoadedConfig, as_json: bool) -> None:
+    """Check the settings of a pipeline; print an estimate of each stage.
+
+    Raises:
+        ConfigurationError: The settings are wrong, or the price for a budget is missing.
+    """
+    found = asyncio.run(estimate_pipeline(loaded))
+    if as_json:
+        print_json(_pipeline_data(loaded, found))
+    else:
+        print_lines(list(_pipeline_lines(loaded, found)))
+    if found.problem is not None:
+        raise ConfigurationError(found.problem)
+
+
+def _pipeline_data(loaded: LoadedConfig, found: PipelineEstimate) -> dict[str, Any]:
+    read, total = found.input, found.total
+    return {
+        "config": loaded.source,
+        "input": {
+            "source": read.source,
+            "items": read.items,
+            "skipped": read.skipped_total,
+            "invalid": read.invalid,
+        },
+        "endpoints": {name: list(lines) for name, lines in found.endpoints.items()},
+        "simulated": found.simulated,
+        "stages": [one.to_json() for one in found.stages],
+        "estimate": {
+            "calls": total.requests,
+            "tokens": total.tokens,
+            "usd": total.nano_usd / NANO_PER_USD if total.nano_usd else None,
+        },
+        "kept_for_reduce": found.kept.to_json(),
+        "problem": found.problem,
+    }
+
+
+def _pipeline_lines(loaded: LoadedConfig, found: PipelineEstimate) -> Iterator[str]:
+    read = found.input
+    yield f"settings: {loaded.source}: valid"
+    yield f"input: {read.items:,} items from {read.source}"
+    for name, lines in found.endpoints.items():
+        yield from (f"endpoint, from stage {name}: {line}" for line in lines)
+    for one in found.stages:
+        operator = one.stage.config.operator
+        what = "map" if operator is None else operator.op
+        yield f"stage {one.stage.name} ({what}), at most {one.items:,} items: {_describe(one)}"
+        for level in one.levels if operator is not None else ():
+            yield (
+                f"  {level.level}: {level.calls:,} calls, about {level.prompt_tokens:,} prompt "
+                f"tokens, at most {level.answer_tokens:,} completion tokens"
+            )
+    total = found.total
+    dollars = f", {format_usd_amount(total.nano_usd / NANO_PER_USD)}" if total.nano_usd else ""
+    yield f"all stages: at most {total.requests:,} calls, {total.tokens:,} tokens{dollars}"
+    yield "every result counts as passed on, and repairs are left out"
+    limits = found.stages[0].stage.loaded.config.budget
+    if any(limits.model_dump(include={"usd", "tokens", "requests"}).values()) and any(found.kept):
+        kept = found.kept
+        yield (
+            f"kept for stages that reduce: {kept.requests:,} requests, {kept.tokens:,} tokens"
+            + (f", {format_usd_amount(kept.nano_usd / NANO_PER_USD)}" if kept.nano_usd else "")
+        )
+
+
+def _describe(one: StageEstimate) -> str:
+    amount = one.amount
+    prompt = sum(level.prompt_tokens for level in one.levels)
+    answers = sum(level.answer_tokens for level in one.levels)
+    dollars = (
+        f", at most {format_usd_amount(amount.nano_usd / NANO_PER_USD)}"
+        if one.prices.priced
+        else ""
+    )
+    return (
+        f"{amount.requests:,} calls, about {prompt:,} prompt tokens, at most {answers:,} "
+        f"completion tokens{dollars}"
+    )
 
 
 def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:

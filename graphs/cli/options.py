@@ -59,6 +59,15 @@ Pilot = Annotated[
 Yes = Annotated[
     bool, typer.Option("--yes", help="Continue without asking, after the pilot or a plan.")
 ]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage",
+        metavar="NAME[/LEVEL]",
+        parser=nonempty,
+        help="Of a pipeline: this stage, or a level of its operator; default: the last stage.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
 
 _SHARED: Final[Mapping[str, Any]] = {

@@ -30,6 +30,7 @@ from ..run.console import Terminal, open_message_console, print_json, print_mess
 from ..run.extend import Extension
 from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
+from ..run.stage_folder import check_single_run
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
 from .evaluate import (
@@ -42,6 +43,7 @@ from .extend import make_confirmation
 from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
+from .stages import pipeline_session, print_pipeline_result
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
@@ -132,6 +134,9 @@ def run_in_folder(
     path: Path, loaded: LoadedConfig, overrides: Overrides, output: OutputMode
 ) -> int:
     """Start a run in a folder, or resume the one in it; return the exit code."""
+    if loaded.config.stages is not None:
+        session = pipeline_session(path, loaded, overrides, output)
+        return print_pipeline_result(_run_guarded(session, path), output)
     pilot = None
     if overrides.pilot is not None:
         pilot = _run_guarded(_pilot_session(path, loaded, overrides, output), path)
@@ -199,6 +204,10 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
     """Resume a run; return the exit code."""
     folder = open_folder(path)
     loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None
+    if folder.is_pipeline:
+        session = pipeline_session(path, loaded, overrides, output)
+        return print_pipeline_result(_run_guarded(session, path), output)
+    check_single_run(folder)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
     code = _print_result(result, output)
     write_report_at_end(path, code, output)

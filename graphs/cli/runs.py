@@ -145,6 +145,8 @@ def read_counts(
     if is_count(last.get("done")) and is_count(last.get("failed")):
         usd = last.get("usd")
         return last["done"], last["failed"], usd if isinstance(usd, int | float) else None
+    if folder.is_pipeline:
+        return None, None, None
     if sum(file.stat().st_size for file in folder.journal.glob("*.jsonl")) > _MOST_READ:
         return None, None, None
     ids = get_run_ids(about)

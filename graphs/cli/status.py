@@ -430,7 +430,7 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
                 **cost.to_json(),
                 "budget": read_budget(folder, cost),
             }
-            | ({by: [_row_json(name, spent, cost.priced) for name, spent in rows]} if by else {})
+            | ({by: [row_json(name, spent, cost.priced) for name, spent in rows]} if by else {})
             | ({} if jobs is None else {"chain": jobs})
         )
         return
@@ -438,16 +438,17 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
     if about["simulated"]:
         console.print(Text("simulated: true", style="bold"))
     if by is not None:
-        columns = _grouped_columns(by, [*rows, ("total", cost.usage)], cost.priced)
+        columns = grouped_columns(by, [*rows, ("total", cost.usage)], cost.priced)
         for part in make_table(columns, console.width, framed=False):
             console.print(part)
     else:
-        console.print(_total_table(cost, folder.is_in_use()))
+        console.print(total_table(cost, folder.is_in_use()))
     if jobs is not None:
         show_utilization(jobs, console)
 
 
-def _row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
+def row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
+    """Return a group of costs as plain data."""
     return {
         "name": name,
         "requests": spent.requests,
@@ -457,7 +458,8 @@ def _row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
     }
 
 
-def _grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> list[Column]:
+def grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> list[Column]:
+    """Return groups of costs as the columns of a table."""
     largest = max(spent.nano_usd for _, spent in rows)
     usd = [format_usd(one.nano_usd, largest) if priced else _NO_PRICE for _, one in rows]
     numbers = {
@@ -477,7 +479,8 @@ def _grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool)
     ]
 
 
-def _total_table(cost: Cost, running: bool) -> Table:
+def total_table(cost: Cost, running: bool) -> Table:
+    """Return a cost as a table, one row for each kind."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")

@@ -18,7 +18,7 @@ from langgraph.errors import GraphBubbleUp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ...backends.budget.budget import read_spent_before
-from ...backends.budget.spend_log import SpendLogs
+from ...backends.budget.spend_log import open_spend_logs
 from ...backends.core.errors import (
     BudgetExhaustedError,
     ConfigurationError,
@@ -135,7 +135,7 @@ def _read_spent(path: Path) -> Amount:
     folder = open_folder(path)
     about = folder.read_provenance()
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
-        return read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), journal)
+        return read_spent_before(folder, open_spend_logs(folder, get_run_ids(about)), journal)
 
 
 _TEXT: Final = 300

@@ -59,8 +59,8 @@ class TaskTemplate:
     Attributes:
         config: The run's settings.
         settings: The same as plain data, as workers get them.
-        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``session`` and
-            the session's ``token``.
+        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``session``, ``stage``
+            and the session's ``token``.
         folder: The run's folder.
         journal: The run's journal folder if workers share it, else None.
         token_prices: Prices of tokens.
@@ -157,7 +157,7 @@ def make_task_template(
             "set the variable where the workers run"
         )
         raise ConfigurationError(msg)
-    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session")}
+    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session", "stage")}
     return TaskTemplate(
         config=config,
         settings=worker_settings(loaded, ready),

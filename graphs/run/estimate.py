@@ -280,7 +280,7 @@ async def estimate_run(
     await asyncio.to_thread(check_cache, loaded.config)
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     config = loaded.config
-    async with _open_probed(loaded) as (ready, lines):
+    async with open_probed(loaded) as (ready, lines):
         if config.backend.is_batch:
             get_deployment(ready)
         cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
@@ -405,7 +405,7 @@ def _node_urls(ready: ReadyEndpoints) -> list[str]:
 
 
 @asynccontextmanager
-async def _open_probed(
+async def open_probed(
     loaded: LoadedConfig,
 ) -> AsyncIterator[tuple[ReadyEndpoints, tuple[str, ...]]]:
     """Open the endpoints and yield them with one line for each."""

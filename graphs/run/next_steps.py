@@ -22,7 +22,7 @@ def find_next_command(
     folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
 ) -> str | None:
     """Return the command that continues a run, or None if there is nothing to do, or a session."""
-    if folder.is_in_use():
+    if folder.is_in_use() or folder.read_place() is not None:
         return None
     last = about["sessions"][-1] if about["sessions"] else {}
     if not counts.open and last.get("outcome") == FINISHED:
@@ -42,6 +42,9 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
         classes: The error classes of the run.
         running: Whether a session is working on the run.
     """
+    if folder.read_place() is not None:
+        yield "failed items are not passed on to later stages; a new run asks them again"
+        return
     if any(find_remedy(name).is_retry for name in classes):
         when = "when the run has ended, retry" if running else "retry"
         yield f"{when} failed items with: {retry_command(folder)}"

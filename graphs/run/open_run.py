@@ -18,7 +18,7 @@ from ...backends.batch.transport import BatchRun, BatchTransport, open_batches
 from ...backends.budget.budget import RunBudget, open_budget
 from ...backends.budget.pricing import find_model_price as price_of
 from ...backends.budget.pricing import find_token_prices
-from ...backends.budget.spend_log import SpendLogs
+from ...backends.budget.spend_log import open_spend_logs
 from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
@@ -166,7 +166,11 @@ async def open_run(
                 budget.budget.count_prompt = make_prompt_counter(counter)
             if config.backend.is_remote:
                 _check_trace(options)
-                about = {**files.provenance, "session": journal.session_number}
+                about = {
+                    **files.provenance,
+                    "session": journal.session_number,
+                    "stage": files.stage,
+                }
                 template = await stack.enter_async_context(
                     _open_template(folder, loaded, ready, about, price, budget)
                 )
@@ -229,9 +233,10 @@ async def open_run(
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
             batches=batches,
+            stage=files.stage,
         )
         if journal.count_items().open:
-            logs = SpendLogs(folder.budget, get_run_ids(files.provenance))
+            logs = open_spend_logs(folder, get_run_ids(files.provenance))
             await stack.enter_async_context(
                 charge_node_time(tools, budget, logs, journal.session_number)
             )
@@ -364,6 +369,7 @@ class _RunFiles:
     provenance: dict[str, Any]
     next_session: int
     node_time: NodeTime
+    stage: str = ""
 
     @property
     def run(self) -> tuple[str, ...]:
@@ -405,9 +411,16 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
         if lost:
             logger.warning("%s", describe_lost_files(lost, journal))
         write_extents(folder.journal, journal.extents())
-        logs = SpendLogs(folder.budget, get_run_ids(about))
+        logs = open_spend_logs(folder, get_run_ids(about))
+        place = folder.read_place()
         return _RunFiles(
-            stack.pop_all(), store, journal, about, logs.next_session(), logs.total_node_time()
+            stack.pop_all(),
+            store,
+            journal,
+            about,
+            logs.next_session(),
+            logs.total_node_time(),
+            "" if place is None else place.stage,
         )
 
 

@@ -51,6 +51,7 @@ from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
     RunFolder,
+    StagePlace,
     create_folder,
     get_folder_identity,
     get_own_ids,
@@ -70,7 +71,7 @@ from ...configs.serialize import find_lost_secrets, to_yaml
 from .items import check_item_graph
 
 if TYPE_CHECKING:
-    from ...backends.inputs.item_store import ItemStore
+    from ...backends.inputs.item_store import EntrySource, ItemStore
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +246,8 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     *,
     extend: ExtendRun | None = None,
     only: Collection[str] | None = None,
+    source: EntrySource | None = None,
+    place: StagePlace | None = None,
 ) -> ReadyRun:
     """Check input and endpoints, and create the run folder.
 
@@ -256,16 +259,28 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         defer_endpoints: Do not check the endpoints, because a job will start them.
         extend: Takes over items of another run before the folder appears under its name.
         only: Ids of the items of the run; None means all of the input.
+        source: Items in place of the configured input that have their ids already.
+        place: Place of the run in a pipeline.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
     """
-    from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - pyarrow is slow to import
+    from ...backends.inputs.item_store import (  # noqa: PLC0415 - pyarrow is slow to import
+        load_input,
+        load_rows,
+    )
 
+    if loaded.config.stages is not None:
+        msg = (
+            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
+            "batch and agents' tools take a single task"
+        )
+        raise ConfigurationError(msg)
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
-    check_input_setting(loaded, items)
+    if source is None:
+        check_input_setting(loaded, items)
     check_item_graph(loaded.config)
     if not defer_endpoints:
         check_endpoints(loaded)
@@ -273,7 +288,10 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
-        summary = await asyncio.to_thread(load_input, given, folder.items, columns, items, only)
+        if source is not None:
+            summary = await asyncio.to_thread(load_rows, folder.items, source)
+        else:
+            summary = await asyncio.to_thread(load_input, given, folder.items, columns, items, only)
         check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
@@ -296,11 +314,15 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
             "model": model,
             "price": cost.to_json() if cost is not None else None,
             "fingerprint": compute_fingerprint(loaded.config, model, simulated),
-            "input": describe_input(summary, given.path if items is None else None),
+            "input": describe_input(
+                summary, given.path if items is None and source is None else None
+            ),
             "sessions": [],
         }
         if extend is not None:
             about |= await extend(folder, about)
+        if place is not None:
+            await asyncio.to_thread(folder.write_place, place)
         await asyncio.to_thread(_write, folder, path, loaded, about)
     return ReadyRun(RunFolder(path), loaded, endpoints=ready)
 

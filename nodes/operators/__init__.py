@@ -1,1 +1,33 @@
-"""Operators: what reduces items by asking the model."""
+"""Operators: deterministic coroutines that reduce the items of a stage by asking the model.
+
+``base.py`` has the interface, ``registry.py`` lists the operators.
+"""
+
+from .base import (
+    Answer,
+    Ask,
+    LevelPlan,
+    LevelTask,
+    Operator,
+    OperatorEnd,
+    Question,
+    SizeEstimate,
+    StageResult,
+    StageTools,
+)
+from .registry import OPERATORS, make_operator
+
+__all__ = [
+    "OPERATORS",
+    "Answer",
+    "Ask",
+    "LevelPlan",
+    "LevelTask",
+    "Operator",
+    "OperatorEnd",
+    "Question",
+    "SizeEstimate",
+    "StageResult",
+    "StageTools",
+    "make_operator",
+]

@@ -80,7 +80,7 @@ class RecordBuilder:
         usage = calls.usage
         raw = state.get("raw") if error is not None or tools.keep_raw else None
         record = {
-            "stage": "",
+            "stage": tools.stage,
             "index": item.index,
             "id": item.id,
             "sample": 0,

@@ -1,0 +1,62 @@
+"""Operators: entries of ``reduce`` that ask the model, as a stage of a pipeline."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
+
+from pydantic import BaseModel, Field
+
+from .base import Access, Section, declare_access
+
+
+class OperatorConfig(Section):
+    """Base of the settings of an operator; ``op`` names its kind.
+
+    Requests never set them: a stage is closed to requests as a whole.
+    """
+
+    access: ClassVar[dict[str, Access]] = {}
+
+
+class SummarizeConfig(OperatorConfig):
+    """One summary of all items, or of each group of them, by a tree of summaries.
+
+    Attributes:
+        op: ``summarize``.
+        prompt: What the summary is for; it precedes the texts, and needs no columns.
+        text: Text of one item, with its columns in braces; None: the columns as JSON.
+        group_by: Column whose values get a summary each; None: one summary of all.
+        group_tokens: Most tokens of the texts of one group; None: what the model's context leaves,
+            at most 6,000.
+        statements: Most statements of one summary.
+        system: Constant text, sent first.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="op prompt text group_by group_tokens statements system",
+    )
+
+    op: Literal["summarize"]
+    prompt: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1)] | None = None
+    group_by: str | None = None
+    group_tokens: Annotated[int, Field(ge=100, le=10_000_000)] | None = None
+    statements: Annotated[int, Field(ge=1, le=100)] = 10
+    system: str = ""
+
+
+AnyOperatorConfig = SummarizeConfig
+"""Settings of any operator: a union by ``op`` once there are several."""
+
+
+def _list_models(annotation: Any) -> tuple[type[BaseModel], ...]:
+    if isinstance(annotation, type):
+        return (annotation,)
+    return tuple(get_args(get_args(annotation)[0]))
+
+
+OPERATOR_CONFIGS: Final[dict[str, type[BaseModel]]] = {
+    get_args(model.model_fields["op"].annotation)[0]: model
+    for model in _list_models(AnyOperatorConfig)
+}
+"""The settings of each operator, by its name in ``reduce``."""

@@ -1,0 +1,174 @@
+"""Section ``stages``: the steps of a pipeline, and the settings of each as a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from .aggregators import AnyAggregatorConfig
+from .base import Access, Section, declare_access
+from .operators import AnyOperatorConfig, OperatorConfig
+
+STAGE_NAME: Final = r"^[a-z][a-z0-9_]{0,31}$"
+
+STAGED_PROMPT: Final = "{stages}"
+"""``task.prompt`` of settings with stages, each of which has a prompt of its own."""
+
+_RESERVED: Final = frozenset({"input", "output", "id"})
+"""Names that mean something else where a column is named."""
+
+
+class StageBudgetConfig(Section):
+    """Limits of one stage, within the budget of the pipeline; None means no limit of its own.
+
+    Attributes:
+        usd: US dollars.
+        tokens: Prompt and completion tokens.
+        requests: Requests sent, including failed ones.
+        node_hours: Hours times nodes.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="usd tokens requests node_hours")
+
+    usd: Annotated[float, Field(gt=0, le=9_000_000)] | None = None
+    tokens: Annotated[int, Field(gt=0, le=2**53)] | None = None
+    requests: Annotated[int, Field(gt=0, le=2**53)] | None = None
+    node_hours: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = None
+
+
+def _get_kind(value: Any) -> str:
+    """Return what ``reduce`` of a stage is: aggregators are a list."""
+    return "aggregators" if isinstance(value, list) else "operator"
+
+
+AnyReduce = Annotated[
+    Annotated[AnyOperatorConfig, Tag("operator")]
+    | Annotated[list[AnyAggregatorConfig], Tag("aggregators")],
+    Discriminator(_get_kind),
+]
+
+
+class StageConfig(Section):
+    """One stage of a pipeline: it asks about each item (``map``), or reduces all (``reduce``).
+
+    Attributes:
+        name: Its name: small letters, digits and _, a letter first.
+        source: (key ``from``) The stage whose results are its items; None: the previous stage, and
+            the input for the first.
+        where: Conditions that select results of that stage: ``output.score > 0.8``.
+        join: ``id`` adds the answers of earlier stages about items with the same id.
+        map: A task: prompt, schema, system and so on; top-level ``task`` has the defaults.
+        reduce: An operator, a mapping with its ``op``: summarize; or, beside ``map``, a list of
+            aggregators.
+        model: Changes to the top-level ``model``.
+        endpoints: Endpoints in place of the top-level ones.
+        limits: Changes to the top-level ``limits``.
+        budget: Limits of the stage, within the budget of the pipeline.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="name from where join map reduce model endpoints limits budget",
+    )
+
+    name: Annotated[str, Field(pattern=STAGE_NAME)]
+    source: Annotated[str | None, Field(alias="from")] = None
+    where: Annotated[str, Field(min_length=1)] | None = None
+    join: Literal["id"] | None = None
+    map: dict[str, Any] | None = None
+    reduce: AnyReduce | None = None
+    model: dict[str, Any] | None = None
+    endpoints: dict[str, Any] | Literal["auto"] | None = None
+    limits: dict[str, Any] | None = None
+    budget: StageBudgetConfig | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_source(cls, value: str) -> str:
+        if value in _RESERVED:
+            raise ValueError(f"{value!r} already means something else; choose another name")
+        return value
+
+    @model_validator(mode="after")
+    def _has_work(self) -> StageConfig:
+        if self.map is None and not isinstance(self.reduce, OperatorConfig):
+            msg = f"stage {self.name!r} has nothing to do; give map: a task, or reduce: {{op: …}}"
+            raise ValueError(msg)
+        if self.map is not None and isinstance(self.reduce, OperatorConfig):
+            msg = (
+                f"stage {self.name!r} has both map and the operator {self.reduce.op}; make it two "
+                "stages, or give reduce a list of aggregators"
+            )
+            raise ValueError(msg)
+        return self
+
+    @property
+    def operator(self) -> AnyOperatorConfig | None:
+        """Return the operator of the stage, or None if it asks about each item."""
+        return self.reduce if isinstance(self.reduce, OperatorConfig) else None
+
+
+def check_stages(stages: Sequence[StageConfig]) -> None:
+    """Check names and order of stages.
+
+    Raises:
+        ValueError: A name occurs twice, or ``from`` names no earlier stage.
+    """
+    known = list[str]()
+    for stage in stages:
+        if stage.name in known:
+            raise ValueError(f"stages: the name {stage.name!r} occurs twice")
+        if stage.source is not None and stage.source not in known:
+            earlier = ", ".join(known) or "none"
+            msg = (
+                f"stages: {stage.name!r} has from: {stage.source!r}, which is no earlier stage "
+                f"(there are {earlier})"
+            )
+            raise ValueError(msg)
+        if not known and (stage.where is not None or stage.join is not None):
+            msg = (
+                f"stages: the first stage {stage.name!r} reads the input, where where and join "
+                "have no meaning; leave them out"
+            )
+            raise ValueError(msg)
+        known.append(stage.name)
+
+
+def find_source(stages: Sequence[StageConfig], number: int) -> str | None:
+    """Return the name of the stage whose results are the items of a stage; None for the input."""
+    if number == 0:
+        return None
+    return stages[number].source or stages[number - 1].name
+
+
+def make_stage_settings(data: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return the settings of a stage as those of a run.
+
+    Args:
+        data: The settings of the pipeline, unexpanded.
+        number: The stage, from 0.
+    """
+    settings = copy.deepcopy(dict(data))
+    stage = settings.pop("stages")[number]
+    task = dict(settings.pop("task", None) or {})
+    if task.get("prompt") == STAGED_PROMPT:
+        del task["prompt"]
+    settings["task"] = task | (stage.get("map") or {"prompt": STAGED_PROMPT, "messages": None})
+    if stage.get("map", None) and stage["map"].get("messages") is not None:
+        settings["task"] |= {"prompt": "", "system": stage["map"].get("system", "")}
+    elif stage.get("map", None) and stage["map"].get("prompt"):
+        settings["task"]["messages"] = None
+    for section in ("model", "limits"):
+        if changes := stage.get(section):
+            settings[section] = {**(settings.get(section) or {}), **changes}
+    if stage.get("endpoints") is not None:
+        settings["endpoints"] = stage["endpoints"]
+    found = stage.get("reduce")
+    settings["reduce"] = found if isinstance(found, list) else []
+    settings["name"] = f"{settings.get('name', 'run')}-{stage['name']}"[:64]
+    if number:
+        settings["input"] = {}
+    settings.pop("batch", None)
+    return settings

@@ -1,0 +1,210 @@
+"""Status, cost and failures of a pipeline, by stage."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from rich.text import Text
+
+from ...backends.budget.cost import describe_cost, group_usage, read_budget
+from ...backends.core.errors import EXIT_BUDGET, ConfigurationError
+from ...backends.core.money import UsageTotals
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
+from ...configs.loader import load_config
+from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
+from ..run.pipeline_report import LevelState, PipelineState, StageState, read_pipeline
+from ..run.stage_folder import find_run, list_runs
+from .failures import show_failures
+from .format import Column, make_table
+from .options import COST_BY
+from .status import grouped_columns, row_json, total_table
+
+_BY_STAGE: Final = "stage"
+_FINISHED: Final = "finished"
+
+
+def show_pipeline_status(path: Path, as_json: bool) -> None:
+    """Show the progress of a pipeline, one row for each stage.
+
+    Raises:
+        ConfigurationError: The settings cannot be read, e.g. because a variable is not set.
+        JournalError: A journal or a spend log is damaged.
+    """
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    found = read_pipeline(folder, load_config(folder.settings))
+    state = read_state(folder, about)
+    budget = read_budget(folder, found.cost)
+    command = _next_command(folder, about, found, budget)
+    if as_json:
+        print_json(
+            {
+                "run": about["run"],
+                "name": about["name"],
+                "state": state,
+                "simulated": about["simulated"],
+                "stages": [stage.to_json() for stage in found.stages],
+                **found.cost.to_json(),
+                "budget": budget,
+                "sessions": len(about["sessions"]),
+                "next_command": command,
+            }
+        )
+        return
+    console = Terminal()
+    if about["simulated"]:
+        console.print(Text("simulated: true", style="bold"))
+    for part in make_table(_columns(found), console.width):
+        console.print(part)
+    print_messages([f"state: {state}", *describe_cost(found.cost, budget)])
+    for name, limit in budget.items():
+        print_messages([f"budget.{name}: {limit['spent']:,g} of {limit['cap']:,g}"])
+    if found.failed:
+        print_messages([f"failures with examples: fanfold failures {shlex.quote(str(path))}"])
+    if command is not None:
+        print_message(console, f"continue with: {command}")
+
+
+def _next_command(
+    folder: RunFolder, about: dict[str, Any], found: PipelineState, budget: dict[str, Any]
+) -> str | None:
+    if folder.is_in_use() or found.is_finished:
+        return None
+    last = about["sessions"][-1] if about["sessions"] else {}
+    options = ""
+    if last.get("exit_code") == EXIT_BUDGET:
+        options = "".join(f" --budget-{name.replace('_', '-')} N" for name in budget)
+    return f"fanfold resume {shlex.quote(str(folder.path))}{options}"
+
+
+def _columns(found: PipelineState) -> list[Column]:
+    rows = list(_iter_rows(found))
+    return [
+        Column("stage", [row[0] for row in rows], is_key=True),
+        Column("state", [row[1] for row in rows]),
+        *(
+            Column(head, [row[at] for row in rows], is_number=True)
+            for at, head in enumerate(("items", "done", "failed", "requests", "tokens"), start=2)
+        ),
+        Column("not passed on", [row[7] for row in rows]),
+    ]
+
+
+def _iter_rows(found: PipelineState) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of each stage, and below an operator those of its levels."""
+    for one in found.stages:
+        operator = one.stage.config.operator
+        name = one.stage.name if operator is None else f"{one.stage.name} ({operator.op})"
+        items = "" if one.items is None else f"{one.items:,}"
+        usage = one.usage
+        yield (
+            name,
+            one.state,
+            items,
+            f"{one.results:,}",
+            f"{one.failed:,}",
+            f"{usage.requests:,}",
+            f"{usage.tokens:,}",
+            _left_out(one),
+        )
+        for number, run in enumerate(one.runs if operator is not None else (), start=1):
+            yield (
+                f"  {number} {run.level}",
+                _FINISHED if run.is_finished else "begun",
+                f"{run.items:,}",
+                f"{run.done:,}",
+                f"{run.failed:,}",
+                f"{run.usage.requests:,}",
+                f"{run.usage.tokens:,}",
+                "",
+            )
+
+
+def _left_out(one: StageState) -> str:
+    counts = one.passed_on or {}
+    words = (("failed", "failed"), ("unselected", "not selected"))
+    return ", ".join(f"{counts[key]:,} {text}" for key, text in words if counts.get(key))
+
+
+def show_pipeline_cost(path: Path, by: str | None, as_json: bool) -> None:
+    """Show the cost of a pipeline over all its sessions, by stage or another key.
+
+    Raises:
+        ConfigurationError: The grouping does not exist, or the settings cannot be read.
+        JournalError: A journal or a spend log is damaged.
+    """
+    if by is not None and by not in (*COST_BY, _BY_STAGE):
+        known = ", ".join((*COST_BY, _BY_STAGE))
+        raise ConfigurationError(f"--by {by}: choose one of {known}")
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    found = read_pipeline(folder, load_config(folder.settings))
+    if by in (None, _BY_STAGE):
+        rows = [(one.stage.name, one.usage) for one in found.stages]
+    else:
+        rows = sorted(_group(folder, str(by)).items(), key=lambda one: one[0])
+    cost, running = found.cost, folder.is_in_use()
+    if as_json:
+        print_json(
+            {
+                "run": about["run"],
+                "simulated": about["simulated"],
+                "running": running,
+                "requests": cost.usage.requests,
+                **cost.to_json(),
+                "budget": read_budget(folder, cost),
+                by or _BY_STAGE: [row_json(name, spent, cost.priced) for name, spent in rows],
+            }
+        )
+        return
+    console = Terminal()
+    if about["simulated"]:
+        console.print(Text("simulated: true", style="bold"))
+    columns = grouped_columns(by or _BY_STAGE, [*rows, ("total", cost.usage)], cost.priced)
+    for part in make_table(columns, console.width, framed=False):
+        console.print(part)
+    if by is None:
+        console.print(total_table(cost, running))
+
+
+def _group(folder: RunFolder, by: str) -> dict[str, UsageTotals]:
+    """Return the usage of all runs of a pipeline by a key."""
+    groups = dict[str, UsageTotals]()
+    for run in list_runs(folder):
+        about = run.read_provenance()
+        ids, items = get_run_ids(about), about["input"]["items"]
+        for key, spent in group_usage(run.journal, ids, items, by, about["model"]).by_key.items():
+            groups.setdefault(key, UsageTotals()).merge(spent)
+    return groups
+
+
+def show_stage_failures(
+    path: Path, stage: str | None, error_class: str | None, as_json: bool
+) -> None:
+    """Show the failures of one stage or level, or of all that have any.
+
+    Raises:
+        ConfigurationError: There is no such stage, or no item failed with the class.
+        JournalError: A journal is damaged.
+    """
+    if stage is not None:
+        show_failures(find_run(path, stage), error_class, as_json)
+        return
+    folder = open_folder(path)
+    failed = [one for one in list_runs(folder) if _count_failed(one, error_class)]
+    if not failed:
+        which = "" if error_class is None else f" with {error_class}"
+        print_messages([f"{path}: no item failed{which}"])
+    for one in failed:
+        if not as_json:
+            key = str(one.path.relative_to(folder.path)).removeprefix("stages/")
+            print_lines([f"stage {key.replace('/levels/', ', level ')}"])
+        show_failures(one.path, error_class, as_json)
+
+
+def _count_failed(run: RunFolder, error_class: str | None) -> int:
+    found = LevelState.read(run).failed_by_class
+    return sum(found.values()) if error_class is None else found.get(error_class, 0)

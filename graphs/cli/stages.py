@@ -1,0 +1,179 @@
+"""Pipelines on the command line: run and resume them, and find the folder of a stage."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ...backends.budget.cost import describe_cost, read_budget
+from ...backends.core.errors import (
+    EXIT_BUDGET,
+    EXIT_INTERRUPTED,
+    ConfigurationError,
+    JournalError,
+)
+from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
+from ...configs.loader import LoadedConfig, load_config, make_portable
+from ...configs.resolve import Overrides
+from ...configs.serialize import to_yaml
+from ..pipeline import PipelineResult, execute_pipeline
+from ..run.checkpoints import check_saver
+from ..run.console import Terminal, open_message_console, print_json, print_messages
+from ..run.pipeline import prepare_pipeline
+from ..run.pipeline_report import StageState, describe_stages
+from ..run.shutdown import session_deadline, with_deadline
+from ..session import RunOptions
+from .format import show_aggregate
+from .options import OutputMode
+
+
+def check_pipeline_options(overrides: Overrides) -> None:
+    """Check that a command has no option that is for single runs.
+
+    Raises:
+        ConfigurationError: It has one.
+    """
+    given = {
+        "--pilot": overrides.pilot,
+        "--from": overrides.extends,
+        "--retry-failed": overrides.retry_failed or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            msg = f"{option}: is for a single task; these settings have stages"
+            raise ConfigurationError(msg)
+
+
+async def pipeline_session(
+    path: Path, loaded: LoadedConfig | None, overrides: Overrides, output: OutputMode
+) -> PipelineResult:
+    """Run one session of a pipeline: create its folder, or resume the one that is there.
+
+    Args:
+        path: The folder.
+        loaded: The settings; None takes those of the pipeline.
+        overrides: Options of the command.
+        output: How the command prints.
+
+    Raises:
+        ConfigurationError: The settings are wrong, or do not fit what was done so far.
+    """
+    began = time.time()
+    check_pipeline_options(overrides)
+    await check_saver(overrides.checkpointer)
+    if loaded is not None and is_vacant(path):
+        end = session_deadline(loaded.config, began)
+        folder = await with_deadline(prepare_pipeline(loaded, path), end)
+        if not output.quiet:
+            found = folder.read_provenance()["input"]
+            names = ", ".join(stage.name for stage in loaded.config.stages or ())
+            print_messages(
+                [
+                    f"{found['items']:,} items from {found['source']}; stages {names}; run folder "
+                    f"{folder.path}"
+                ]
+            )
+    else:
+        folder = open_folder(path)
+        if not folder.is_pipeline:
+            msg = f"{path}: this is a single run, but the settings have stages; use a new folder"
+            raise ConfigurationError(msg)
+        if loaded is None:
+            loaded = await asyncio.to_thread(load_config, folder.settings)
+        else:
+            await asyncio.to_thread(_write_settings, folder, loaded)
+        end = session_deadline(loaded.config, began)
+        if overrides.budget_assignments:  # the latest setting counts
+            await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
+    options = RunOptions(
+        overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
+    )
+    return await execute_pipeline(folder, loaded, options, open_message_console())
+
+
+def _write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
+    """Write changed settings, unless another process works on the pipeline.
+
+    Raises:
+        ConfigurationError: The settings have other stages.
+    """
+    known = folder.read_provenance()["stages"]
+    names = [stage.name for stage in loaded.config.stages or ()]
+    if names[: len(known)] != known:
+        msg = (
+            f"{folder.path}: this pipeline has the stages {', '.join(known)}, and the settings "
+            f"{', '.join(names)}; stages can be added at the end only: use a new run folder"
+        )
+        raise ConfigurationError(msg)
+    with folder.lock():
+        text = to_yaml(make_portable(loaded.plain, folder.path))
+        write_bytes(folder.settings, text.encode())
+        folder.write_provenance(folder.read_provenance() | {"stages": names})
+
+
+def print_pipeline_result(result: PipelineResult, output: OutputMode) -> int:
+    """Print how a session of a pipeline ended; return the exit code."""
+    last = result.state.last
+    aggregate = _read_aggregate(last)
+    budget = read_budget(result.folder, result.state.cost)
+    if output.as_json:
+        print_json(
+            {
+                "run": result.run_id,
+                "folder": str(result.folder.path),
+                "simulated": result.simulated,
+                "stages": [stage.to_json() for stage in result.state.stages],
+                **result.state.cost.to_json(),
+                "budget": budget,
+                "seconds": result.seconds,
+                "aggregate": aggregate,
+                "exit_code": result.exit_code,
+            }
+        )
+        return result.exit_code
+    if not output.quiet and result.reason is None:
+        show_aggregate(aggregate, result.simulated, Terminal())
+    print_messages(list(_last_lines(result, last, budget)))
+    return result.exit_code
+
+
+def _last_lines(result: PipelineResult, last: StageState, budget: dict[str, Any]) -> Iterator[str]:
+    if result.simulated:
+        yield "SIMULATED"
+    yield from describe_stages(result.state)
+    yield f"{result.seconds:,.1f} s"
+    yield from describe_cost(result.state.cost, budget)
+    path = shlex.quote(str(result.folder.path))
+    if result.exit_code == EXIT_BUDGET:
+        options = " ".join(f"--budget-{name.replace('_', '-')} N" for name in budget)
+        yield f"Paused in stage {last.stage.name}: {result.reason}"
+        yield f"Resume with a higher limit: fanfold resume {path} {options}".rstrip()
+    elif result.exit_code == EXIT_INTERRUPTED:
+        yield f"Interrupted in stage {last.stage.name}: {result.reason}"
+        yield f"Resume with: fanfold resume {path}"
+    else:
+        yield f"Results of stage {last.stage.name}: {last.stage.folder.results}"
+        if result.state.failed:
+            yield f"Failed items, with remedies and examples: fanfold failures {path}"
+
+
+def _read_aggregate(last: StageState) -> list[dict[str, Any]]:
+    """Return the aggregate of the last stage that has begun; empty before its end.
+
+    Raises:
+        JournalError: The file is damaged.
+    """
+    path = last.stage.folder.aggregate
+    try:
+        found: list[dict[str, Any]] = orjson.loads(path.read_bytes())["aggregate"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}") from None
+    return found

@@ -1,0 +1,801 @@
+"""A pipeline of stages: each stage, and each level of an operator, is an ordinary run."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import orjson
+
+from ...backends.budget.tokens import estimate_text_tokens
+from ...backends.core.disk import sync_folder
+from ...backends.core.errors import ConfigurationError, InputError, JournalError
+from ...backends.core.fields import split_column
+from ...backends.core.money import Amount
+from ...backends.core.types import Json
+from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.discovery.node_local import ready_endpoints
+from ...backends.inputs.base import InputSummary, did_you_mean
+from ...backends.inputs.item_store import (
+    EntrySource,
+    ItemStore,
+    NamedRows,
+    compute_rows_digest,
+    load_input,
+    load_rows,
+)
+from ...backends.storage.journal import Journal
+from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
+from ...backends.storage.results import replace_file, write_jsonl, write_parquet
+from ...backends.storage.run_folder import (
+    RunFolder,
+    StagePlace,
+    create_folder,
+    get_folder_identity,
+    get_run_ids,
+    place_to_be,
+    utc_timestamp,
+    write_bytes,
+    write_json,
+)
+from ...configs.loader import LoadedConfig, load_stage, make_portable
+from ...configs.serialize import to_yaml
+from ...configs.stages import StageConfig, find_source
+from ...nodes.operators import (
+    Answer,
+    LevelTask,
+    Operator,
+    OperatorEnd,
+    Question,
+    StageResult,
+    StageTools,
+    make_operator,
+)
+from .prepare import (
+    ExtendRun,
+    ReadyRun,
+    check_endpoints,
+    check_input_setting,
+    compute_fingerprint,
+    describe_input,
+    prepare_run,
+    resume_run,
+)
+from .result_rows import ResultSource, make_result_layout
+from .stage_folder import list_levels
+from .stage_rows import StageRows, describe_rows
+
+RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
+"""Runs one run of a pipeline to its end; raises if it stops before."""
+
+FINISHED: Final = "finished"
+_OPERATOR_FILE: Final = "operator.json"
+_INPUT_FILE: Final = "input.arrow"
+_SLICE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a pipeline.
+
+    Attributes:
+        number: Its position, from 0.
+        config: Its settings.
+        loaded: The same as the settings of a run.
+        source: Name of the stage whose results are its items; None for the input.
+        folder: Its folder.
+    """
+
+    number: int
+    config: StageConfig
+    loaded: LoadedConfig
+    source: str | None
+    folder: RunFolder
+
+    @property
+    def name(self) -> str:
+        """Return its name."""
+        return self.config.name
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True if all of its items have ended and its results are written; blocks."""
+        return is_finished(self.folder)
+
+    def list_levels(self) -> list[RunFolder]:
+        """Return the levels of an operator, in order, that were begun; blocks."""
+        return list(list_levels(self.folder.path))
+
+    def list_runs(self) -> list[RunFolder]:
+        """Return the runs that ask the model: the stage itself, or its levels; blocks."""
+        if self.config.operator is not None:
+            return self.list_levels()
+        return [self.folder] if self.folder.provenance.exists() else []
+
+    def selection(self) -> dict[str, Json]:
+        """Return what decides which results are its items."""
+        return {"from": self.source, "where": self.config.where, "join": self.config.join}
+
+    def make_operator(self) -> Operator:
+        """Return the operator."""
+        assert self.config.operator is not None, "the stage has an operator"
+        return make_operator(self.config.operator.model_dump())
+
+
+def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
+    """Return the stages of a pipeline.
+
+    Args:
+        loaded: Its settings.
+        root: Its folder.
+    """
+    stages = loaded.config.stages or []
+    return [
+        Stage(
+            number,
+            config,
+            load_stage(loaded, number),
+            find_source(stages, number),
+            RunFolder(root / "stages" / config.name),
+        )
+        for number, config in enumerate(stages)
+    ]
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Return True if a run has ended and its results are written; blocks.
+
+    Raises:
+        JournalError: Its provenance is damaged.
+    """
+    if not folder.provenance.exists() or not folder.aggregate.exists():
+        return False
+    sessions = folder.read_provenance()["sessions"]
+    return bool(sessions) and sessions[-1].get("outcome") == FINISHED
+
+
+async def prepare_pipeline(
+    loaded: LoadedConfig,
+    path: Path,
+    items: Sequence[Mapping[str, Any]] | None = None,
+    allow_simulated: bool = True,
+) -> RunFolder:
+    """Check all stages, and create the folder of a pipeline with its first stage.
+
+    Args:
+        loaded: The settings of the pipeline.
+        path: The folder to create.
+        items: Items that replace the configured input.
+        allow_simulated: Allow a simulated fleet.
+
+    Raises:
+        ConfigurationError: A setting or the input is wrong; no folder is left behind.
+    """
+    check_input_setting(loaded, items)
+    for stage in list_stages(loaded, path):
+        check_endpoints(stage.loaded)
+    making = create_folder(path)
+    folder = await asyncio.to_thread(making.__enter__)
+    try:
+        first = list_stages(loaded, folder.path)[0]
+        await asyncio.to_thread(folder.stages.mkdir)
+        place = StagePlace(path, f"stages/{first.name}", limits=_own_limits(first))
+        if first.config.operator is None:
+            run = await prepare_run(
+                first.loaded,
+                first.folder.path,
+                items,
+                allow_simulated,
+                extend=_note({"selection": first.selection(), "passed_on": None}),
+                place=place,
+            )
+            with ItemStore(run.folder.items) as store:
+                summary = store.summary()
+        else:
+            summary = await asyncio.to_thread(_load_first, first, place, items)
+        check_columns(loaded, summary)
+        about: dict[str, Any] = {
+            "run": secrets.token_hex(8),
+            "earlier": [],
+            "place": await asyncio.to_thread(place_to_be, folder),
+            "name": loaded.config.name,
+            "config": loaded.source,
+            "stages": [stage.name for stage in loaded.config.stages or ()],
+            "simulated": loaded.config.endpoints.simulated is not None,
+            "model": loaded.config.model.name or "",
+            "price": None,
+            "fingerprint": "",
+            "input": describe_input(summary, loaded.config.input.path if items is None else None),
+            "sessions": [],
+        }
+        settings = to_yaml(make_portable(loaded.plain, path)).encode()
+        await asyncio.to_thread(write_bytes, folder.settings, settings)
+        await asyncio.to_thread(folder.write_provenance, about)
+    except BaseException as error:
+        await asyncio.to_thread(making.__exit__, type(error), error, error.__traceback__)
+        raise
+    await asyncio.to_thread(making.__exit__, None, None, None)
+    return RunFolder(path)
+
+
+def _load_first(
+    stage: Stage, place: StagePlace, items: Sequence[Mapping[str, Any]] | None
+) -> InputSummary:
+    """Create the folder of a first stage that is an operator, with the configured input."""
+    columns = stage.make_operator().columns
+    with create_folder(stage.folder.path) as folder:
+        target = folder.path / _INPUT_FILE
+        summary: InputSummary = load_input(stage.loaded.config.input, target, columns, items)
+        folder.write_place(place)
+        _write_operator(folder, stage, summary.items, None)
+    return summary
+
+
+def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
+    """Check that the columns that later stages use will exist.
+
+    Args:
+        loaded: The settings of the pipeline.
+        summary: Summary of the input.
+
+    Raises:
+        ConfigurationError: A stage uses a column that its items will not have.
+    """
+    rows = dict[str | None, Mapping[str, Any]]()
+    rows[None] = summary.row_schema
+    for stage in list_stages(loaded, Path()):
+        schema = dict(rows[stage.source])
+        if stage.config.join is not None:
+            for earlier in rows:
+                if earlier is not None and earlier not in schema["properties"]:
+                    found = rows[earlier]["properties"][earlier]
+                    schema["properties"] = {**schema["properties"], earlier: found}
+        _check_names(stage, schema["properties"])
+        operator = None if stage.config.operator is None else stage.make_operator()
+        answer = stage.loaded.config.task.answer_schema
+        if operator is not None:
+            answer = dict(operator.result_schema)
+            schema = {"type": "object", "properties": {}}
+        if stage.name in schema["properties"]:
+            msg = f"stages: the items have a column {stage.name!r}; rename the stage of this name"
+            raise ConfigurationError(f"{loaded.source}: {msg}")
+        rows[stage.name] = describe_rows(schema, stage.name, answer)
+
+
+def _check_names(stage: Stage, properties: Mapping[str, Any]) -> None:
+    if stage.config.operator is not None:
+        names: Iterable[str] = stage.make_operator().columns
+    else:
+        names = stage.loaded.config.parse_prompt().columns
+    for name in names:
+        found = split_column(name, properties)
+        if found is None:
+            inner = [
+                f"{one}.{key}"
+                for one, schema in properties.items()
+                for key in schema.get("properties", ())
+            ]
+            msg = (
+                f"{stage.loaded.source}: there is no column {name!r}; its items have "
+                f"{', '.join([*properties, *inner])}{_suggest(name, inner)}"
+            )
+            raise ConfigurationError(msg)
+
+
+def _suggest(name: str, inner: Sequence[str]) -> str:
+    """Return the field of an answer that has a name, as a question."""
+    same = [one for one in inner if one.partition(".")[2] == name]
+    return f"; did you mean {same[0]!r}?" if same else did_you_mean(name, inner)
+
+
+class Pipeline:
+    """The stages of a pipeline, run one after the other.
+
+    Args:
+        folder: The folder of the pipeline; the caller has locked it.
+        loaded: Its settings.
+        endpoints: Keeps endpoints that several runs share.
+        allow_simulated: Allow a simulated fleet.
+        estimate_reserve: Returns what the budget keeps during a stage, by its items; blocks.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        loaded: LoadedConfig,
+        endpoints: EndpointPool,
+        allow_simulated: bool = True,
+        estimate_reserve: Callable[[Stage, Path], Amount] | None = None,
+    ) -> None:
+        self.folder, self.loaded = folder, loaded
+        self._estimate_reserve = estimate_reserve
+        self._endpoints, self._allow_simulated = endpoints, allow_simulated
+        self.stages = list_stages(loaded, folder.path)
+
+    async def run_stage(self, stage: Stage, run: RunInner) -> None:
+        """Run a stage to its end; earlier stages have ended.
+
+        Args:
+            stage: The stage.
+            run: Runs one run.
+
+        Raises:
+            ConfigurationError: The settings do not fit what an earlier session has done.
+            JournalError: A file is damaged or cannot be written.
+        """
+        if stage.config.operator is None:
+            await self._run_map(stage, run)
+        else:
+            await _OperatorRun(self, stage, run).run()
+
+    async def _run_map(self, stage: Stage, run: RunInner) -> None:
+        place = self.make_place(stage, stage.folder)
+        if stage.folder.provenance.exists():
+            place = await self._keep_for_later(stage, place, stage.folder.items)
+            await asyncio.to_thread(_check_selection, stage)
+            await self.resume(stage.folder, stage.loaded, place, run)
+            return
+        rows = self.open_rows(stage)
+        source = await asyncio.to_thread(rows.open)
+
+        async def note(_folder: RunFolder, _about: Mapping[str, Any]) -> dict[str, Any]:
+            return {"selection": stage.selection(), "passed_on": rows.counts.to_json()}
+
+        ready = await self.prepare(stage.folder, stage.loaded, place, source, note)
+        place = await self._keep_for_later(stage, place, stage.folder.items)
+        await asyncio.to_thread(stage.folder.write_place, place)
+        await run(ready)
+
+    async def _keep_for_later(self, stage: Stage, place: StagePlace, items: Path) -> StagePlace:
+        """Return the place with what the budget keeps for later stages that reduce."""
+        if self._estimate_reserve is None:
+            return place
+        kept = await asyncio.to_thread(self._estimate_reserve, stage, items)
+        return replace(place, kept={k: v for k, v in kept.to_json().items() if v})
+
+    async def prepare(
+        self,
+        folder: RunFolder,
+        loaded: LoadedConfig,
+        place: StagePlace,
+        source: EntrySource,
+        note: ExtendRun,
+    ) -> ReadyRun:
+        """Create a run of the pipeline; it is on disk when this returns.
+
+        Args:
+            folder: The folder to create.
+            loaded: The settings.
+            place: Its place in the pipeline.
+            source: Its items.
+            note: Returns what to add to the provenance, once the items are written.
+        """
+        await asyncio.to_thread(folder.path.parent.mkdir, parents=True, exist_ok=True)
+        made = await prepare_run(
+            loaded,
+            folder.path,
+            allow_simulated=self._allow_simulated,
+            extend=note,
+            source=source,
+            place=place,
+        )
+        await asyncio.to_thread(_sync, folder.path)
+        return await self._with_endpoints(made)
+
+    async def resume(
+        self, folder: RunFolder, loaded: LoadedConfig, place: StagePlace, run: RunInner
+    ) -> None:
+        """Check that the settings fit a run, and run what is left of it."""
+        await asyncio.to_thread(folder.write_place, place)
+        ready = await resume_run(folder, loaded)
+        if ready.reduce_changed or not await asyncio.to_thread(is_finished, folder):
+            await run(await self._with_endpoints(ready))
+
+    async def _with_endpoints(self, run: ReadyRun) -> ReadyRun:
+        shared = await self._endpoints.open(run.loaded)
+        return run if shared is None else replace(run, endpoints=shared)
+
+    async def find_endpoints(self, loaded: LoadedConfig) -> ReadyEndpoints:
+        """Return the endpoints of a stage, to learn about its model."""
+        if (shared := await self._endpoints.open(loaded)) is not None:
+            return shared
+        async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready:
+            return ready
+
+    def open_rows(self, stage: Stage) -> StageRows:
+        """Return the items of a stage from the results of earlier ones."""
+        assert stage.source is not None, "the first stage reads the input"
+        joined = (
+            [one.name for one in self.stages[: stage.number] if one.name != stage.source]
+            if stage.config.join is not None
+            else []
+        )
+        return StageRows(self.folder.path, stage.source, stage.config.where, joined)
+
+    def make_place(self, stage: Stage, folder: RunFolder) -> StagePlace:
+        """Return the place of a run of a stage."""
+        key = str(folder.path.relative_to(self.folder.path))
+        return StagePlace(self.folder.path, key, {}, _own_limits(stage))
+
+
+class EndpointPool:
+    """Endpoints that several runs of a pipeline share: simulated fleets are started once.
+
+    Real endpoints are probed again by each run, because they may have changed.
+    """
+
+    def __init__(self) -> None:
+        self._open = dict[bytes, tuple[Any, ReadyEndpoints]]()
+
+    async def open(self, loaded: LoadedConfig) -> ReadyEndpoints | None:
+        """Return the shared endpoints for a run, or None if it has to find its own."""
+        config = loaded.config
+        if config.endpoints.simulated is None or config.backend.node_endpoints:
+            return None
+        key = orjson.dumps([loaded.plain["endpoints"], loaded.plain["model"]["name"]])
+        if key not in self._open:
+            opening = ready_endpoints(config, loaded.plain["endpoints"])
+            self._open[key] = opening, await opening.__aenter__()
+        return self._open[key][1]
+
+    async def aclose(self) -> None:
+        """Close all endpoints."""
+        while self._open:
+            _, (opening, _) = self._open.popitem()
+            await opening.__aexit__(None, None, None)
+
+
+class _OperatorRun:
+    """One operator at work: it asks its levels, each of which is a run."""
+
+    def __init__(self, pipeline: Pipeline, stage: Stage, run: RunInner) -> None:
+        self._pipeline, self._stage, self._run = pipeline, stage, run
+        self._levels, self._asking = 0, False
+        self._open = list[LevelAnswers]()
+
+    async def run(self) -> None:
+        stage, folder = self._stage, self._stage.folder
+        if not folder.path.exists():
+            rows = self._pipeline.open_rows(stage)
+            await asyncio.to_thread(self._create, rows)
+        kept = await asyncio.to_thread(_read_operator, stage)
+        if folder.provenance.exists():
+            return
+        if "context" not in kept:
+            ready = await self._pipeline.find_endpoints(stage.loaded)
+            lengths = (spec.max_model_len for spec in ready.specs if spec.max_model_len)
+            found = {
+                "context": min(lengths, default=None),
+                "model": ready.model,
+                "simulated": ready.simulated,
+            }
+            kept |= found
+            await asyncio.to_thread(write_json, folder.path / _OPERATOR_FILE, kept)
+        place = self._pipeline.make_place(stage, folder)
+        await asyncio.to_thread(folder.write_place, place)
+        with ItemStore(folder.path / _INPUT_FILE) as store:
+            tools = StageTools(
+                items=store,
+                columns=store.columns,
+                ask=self._ask,
+                count_tokens=_count_tokens,
+                context_tokens=kept["context"],
+                answer_tokens=stage.loaded.config.model.max_tokens,
+            )
+            try:
+                end = await stage.make_operator().run(tools)
+                await self._finish(kept, end)
+            finally:
+                for answers in self._open:
+                    answers.close()
+
+    def _create(self, rows: StageRows) -> None:
+        stage = self._stage
+        stage.folder.path.parent.mkdir(exist_ok=True)
+        with create_folder(stage.folder.path) as folder:
+            summary = load_rows(folder.path / _INPUT_FILE, rows.open())
+            folder.write_place(self._pipeline.make_place(stage, stage.folder))
+            _write_operator(folder, stage, summary.items, rows.counts.to_json())
+        _sync(stage.folder.path)
+
+    async def _ask(
+        self, level: str, task: LevelTask, questions: Iterable[Question]
+    ) -> Sequence[Answer]:
+        if self._asking:
+            raise RuntimeError("an operator asks one level after the other")
+        self._asking = True
+        try:
+            self._levels += 1
+            folder = RunFolder(self._stage.folder.path / "levels" / str(self._levels))
+            await self._run_level(folder, level, task, questions)
+            answers = await asyncio.to_thread(LevelAnswers, folder)
+        finally:
+            self._asking = False
+        self._open.append(answers)
+        return answers
+
+    async def _run_level(
+        self, folder: RunFolder, level: str, task: LevelTask, questions: Iterable[Question]
+    ) -> None:
+        stage, pipeline = self._stage, self._pipeline
+        loaded = load_stage(pipeline.loaded, stage.number, _level_settings(stage, task))
+        source = NamedRows(f"level {level!r} of stage {stage.name!r}", _iter_questions(questions))
+        place = pipeline.make_place(stage, folder)
+        if not folder.provenance.exists():
+            note = _note({"level": level})
+            await self._run(await pipeline.prepare(folder, loaded, place, source, note))
+            return
+        digest = await asyncio.to_thread(compute_rows_digest, source)
+        about = await asyncio.to_thread(folder.read_provenance)
+        if digest != about["input"]["digest"]:
+            msg = (
+                f"{folder.path}: the items of level {level!r} of stage {stage.name!r} differ from "
+                "those that an earlier session has asked; the settings of the stage, or fanfold, "
+                "changed meanwhile: continue with those of that session, or start a new run"
+            )
+            raise ConfigurationError(msg)
+        await pipeline.resume(folder, loaded, place, self._run)
+
+    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd) -> None:
+        """Write the results as those of a run whose items are the results."""
+        stage, folder = self._stage, self._stage.folder
+        outputs = list[StageResult](end.results)
+        if not outputs:
+            raise InputError(f"stage {stage.name!r}: the operator has no results")
+        settings = {"schema": dict(stage.make_operator().result_schema)}
+        task = stage.loaded.raw["task"] | settings
+        loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
+        rows = NamedRows(f"results of stage {stage.name!r}", ((one.id, one.row) for one in outputs))
+        summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        model, simulated = str(kept["model"]), bool(kept["simulated"])
+        about: dict[str, Any] = {
+            "run": secrets.token_hex(8),
+            "earlier": [],
+            "place": await asyncio.to_thread(get_folder_identity, folder.path),
+            "name": loaded.config.name,
+            "config": loaded.source,
+            "simulated": simulated,
+            "model": model,
+            "price": None,
+            "fingerprint": compute_fingerprint(loaded.config, model, simulated),
+            "input": describe_input(summary, None),
+            "selection": kept["selection"],
+            "passed_on": kept["passed_on"],
+            "sessions": [{"started": utc_timestamp(), "ended": utc_timestamp()}],
+        }
+        failed = await self._write_records(outputs, about, loaded)
+        last = {"outcome": FINISHED, "done": len(outputs) - failed, "failed": failed, "usd": None}
+        about["sessions"][0] |= last
+        await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
+
+    async def _write_records(
+        self, outputs: Sequence[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
+    ) -> int:
+        """Write the journal; return the number of failed results."""
+        path = self._stage.folder.journal / TAKEN_OVER_FILE
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+        header = {"run": about["run"], "session": f"results of the operator {self._stage.name}"}
+        writer, failed = JournalWriter(path, header, loaded.config.journal.fsync_s), 0
+        try:
+            for index, one in enumerate(outputs):
+                failed += one.error_class is not None
+                writer.write(_make_record(self._stage.name, index, one, about))
+        finally:
+            await writer.close()
+        return failed
+
+
+class LevelAnswers(Sequence[Answer]):
+    """The answers of a level, read from its journal when they are used.
+
+    Args:
+        folder: The folder of the level, whose items have all ended.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        about = folder.read_provenance()
+        self._total = about["input"]["items"]
+        self._journal = Journal(folder.journal, get_run_ids(about), self._total)
+
+    def __len__(self) -> int:
+        """Return the number of questions."""
+        return int(self._total)
+
+    def __getitem__(self, at: Any) -> Any:
+        """Return one answer, or a list of them; blocks."""
+        if isinstance(at, slice):
+            return [self._read(index) for index in range(*at.indices(len(self)))]
+        return self._read(range(len(self))[at])
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Yield the answers in order; blocks."""
+        return map(self._read, range(len(self)))
+
+    def _read(self, index: int) -> Answer:
+        record = self._journal.read_record(index)
+        return Answer(
+            str(record["id"]),
+            record.get("output"),
+            record.get("error_class"),
+            record.get("error"),
+            record,
+        )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._journal.close()
+
+
+def _own_limits(stage: Stage) -> dict[str, float]:
+    budget = stage.config.budget
+    return {} if budget is None else budget.model_dump(exclude_none=True)
+
+
+def _note(facts: Mapping[str, Any]) -> ExtendRun:
+    """Return a function that adds facts to the provenance of a new run."""
+
+    async def note(_folder: RunFolder, _about: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(facts)
+
+    return note
+
+
+def _check_selection(stage: Stage) -> None:
+    """Check that a stage that was begun still takes its items from the same results.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    _compare_selection(stage, stage.folder.read_provenance()["selection"])
+
+
+def _compare_selection(stage: Stage, known: Mapping[str, Any]) -> None:
+    now = stage.selection()
+    if changed := [key for key in now if now[key] != known.get(key)]:
+        lines = ", ".join(f"{key}: {known.get(key)!r} → {now[key]!r}" for key in changed)
+        msg = f"{stage.folder.path}: stage {stage.name!r} has begun with other items ({lines}); "
+        raise ConfigurationError(f"{msg}use a new run folder")
+
+
+def _write_operator(
+    folder: RunFolder, stage: Stage, items: int, counts: Mapping[str, Any] | None
+) -> None:
+    assert stage.config.operator is not None, "the stage has an operator"
+    data = {
+        "v": 1,
+        "reduce": stage.config.operator.model_dump(mode="json"),
+        "selection": stage.selection(),
+        "items": items,
+        "passed_on": None if counts is None else dict(counts),
+    }
+    write_json(folder.path / _OPERATOR_FILE, data)
+
+
+def _read_operator(stage: Stage) -> dict[str, Any]:
+    """Return what the folder keeps of an operator, if the settings are the same.
+
+    Raises:
+        ConfigurationError: The settings of the operator changed since it has begun.
+        JournalError: The file is damaged.
+    """
+    assert stage.config.operator is not None, "the stage has an operator"
+    path = stage.folder.path / _OPERATOR_FILE
+    try:
+        kept: Any = orjson.loads(path.read_bytes())
+        known, selection = dict(kept["reduce"]), dict(kept["selection"])
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"{path}: damaged ({error}); start a new run") from None
+    _compare_selection(stage, selection)
+    now = stage.config.operator.model_dump(mode="json")
+    if changed := [key for key in now if now[key] != known.get(key)]:
+        msg = (
+            f"{stage.folder.path}: stage {stage.name!r} has begun with other settings of its "
+            f"operator ({', '.join(changed)}); use a new run folder"
+        )
+        raise ConfigurationError(msg)
+    return dict(kept)
+
+
+def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
+    changes: dict[str, Any] = {"input": {}, "reduce": [dict(one) for one in task.reduce]}
+    repairs = stage.loaded.config.task.repairs
+    changes["task"] = {"repairs": repairs} | dict(task.task)
+    changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    if task.endpoints is not None:
+        changes["endpoints"] = dict(task.endpoints)
+    return changes
+
+
+def _iter_questions(questions: Iterable[Question]) -> Iterator[tuple[str, dict[str, Json]]]:
+    for question in questions:
+        yield question.id, dict(question.row)
+
+
+async def _count_tokens(texts: Sequence[str]) -> list[int]:
+    return [estimate_text_tokens(text) for text in texts]
+
+
+def _sync(path: Path) -> None:
+    """Make a new folder and its content durable."""
+    try:
+        for one in (path, path.parent, path.parent.parent):
+            sync_folder(one)
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be flushed to disk: {error.strerror}") from error
+
+
+def _make_record(
+    stage: str, index: int, one: StageResult, about: Mapping[str, Any]
+) -> dict[str, Json]:
+    """Return the record of a result; it has cost nothing, its levels have."""
+    counts = ("requests", "repairs", "reused", "prompt_tokens", "cached_tokens")
+    costs = ("completion_tokens", "lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
+    return {
+        "stage": stage,
+        "index": index,
+        "id": one.id,
+        "sample": 0,
+        "status": "done" if one.error_class is None else "failed",
+        "question": None,
+        "output": one.output if one.error_class is None else None,
+        "error_class": one.error_class,
+        "error": one.error,
+        "raw": None,
+        "endpoint": None,
+        "model": about["model"],
+        "attempts": [],
+        **dict.fromkeys((*counts, *costs), 0),
+        "latency_s": 0.0,
+        "finished_at": about["sessions"][0]["ended"],
+        "simulated": about["simulated"],
+        "fingerprint": "",
+        "origin": None,
+    }
+
+
+def _write_result_files(
+    folder: RunFolder, loaded: LoadedConfig, about: dict[str, Any], report: Mapping[str, Any]
+) -> None:
+    """Write results and settings of an operator; the provenance last, which finishes it."""
+    with (
+        ItemStore(folder.items) as store,
+        Journal(folder.journal, get_run_ids(about), len(store)) as journal,
+    ):
+        layout = make_result_layout(loaded.config.task.answer_schema, store)
+        source = ResultSource(journal, store, layout, priced=False)
+        write_parquet(source.iter_rows(), folder.results, layout)
+        with replace_file(folder.failures) as file:
+            write_jsonl(source.iter_rows("failed"), file, layout)
+        content = {"v": 1, "run": about["run"], "simulated": about["simulated"]}
+        last = about["sessions"][0]
+        progress = {"items": len(store), "done": last["done"], "failed": last["failed"]}
+        write_json(
+            folder.aggregate,
+            {
+                **content,
+                "progress": progress,
+                "aggregate": [],
+                "report": dict(report),
+                "journal": journal.extents(),
+            },
+        )
+    settings = to_yaml(make_portable(loaded.plain, folder.path)).encode()
+    write_bytes(folder.settings, settings)
+    folder.write_provenance(about)
+    _sync(folder.path)
+
+
+def remove_unfinished(folder: RunFolder) -> None:
+    """Remove folders that a killed session left in preparation; blocks."""
+    for parent in (folder.stages, *(one / "levels" for one in folder.stages.glob("[a-z]*"))):
+        for partial in parent.glob(".*.*"):
+            with suppress(OSError):
+                shutil.rmtree(partial)

@@ -1,0 +1,271 @@
+"""What the stages of a pipeline came to, read from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from ...backends.budget.cost import Cost
+from ...backends.budget.spend_log import SpendLogs
+from ...backends.core.errors import JournalError
+from ...backends.core.money import NANO_PER_USD, UsageTotals
+from ...backends.core.types import Json
+from ...backends.storage.journal import Journal
+from ...backends.storage.run_folder import RunFolder, get_run_ids
+from ...configs.loader import LoadedConfig
+from .pipeline import Stage, is_finished, list_stages
+
+
+@dataclass(frozen=True, slots=True)
+class LevelState:
+    """The state of one run that asks the model: of a stage without an operator, or of a level.
+
+    Attributes:
+        folder: Its folder.
+        level: Name of the level, or None.
+        items: Its items.
+        done: Items with an answer.
+        failed: Items that failed.
+        failed_by_class: Failed items by error class.
+        usage: What its requests used.
+        sessions: The same by session.
+        is_finished: Whether all items have ended and its results are written.
+    """
+
+    folder: RunFolder
+    level: str | None
+    items: int
+    done: int
+    failed: int
+    failed_by_class: Mapping[str, int]
+    usage: UsageTotals
+    sessions: Mapping[int, UsageTotals]
+    is_finished: bool
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> LevelState:
+        """Read the state of a run; blocks.
+
+        Raises:
+            JournalError: Its journal or provenance is damaged.
+        """
+        about = folder.read_provenance()
+        items = about["input"]["items"]
+        with Journal(folder.journal, get_run_ids(about), items) as journal:
+            counts = journal.count_items()
+            return cls(
+                folder,
+                about.get("level"),
+                items,
+                counts.done,
+                counts.failed,
+                journal.count_failures(),
+                journal.total_usage(),
+                dict(journal.usage_by_session),
+                is_finished(folder),
+            )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the state as plain data."""
+        return {
+            "level": self.level,
+            "items": self.items,
+            "done": self.done,
+            "failed": self.failed,
+            "requests": self.usage.requests,
+            "tokens": {
+                "prompt": self.usage.prompt_tokens,
+                "completion": self.usage.completion_tokens,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """The state of a stage.
+
+    Attributes:
+        stage: The stage.
+        state: ``waiting``, ``begun`` or ``finished``.
+        items: Its items; of an operator, those that it reduces; None before it has begun.
+        results: Results so far, without failed ones.
+        failed: Failed items, or failed results of an operator.
+        passed_on: What became of the results of the stage before: passed, failed, unselected.
+        runs: The runs that ask the model: one, or one for each level of an operator.
+        report: Facts that an operator reports at its end.
+    """
+
+    stage: Stage
+    state: str
+    items: int | None = None
+    results: int = 0
+    failed: int = 0
+    passed_on: Mapping[str, int] | None = None
+    runs: tuple[LevelState, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def usage(self) -> UsageTotals:
+        """Return what all requests of the stage used."""
+        return UsageTotals.total(run.usage for run in self.runs)
+
+    @property
+    def failed_questions(self) -> int:
+        """Return the failed items of all runs that asked the model."""
+        return sum(run.failed for run in self.runs)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the state as plain data."""
+        usage = self.usage
+        operator = self.stage.config.operator
+        return {
+            "stage": self.stage.name,
+            "op": "map" if operator is None else operator.op,
+            "state": self.state,
+            "from": self.stage.source,
+            "items": self.items,
+            "results": self.results,
+            "failed": self.failed,
+            "passed_on": None if self.passed_on is None else dict(self.passed_on),
+            "requests": usage.requests,
+            "tokens": {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens},
+            "usd": usage.nano_usd / NANO_PER_USD if usage.nano_usd else None,
+            "levels": [run.to_json() for run in self.runs] if operator is not None else [],
+            "report": dict(self.report),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineState:
+    """The state of all stages.
+
+    Attributes:
+        stages: Each stage, in order.
+        cost: What all sessions of all stages have cost.
+    """
+
+    stages: tuple[StageState, ...]
+    cost: Cost
+
+    @property
+    def last(self) -> StageState:
+        """Return the last stage that has begun, or the first one."""
+        begun = [one for one in self.stages if one.state != "waiting"]
+        return begun[-1] if begun else self.stages[0]
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True if all stages have ended."""
+        return all(one.state == "finished" for one in self.stages)
+
+    @property
+    def failed(self) -> int:
+        """Return the failed items and results of all stages, and failed questions of levels."""
+        return sum(
+            one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
+            for one in self.stages
+        )
+
+
+def read_pipeline(folder: RunFolder, loaded: LoadedConfig) -> PipelineState:
+    """Read the state of a pipeline; blocks.
+
+    Args:
+        folder: Its folder.
+        loaded: Its settings.
+
+    Raises:
+        JournalError: A journal or a spend log is damaged.
+    """
+    stages = tuple(_read_stage(stage) for stage in list_stages(loaded, folder.path))
+    sessions = dict[int, UsageTotals]()
+    for run in (run for one in stages for run in one.runs):
+        sessions |= run.sessions
+    logs = SpendLogs(folder.budget, get_run_ids(folder.read_provenance()))
+    total = UsageTotals.total(sessions.values())
+    recorded = {number: spent.amount for number, spent in sessions.items()}
+    doubt = logs.unaccounted(recorded)
+    return PipelineState(stages, Cost(total, logs.total_node_time(), doubt, total.nano_usd > 0))
+
+
+def _read_stage(stage: Stage) -> StageState:
+    if not stage.folder.path.exists():
+        return StageState(stage, "waiting")
+    runs = tuple(map(LevelState.read, stage.list_runs()))
+    state = "finished" if stage.is_finished else "begun"
+    if stage.config.operator is None:
+        about = stage.folder.read_provenance()
+        (run,) = runs
+        return StageState(
+            stage, state, run.items, run.done, run.failed, about.get("passed_on"), runs
+        )
+    kept = _read_json(stage.folder, "operator.json")
+    items = kept.get("items")
+    found = StageState(stage, state, items, 0, 0, kept.get("passed_on"), runs)
+    if state != "finished":
+        return found
+    aggregate = _read_json(stage.folder, stage.folder.aggregate.name)
+    done, failed = aggregate["progress"]["done"], aggregate["progress"]["failed"]
+    report = aggregate.get("report", {})
+    return StageState(stage, state, items, done, failed, kept.get("passed_on"), runs, report)
+
+
+def _read_json(folder: RunFolder, name: str) -> dict[str, Any]:
+    path = folder.path / name
+    try:
+        return dict(orjson.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}") from None
+
+
+def read_stage_end(stage: Stage, progress: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return aggregate, progress and results of a finished stage, as a run's graph has them.
+
+    Args:
+        stage: The stage.
+        progress: Counts of the last run of the stage, or None to read those of its results.
+
+    Raises:
+        JournalError: A file is damaged.
+    """
+    folder = stage.folder
+    found = _read_json(folder, folder.aggregate.name)
+    counts = dict(found["progress"]) if progress is None else dict(progress)
+    return {
+        "aggregate": found["aggregate"],
+        "progress": {**counts, "stage": stage.name},
+        "results": {
+            "folder": str(folder.path),
+            "table": str(folder.results),
+            "failures": str(folder.failures),
+            "simulated": bool(found["simulated"]),
+        },
+    }
+
+
+def describe_stages(state: PipelineState) -> Iterator[str]:
+    """Yield one line for each stage that has begun."""
+    for one in state.stages:
+        if one.state == "waiting":
+            continue
+        usage, what = one.usage, "results" if one.stage.config.operator is not None else "done"
+        counts = one.passed_on or {}
+        left = [
+            f"{counts[key]:,} {words}"
+            for key, words in (("unselected", "not selected"), ("failed", "failed before"))
+            if counts.get(key)
+        ]
+        passed = f" ({', '.join(left)})" if left else ""
+        many = "" if len(one.runs) == 1 else "s"
+        levels = f" in {len(one.runs)} level{many}" if one.stage.config.operator is not None else ""
+        failed = one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
+        items = "?" if one.items is None else f"{one.items:,}"
+        yield (
+            f"stage {one.stage.name}: {items} items{passed}, {one.results:,} {what}{levels}, "
+            f"{failed:,} failed; {usage.requests:,} requests, "
+            f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
+            + ("" if one.state == "finished" else "; not finished")
+        )

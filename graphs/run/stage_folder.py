@@ -1,0 +1,85 @@
+"""Find the folder of a stage in the folder of a pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from ...backends.core.errors import ConfigurationError
+from ...backends.storage.run_folder import RunFolder, open_folder
+
+_LEVEL: Final = re.compile(r"([a-z][a-z0-9_]{0,31})(?:/([1-9][0-9]{0,8}))?")
+
+
+def find_run(path: Path, stage: str | None) -> Path:
+    """Return the folder of the run that a command shows; blocks.
+
+    Args:
+        path: A run folder, or the folder of a pipeline.
+        stage: Of a pipeline, ``NAME`` or ``NAME/LEVEL``; None is the last stage with results.
+
+    Raises:
+        ConfigurationError: There is no such folder, stage or level, or the folder is a single run.
+    """
+    folder = open_folder(path)
+    if not folder.is_pipeline:
+        if stage is not None:
+            raise ConfigurationError(f"--stage {stage}: {path} is a single run without stages")
+        return path
+    names = folder.read_provenance()["stages"]
+    if stage is None:
+        begun = [name for name in names if RunFolder(folder.stages / name).provenance.exists()]
+        if not begun:
+            raise ConfigurationError(f"{path}: no stage has results yet")
+        return folder.stages / str(begun[-1])
+    found = _LEVEL.fullmatch(stage)
+    if found is None or found[1] not in names:
+        msg = f"--stage {stage}: the stages of {path} are {', '.join(names)}; add /2 for a level"
+        raise ConfigurationError(msg)
+    run = folder.stages / found[1]
+    if found[2] is not None:
+        run = run / "levels" / found[2]
+    if not RunFolder(run).provenance.exists():
+        levels = sum(1 for _ in list_levels(folder.stages / found[1]))
+        more = f"; it has {levels:,} levels, e.g. --stage {found[1]}/1" if levels else ""
+        raise ConfigurationError(f"--stage {stage}: it has no results yet{more}")
+    return run
+
+
+def list_levels(stage: Path) -> Iterator[RunFolder]:
+    """Yield the levels of a stage that were begun, in order; blocks."""
+    numbers = (int(one.name) for one in (stage / "levels").glob("[1-9]*") if one.name.isdigit())
+    for number in sorted(numbers):
+        yield RunFolder(stage / "levels" / str(number))
+
+
+def list_runs(folder: RunFolder) -> Iterator[RunFolder]:
+    """Yield the runs of a pipeline that ask the model, in order; blocks.
+
+    Raises:
+        JournalError: Its provenance is damaged.
+    """
+    for name in folder.read_provenance()["stages"]:
+        stage = RunFolder(folder.stages / name)
+        levels = list(list_levels(stage.path))
+        if levels:
+            yield from levels
+        elif stage.provenance.exists():
+            yield stage
+
+
+def check_single_run(folder: RunFolder) -> None:
+    """Check that a run is not a part of a pipeline, which alone can continue it; blocks.
+
+    Raises:
+        ConfigurationError: It is.
+    """
+    place = folder.read_place()
+    if place is not None:
+        msg = (
+            f"{folder.path}: is stage {place.stage!r} of a pipeline; continue the pipeline: "
+            f"fanfold resume {place.root}"
+        )
+        raise ConfigurationError(msg)

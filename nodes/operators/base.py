@@ -1,0 +1,226 @@
+"""What an operator is: a deterministic coroutine that asks the model in levels.
+
+An operator knows nothing of run folders, fleets and budgets. It reads the items of its stage and
+awaits ``ask`` once for each level. A level is an ordinary run of the map-reduce graph: it has a
+folder, a journal and a share of the budget. When a session continues an operator, the coroutine
+starts again from its beginning; the levels that have ended return their answers at once. Therefore
+the questions of a level may depend only on the items, the settings, and the answers of earlier
+levels: not on time, chance, sets of texts, or the order in which answers arrived.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from ...backends.core.types import Item, Json, Row
+
+
+@dataclass(frozen=True, slots=True)
+class LevelTask:
+    """What is asked in a level.
+
+    Attributes:
+        task: Section ``task``: prompt, system, schema and so on; what it lacks has the default of
+            that section, not the value of the stage.
+        model: Changes to the section ``model`` of the stage, such as a name or a temperature.
+        endpoints: Endpoints in place of those of the stage, or None.
+        reduce: Aggregators of the answers, as in the settings.
+    """
+
+    task: Mapping[str, Json]
+    model: Mapping[str, Json] = field(default_factory=dict)
+    endpoints: Mapping[str, Json] | None = None
+    reduce: Sequence[Mapping[str, Json]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One item of a level.
+
+    Attributes:
+        id: Its name, unique in the level.
+        row: The columns that the prompt of the level names.
+    """
+
+    id: str
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a question ended.
+
+    Attributes:
+        id: Name of the question.
+        output: The answer; None if it failed.
+        error_class: Class of the error, or None.
+        error: Its text, or None.
+        record: The whole journal record, for whatever else is in it.
+    """
+
+    id: str
+    output: Json
+    error_class: str | None
+    error: str | None
+    record: Mapping[str, Json]
+
+    @property
+    def is_done(self) -> bool:
+        """Return True if there is an answer."""
+        return self.error_class is None
+
+
+class Ask(Protocol):
+    """Asks the questions of a level."""
+
+    async def __call__(
+        self, level: str, task: LevelTask, questions: Iterable[Question]
+    ) -> Sequence[Answer]:
+        """Ask all questions of a level; return when all have ended.
+
+        Levels follow each other: a second call must not begin before the first has returned.
+
+        Args:
+            level: Name of the level for people, such as ``merge 2``.
+            task: What is asked.
+            questions: The questions, at least one; they are read once, in a thread.
+
+        Returns:
+            The answers in the order of the questions; they are read from disk when they are used.
+
+        Raises:
+            RunStoppedError: The session ends before the level does.
+            BudgetExhaustedError: The budget does not cover the level.
+            ConfigurationError: The questions differ from those that an earlier session stored.
+        """
+        ...
+
+
+class Items(Protocol):
+    """The items of a stage."""
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        ...
+
+    def read(self, lo: int, hi: int) -> list[Item]:
+        """Return the items ``lo`` to ``hi`` (exclusive); blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageTools:
+    """What an operator may use.
+
+    Attributes:
+        items: The items of the stage, in the order of the input.
+        columns: Their columns.
+        ask: Asks the questions of a level.
+        count_tokens: Counts the tokens of texts, as a model of the stage does or by an estimate
+            that tends to be too high; one stage counts in one way in all of its sessions.
+        context_tokens: The model's context in tokens, or None if no endpoint says it.
+        answer_tokens: Most tokens of one answer (``model.max_tokens``).
+    """
+
+    items: Items
+    columns: Sequence[str]
+    ask: Ask
+    count_tokens: Callable[[Sequence[str]], Awaitable[list[int]]]
+    context_tokens: int | None
+    answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """One result of an operator, which is an item of the next stage.
+
+    Attributes:
+        id: Its name, unique in the stage.
+        output: The result, which fits :attr:`Operator.result_schema`; None if it failed.
+        row: Columns beside it.
+        error_class: Class of the error, or None.
+        error: Its text, or None.
+    """
+
+    id: str
+    output: Json
+    row: Row = field(default_factory=dict)
+    error_class: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorEnd:
+    """What an operator has found.
+
+    Attributes:
+        results: The results, in order.
+        report: Facts for the report and ``aggregate.json``, such as the number of levels.
+    """
+
+    results: Iterable[StageResult]
+    report: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelPlan:
+    """The expected size of a level, for estimates and the reserve of the budget.
+
+    Attributes:
+        level: Its name.
+        calls: Number of questions.
+        prompt_tokens: Tokens of all prompts.
+        answer_tokens: Most tokens of all answers.
+    """
+
+    level: str
+    calls: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeEstimate:
+    """The expected size of an operator's input.
+
+    Attributes:
+        items: Number of items, at most.
+        tokens_per_item: Tokens of the text of an item.
+        context_tokens: The model's context in tokens, or None if it is unknown.
+        answer_tokens: Most tokens of one answer.
+    """
+
+    items: int
+    tokens_per_item: float
+    context_tokens: int | None
+    answer_tokens: int
+
+
+class Operator(ABC):
+    """An entry of ``reduce`` that asks the model; the fields of a subclass are its settings."""
+
+    op: ClassVar[str]
+    """Its name in ``reduce``."""
+
+    result_schema: ClassVar[Mapping[str, Any]]
+    """JSON Schema of its results."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns, or fields inside columns, that it reads by name."""
+        return ()
+
+    @abstractmethod
+    async def run(self, tools: StageTools) -> OperatorEnd:
+        """Reduce the items of a stage.
+
+        Args:
+            tools: What it may use.
+        """
+
+    @abstractmethod
+    def plan(self, size: SizeEstimate) -> list[LevelPlan]:
+        """Return the levels to expect; rather too many than too few."""

@@ -1,0 +1,24 @@
+"""All operators, by their name in ``reduce``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .base import Operator
+from .summarize import Summarize
+
+OPERATORS: Final[dict[str, type[Operator]]] = {
+    "summarize": Summarize,
+}
+"""The operators, by their name in ``reduce``."""
+
+
+def make_operator(settings: Mapping[str, Any]) -> Operator:
+    """Return the operator that settings describe.
+
+    Args:
+        settings: ``op`` and the fields of the operator, checked.
+    """
+    fields = dict(settings)
+    return OPERATORS[fields.pop("op")](**fields)

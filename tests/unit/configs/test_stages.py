@@ -1,0 +1,115 @@
+"""Section ``stages``: what is refused, and the settings of each stage as those of a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.configs.base import Access
+from fanfold.configs.describe import iter_access
+from fanfold.configs.loader import load_config, load_stage
+from fanfold.configs.serialize import to_yaml
+
+SETTINGS: dict[str, Any] = {
+    "input": {"dataset": "abstracts"},
+    "task": {"system": "Be brief.", "repairs": 3},
+    "model": {"name": "large", "max_tokens": 100},
+    "limits": {"streams": 8},
+    "endpoints": {"simulated": {"nodes": 2}},
+    "stages": [
+        {"name": "screen", "map": {"prompt": "{title}"}, "model": {"name": "small"}},
+        {"name": "best", "where": "output == a", "map": {"prompt": "{abstract} {screen}"}},
+        {"name": "all", "from": "screen", "reduce": {"op": "summarize", "prompt": "Sum"}},
+    ],
+}
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    settings = copy.deepcopy(SETTINGS)
+    change(settings)
+    return settings
+
+
+def test_a_stage_has_the_defaults_of_the_top_level() -> None:
+    loaded = load_config(SETTINGS)
+    screen, best, summary = (load_stage(loaded, n).config for n in range(3))
+    assert (screen.model.name, best.model.name) == ("small", "large")
+    assert screen.model.max_tokens == best.model.max_tokens == 100
+    assert (screen.task.system, screen.task.prompt) == ("Be brief.", "{title}")
+    assert best.task.repairs == 3
+    assert (screen.input.dataset, best.input.dataset, summary.input.dataset) == (
+        "abstracts",
+        None,
+        None,
+    )
+    assert screen.stages is None
+
+
+def test_run_yaml_is_a_valid_configuration(tmp_path: Path) -> None:
+    loaded = load_config(SETTINGS)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(loaded.plain))
+    assert load_config(file).plain == loaded.plain
+
+
+def test_requests_cannot_set_stages() -> None:
+    closed = {key: access for key, access in iter_access() if key.startswith("stages")}
+    assert closed == {"stages": Access.CLOSED}
+
+
+def test_settings_without_stages_name_none() -> None:
+    plain = load_config("molecular_screening").plain
+    assert "stages" not in plain
+    assert "reserve_for_reduce" not in plain["budget"]
+
+
+def test_secrets_of_a_stage_are_masked_and_variables_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    for key, kept in (("sk-written", "**********"), ("${MY_KEY}", "${MY_KEY}"), ("EMPTY", "EMPTY")):
+        own = {"urls": ["http://node1:8000/v1"], "api_key": key}
+        settings = copy.deepcopy(SETTINGS)
+        settings["stages"][0]["endpoints"] = own
+        loaded = load_config(settings)
+        assert loaded.plain["stages"][0]["endpoints"]["api_key"] == kept
+        assert "secret" not in to_yaml(loaded.plain)
+
+
+def test_files_of_a_stage_are_inlined(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {}}')
+    settings = changed(lambda d: d["stages"][0]["map"].update(schema="schema.json"))
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(settings))
+    assert load_config(file).plain["stages"][0]["map"]["schema"]["type"] == "object"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda d: d["stages"][0].update(nam=1), "did you mean 'name'"),
+        (lambda d: d["stages"][0].update(name="Big"), "stages.0.name"),
+        (lambda d: d["stages"][0].update(name="input"), "already means something else"),
+        (lambda d: d["stages"][1].update(name="screen"), "occurs twice"),
+        (lambda d: d["stages"][0].update(map=None), "nothing to do"),
+        (lambda d: d["stages"][0].update(where="output == a"), "leave them out"),
+        (lambda d: d["stages"][2].update({"from": "later"}), "no earlier stage"),
+        (lambda d: d["stages"][2].update(map={"prompt": "x"}), "both map and the operator"),
+        (lambda d: d["stages"][2]["reduce"].update(op="sumarize"), "did you mean 'summarize'"),
+        (lambda d: d["stages"][2]["reduce"].update(statements=0), "reduce.statements"),
+        (lambda d: d["stages"][0].update(reduce=[{"op": "cont"}]), "did you mean 'count'"),
+        (lambda d: d["stages"][0]["map"].update(promt="x"), "stage 'screen'"),
+        (lambda d: d["stages"][0].update(limits={"streams": 0}), "stage 'screen': limits.streams"),
+        (lambda d: d.update(reduce=[{"op": "count"}]), "aggregators belong to a stage"),
+        (lambda d: d.update(stages=[]), "stages"),
+    ],
+)
+def test_mistakes_are_named(change: Callable[[dict[str, Any]], Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load_config(changed(change))
+    assert text in error.value.message
