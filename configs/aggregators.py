@@ -96,8 +96,18 @@ class CollectConfig(AggregatorConfig):
     field: str | None = None
 
 
+class AgreementConfig(AggregatorConfig):
+    """How far the samples of a row agree; every run with samples has it."""
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        open="op group_by max_groups",
+    )
+
+    op: Literal["agreement"]
+
+
 AnyAggregatorConfig = Annotated[
-    CountConfig | StatsConfig | HistogramConfig | TopKConfig | CollectConfig,
+    CountConfig | StatsConfig | HistogramConfig | TopKConfig | CollectConfig | AgreementConfig,
     Field(discriminator="op"),
 ]
 AGGREGATOR_CONFIGS: Final[dict[str, type[BaseModel]]] = {
@@ -116,6 +126,8 @@ def check_aggregators(
     configs: Iterable[AggregatorConfig],
     schema: Mapping[str, Any] | None,
     inputs: Mapping[str, Any] | None = None,
+    *,
+    has_samples: bool = False,
 ) -> None:
     """Check that every aggregator's field exists and has a usable type.
 
@@ -124,11 +136,15 @@ def check_aggregators(
         schema: Schema of the answers; None for free text.
         inputs: Schema of the input's rows; None if it is not known yet: then only fields of the
             answer are checked.
+        has_samples: Whether each row has several samples.
 
     Raises:
         ConfigurationError: Names the aggregator, the field, and the fields that exist.
     """
     for n, config in enumerate(configs):
+        if isinstance(config, AgreementConfig) and not has_samples:
+            msg = f"reduce.{n} (agreement) compares samples; set task.samples to 2 or more"
+            raise ConfigurationError(msg)
         field = getattr(config, "field", None)
         where = f"reduce.{n} ({config.op})"  # type: ignore[attr-defined]
         if field is not None:

@@ -330,6 +330,10 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])
+    task = data.get("task")
+    images = task.get("images") if isinstance(task, dict) else None
+    if isinstance(images, dict) and isinstance(images.get("folder"), str):
+        images["folder"] = change(images["folder"])
     if isinstance(cache := data.get("cache"), str) and cache not in ("off", "run"):
         data["cache"] = change(cache)
     endpoints = data.get("endpoints")
@@ -456,8 +460,8 @@ def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> Run
 def _check(config: RunConfig, source: str) -> None:
     try:
         check_task(config.task)
-        check_aggregators(config.reduce, config.task.answer_schema)
-        resolve_evaluations(config.evaluate, config.task.answer_schema)
+        check_aggregators(config.reduce, config.result_schema, has_samples=config.task.samples > 1)
+        resolve_evaluations(config.evaluate, config.result_schema)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
         raise ConfigurationError(msg) from None

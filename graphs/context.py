@@ -28,6 +28,7 @@ from ..backends.discovery.connect import (
     open_fleet,
     open_ready_endpoints,
 )
+from ..backends.inputs.images import open_images
 from ..backends.storage.run_folder import (
     RunFolder,
     get_run_ids,
@@ -688,7 +689,8 @@ class RunContext(SettingsForm):
                 open_cache(loaded.config, ready.simulated, None) as cache,
                 open_fleet(loaded.config, ready, cache) as fleet,
             ):
-                yield make_item_context(loaded, fleet, ready.model, traced=True)
+                images = open_images(loaded.config, in_memory=True)
+                yield make_item_context(loaded, fleet, ready.model, traced=True, images=images)
 
         async with self._item_contexts.use("item", make) as context:
             yield context

@@ -90,6 +90,8 @@ class SettingsForm(Context):
     examples: list[dict[str, Any]] | None = _setting_field("task.examples")
     answer_schema: dict[str, Any] | None = _setting_field("task.schema")
     repairs: int = _setting_field("task.repairs")
+    samples: int = _setting_field("task.samples")
+    fold: str | dict[str, str] | None = _setting_field("task.fold")
     reduce: list[dict[str, Any]] = _setting_field("reduce", items={"type": "object"})
     evaluate: list[dict[str, Any]] | None = _setting_field("evaluate")
     dataset: str | None = _setting_field("input.dataset", examples=list(_DATASETS))

@@ -47,6 +47,7 @@ from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
 from ..backends.fleet.timeline import TimelineRecorder, open_recorder
+from ..backends.inputs.images import CarriedImages, open_images
 from ..backends.storage.journal_file import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
@@ -55,7 +56,6 @@ from ..backends.storage.worker_journal import (
     WorkerJournal,
     make_worker_path,
 )
-from ..configs.aggregators import to_aggregator_spec
 from ..configs.loader import LoadedConfig, load_config
 from ..nodes.aggregators import build_aggregators
 from ..nodes.context import RunTools, no_account
@@ -301,7 +301,8 @@ def make_task_context(
     task: ShardTask, resources: TaskResources, stop: StopSignal, budget: Budget | None
 ) -> TaskContext:
     """Return the context of one task, based on open resources."""
-    items, loaded = task.unpack_items(), resources.loaded
+    loaded = resources.loaded
+    items = task.unpack_items(loaded.config.task.samples)
     stop.check_walltime(loaded.config.limits, os.environ)
     if resources.writer is None:
         journal: TaskJournal = ResultJournal(task.carry, task.streams)
@@ -309,19 +310,26 @@ def make_task_context(
         journal = WorkerJournal(resources.writer)
     if budget is not None:
         budget.count_prompt = resources.count_tokens
-    reduce = [to_aggregator_spec(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
     tools = RunTools(
         store=TaskItems(items),
         item_journal=journal,
-        aggregators=build_aggregators(reduce),
+        aggregators=build_aggregators(loaded.config.list_aggregators()),
         run_item=make_item_runner(
-            loaded, resources.fleet, resources.model, engine=None, quiet=True
+            loaded,
+            resources.fleet,
+            resources.model,
+            engine=None,
+            quiet=True,
+            images=open_images(loaded.config)
+            if task.images is None
+            else CarriedImages.from_json(task.images),
         ),
         gate=Gate(task.streams, loaded.config.limits.drain_s),
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(task.run["fingerprint"]),
         question_digest=compute_question_digest(loaded.config, resources.model),
         constant_messages=loaded.config.parse_prompt().constants,
+        fold=loaded.config.make_fold(),
         keep_raw=loaded.config.keep.raw == "all",
         simulated=task.run["simulated"],
         token_prices=TokenPrices(**task.tariff),
@@ -424,7 +432,7 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
             worker=worker_name(),
             tally=part.tally,
             stopped=gate.reason,
-            parts=None if context.journal.altered else part.state(),
+            parts=None if context.journal.altered or part.has_open_rows else part.state(),
             records=context.journal.records_to_send,
             error=None
             if gate.error is None or is_lease_exhausted(gate.error)

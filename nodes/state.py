@@ -22,6 +22,7 @@ class ItemState(TypedDict, total=False):
         row: Its columns.
         problem: Why no request may be sent for it, or None.
         messages: The conversation so far.
+        images: What its record says of its images.
         reply: The last reply: content, finish_reason, refusal; its reasoning, if the server sent it
             apart; unless it ended regularly, also its completion_tokens and the max_tokens that
             were sent, or None where unknown.
@@ -36,6 +37,7 @@ class ItemState(TypedDict, total=False):
     row: dict[str, Any]
     problem: str | None
     messages: list[Message]
+    images: list[dict[str, Json]]
     reply: dict[str, Any]
     repairs: int
     output: Json

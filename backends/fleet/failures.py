@@ -27,6 +27,7 @@ from ..core.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
+from ..core.images import mask_images
 from ..core.secrets import MASKED
 from ..core.values import parse_json
 from .endpoint import NO_KEY, redact_url
@@ -219,7 +220,7 @@ def _mask(body: bytes, keys: Iterable[str]) -> bytes:
 def shorten(value: Any) -> str:
     """Return a value's text on one line, shortened for messages."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    line = " ".join(text.split())
+    line = " ".join(mask_images(text).split())
     return line if len(line) <= _PREVIEW else line[:_PREVIEW] + "…"
 
 

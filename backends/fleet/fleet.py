@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
-from ..core.protocols import CURRENT_CALLS
+from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
 from ..core.types import Message, Reply, Usage
 from . import transport
@@ -290,6 +290,7 @@ class Fleet:
             RunStoppedError: No item can succeed any more.
         """
         log = CURRENT_CALLS.get()
+        body = _seed_sample(body, log)
         if log is not None:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
@@ -339,6 +340,7 @@ class Fleet:
             RunStoppedError: No item can succeed any more.
         """
         log = CURRENT_CALLS.get()
+        body = _seed_sample(body, log)
         if log is not None:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
@@ -354,6 +356,13 @@ class Fleet:
         if self._load is not None:
             self._load.start()
         return self._retrier.call(body, send)
+
+
+def _seed_sample(body: Mapping[str, Any], log: CallLog | None) -> Mapping[str, Any]:
+    """Return the request with the seed of its sample: the seeds of a row's samples are in order."""
+    if log is None or not log.sample or body.get("seed") is None:
+        return body
+    return {**body, "seed": body["seed"] + log.sample}
 
 
 def _warn_spellings(specs: Iterable[EndpointSpec]) -> None:

@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, PromptTooLongError
+from ..core.images import count_image_tokens, drop_images
 from ..core.protocols import CallLog, EndpointUsage, Reservation
 from ..core.request_urls import URL_FIELD, bound_usage, get_kind
 from ..core.types import Usage
@@ -33,13 +34,17 @@ _NO_USAGE: Final = Usage()
 def max_usage(body: Mapping[str, Any]) -> Usage:
     """Return the most tokens that a request may use.
 
-    The tokenizers of today's models work on bytes: a token stands for one byte at least.
+    The tokenizers of today's models work on bytes: a token stands for one byte at least. Images
+    are counted by their size in pixels.
     """
     if (kind := get_kind(body)) is not None:
         return bound_usage(body, kind)
-    texts = [body["messages"], body.get("tools"), body.get("response_format")]
+    messages = drop_images(body["messages"])
+    texts = [messages, body.get("tools"), body.get("response_format")]
     size = sum(len(orjson.dumps(text)) for text in texts if text)
     prompt = size + count_template(body)
+    if messages is not body["messages"]:
+        prompt += count_image_tokens(body["messages"])
     answer = body.get("max_completion_tokens") or body.get("max_tokens") or 0
     return Usage(prompt, int(answer) * int(body.get("n") or 1))
 

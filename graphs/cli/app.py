@@ -476,6 +476,10 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
             "--raw", help="Add the text of the answer where the run kept it (column raw)."
         ),
     ] = False,
+    samples: Annotated[
+        bool,
+        typer.Option("--samples", help="One row per sample, if each row was asked several times."),
+    ] = False,
     stage: Stage = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
@@ -484,7 +488,7 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
 
     folder = find_run(folder, stage)
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
-    export_results(folder, form, target, safe_csv, optional)
+    export_results(folder, form, target, safe_csv, optional, samples=samples)
 
 
 @app.command()

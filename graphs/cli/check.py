@@ -25,7 +25,7 @@ from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
 from ..run.items import SHOWN_ITEMS
 from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
-from .format import budget_lines, cost_lines, format_usd_amount
+from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
@@ -159,7 +159,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
     read = found.input
     return [
         f"settings: {loaded.source}: valid",
-        f"input: {read.items:,} items from {read.source}"
+        f"input: {describe_items(read.items, read.samples)} from {read.source}"
         + (f", {read.skipped_total:,} skipped" if read.skipped_total else "")
         + (f", {read.invalid:,} invalid" if read.invalid else ""),
         *(f"endpoint: {line}" for line in found.endpoints),
@@ -357,6 +357,7 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "input": {
             "source": read.source,
             "items": read.items,
+            "samples": read.samples,
             "skipped": read.skipped_total,
             "invalid": read.invalid,
         },

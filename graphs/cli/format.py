@@ -190,6 +190,13 @@ def _percent(share: float) -> str:
     return f"{value:.0f}" if value >= 1 else f"{value:.1g}"
 
 
+def describe_items(items: int, samples: int) -> str:
+    """Return the number of items, and how many of them each row has if it is not one."""
+    if samples == 1:
+        return f"{items:,} items"
+    return f"{items:,} items ({items // samples:,} rows, {samples:,} samples of each)"
+
+
 _CELL: Final = 80
 _LEAST_TEXT: Final = 20
 """Characters below which a column of text says too little to be shown."""

@@ -40,7 +40,14 @@ from .evaluate import (
     show_evaluations,
 )
 from .extend import make_confirmation
-from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
+from .format import (
+    budget_lines,
+    cost_lines,
+    describe_items,
+    format_duration,
+    format_usd_amount,
+    show_aggregate,
+)
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
 from .stages import pipeline_session, print_pipeline_result
@@ -303,7 +310,8 @@ def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
 def _about(folder: RunFolder) -> list[str]:
     """Return what was read, what was skipped, and the run folder."""
     found = folder.read_provenance()["input"]
-    lines = [f"{found['items']:,} items from {found['source']}; run folder {folder.path}"]
+    items = describe_items(found["items"], found.get("samples", 1))
+    lines = [f"{items} from {found['source']}; run folder {folder.path}"]
     if skipped := found["skipped"]:
         names = ", ".join(s["id"] for s in skipped[:_NAMED])
         more = ", …" if len(skipped) > _NAMED else ""

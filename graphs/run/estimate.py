@@ -25,6 +25,7 @@ from ...backends.budget.tokens import (
     open_token_counter,
 )
 from ...backends.core.errors import ConfigurationError, InvalidItemError, NoEndpointError
+from ...backends.core.images import add_images, show_content
 from ...backends.core.money import BudgetLimits
 from ...backends.core.request_urls import REQUEST_KINDS, REQUEST_URLS, read_input_text
 from ...backends.core.templates import ItemPrompt
@@ -47,6 +48,7 @@ from ...backends.fleet.policy import FleetPolicy, ModelParams
 from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
+from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.journal import Journal
@@ -115,7 +117,8 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
-        summary = load_input(config.input, file, needed_columns(config))
+        samples = config.task.samples
+        summary = load_input(config.input, file, needed_columns(config), samples=samples)
         with ItemStore(file) as store:
             check_requests(config, ready, store)
             chosen = sample_indices(len(store), count, summary.digest)
@@ -159,13 +162,14 @@ def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
 
 
 def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Message]:
-    """Return the messages of an item's first request.
+    """Return the messages of an item's first request, of images only the beginning; blocks.
 
     Raises:
         InvalidItemError: The item fails without a request.
     """
     if not config.input.is_batch:
-        return prompt.build_messages(row)
+        images, first = open_images(config), prompt.build_messages(row)
+        return first if images is None else add_images(first, images.load_heads(row))
     if row["url"] not in REQUEST_URLS:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
     if (kind := REQUEST_KINDS.get(row["url"])) is not None:
@@ -323,9 +327,9 @@ async def estimate_run(
 
 def _question(sampled: Sample, config: RunConfig) -> str:
     if sampled.first and config.task.messages is not None and not config.task.examples:
-        return "\n".join(f"{one['role']}: {one['content']}" for one in sampled.first)
+        return "\n".join(f"{one['role']}: {show_content(one['content'])}" for one in sampled.first)
     if sampled.first:
-        return str(sampled.first[-1]["content"])
+        return show_content(sampled.first[-1]["content"])
     return f"(no valid item; item {sampled.first_id}: {sampled.problem})"
 
 
@@ -525,8 +529,8 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
     folder = open_folder(path)
     about, settings = folder.read_provenance(), read_settings(folder.settings).data
     task = settings["task"]
-    if task.get("graph"):
-        return []  # it writes its own prompts
+    if task.get("graph") or task.get("images"):
+        return []  # it writes its own prompts; or tokens of images, which differ from texts'
     role = (settings.get("model") or {}).get("system_role") or "system"
     prompt = ItemPrompt.parse(task, role)
     fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []

@@ -276,7 +276,7 @@ def make_evaluator(config: RunConfig, store: ItemStore) -> Evaluator:
         ConfigurationError: A field does not exist, or cannot be compared.
     """
     inputs = store.summary().row_schema
-    found = resolve_evaluations(config.evaluate, config.task.answer_schema, inputs)
+    found = resolve_evaluations(config.evaluate, config.result_schema, inputs)
     return Evaluator(found, find_leaks(config.parse_prompt(), found, inputs))
 
 
@@ -305,15 +305,16 @@ def check_gold_values(config: RunConfig, store: ItemStore) -> list[str]:
         JournalError: The items are damaged.
     """
     inputs = store.summary().row_schema
-    found = resolve_evaluations(config.evaluate, config.task.answer_schema, inputs)
+    found = resolve_evaluations(config.evaluate, config.result_schema, inputs)
     evaluator = Evaluator(found, find_leaks(config.parse_prompt(), found, inputs))
-    for row, _ in store.iter_rows(range(len(store))) if found else ():
+    rows = range(0, len(store), store.samples)  # the samples of a row share its gold values
+    for row, _ in store.iter_rows(rows) if found else ():
         evaluator.add_open("", row)
     lines = list[str]()
     for one in evaluator.to_json():
         lines.append(
             f"evaluate: {one['field']} against {one['gold']!r} ({one['kind']}): {one['items']:,} "
-            f"of {len(store):,} items have a gold value"
+            f"of {len(rows):,} items have a gold value"
         )
         lines += [f"WARNING: evaluate: {note}" for note in one["notes"]]
     return lines

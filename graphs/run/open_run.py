@@ -33,6 +33,7 @@ from ...backends.discovery.connect import (
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
+from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
@@ -44,7 +45,6 @@ from ...backends.storage.run_folder import (
     write_json,
 )
 from ...backends.workers.executor import WorkShard
-from ...configs.aggregators import to_aggregator_spec
 from ...configs.backend import BackendConfig
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -215,15 +215,14 @@ async def open_run(
         tools = OpenRun(
             store=files.store,
             item_journal=journal,
-            aggregators=build_aggregators(
-                [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
-            ),
+            aggregators=build_aggregators(config.list_aggregators()),
             run_item=run_item,
             gate=gate,
             progress=progress,
             fingerprint=bytes.fromhex(files.fingerprint),
             question_digest=compute_question_digest(config, files.model),
             constant_messages=config.parse_prompt().constants,
+            fold=config.make_fold(),
             keep_raw=config.keep.raw == "all",
             simulated=files.simulated,
             token_prices=price,
@@ -313,7 +312,8 @@ def _make_item_runner(
     by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
     engine = options.make_engine(choose_steps(config)) if by_engine else None
     quiet = not is_small_batch(total) and not trace
-    return make_item_runner(loaded, fleet, model, engine, quiet)
+    images = open_images(config)
+    return make_item_runner(loaded, fleet, model, engine, quiet, images=images)
 
 
 def _check_trace(options: OpenOptions) -> None:
@@ -507,9 +507,12 @@ def write_results(
         JournalError: A file cannot be written.
     """
     extents = tools.item_journal.extents()
-    layout = make_result_layout(loaded.config.task.answer_schema, tools.store)
-    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced)
+    schema, fold = loaded.config.task.answer_schema, tools.fold
+    layout = make_result_layout(schema, tools.store, fold=fold)
+    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
     _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
+    layout = make_result_layout(schema, tools.store)  # each failed sample has a row
+    source = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
         write_jsonl(source.iter_rows("failed"), file, layout)
     about = folder.read_provenance()

@@ -91,12 +91,23 @@ def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -
 
 def _dump_task(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the task; those that are not set need no place in the digest."""
-    dumped = config.task.model_dump(mode="json", by_alias=True)
-    return {k: v for k, v in dumped.items() if k not in _LATER or v is not None}
+    dumped = config.task.model_dump(
+        mode="json", by_alias=True, exclude={"fold": True, "images": {"folder"}}
+    )
+    return {k: v for k, v in dumped.items() if k not in _LATER or v != _LATER[k]}
 
 
-_LATER: Final = ("examples", "messages")
-"""Settings that runs may lack because they began before the setting existed."""
+_LATER: Final[Mapping[str, Any]] = {
+    "examples": None,
+    "messages": None,
+    "images": None,
+    "samples": 1,
+}
+"""Settings, with their defaults, that runs may lack because they began before they existed."""
+
+
+_PER_ITEM: Final = ("images", "samples")
+"""Settings whose part of a question is added for each item."""
 
 
 def _dump_model(config: RunConfig) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def compute_question_digest(config: RunConfig, model: str) -> bytes:
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
     task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
-    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER}
+    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER and k not in _PER_ITEM}
     has_system = bool(config.task.system) or any(
         message.role == "system" for message in config.task.messages or ()
     )
@@ -131,7 +142,7 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     """Return one line per difference of two settings that a run may not change.
 
     The input's path does not count, because its content is compared by digest. Endpoints, backend,
-    limits and reduce may change.
+    limits, reduce, the fold of samples and the folder of the images may change.
 
     Args:
         old: The run's settings.
@@ -141,6 +152,11 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     lines = []
     for section in ("input", "task", "model"):
         a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
+        if section == "task":
+            for settings in (a, b):
+                settings.pop("fold", None)
+                if isinstance(images := settings.get("images"), Mapping):
+                    settings["images"] = {k: v for k, v in images.items() if k != "folder"}
         if section == "model":
             a["name"], b["name"] = model, b.get("name") or model
             a["price"] = b["price"] = None  # may change
@@ -258,7 +274,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         allow_simulated: Allow a simulated fleet.
         defer_endpoints: Do not check the endpoints, because a job will start them.
         extend: Takes over items of another run before the folder appears under its name.
-        only: Ids of the items of the run; None means all of the input.
+        only: Ids of the rows of the run; None means all of the input.
         source: Items in place of the configured input that have their ids already.
         place: Place of the run in a pipeline.
 
@@ -288,10 +304,13 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
+        samples = loaded.config.task.samples
         if source is not None:
-            summary = await asyncio.to_thread(load_rows, folder.items, source)
+            summary = await asyncio.to_thread(load_rows, folder.items, source, samples)
         else:
-            summary = await asyncio.to_thread(load_input, given, folder.items, columns, items, only)
+            summary = await asyncio.to_thread(
+                load_input, given, folder.items, columns, items, only=only, samples=samples
+            )
         check_fields(loaded, summary)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
@@ -343,14 +362,21 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
 def check_input_setting(
     loaded: LoadedConfig, items: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Check that an input is configured.
+    """Check that an input is configured, and a folder for its images if it has some.
 
     Raises:
-        ConfigurationError: There are no items, path or dataset.
+        ConfigurationError: There are no items, path or dataset; or no folder.
     """
-    given = loaded.config.input
+    given, images = loaded.config.input, loaded.config.task.images
     if items is None and given.path is None and given.dataset is None:
         msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
+        raise ConfigurationError(msg)
+    has_folder = items is None and given.path is not None
+    if images is not None and images.folder is None and not has_folder and not images.urls:
+        msg = (
+            f"{loaded.source}: task.images: items that are given in memory or by a data set have "
+            "no folder; set task.images.folder, or task.images.urls: true"
+        )
         raise ConfigurationError(msg)
 
 
@@ -400,6 +426,7 @@ def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
     return {
         "source": summary.source,
         "items": summary.items,
+        **({"samples": summary.samples} if summary.samples > 1 else {}),
         "digest": summary.digest,
         "stamp": None if path is None else read_file_stamp(Path(path)),
         "invalid": summary.invalid,
@@ -532,12 +559,18 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
-    changed = before.plain["reduce"] != after.plain["reduce"]
+    changed = before.plain["reduce"] != after.plain["reduce"] or _get_fold(before) != _get_fold(
+        after
+    )
     if after.plain != before.plain:
         await asyncio.to_thread(_write_changed, folder, about, after)
     if about.get("place") != await asyncio.to_thread(get_folder_identity, folder.path):
         await asyncio.to_thread(_ensure_identity_locked, folder)
     return ReadyRun(folder, after, changed, ready)
+
+
+def _get_fold(loaded: LoadedConfig) -> Any:
+    return loaded.config.task.fold
 
 
 def _check_secrets(folder: RunFolder, after: LoadedConfig) -> None:
@@ -632,11 +665,12 @@ def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
     try:
         _check_prompt_fields(loaded.config, summary.row_schema)
         check_aggregators(
-            loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
+            loaded.config.reduce,
+            loaded.config.result_schema,
+            summary.row_schema,
+            has_samples=loaded.config.task.samples > 1,
         )
-        resolve_evaluations(
-            loaded.config.evaluate, loaded.config.task.answer_schema, summary.row_schema
-        )
+        resolve_evaluations(loaded.config.evaluate, loaded.config.result_schema, summary.row_schema)
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 

@@ -291,7 +291,8 @@ def test_limits_go_down_only(key: str) -> None:
         return
     bound = {"walltime_s": 500, "body_bytes": 5000}.get(name, 50)
     low: Any = bound - (9 if kind == "integer" else 9.5)
-    own: dict[str, Any] = {section: {name: bound}}
+    task = OWN["task"] if section == "task" else {}
+    own: dict[str, Any] = {section: task | {name: bound}}
     unbound: dict[str, Any] = {section: {}}
     got = loaded({"overrides": [f"{key}={low}"]}, **own).config
     assert getattr(getattr(got, section), name) == low
