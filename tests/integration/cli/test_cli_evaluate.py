@@ -108,6 +108,13 @@ def test_a_run_is_evaluated_at_its_end(labelled: Shell) -> None:
     assert load_results("r").evaluation == content["evaluations"]
     assert json.loads(labelled("status", "r", "--json").out)["evaluation"] == [first, second]
     assert "54 of 60 items answered, 6 missing (6 failed); accuracy" in labelled("status", "r").err
+
+    assert labelled("report", "r").code == 0
+    page = Path("r", "report.html").read_text()
+    for one in (first, second):
+        assert f"Evaluation: {one['field']} against {one['gold']}" in page
+    assert 'aria-label="Confusion: output.decision against label"' in page
+    assert "6 without an answer count as missing (6 failed)" in page
     again = labelled("run", "c.yaml", "--out", "r")
     assert "evaluation of output.decision against label: 54 of 60" in again.out
     assert "accuracy, missing as wrong" in again.out

@@ -15,7 +15,7 @@ from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.fields import FieldPath
 from fanfold.graphs.report import flags as flags_module
 from fanfold.graphs.report.charts import Charts, clean_svg, load_charts
-from fanfold.graphs.report.evaluation import make_evaluations, read_evaluation
+from fanfold.graphs.report.evaluation import make_evaluations
 from fanfold.graphs.report.findings import FindingMaker
 from fanfold.graphs.report.flags import FLAGS, RowFacts, is_repetitive
 from fanfold.graphs.report.molecules import open_drawing
@@ -385,6 +385,7 @@ EVALUATION: dict[str, Any] = {
             "items": 100,
             "answered": 97,
             "missing": 3,
+            "missing_by_cause": {"failed": 3},
             "metrics": {"accuracy": {"value": 0.9, "low": 0.82, "high": 0.95, "n": 100}},
             "classes": {},
             "confusion": {"labels": ["a", EVIL], "counts": [[50, 3], [7, 40]]},
@@ -402,20 +403,14 @@ EVALUATION: dict[str, Any] = {
 }
 
 
-def test_an_evaluation_has_intervals_and_a_confusion_matrix(tmp_path: Path, charts: Charts) -> None:
-    path = tmp_path / "evaluation.json"
-    assert read_evaluation(path) == []
-    path.write_text(json.dumps(EVALUATION))
-    found = list(make_evaluations(read_evaluation(path), charts))
+def test_an_evaluation_has_intervals_and_a_confusion_matrix(charts: Charts) -> None:
+    found = list(make_evaluations(EVALUATION["evaluations"], charts))
     assert [one.svg is not None for one in found] == [True, True, False]
     assert list(found[0].rows[0]) == ["accuracy", "0.9", "0.82 to 0.95", "100"]
-    assert "3 without an answer count as missing" in found[0].note
+    assert "3 without an answer count as missing (3 failed)" in found[0].note
     assert list(found[1].rows[0])[1:] == ["50", "3"]
     assert "<img" not in str(found[1].svg)
     assert list(found[2].rows[0])[1:3] == ["12.5", "\u2013"]
-    path.write_text(json.dumps(EVALUATION | {"version": 2}))
-    with pytest.raises(JournalError, match="format 2"):
-        read_evaluation(path)
 
 
 @pytest.mark.parametrize(
