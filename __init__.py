@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .backends.simulated.fleet import SimulatedFleet
     from .backends.simulated.spec import SimulationSpec
     from .graphs.analysis.results import ResultTable, RunResults, load_results
+    from .graphs.build import build_graph
     from .graphs.context import RunContext
     from .graphs.integrations.academy import MapReduceAgent
     from .graphs.integrations.tool import as_tool
-    from .graphs.map_reduce import build_graph
 
 __all__ = [
     "ChatFleet",
@@ -49,7 +49,7 @@ _WHERE = {
     "SimulatedFleet": "backends.simulated.fleet",
     "SimulationSpec": "backends.simulated.spec",
     "as_tool": "graphs.integrations.tool",
-    "build_graph": "graphs.map_reduce",
+    "build_graph": "graphs.build",
     "load_results": "graphs.analysis.results",
 }
 

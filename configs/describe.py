@@ -178,6 +178,7 @@ _WORDS: Final = {
     "reduce.bins": "expected a whole number of bins, or a list of their edges",
     "name": "expected letters, digits and _ . - (64 at most, a letter or digit first)",
     "task.graph": "expected package.module:attribute",
+    "reduce.function": "expected package.module:function",
     "string_type": "expected a text; put a number in quotes",
     "dict_type": _MAPPING,
     "model_type": _MAPPING,
@@ -265,21 +266,21 @@ def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
 def _fields(loc: Sequence[str | int], raw: dict[str, Any]) -> list[str]:
     """Return the known keys of a section."""
     model: type[BaseModel] = RunConfig
-    for n, name in enumerate(loc):
+    for name in loc:
         if loc[0] == "reduce":
             model = AGGREGATOR_CONFIGS.get(str(get_at_path(raw, [*loc[:2], "op"])), CountConfig)
             break
-        model = _model_of(model, str(name)) if n < len(loc) else model
+        if isinstance(name, str):  # a number is the place in a list
+            model = _model_of(model, name)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _model_of(model: type[BaseModel], name: str) -> type[BaseModel]:
     if name not in model.model_fields:  # the number of an entry
         return model
-    open_annotations = [model.model_fields[name].annotation]
-    while open_annotations:
-        candidate: Any = open_annotations.pop(0)
+    candidates: list[Any] = [model.model_fields[name].annotation]
+    for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
-        open_annotations += get_args(candidate)
+        candidates += get_args(candidate)
     return model

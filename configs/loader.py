@@ -24,6 +24,7 @@ from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .base import expand_home
 from .describe import explain_validation
+from .evaluation import resolve_evaluations
 from .models import RunConfig
 from .raw_settings import (
     apply_override,
@@ -192,6 +193,8 @@ def check_settings(
     for path, value in (settings or {}).items():
         set_path(data, path, value)
     check_plain(data, source)
+    if isinstance(data.get("evaluate"), dict):
+        data["evaluate"] = [data["evaluate"]]
     _resolve_files(data, source, raw.folder)
     environment = os.environ if environment is None else environment
     checked = _validate(data, expand_variables(data, environment, source), source)
@@ -297,6 +300,8 @@ def read_settings_file(path: Path) -> str:
 
 def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
     """Make paths absolute and inline the schema file, so that the settings are self-contained."""
+    for entry in _list_python_reducers(data):
+        entry.setdefault("folder", ".")
     _change_paths(data, lambda path: _absolute(path, base))
     tasks = [data.get("task"), *(stage.get("map") for stage in _list_stages(data))]
     for task in tasks:
@@ -327,12 +332,25 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])
+    for entry in _list_python_reducers(data):
+        if isinstance(entry.get("folder"), str):
+            entry["folder"] = change(entry["folder"])
+    task = data.get("task")
+    images = task.get("images") if isinstance(task, dict) else None
+    if isinstance(images, dict) and isinstance(images.get("folder"), str):
+        images["folder"] = change(images["folder"])
     if isinstance(cache := data.get("cache"), str) and cache not in ("off", "run"):
         data["cache"] = change(cache)
     endpoints = data.get("endpoints")
     if isinstance(endpoints, dict) and (hosts := endpoints.get("hosts")):
         listed = hosts if isinstance(hosts, list) else [hosts]
         endpoints["hosts"] = [change(h) if isinstance(h, str) and "/" in h else h for h in listed]
+
+
+def _list_python_reducers(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    listed = data.get("reduce")
+    entries = listed if isinstance(listed, list) else []
+    return [one for one in entries if isinstance(one, dict) and one.get("op") == "python"]
 
 
 def make_portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -453,7 +471,8 @@ def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> Run
 def _check(config: RunConfig, source: str) -> None:
     try:
         check_task(config.task)
-        check_aggregators(config.reduce, config.task.answer_schema)
+        check_aggregators(config.reduce, config.result_schema, has_samples=config.task.samples > 1)
+        resolve_evaluations(config.evaluate, config.result_schema)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
         raise ConfigurationError(msg) from None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..backends.core.samples import FoldKind, SampleFold
 from ..backends.core.templates import ItemPrompt
-from .aggregators import AnyAggregatorConfig
+from .aggregators import AgreementConfig, AnyAggregatorConfig, list_aggregator_specs
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 from .endpoints import EndpointsConfig, explain_refused_fields
+from .evaluation import EvaluationConfig
 from .stages import STAGED_PROMPT, StageConfig, check_stages
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
@@ -209,6 +212,9 @@ class BatchConfig(Section):
 
 
 MOST_EXAMPLES: Final = 1000
+MOST_SAMPLES: Final = 1000
+MOST_SEED: Final = 2**63
+"""Seeds are below it; servers read them as integers of 64 bits."""
 """Most examples of a task."""
 
 
@@ -226,6 +232,23 @@ class MessageConfig(Section):
     content: Annotated[str, Field(min_length=1)]
 
 
+class ImagesConfig(Section):
+    """Images that are sent with each item.
+
+    Attributes:
+        columns: Columns that name the image of an item, or a list of them: files below the folder
+            of the input, or URLs.
+        urls: Whether an image may be an http URL, which the server of the model loads.
+        folder: Folder of the files; None is that of the input.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="columns urls folder")
+
+    columns: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    urls: bool = False
+    folder: PathText | None = None
+
+
 class TaskConfig(Section):
     """What is asked of each item.
 
@@ -238,13 +261,19 @@ class TaskConfig(Section):
             ``output``, the answer; or a jsonl or csv file of them.
         answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
         repairs: How often an answer that does not parse or validate is sent back.
+        images: Images that are sent after the prompt: a list of columns that name them, or a
+            section with ``columns``, ``urls`` and ``folder``.
+        samples: How often each row is asked; each sample is an item.
+        fold: How the answers of the samples become one: ``vote``, ``mean``, or one of them by
+            field; None averages numbers (``type: number``) and lets all else vote.
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
             which replaces fanfold's item graph; or such a Runnable with its own model, whose
             calls are not counted.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="system prompt messages examples schema repairs",
+        open="system prompt messages examples schema repairs fold",
+        lower="samples",
         closed="graph",
     )
 
@@ -254,7 +283,15 @@ class TaskConfig(Section):
     examples: Annotated[list[dict[str, Any]], Field(max_length=MOST_EXAMPLES)] | None = None
     answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     repairs: Annotated[int, Field(ge=0, le=10)] = 1
+    images: ImagesConfig | None = None
+    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
+    fold: FoldKind | dict[str, FoldKind] | None = None
     graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _columns_are_a_section(cls, value: Any) -> Any:
+        return {"columns": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _asks_in_one_way(self) -> TaskConfig:
@@ -301,7 +338,7 @@ class ModelConfig(Section):
     max_tokens: Annotated[int, Field(ge=1)] = 256
     max_tokens_field: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
     system_role: Literal["system", "developer", "user"] = "system"
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-MOST_SEED, lt=MOST_SEED)] | None = None
     extra_body: dict[str, Any] = Field(default_factory=dict)
     price: PriceConfig | None = None
 
@@ -444,12 +481,14 @@ class RunConfig(Section):
             runs share.
         cache_sampled: Whether answers sampled at a temperature above 0 are reused too.
         reduce: Aggregators of the answers, each a mapping with its ``op``: count, stats,
-            histogram, top_k, collect.
+            histogram, top_k, collect; or a final reducer: sql, python.
+        evaluate: Comparisons of answers with known ones, each with ``gold``, a column of the
+            input, and ``field``, a field of the answer; None compares nothing.
         stages: The steps of a pipeline, in order; None: a single task.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        open="reduce",
+        open="reduce evaluate",
         closed="name cache cache_sampled stages",
     )
 
@@ -470,6 +509,7 @@ class RunConfig(Section):
     cache: PathText = "off"
     cache_sampled: bool = False
     reduce: list[AnyAggregatorConfig] = Field(default_factory=list)
+    evaluate: Annotated[list[EvaluationConfig], Field(max_length=100)] | None = None
     stages: Annotated[list[StageConfig], Field(min_length=1, max_length=100)] | None = None
 
     @field_validator("cache", mode="before")
@@ -479,6 +519,31 @@ class RunConfig(Section):
             msg = "is no switch; write run, or the path of a folder"
             raise ValueError(msg)
         return "off" if value is False else value  # YAML reads a bare off as false
+
+    def make_fold(self) -> SampleFold | None:
+        """Return how the answers of samples are folded; None if each row is asked once.
+
+        Raises:
+            ConfigurationError: ``task.fold`` does not fit the schema.
+        """
+        return SampleFold.from_task(self.task.model_dump(by_alias=True))
+
+    @property
+    def result_schema(self) -> Mapping[str, Any] | None:
+        """Return the schema of the answers in the results: of those that are folded, if any."""
+        schema, fold = self.task.answer_schema, self.make_fold()
+        return schema if fold is None else fold.fold_schema(schema)
+
+    def list_aggregators(self) -> list[dict[str, Any]]:
+        """Return the settings of all aggregators as plain data.
+
+        With samples their agreement is one of them, at the end unless ``reduce`` names it.
+        """
+        specs = list_aggregator_specs(self.reduce, self.result_schema)
+        named = any(isinstance(one, AgreementConfig) for one in self.reduce)
+        if self.task.samples > 1 and not named:
+            specs.append({"op": "agreement"})
+        return specs
 
     def parse_prompt(self) -> ItemPrompt:
         """Return the templates of an item's messages.
@@ -521,6 +586,8 @@ class RunConfig(Section):
                 "whose answers they fold"
             )
             raise ValueError(msg)
+        if self.evaluate:
+            raise ValueError("evaluate: compares the answers of a single task, without stages")
         if self.input.is_batch:
             raise ValueError("stages: items that are requests (input.format) have no stages")
         return self
@@ -537,12 +604,29 @@ class RunConfig(Section):
                 "out the section task"
             )
             raise ValueError(msg)
+        if self.evaluate:
+            msg = (
+                "evaluate compares fields of answers, but answers to requests in OpenAI's format "
+                "are whole responses (input.format); leave it out"
+            )
+            raise ValueError(msg)
         model = self.model
         plain = ModelConfig(name=model.name, price=model.price)
         if unfit := [key for key, value in plain if value != getattr(model, key)]:
             msg = (
                 f"model.{unfit[0]}: each line of a batch in OpenAI's format sets its own "
                 "(input.format); leave it out"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _samples_have_seeds(self) -> RunConfig:
+        seed, samples = self.model.seed, self.task.samples
+        if seed is not None and seed + samples > MOST_SEED:
+            msg = (
+                f"model.seed: the {samples} samples of a row (task.samples) take the seeds from it "
+                "on, and the last ones are too large; choose a smaller one"
             )
             raise ValueError(msg)
         return self
@@ -574,6 +658,12 @@ class RunConfig(Section):
             msg = (
                 "backend.kind: batch answers one request per item and repair, but the calls of a "
                 "task.graph follow each other; leave out one of the two"
+            )
+            raise ValueError(msg)
+        if self.task.images is not None:
+            msg = (
+                "backend.kind: batch writes its requests to files, which must not hold images; "
+                "leave out one of backend.kind and task.images"
             )
             raise ValueError(msg)
         if self.limits.item_timeout_s is not None:

@@ -13,7 +13,7 @@ from .base import expand_home
 from .endpoints import AEGIS_REGISTRY_FILE, ENDPOINT_KINDS, HOSTS_ONLY_KEYS
 from .loader import LoadedConfig, check_settings, read_settings
 from .raw_settings import get_at_path
-from .task_check import find_task_warnings
+from .task_check import find_sample_warnings, find_task_warnings
 
 DEFAULT_PRESET: Final = "molecular_screening"
 
@@ -63,7 +63,8 @@ def resolve_config(
             settings |= more
             notices += notice
     loaded = check_settings(raw, settings)
-    return loaded, notices + find_task_warnings(loaded.config.task)
+    config_warnings = find_sample_warnings(loaded.config)
+    return loaded, notices + find_task_warnings(loaded.config.task) + config_warnings
 
 
 def _input_settings(input_path: str | None, limit: int | None) -> dict[str, Any]:

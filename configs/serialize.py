@@ -101,7 +101,9 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The same as the user wrote them, ``${VAR}`` unexpanded.
     """
     settings = config.model_dump(mode="json", by_alias=True, exclude_none=False)
-    if config.keep == KeepConfig():  # run.yaml contains it only if it is set
+    if config.evaluate is None:  # run.yaml contains these only if they are set
+        del settings["evaluate"]
+    if config.keep == KeepConfig():
         del settings["keep"]
     if config.stages is None:
         del settings["stages"]

@@ -9,9 +9,10 @@ from typing import Any, Final
 import orjson
 
 from ..backends.core.errors import ConfigurationError
+from ..backends.core.samples import SampleFold, list_free_texts
 from ..backends.core.schemas import open_validator
 from ..backends.core.templates import EXAMPLE_OUTPUT, ItemPrompt, find_names
-from .models import TaskConfig
+from .models import RunConfig, TaskConfig
 
 
 def _split(words: str) -> frozenset[str]:
@@ -49,8 +50,8 @@ def check_task(task: TaskConfig) -> None:
 
     Raises:
         ConfigurationError: A template has an unmatched brace; or the schema is invalid, contradicts
-            itself or has a misspelt keyword; or an example lacks a column or an answer that fits
-            the schema; the message names the place.
+            itself or has a misspelt keyword; or the fold of samples does not fit the schema; or an
+            example lacks a column or an answer that fits the schema; the message names the place.
     """
     ItemPrompt.parse(task.model_dump(by_alias=True) | {"examples": None})
     if task.answer_schema is not None:
@@ -59,6 +60,7 @@ def check_task(task: TaskConfig) -> None:
             _check_values(schema, where)
             _check_required(schema, where)
             _check_keywords(schema, where)
+    SampleFold.from_task(task.model_dump(by_alias=True))
     _check_examples(task)
 
 
@@ -86,7 +88,8 @@ def _check_examples(task: TaskConfig) -> None:
 def find_task_warnings(task: TaskConfig) -> list[str]:
     """Return a line for each part of a task that is allowed but seldom intended."""
     lines = list[str]()
-    if task.graph is None and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
+    asks_same = task.images is None and task.graph is None
+    if asks_same and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
         where = "task.prompt names" if task.messages is None else "task.messages name"
         lines.append(
             f"{where} no column, so that every item asks the same; write {{NAME}} where the "
@@ -108,6 +111,29 @@ def find_task_warnings(task: TaskConfig) -> list[str]:
             for keyword in sorted(schema.keys() - _KEYWORDS)
             if not keyword.startswith("x-") and not _find_similar(keyword, schema)
         ]
+    return lines
+
+
+def find_sample_warnings(config: RunConfig) -> list[str]:
+    """Return a line if samples are likely to be equal, or their answers cannot be compared."""
+    task, lines = config.task, list[str]()
+    if task.samples == 1:
+        return lines
+    if config.model.temperature == 0 and task.graph is None:
+        lines.append(
+            f"task.samples: at model.temperature 0 the {task.samples} samples of a row are equal, "
+            "but for rounding on the server, and are paid each; set a temperature, e.g. 0.7"
+        )
+    if task.answer_schema is None and task.graph is None:
+        lines.append(
+            "task.samples: without task.schema, only answers with the same text agree; texts "
+            "longer than a label will seldom do"
+        )
+    if fields := list_free_texts(task.fold, task.answer_schema):
+        lines.append(
+            f"task.samples: {', '.join(fields)}: texts without an enum seldom agree, and are null "
+            "in the results where they do not; fanfold results --samples has all of them"
+        )
     return lines
 
 

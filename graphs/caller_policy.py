@@ -20,9 +20,11 @@ from pydantic import ValidationError
 
 from ..backends.budget.budget import SETTING_UNITS
 from ..backends.core.errors import ConfigurationError, InputError
+from ..backends.core.request_urls import REQUEST_KINDS
 from ..backends.core.secrets import is_secret, mask_command, mask_data
-from ..backends.core.types import CHAT_URL, Json
+from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern, open_source
+from ..configs.aggregators import FinalReducerConfig
 from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
 from ..configs.loader import (
@@ -77,7 +79,8 @@ _QUESTION_FIELDS: Final = SAMPLING_FIELDS | {
     "stream_options",
     "temperature",
 }
-"""Fields of an item that is itself a request, which correspond to settings that are open."""
+"""Fields of an item that is itself a request, which correspond to settings that are open, besides
+those that the model reads."""
 
 _INLINED: Final = frozenset({"task.schema", "task.examples"})
 """Settings that are data, or a file whose content takes its place."""
@@ -333,8 +336,9 @@ class CallerPolicy:
             return
         source = open_source(config, (), items)
         for position, row in source.rows():
-            names = row["body"] if row["url"] == CHAT_URL else ()
-            keys = (f"{_SAMPLED}.{name}" for name in names if name not in _QUESTION_FIELDS)
+            kind = REQUEST_KINDS.get(row["url"])
+            known = _QUESTION_FIELDS if kind is None else _QUESTION_FIELDS.union(kind.inputs)
+            keys = (f"{_SAMPLED}.{name}" for name in row["body"] if name not in known)
             if closed := [key for key in keys if not self.is_open(key)]:
                 raise self._refusal(source.describe_position(position), closed)
 
@@ -408,6 +412,17 @@ class CallerPolicy:
         """
         before, after = owner.model_dump(by_alias=True), asked.model_dump(by_alias=True)
         given_task = request.preset is not None or request.config
+        code = [
+            f"reduce.{n} ({stage.op})"
+            for n, stage in enumerate(asked.reduce)
+            if isinstance(stage, FinalReducerConfig) and stage not in owner.reduce
+        ]
+        if code:
+            msg = (
+                f"context: {', '.join(code)}: a request may not contain queries or functions; only "
+                "those bound to the graph run"
+            )
+            raise ConfigurationError(msg)
         closed = [
             f"reduce.{n}.{key}"
             for n, stage in enumerate(asked.reduce)
@@ -613,7 +628,7 @@ def _mask(key: str, value: Any) -> Any:
 def _apply_preset(raw: dict[str, Any], owner: LoadedConfig, preset: LoadedConfig) -> None:
     """Replace the bound task by that of a preset; keep the bound endpoints and backend."""
     _clear_task(raw)
-    for key in ("name", "reduce", "task", "model", "input"):
+    for key in ("name", "reduce", "evaluate", "task", "model", "input"):
         given, kept = preset.raw.get(key), raw.get(key)
         if isinstance(given, dict) and isinstance(kept, dict):
             raw[key] = given | {k: v for k, v in kept.items() if v is not None}
@@ -632,6 +647,7 @@ def _clear_task(raw: dict[str, Any]) -> None:
     raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
     raw["input"] = {"limit": input_["limit"]} if input_.get("limit") else {}
     raw.pop("reduce", None)
+    raw.pop("evaluate", None)
 
 
 def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
+    Callable,
     Mapping,
     Sequence,
 )
@@ -13,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from ..backends.budget.budget import budget_gap, lower_raised_limits, raise_limits
 from ..backends.cluster.walltime import Walltime
@@ -26,6 +28,7 @@ from ..backends.discovery.connect import (
     open_fleet,
     open_ready_endpoints,
 )
+from ..backends.inputs.images import open_images
 from ..backends.storage.run_folder import (
     RunFolder,
     get_run_ids,
@@ -46,10 +49,14 @@ from .invocation import (
     get_claims,
 )
 from .run.accounting import OpenRun
+from .run.final_reducers import add_final_results
 from .run.items import make_item_context, make_item_engine, plan_shards
-from .run.open_run import OpenOptions, open_run, write_results
+from .run.open_run import OpenOptions, open_run, write_aggregate, write_results
+from .run.pipeline import EndpointPool, Pipeline, list_stages, prepare_pipeline
+from .run.pipeline_report import read_stage_end
 from .run.prepare import (
     RUNS_FOLDER,
+    ReadyRun,
     begin_session,
     end_session,
     new_folder_name,
@@ -57,7 +64,11 @@ from .run.prepare import (
     resume_run,
 )
 from .run.shutdown import session_deadline
+from .run.stage_estimate import make_reserve
 from .worker import work_shard
+
+InvokeRun: TypeAlias = Callable[["RunContext"], Awaitable[dict[str, Any]]]
+"""Invokes the map-reduce graph with the context of a run; returns its output."""
 
 _PROBED_S: Final = 10.0
 """Age at which endpoints that a check has probed are probed again by the session."""
@@ -192,6 +203,26 @@ class RunContext(SettingsForm):
     @cached_property
     def _new_folder(self) -> tuple[Path, str] | None:
         return None
+
+    @cached_property
+    def _around(self) -> RunContext | None:
+        """Return the context of the pipeline that the run is a part of, or None."""
+        return None
+
+    @cached_property
+    def _shared_endpoints(self) -> ReadyEndpoints | None:
+        """Return endpoints that the runs of a pipeline share, or None."""
+        return None
+
+    @property
+    def owner(self) -> RunContext | None:
+        """Return the bound settings that the context is a request to, or None."""
+        return self._owner
+
+    @property
+    def _asked(self) -> RunContext:
+        """Return the context whose caller answers questions about the budget."""
+        return self._around or self
 
     @cached_property
     def _runs(self) -> SharedResource[OpenRun]:
@@ -330,6 +361,8 @@ class RunContext(SettingsForm):
             loaded, target, asked = await asyncio.to_thread(
                 self._resolve_new_run, path, items, preset
             )
+            if loaded.config.stages is not None:
+                return await self._prepare_pipeline(loaded, path, items, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
             if asked:
                 await asyncio.to_thread(_extend_provenance, made.folder, asked)
@@ -342,6 +375,9 @@ class RunContext(SettingsForm):
             ):
                 kept.pop(folder, None)  # remove the data of an earlier run in this folder
             self._keep_probed(folder, made.endpoints)
+        elif RunFolder(folder).is_pipeline:
+            loaded = await asyncio.to_thread(self._get_settings, folder)
+            return await self._prepare_pipeline(loaded, path, items, preset)
         else:
             await get_claims().wait_for_run(RunFolder(folder), self._invocation)
             self._retry_before.pop(folder, None)  # a further invocation retries again
@@ -397,6 +433,110 @@ class RunContext(SettingsForm):
         if preset is None:
             return self.loaded
         return replace(self, preset=preset, config=None).loaded
+
+    async def _prepare_pipeline(
+        self,
+        loaded: LoadedConfig,
+        path: str | None,
+        items: Sequence[Mapping[str, Any]] | None,
+        preset: str | None,
+    ) -> PreparedRun:
+        """Prepare a pipeline in a graph that was built without its stages."""
+        names = tuple(stage.name for stage in loaded.config.stages or ())
+        key = await self.prepare_stages(path, items, preset, names)
+        return PreparedRun(key, 0, 1, 1, None, names)
+
+    async def prepare_stages(
+        self,
+        path: str | None,
+        items: Sequence[Mapping[str, Any]] | None,
+        preset: str | None,
+        names: Sequence[str],
+    ) -> RunKey:
+        """Create the folder of a pipeline, or open the one that the context names.
+
+        Args:
+            path: Input in place of the configured one, or None.
+            items: Items in place of the configured input, or None.
+            preset: Preset in place of the settings, or None.
+            names: The stages that the graph has.
+
+        Raises:
+            ConfigurationError: The settings have other stages, or do not fit the folder.
+        """
+        given = path is not None or items is not None or preset is not None
+        folder = None if given else await asyncio.to_thread(self._find_existing)
+        if folder is None:
+            loaded, target, asked = await asyncio.to_thread(
+                self._resolve_new_run, path, items, preset
+            )
+            _check_stages(loaded, names)
+            made = await prepare_pipeline(loaded, target, items, self.allow_simulated)
+            if asked:
+                await asyncio.to_thread(_extend_provenance, made, asked)
+            folder = made.path
+        else:
+            await get_claims().wait_for_run(RunFolder(folder), self._invocation)
+        self._loaded_by_folder.pop(folder, None)
+        self._deadlines.pop(folder, None)
+        _check_stages(await asyncio.to_thread(self._get_settings, folder), names)
+        await self._claim(folder)
+        await asyncio.to_thread(begin_session, RunFolder(folder))
+        about = await asyncio.to_thread(RunFolder(folder).read_provenance)
+        self._folders[about["run"]] = folder
+        return {"id": about["run"], "name": None if self.out else folder.name}
+
+    async def run_stage(self, run: RunKey, name: str, invoke: InvokeRun) -> dict[str, Any]:
+        """Run one stage of a pipeline; return its aggregate, progress and results.
+
+        Args:
+            run: The key of the pipeline.
+            name: The stage.
+            invoke: Invokes the map-reduce graph with the context of one run.
+
+        Raises:
+            ConfigurationError: The settings do not fit what an earlier session has done.
+        """
+        folder = await asyncio.to_thread(self.find_folder, run)
+        await self._claim(folder)
+        loaded = await asyncio.to_thread(self._get_settings, folder)
+        self._deadlines.setdefault(folder, session_deadline(loaded.config, time.time()))
+        end = dict[str, Any]()
+
+        async def run_inner(ready: ReadyRun) -> None:
+            end.clear()
+            end.update(await invoke(self._make_inner(folder, ready)))
+
+        pool = EndpointPool()
+        try:
+            stages = list_stages(loaded, folder)
+            reserve = make_reserve(loaded, stages)
+            pipeline = Pipeline(RunFolder(folder), loaded, pool, self.allow_simulated, reserve)
+            stage = next(one for one in pipeline.stages if one.name == name)
+            await pipeline.run_stage(stage, run_inner)
+        finally:
+            await pool.aclose()
+        if stage is pipeline.stages[-1]:
+            await asyncio.to_thread(end_session, RunFolder(folder))
+        return await asyncio.to_thread(read_stage_end, stage, end.get("progress"))
+
+    def _make_inner(self, folder: Path, ready: ReadyRun) -> RunContext:
+        """Return the context of one run of a pipeline."""
+        inner = RunContext.from_loaded(
+            ready.loaded,
+            embedded=True,
+            allow_simulated=self.allow_simulated,
+            out=str(ready.folder.path),
+            trace=self.trace,
+        )
+        inner.__dict__ |= {"_around": self, "_shared_endpoints": ready.endpoints}
+        inner.__dict__["_session_end"] = self._deadlines.get(folder)
+        return inner
+
+    @cached_property
+    def _session_end(self) -> Walltime | None:
+        """Return the end of the session of the pipeline around the run, or None."""
+        return None
 
     def _read_prepared(self, folder: Path) -> PreparedRun:
         about = open_folder(folder).read_provenance()
@@ -456,7 +596,10 @@ class RunContext(SettingsForm):
         retried = self._retry_before if self.retry_failed else None
         loaded = await asyncio.to_thread(self._get_settings, folder)
         if folder not in self._deadlines:
-            self._deadlines[folder] = session_deadline(loaded.config, time.time())
+            end = None if self._around is None else self._session_end
+            if self._around is None:
+                end = session_deadline(loaded.config, time.time())
+            self._deadlines[folder] = end
         mode = OpenOptions(
             self.trace,
             self.embedded,
@@ -473,7 +616,7 @@ class RunContext(SettingsForm):
             with invocation.track_opening():
                 await get_claims().claim_run(run_folder, invocation)
                 await asyncio.to_thread(self._lower_limits, folder)
-                ready = self._take_probed(folder)
+                ready = self._take_probed(folder) or self._shared_endpoints
                 async with open_run(run_folder, loaded, mode, ready) as tools:
                     with invocation.track_run(tools):
                         yield tools
@@ -491,21 +634,23 @@ class RunContext(SettingsForm):
         budget = None if tools is None else tools.budget
         run_folder, amount = RunFolder(folder), Amount(**needed)
         asked = await asyncio.to_thread(budget_gap, run_folder, loaded.config, amount, budget)
-        if asked is None or self.policy is None or self._owner is None:
+        policy, owner = self._asked.policy, self._asked.owner
+        if asked is None or policy is None or owner is None:
             return asked
-        owner = self._owner
-        return self.policy.limit_question(await asyncio.to_thread(lambda: owner.loaded), asked)
+        return policy.limit_question(await asyncio.to_thread(lambda: owner.loaded), asked)
 
     def _lower_limits(self, folder: Path) -> None:
         """Lower the limits that requests raised to the bound limits; blocks."""
-        if self.policy is not None and self._owner is not None:
-            lower_raised_limits(RunFolder(folder), self.policy.bound_totals(self._owner.loaded))
+        policy, owner = self._asked.policy, self._asked.owner
+        if policy is not None and owner is not None:
+            lower_raised_limits(RunFolder(folder), policy.bound_totals(owner.loaded))
 
     def _check_answer(self, answer: Any) -> str | None:
         """Return why a request may not give this answer about the budget, or None; blocks."""
-        if self.policy is None or self._owner is None:
+        policy, owner = self._asked.policy, self._asked.owner
+        if policy is None or owner is None:
             return None
-        return self.policy.check_answer(self._owner.loaded, answer)
+        return policy.check_answer(owner.loaded, answer)
 
     async def raise_limits(self, run: RunKey, answer: Any) -> str | None:
         """Raise the run's limits as answered; return what is wrong with the answer, or None."""
@@ -514,24 +659,28 @@ class RunContext(SettingsForm):
         folder = await asyncio.to_thread(self.find_folder, run)
         if self.embedded:
             self._deadlines.pop(folder, None)  # a new session: the answer may have taken days
-        requested = self.policy is not None
+        requested = self._asked.policy is not None
         return await asyncio.to_thread(raise_limits, RunFolder(folder), answer, requested=requested)
 
     async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Write the result files and return references to them."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Write the result files; return the whole aggregate, and references to the files."""
         folder = await asyncio.to_thread(self.find_folder, run)
         run_folder = RunFolder(folder)
         async with self._open_at(folder) as tools:
+            loaded = self._get_settings(folder)
+            extents = tools.item_journal.extents()
+            source = await asyncio.to_thread(write_results, run_folder, loaded, tools)
+            aggregate = await add_final_results(loaded.config.reduce, aggregate, run_folder, source)
             results = await asyncio.to_thread(
-                write_results, run_folder, self._get_settings(folder), tools, aggregate, progress
+                write_aggregate, run_folder, tools, aggregate, progress, extents
             )
             if self.embedded:
                 await asyncio.to_thread(end_session, run_folder)
         self._progress_streams.pop(folder, None)
         self._loaded_by_folder.pop(folder, None)
-        return results
+        return aggregate, results
 
     @asynccontextmanager
     async def open_item_context(self) -> AsyncIterator[ItemContext]:
@@ -545,10 +694,26 @@ class RunContext(SettingsForm):
                 open_cache(loaded.config, ready.simulated, None) as cache,
                 open_fleet(loaded.config, ready, cache) as fleet,
             ):
-                yield make_item_context(loaded, fleet, ready.model, traced=True)
+                images = open_images(loaded.config, in_memory=True)
+                yield make_item_context(loaded, fleet, ready.model, traced=True, images=images)
 
         async with self._item_contexts.use("item", make) as context:
             yield context
+
+
+def _check_stages(loaded: LoadedConfig, names: Sequence[str]) -> None:
+    """Check that settings have the stages of a graph.
+
+    Raises:
+        ConfigurationError: They have others.
+    """
+    found = [stage.name for stage in loaded.config.stages or ()]
+    if found != list(names):
+        msg = (
+            f"{loaded.source}: has the stages {', '.join(found) or 'none'}, and this graph was "
+            f"built for {', '.join(names)}; build a graph of these settings"
+        )
+        raise ConfigurationError(msg)
 
 
 def _extend_provenance(folder: RunFolder, asked: Mapping[str, Any]) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from langgraph.cache.base import BaseCache
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.runtime import Runtime
 
 from ..nodes.batch.approve import approve, route_after_approve
 from ..nodes.batch.dispatch import dispatch, fan_out, gather, route_after_gather
-from ..nodes.batch.load import check_run_input, load, send_input
+from ..nodes.batch.load import check_run_input, load, route_after_load, send_input
 from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
+from ..nodes.context import Context
 from ..nodes.item.steps import NO_PAYLOAD, build_item_graph, make_untraced, node_metadata
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .bound_graph import BoundGraph, BoundSettings
 from .caller_policy import CallerPolicy
 from .context import RunContext
+from .run.items import UNBOUNDED_STEPS
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 
@@ -42,7 +42,7 @@ def build_bound_graph(
     )
     inputs: dict[Any, Any] = {load: LoadState, shard: ShardState}
     inside: dict[Any, Any] = {shard: build_item_graph().compile()}
-    for node in (load, dispatch, shard, gather, approve, reduce):
+    for node in (load, dispatch, shard, gather, approve, reduce, stages):
         graph.add_node(
             node.__name__,
             bound.bind_node(node, inside.get(node)),
@@ -51,7 +51,8 @@ def build_bound_graph(
             trace_policy=NO_PAYLOAD,
         )
     graph.add_conditional_edges(START, make_untraced(send_input), ["load"])
-    graph.add_edge("load", "dispatch")
+    graph.add_conditional_edges("load", make_untraced(route_after_load), ["dispatch", "stages"])
+    graph.add_conditional_edges("stages", make_untraced(route_after_stage), ["stages", END])
     graph.add_conditional_edges("dispatch", make_untraced(fan_out), ["shard"])
     graph.add_edge("shard", "gather")
     after_gather = ["dispatch", "approve", "reduce"]
@@ -63,40 +64,30 @@ def build_bound_graph(
     return graph
 
 
-def build_graph(
-    spec: str | Path | Mapping[str, Any] | RunContext | None = None,
-    *,
-    checkpointer: BaseCheckpointSaver[Any] | None = None,
-    cache: BaseCache[Any] | None = None,
-    trust_context: bool = False,
-) -> MapReduce:
-    """Return the compiled map-reduce graph with bound settings, for embedding.
+async def stages(state: RunState, runtime: Runtime[Context]) -> dict[str, Any]:
+    """Run the next stage of a pipeline: this graph, once or for each level."""
+    context = runtime.context
+    assert isinstance(context, RunContext), "the graph is bound to a RunContext"
+    name, *left = state["stages"]
+    end = await context.run_stage(state["run"], name, invoke_run)
+    return {**end, "stages": left}
 
-    Args:
-        spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`;
-            None runs the molecular_screening preset on the simulated fleet.
-        checkpointer: LangGraph saver; None if the graph is used as a subgraph.
-        cache: LangGraph cache.
-        trust_context: Trust the context, input and answers of every invocation. By default they
-            can set only what docs/embedding.md lists, and nothing that starts a command, reads a
-            file, chooses an endpoint or raises a bound limit.
 
-    Returns:
-        A graph whose input is ``{"path": …}``, ``{"items": [{…}, …]}`` or ``{}`` for the
-        configured input, and whose output has ``aggregate``, ``progress`` and ``results``.
+def route_after_stage(state: RunState) -> str:
+    """Return the node after a stage: the next stage, or the end."""
+    return "stages" if state.get("stages") else END
 
-    Raises:
-        ConfigurationError: A setting is wrong.
+
+async def invoke_run(context: RunContext) -> dict[str, Any]:
+    """Run one run of a stage as a subgraph of the node.
+
+    Its checkpoints are those of the node: after an interrupt it begins again and folds what the
+    journal has.
     """
-    if isinstance(spec, RunContext):
-        context = spec
-    else:
-        config = dict(spec) if isinstance(spec, Mapping) else str(spec) if spec else None
-        context = RunContext(config=config)
-    if spec is not None:
-        _ = context.loaded, context.out_path  # report wrong settings here, not in the first run
-    graph = build_bound_graph(context, trust_context=trust_context)
-    return graph.compile(checkpointer=checkpointer, cache=cache)
+    inner = build_bound_graph(context, fixed=True).compile(checkpointer=False)
+    config = RunnableConfig(recursion_limit=UNBOUNDED_STEPS)
+    end: dict[str, Any] = await inner.ainvoke({}, config, context=context)
+    return end
 
 
 graph = build_bound_graph().compile()

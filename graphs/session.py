@@ -327,6 +327,8 @@ def _reason(interrupts: Sequence[Interrupt], tools: OpenRun) -> str:
     needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
     to_finish = ", ".join(needs)
     reason = tools.gate.reason or question["why"]
+    left = tools.batches is not None and tools.batches.report().batches and tools.gate.left
+    reason += f"; {left}" if left else ""
     return reason + (f"; finishing requires about {to_finish} in total" if to_finish else "")
 
 

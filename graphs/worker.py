@@ -47,6 +47,7 @@ from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
 from ..backends.fleet.timeline import TimelineRecorder, open_recorder
+from ..backends.inputs.images import CarriedImages, open_images
 from ..backends.storage.journal_file import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
@@ -55,13 +56,13 @@ from ..backends.storage.worker_journal import (
     WorkerJournal,
     make_worker_path,
 )
-from ..configs.aggregators import to_aggregator_spec
 from ..configs.loader import LoadedConfig, load_config
 from ..nodes.aggregators import build_aggregators
 from ..nodes.context import RunTools, no_account
 from ..nodes.shard.gate import Gate
 from ..nodes.shard.local import finish_items
 from ..nodes.shard.progress import Progress
+from .remote.deployments import share_watches
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
 from .remote.rate_leases import follow_share
 from .run.items import make_item_runner
@@ -221,7 +222,10 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
         key = config.endpoints.api_key.get_secret_value()
         yield ReadyEndpoints(tuple(EndpointSpec(url, key) for url in task.urls), model, simulated)
     elif task.deployments is not None:
-        yield unpack_deployments(config, task.deployments, model)
+        ready = unpack_deployments(config, task.deployments, model)
+        if task.journal is not None:
+            ready = await share_watches(ready, Path(task.journal), task.run["token"])
+        yield ready
     elif config.backend.node_endpoints:
         async with node_endpoints(
             config, written, model, simulated, _make_stop_check(task)
@@ -297,7 +301,8 @@ def make_task_context(
     task: ShardTask, resources: TaskResources, stop: StopSignal, budget: Budget | None
 ) -> TaskContext:
     """Return the context of one task, based on open resources."""
-    items, loaded = task.unpack_items(), resources.loaded
+    loaded = resources.loaded
+    items = task.unpack_items(loaded.config.task.samples)
     stop.check_walltime(loaded.config.limits, os.environ)
     if resources.writer is None:
         journal: TaskJournal = ResultJournal(task.carry, task.streams)
@@ -305,19 +310,26 @@ def make_task_context(
         journal = WorkerJournal(resources.writer)
     if budget is not None:
         budget.count_prompt = resources.count_tokens
-    reduce = [to_aggregator_spec(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
     tools = RunTools(
         store=TaskItems(items),
         item_journal=journal,
-        aggregators=build_aggregators(reduce),
+        aggregators=build_aggregators(loaded.config.list_aggregators()),
         run_item=make_item_runner(
-            loaded, resources.fleet, resources.model, engine=None, quiet=True
+            loaded,
+            resources.fleet,
+            resources.model,
+            engine=None,
+            quiet=True,
+            images=open_images(loaded.config)
+            if task.images is None
+            else CarriedImages.from_json(task.images),
         ),
         gate=Gate(task.streams, loaded.config.limits.drain_s),
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(task.run["fingerprint"]),
         question_digest=compute_question_digest(loaded.config, resources.model),
         constant_messages=loaded.config.parse_prompt().constants,
+        fold=loaded.config.make_fold(),
         keep_raw=loaded.config.keep.raw == "all",
         simulated=task.run["simulated"],
         token_prices=TokenPrices(**task.tariff),
@@ -402,7 +414,10 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
         shared.use(task, worker_name()) as resources,
         follow_share(task, resources.fleet.limiter, worker_name()),
         open_lease(task, resources.loaded.config, received) as budget,
+        AsyncExitStack() as stack,
     ):
+        if budget is not None:
+            stack.enter_context(resources.fleet.count_probes(budget.charge_probe))
         stop.recorder = resources.recorder
         context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
         drain = (lambda: late) if late else context.stop_reason
@@ -417,7 +432,7 @@ async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
             worker=worker_name(),
             tally=part.tally,
             stopped=gate.reason,
-            parts=None if context.journal.altered else part.state(),
+            parts=None if context.journal.altered or part.has_open_rows else part.state(),
             records=context.journal.records_to_send,
             error=None
             if gate.error is None or is_lease_exhausted(gate.error)
@@ -452,6 +467,9 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
     result = replace(result, parts=None, timeline=None)
     records, dropped = list(result.records or ()), 0
     size = json_size(result.to_json())
+    if size > most:  # the message about what was dropped needs room as well
+        said = replace(result, dropped=len(records), stopped=_describe_dropped(len(records)))
+        size = max(size, json_size(said.to_json()))
     while size > most and len(records) > 1:
         size -= json_size(records.pop()) + len(", ")
         dropped += 1
@@ -462,8 +480,12 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
         records=records,
         dropped=dropped,
         tally={status: sum(r["status"] == status for r in records) for status in STATUSES},
-        stopped=f"{dropped} records did not fit in the result",
+        stopped=_describe_dropped(dropped),
     )
+
+
+def _describe_dropped(count: int) -> str:
+    return f"{count} records did not fit in the result"
 
 
 def _make_error_result(task: Any, error: FanfoldError) -> ShardResult:

@@ -8,11 +8,13 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+from ..backends.core.images import ItemImage
 from ..backends.core.messages import ShardResult, ShardTask
 from ..backends.core.money import NO_PRICES, Amount, TokenPrices
 from ..backends.core.protocols import Account, CallLog, ChatModel, CompletionClient
+from ..backends.core.samples import SampleFold
 from ..backends.core.templates import ItemPrompt
-from ..backends.core.types import Item, Json, Shard
+from ..backends.core.types import Item, Json, Row, Shard
 from .aggregators import AggregatorSet
 from .item.answer import AnswerCheck
 from .shard.gate import Gate
@@ -20,6 +22,19 @@ from .shard.progress import Progress, ProgressStream
 from .state import ItemState, RunKey
 
 Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+class ImageSource(Protocol):
+    """Reads the images of items."""
+
+    async def read(self, item_id: str, row: Row) -> list[ItemImage]:
+        """Return the images of an item.
+
+        Raises:
+            InvalidItemError: One cannot be sent.
+            ConfigurationError: No item's can be read.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class ItemContext:
         answer_check: The check of answers.
         repairs: How often an invalid answer is sent back.
         delegate: A user's item graph, called with the columns and the messages.
+        images: Reads the images that are sent after the prompt; None if there are none.
         completions: The client that sends an item's own request in place of the prompt, if items
             are requests.
     """
@@ -42,6 +58,7 @@ class ItemContext:
     repairs: int = 1
     delegate: Delegate | None = None
     completions: CompletionClient | None = None
+    images: ImageSource | None = None
 
 
 class ItemSequence(Protocol):
@@ -166,6 +183,7 @@ class RunTools:
         question_digest: Digest of what all questions share: schema, model, sampling, system text,
             examples.
         constant_messages: Number of messages at the beginning of every item that it covers.
+        fold: How the answers of samples are folded; None if each row is asked once.
         keep_raw: Whether records keep the text of every answer, not only of rejected ones.
         simulated: Whether the fleet is simulated.
         token_prices: Prices of tokens.
@@ -189,6 +207,7 @@ class RunTools:
     token_prices: TokenPrices = NO_PRICES
     question_digest: bytes = b""
     constant_messages: int = 0
+    fold: SampleFold | None = None
     keep_raw: bool = False
     open_account: Callable[[], Account | None] = no_account
     budget: BudgetStatus | None = None
@@ -199,7 +218,8 @@ class RunTools:
 
     def progress_json(self) -> dict[str, Any]:
         """Return the counts as the state, the streams and ``--json`` contain them."""
-        return self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
+        counts = self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
+        return counts | ({"stage": self.stage} if self.stage else {})
 
     @property
     def is_priced(self) -> bool:
@@ -217,6 +237,7 @@ class PreparedRun:
         shard_items: Items per shard.
         window: Shards per superstep.
         sizing: How remote shards are sized; None keeps ``shard_items``.
+        stages: Names of the stages if it is a pipeline, which has no shards of its own.
     """
 
     key: RunKey
@@ -224,6 +245,7 @@ class PreparedRun:
     shard_items: int
     window: int
     sizing: dict[str, Json] | None = None
+    stages: tuple[str, ...] = ()
 
 
 @dataclass
@@ -262,5 +284,14 @@ class Context(ABC):
     @abstractmethod
     async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Write the result files and return references to them."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Run the final reducers and write the result files.
+
+        Args:
+            run: The run's key.
+            aggregate: The results of the aggregators.
+            progress: The counts of the run.
+
+        Returns:
+            The results of all entries of ``reduce``, and references to the files.
+        """

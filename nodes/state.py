@@ -22,6 +22,7 @@ class ItemState(TypedDict, total=False):
         row: Its columns.
         problem: Why no request may be sent for it, or None.
         messages: The conversation so far.
+        images: What its record says of its images.
         reply: The last reply: content, finish_reason, refusal; its reasoning, if the server sent it
             apart; unless it ended regularly, also its completion_tokens and the max_tokens that
             were sent, or None where unknown.
@@ -36,6 +37,7 @@ class ItemState(TypedDict, total=False):
     row: dict[str, Any]
     problem: str | None
     messages: list[Message]
+    images: list[dict[str, Json]]
     reply: dict[str, Any]
     repairs: int
     output: Json
@@ -164,6 +166,7 @@ class RunState(RunInput, RunOutput, total=False):
         shard_items: Items per shard.
         window: Shards per superstep.
         sizing: How remote shards are sized; None keeps ``shard_items``.
+        stages: Stages of a pipeline that have not ended.
         sent: First item of the present superstep, and its items per shard.
         cursor: First item that was not sent in a shard yet.
         left: Shards that the budget did not cover, each ``[lo, hi]``.
@@ -182,6 +185,7 @@ class RunState(RunInput, RunOutput, total=False):
     shard_items: int
     window: int
     sizing: dict[str, Json] | None
+    stages: list[str]
     sent: list[int]
     cursor: int
     left: Annotated[list[list[int]], operator.add]

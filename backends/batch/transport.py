@@ -31,9 +31,9 @@ from ..core.types import Usage
 from ..discovery.connect import ReadyEndpoints
 from ..fleet import transport as completions
 from ..fleet.endpoint import Endpoint, EndpointSpec
-from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule
+from ..fleet.failures import Failure, HTTPAnswer, RetryAction, RetryRule, may_have_used
 from ..fleet.fleet import Fleet
-from ..fleet.request import RequestCharge, max_usage, may_have_used, read_max_tokens
+from ..fleet.request import RequestCharge, count_template, max_usage, read_max_tokens
 from ..fleet.transport import Transport
 from .files import (
     BatchFolder,
@@ -132,6 +132,7 @@ class _Line:
             brought none, so it does not count.
         since: Monotonic time in seconds from which an item waits for it.
         is_awaited: Whether an item waits for it.
+        is_counted: Whether the tokens of its prompt have been counted, if they can be.
     """
 
     record: LineRecord
@@ -139,6 +140,7 @@ class _Line:
     outcome: asyncio.Future[tuple[int, bytes] | str | None]
     since: float = field(default_factory=time.monotonic)
     is_awaited: bool = False
+    is_counted: bool = False
 
     @property
     def key(self) -> LineKey:
@@ -458,23 +460,54 @@ class BatchTransport:
         quiet = self._arrived + self._config.gather_s - time.monotonic()
         if len(self._queue) < self._config.lines and quiet > 0:
             return quiet
-        lines = self._take_lines()
+        lines = await self._take_lines()
         if not lines:
             return self._wait_for_budget()
         await self._begin(lines)
         return 0.0
 
-    def _take_lines(self) -> list[_Line]:
-        """Return the next requests that a file has room for and the budget covers."""
+    async def _take_lines(self) -> list[_Line]:
+        """Return the next requests that a file has room for and the budget covers.
+
+        If it does not cover all by the bound of a byte per token, their prompts are counted.
+        """
         wanted = [line for line, _ in zip(self._queue, range(self._config.lines), strict=False)]
         if self._run.budget is None:
             return wanted
+        covered = self._count_covered(wanted)
+        if covered < len(wanted):
+            await self._count_prompts(wanted)
+            wanted = [line for line in wanted if line in self._queue]
+            covered = self._count_covered(wanted)
+        return [] if covered < len(wanted) and self._batches else wanted[:covered]
+
+    def _count_covered(self, lines: Sequence[_Line]) -> int:
+        """Return how many of the requests, from the first one, the budget covers."""
+        assert self._run.budget is not None
         left, total = self._run.budget.budget.balance.left, _NOTHING
-        for count, line in enumerate(wanted):
+        for count, line in enumerate(lines):
             total = total.plus(self._run.prices.amount(line.record.most))
             if min(left.minus(total)) < 0:
-                return [] if self._batches else wanted[:count]
-        return wanted
+                return count
+        return len(lines)
+
+    async def _count_prompts(self, lines: Sequence[_Line]) -> None:
+        """Replace the bounds of prompts by counts, as far as the budget reaches."""
+        assert self._run.budget is not None
+        count_prompt = self._run.budget.budget.count_prompt
+        if count_prompt is None:
+            return
+        left, total = self._run.budget.budget.balance.left, _NOTHING
+        for line in lines:
+            if not line.is_counted and line.body is not None:
+                line.is_counted = True
+                tokens, most = await count_prompt(line.body), line.record.most
+                if tokens is not None:
+                    prompt = min(tokens + count_template(line.body), most.prompt or 0)
+                    line.record = replace(line.record, most=replace(most, prompt=prompt))
+            total = total.plus(self._run.prices.amount(line.record.most))
+            if min(left.minus(total)) < 0:
+                return
 
     def _wait_for_budget(self) -> float:
         """Return the seconds until the budget is checked again; refuse if nothing comes back."""

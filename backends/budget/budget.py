@@ -16,7 +16,7 @@ from ...configs.models import BudgetConfig, RunConfig
 from ..core.errors import BudgetExhaustedError, JournalError
 from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, BudgetLimits, TokenPrices
 from ..core.protocols import PromptCounter
-from ..core.types import Json
+from ..core.types import Json, Usage
 from ..storage.journal import Journal
 from ..storage.journal_file import ItemCounts, RunIds
 from ..storage.run_folder import (
@@ -100,6 +100,10 @@ class Budget:
         """Return an account for one item."""
         settings = self.settings
         return ItemAccount(self.balance, settings.prices, settings.repairs, self.count_prompt)
+
+    def charge_probe(self, usage: Usage) -> None:
+        """Charge what a probe of an endpoint has used; no item records it."""
+        self.balance.settle(Amount(), self.settings.prices.amount(usage))
 
     def total_spent(self) -> Amount:
         """Return what all sessions have spent, unaccounted spending included."""

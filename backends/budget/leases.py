@@ -12,6 +12,7 @@ from typing import Final
 
 from ...configs.models import RunConfig
 from ..core.errors import BudgetExhaustedError, FanfoldError
+from ..core.images import add_unread_images
 from ..core.messages import WALLTIME_REASON, ShardResult, ShardTask
 from ..core.money import Amount, BudgetLimits, TokenPrices
 from ..core.request_urls import REQUEST_URLS, URL_FIELD
@@ -195,6 +196,8 @@ class LeaseManager:
             messages = self._prompt.build_messages(item.row)
         except FanfoldError:  # it will fail without a call; others may not
             messages = self._prompt.build_messages(defaultdict(str))
+        if (images := self._config.task.images) is not None:
+            messages = add_unread_images(messages, item.row, images.columns)
         most = max_usage({**self._body, "messages": messages})
         rounds = 1 + (0 if self._config.task.graph else self._config.task.repairs)
         longest = Usage((most.prompt or 0) + 2 * rounds * (most.completion or 0), most.completion)

@@ -18,6 +18,7 @@ from tiktoken.model import encoding_name_for_model
 
 from ...configs.prices import find_provider_name
 from ..core.connection_errors import describe_connection_error
+from ..core.images import count_image_tokens, drop_images
 from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
 from ..core.request_urls import URL_FIELD
@@ -134,7 +135,7 @@ def sum_prompt_tokens(
     conversation: int = _CONVERSATION,
     extras: Sequence[str] = _EXTRAS,
 ) -> int:
-    """Sum the tokens of all parts of a request's prompt.
+    """Sum the tokens of all parts of a request's prompt; those of images are an estimate.
 
     Args:
         body: The request.
@@ -148,7 +149,7 @@ def sum_prompt_tokens(
     total += conversation + message * len(messages)
     found = (body.get(key) for key in extras)
     total += sum(count(orjson.dumps(extra).decode()) for extra in found if extra)
-    return total
+    return total + count_image_tokens(messages)
 
 
 _ASKED: Final = ("messages", "tools", "chat_template", "chat_template_kwargs", "documents")
@@ -234,6 +235,7 @@ class TokenCounter:
         Args:
             body: The request: ``messages``, and optionally ``tools`` and ``response_format``.
         """
+        images = count_image_tokens(body["messages"])
         async with self._gate:
             for _ in range(_TRIES):
                 if not self._offering:
@@ -241,7 +243,9 @@ class TokenCounter:
                 tokens = await self._ask(self._next(), body)
                 if tokens is not None:
                     self.method = "by the endpoint's tokenizer"
-                    return TokenCount(tokens, exact=True)
+                    if images:
+                        self.method += ", images by their size"
+                    return TokenCount(tokens + images, exact=not images)
             vocabulary = await self._encoding()
         if vocabulary is not None:
             self.method = f"by tiktoken's {vocabulary.name}"
@@ -256,6 +260,7 @@ class TokenCounter:
     async def _ask(self, endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
         """Ask an endpoint; stop using one that has no tokenizer or does not answer."""
         asked = {key: body[key] for key in _ASKED if body.get(key)}
+        asked["messages"] = drop_images(body["messages"])  # nobody counts megabytes of base64
         try:
             answer = await self._tokenize(endpoint, asked)
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -45,6 +45,7 @@ class ShardTask:
         items: The items: index, id, row, problem.
         urls: Endpoints in place of those in the settings, or None.
         deployments: Chosen deployments of the gateway in the settings, or None.
+        images: Images of the items by the items' ids, as plain data; None if the worker reads them.
         journal: Folder in which the worker writes the run's journal, or None to return the records
             in the shard result.
         streams: Limit of items in flight in this worker.
@@ -75,6 +76,7 @@ class ShardTask:
     tariff: dict[str, int] = field(default_factory=dict)
     lease: dict[str, Json] | None = None
     deployments: list[dict[str, Json]] | None = None
+    images: dict[str, list[dict[str, Json]]] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the task as plain data."""
@@ -90,9 +92,16 @@ class ShardTask:
         """
         return cls(**_check_fields(data, cls))
 
-    def unpack_items(self) -> list[Item]:
-        """Return the items."""
-        return [Item(index, name, row, problem) for index, name, row, problem in self.items]
+    def unpack_items(self, samples: int = 1) -> list[Item]:
+        """Return the items.
+
+        Args:
+            samples: Items of each row, whose indices follow each other.
+        """
+        return [
+            Item(index, name, row, problem, index % samples)
+            for index, name, row, problem in self.items
+        ]
 
 
 @dataclass(frozen=True, slots=True)

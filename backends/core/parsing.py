@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import orjson
 
+from .images import is_image
 from .values import parse_json_text
 
 _GAUGE: Final = re.compile(
@@ -155,10 +156,10 @@ def _list_json_parts(text: str) -> Iterator[str]:
 
 
 def read_message_text(message: Mapping[str, Any]) -> str:
-    """Return all text of a chat message; parts that are not text are included as JSON."""
+    """Return all text of a chat message; parts that are neither text nor image count as JSON."""
     content, calls = message.get("content"), message.get("tool_calls")
     parts = content if isinstance(content, list | tuple) else [content] if content else []
-    texts = [_read_part_text(part) for part in parts]
+    texts = [_read_part_text(part) for part in parts if not is_image(part)]
     return "\n".join([*texts, *([orjson.dumps(calls).decode()] if calls else [])])
 
 

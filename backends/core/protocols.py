@@ -234,6 +234,7 @@ class CallLog:
 
     Attributes:
         index: Index of the item; None outside a run.
+        sample: Number of the item among the samples of its row, from 0.
         requests: Requests sent, failed ones and retries included.
         usage: Tokens over all answers.
         endpoint: Label of the endpoint that answered last, or that failed last.
@@ -287,6 +288,7 @@ class CallLog:
 
     counted: bool = field(default=False, compare=False)
     index: int | None = field(default=None, compare=False)
+    sample: int = field(default=0, compare=False)
     max_tokens: int | None = field(default=None, compare=False)
 
     @property

@@ -75,13 +75,18 @@ class Template:
             )
         except KeyError:  # a name that is no column: a field inside a column, or missing
             return "".join(
-                part if n % 2 == 0 else _text(_read_value(row, part, self.where))
+                part if n % 2 == 0 else _text(read_field(row, part, self.where))
                 for n, part in enumerate(self.parts)
             )
 
 
-def _read_value(row: Row, name: str, where: str) -> Json:
+def read_field(row: Row, name: str, where: str) -> Json:
     """Return the value of a column, or of a field inside a column.
+
+    Args:
+        row: The columns.
+        name: Name of the column, or of the field.
+        where: Key of the setting that names it, for messages.
 
     Raises:
         InvalidItemError: The row has no such column or field.

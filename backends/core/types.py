@@ -33,12 +33,33 @@ class Item:
         id: The item's name, unique within the run.
         row: The columns.
         problem: Why the item must not be sent (an unparsable SMILES, say), or None.
+        sample: Number of the item among those that ask the same of one row, from 0.
     """
 
     index: int
     id: str
     row: Row
     problem: str | None = None
+    sample: int = 0
+
+    @property
+    def row_id(self) -> str:
+        """Return the id of the row, which all samples of it share."""
+        return find_row_id(self.id, self.sample)
+
+
+def find_row_id(item_id: str, sample: int) -> str:
+    """Return the id of the row of an item, by the item's id and the number of its sample."""
+    return item_id.removesuffix(_sample_suffix(sample))
+
+
+def make_sample_id(row_id: str, sample: int) -> str:
+    """Return the id of a sample, from 0: the row's own for the first, then ``ROW~2`` and so on."""
+    return row_id + _sample_suffix(sample)
+
+
+def _sample_suffix(sample: int) -> str:
+    return f"~{sample + 1}" if sample else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +124,47 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class FieldVote:
+    """How the samples of a row agree in one field.
+
+    Attributes:
+        field: Dotted name of the field; ``output`` is the whole answer.
+        votes: Answers with the most frequent value.
+        answers: Number of answers.
+        is_tie: Whether several values are the most frequent.
+    """
+
+    field: str
+    votes: int
+    answers: int
+    is_tie: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedAnswer:
+    """The answers to all samples of a row as one.
+
+    Attributes:
+        samples: Number of samples.
+        answers: Number of them that have an answer.
+        output: The folded answer; None if there is none.
+        agreement: Share of the answers that have the most frequent value, by field as in the
+            answer; None where there is no vote.
+        spread: Standard deviation of the numbers that are averaged, by field.
+        votes: The votes, by field.
+    """
+
+    samples: int
+    answers: int
+    output: Json
+    agreement: Json
+    spread: Json
+    votes: tuple[FieldVote, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one item, as aggregators see it.
+    """Result of one item, or of all samples of a row, as aggregators see it.
 
     Attributes:
         index: Position in the input.
@@ -113,6 +173,7 @@ class Outcome:
         output: The answer (None if failed).
         error_class: Name of the error's class if failed.
         row: The item's columns.
+        folded: The answers of the samples, if the row has several.
     """
 
     index: int
@@ -121,6 +182,7 @@ class Outcome:
     output: Json
     error_class: str | None = None
     row: Row = field(default_factory=dict)
+    folded: FoldedAnswer | None = None
 
 
 @dataclass(frozen=True, slots=True)

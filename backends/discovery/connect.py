@@ -22,6 +22,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_
 from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.types import Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.fleet import Fleet, FleetClient
@@ -147,6 +148,15 @@ def find_rate_limits(
         min((rate for rate in rates if rate is not None), default=None),
         min((flow for flow in flows if flow is not None), default=None),
     )
+
+
+COORDINATOR_SHARE: Final = 0.01
+"""Part of a run's rate limits for the requests by which its coordinator starts models."""
+
+
+def find_token_window(specs: Iterable[EndpointSpec]) -> float:
+    """Return the length in seconds of the windows in which the endpoints count tokens."""
+    return max((spec.window_s for spec in specs if spec.tokens_per_min), default=60.0)
 
 
 _POLL_S: Final = 2.0
@@ -513,7 +523,13 @@ def check_tags(endpoint_set: EndpointSet, name: str | None, names: Mapping[str, 
         )
 
 
-async def wait_for_model(config: RunConfig, ready: ReadyEndpoints, run: str) -> ReadyEndpoints:
+@asynccontextmanager
+async def open_deployments(
+    config: RunConfig,
+    ready: ReadyEndpoints,
+    run: str,
+    count_probe: Callable[[Usage], None] | None = None,
+) -> AsyncIterator[tuple[ReadyEndpoints, Fleet | None]]:
     """Wait until the model runs behind a gateway, start it if needed, and log the choice.
 
     Workers get their tasks after that, because each of them would start the model itself.
@@ -522,24 +538,32 @@ async def wait_for_model(config: RunConfig, ready: ReadyEndpoints, run: str) -> 
         config: The settings.
         ready: The endpoints.
         run: The run's id.
+        count_probe: Called with the tokens of the requests that start models, or None.
 
-    Returns:
-        The endpoints with their states now.
+    Yields:
+        The endpoints with their states now, and a fleet that follows the deployments and gets no
+        item; None without a gateway.
 
     Raises:
         FanfoldError: The model does not start.
     """
-    if not ready.specs or any(_is_running(spec) for spec in ready.specs):
+    if not any(spec.watch is not None for spec in ready.specs):
         _log_choice(ready)
-        return ready
-    async with open_fleet(config, ready, run=run) as fleet:
+        yield ready, None
+        return
+    async with AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(
+            open_fleet(config, ready, run=run, share=COORDINATOR_SHARE)
+        )
+        if count_probe is not None:
+            stack.enter_context(fleet.count_probes(count_probe))
         await fleet.wait_alive()
-        started = {one.label for one in fleet.endpoints if not one.standby and not one.ejected}
-    specs = tuple(
-        replace(spec, state=DeploymentState.RUNNING) if spec.label in started else spec
-        for spec in ready.specs
-    )
-    return replace(ready, specs=specs)
+        started = {one.label for one in fleet.endpoints if one.alive}
+        specs = tuple(
+            replace(spec, state=DeploymentState.RUNNING) if spec.label in started else spec
+            for spec in ready.specs
+        )
+        yield replace(ready, specs=specs), fleet
 
 
 def _log_choice(ready: ReadyEndpoints) -> None:
@@ -548,14 +572,10 @@ def _log_choice(ready: ReadyEndpoints) -> None:
         choice_logger.info("endpoints: %s", ready.endpoint_set.reason)
 
 
-def _is_running(spec: EndpointSpec) -> bool:
-    return spec.watch is None or spec.state in {None, DeploymentState.RUNNING}
-
-
-def pack_deployments(config: RunConfig, ready: ReadyEndpoints) -> list[dict[str, Any]] | None:
-    """Return the chosen deployments of the configured gateway for workers; None without one."""
+def pack_deployments(ready: ReadyEndpoints) -> list[dict[str, Any]] | None:
+    """Return the chosen deployments of a gateway for workers; None without one."""
     endpoint_set = ready.endpoint_set
-    if config.endpoints.first is None or endpoint_set is None or endpoint_set.gateway is None:
+    if endpoint_set is None or endpoint_set.gateway is None:
         return None
     return endpoint_set.gateway.pack_members(ready.specs, ready.model)
 
@@ -583,6 +603,7 @@ async def open_fleet(
     ready: ReadyEndpoints,
     cache: RequestCache | None = None,
     run: str | None = None,
+    share: float | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn about those that are not.
 
@@ -593,6 +614,7 @@ async def open_fleet(
         ready: The endpoints.
         cache: Cache of responses to equal requests, or None.
         run: The run's id, or None.
+        share: Part of the run's rate limits for this process; None: that of a worker.
     """
     endpoint_set = ready.endpoint_set
     _log_choice(ready)
@@ -601,6 +623,8 @@ async def open_fleet(
     if len(ready.absent) > _WARNED:
         logger.warning("… and %d more endpoints", len(ready.absent) - _WARNED)
     policy = make_fleet_policy(config, endpoint_set, run)
+    if share is not None:
+        policy = replace(policy, rate_limit=replace(policy.rate_limit, share=share))
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
     async with Fleet(specs, policy, simulated=ready.simulated, cache=cache) as fleet:
         if endpoint_set is None or endpoint_set.source is None:

@@ -360,6 +360,14 @@ class JobWatch:
         """Return the seconds after which another request may wake the model."""
         return WAKE_AGAIN_S
 
+    @property
+    def starts_models(self) -> bool:
+        """Return True: a request of this process starts the model."""
+        return True
+
+    async def report_stopped(self) -> None:
+        """Do nothing: this process starts the model itself."""
+
     async def read_state(self) -> DeploymentState | None:
         """Return the state now, or None if it is unknown."""
         client = GatewayClient(self.gateway, 30.0)

@@ -287,11 +287,30 @@ def find_registry_file(path: Path) -> Path | None:
         return None  # who reads it reports it
     if is_written:
         return None
-    beside = dict.fromkeys((path.resolve().parent, path.parent))  # it is a link to the newest run
+    return _find_beside(path)
+
+
+def _find_beside(path: Path) -> Path | None:
+    """Return the file with the address of Aegis' registry beside an endpoints file; blocks."""
     try:
+        beside = dict.fromkeys((path.resolve().parent, path.parent))  # a link to the newest run
         return next((f for d in beside if (f := d / AEGIS_REGISTRY_FILE).is_file()), None)
     except OSError:
         return None
+
+
+def find_later_registry(path: Path) -> Path | None:
+    """Return the file with the address of the registry that complements an Aegis file; blocks.
+
+    Aegis does not change its endpoints file any more when a server starts later. Files with another
+    name may belong to other servers than those of the registry.
+    """
+    path = locate_file(path)
+    try:
+        is_own = AEGIS_FILE in (path.name, path.resolve().name)
+    except OSError:  # who reads it reports it
+        return None
+    return _find_beside(path) if is_own else None
 
 
 def read_registry_file(path: Path, key: ApiKey = NO_KEY) -> RegistrySource:
@@ -327,8 +346,9 @@ class FileSource:
     """An endpoints file, or a folder with one file per host; read only after it changed.
 
     Aegis writes its file when all servers are up. Until then its registry, whose address is in a
-    file beside it, is the list; it stays the list once it was used, because it has servers that
-    start later.
+    file beside it, is the list; it stays the list once it was used. To a file of Aegis that is
+    there at first, the servers are added that only the registry has: they start later. Its servers
+    stay members while they are in the file.
 
     Args:
         path: File or folder; a link is resolved again at each poll.
@@ -345,15 +365,35 @@ class FileSource:
         self._stamp: tuple[object, ...] | None = None
         self._specs = list[EndpointSpec]()
         self._folder = HostsFolder(path, key)
+        self._later: RegistrySource | None = None
+        self._problem = ""
 
     async def list_endpoints(self) -> list[EndpointSpec]:
         """Return the endpoints in the file, in all files of the folder, or in the registry."""
         if self.registry is None:
             file = await asyncio.to_thread(find_registry_file, self._path)
             if file is None:
-                return await asyncio.to_thread(self._read)
+                return await self._add_later(await asyncio.to_thread(self._read))
             self.registry = await asyncio.to_thread(read_registry_file, file, self._key)
         return await self.registry.list_endpoints()
+
+    async def _add_later(self, listed: list[EndpointSpec]) -> list[EndpointSpec]:
+        """Return the endpoints in the file, and those that only Aegis' registry lists."""
+        file = await asyncio.to_thread(find_later_registry, self._path)
+        if file is None:
+            return listed
+        try:
+            found = await asyncio.to_thread(read_registry_file, file, self._key)
+            if self._later is None or self._later.url != found.url:
+                self._later = found
+            later = await self._later.list_endpoints()
+        except ConfigurationError as error:  # its job may have ended; the file is the list
+            if error.message != self._problem:
+                _LOG.info("only the servers in %s are known: %s", self._path, error.message)
+            self._problem = error.message
+            return listed
+        known = {identify_endpoint(spec.url) for spec in listed}
+        return [*listed, *(spec for spec in later if identify_endpoint(spec.url) not in known)]
 
     def _read(self) -> list[EndpointSpec]:
         path = locate_file(self._path)

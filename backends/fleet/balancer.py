@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ..core.images import drop_images
 from ..core.protocols import CallLog
 from .endpoint import BreakerState, Endpoint
 from .policy import AffinityPolicy
@@ -576,7 +577,7 @@ class Affinity:
         """Return a hash of a request's prefix, valid in this process."""
         parts: list[str] = []
         left = self._policy.prefix
-        for message in body["messages"]:
+        for message in drop_images(body["messages"]):
             text = f"{message.get('role')}:{message.get('content')}"
             parts.append(text[:left])
             left -= len(text)

@@ -173,7 +173,8 @@ class RequestCache:
     """Gives one answer to equal requests of one event loop.
 
     Requests are equal if their bodies are: model, messages, schema, sampling, seed, and any other
-    field; their endpoint does not matter. Only good answers are stored. A failure counts only for
+    field; their endpoint does not matter. Equal requests of several samples of a row are not equal:
+    each sample gets its own answer. Only good answers are stored. A failure counts only for
     its own request: others that waited for it send theirs.
 
     Args:
@@ -252,6 +253,9 @@ class RequestCache:
 
     def _key(self, body: Mapping[str, Any]) -> bytes:
         text = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
+        log = CURRENT_CALLS.get()
+        if log is not None and log.sample:  # samples of a row ask the same, for several answers
+            text += b"#%d" % log.sample
         person = b"simulated" if self._simulated else b"real"
         return hashlib.blake2b(text, digest_size=16, person=person).digest()
 

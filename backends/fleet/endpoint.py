@@ -57,8 +57,21 @@ class DeploymentWatch(Protocol):
         """Return the seconds after which another request may start the model."""
         ...
 
+    @property
+    def starts_models(self) -> bool:
+        """Return True if this process starts the model; False: another one does, for all."""
+        ...
+
+    async def report_stopped(self) -> None:
+        """Tell the process that starts the model that a request has shown that it does not run."""
+        ...
+
     async def read_state(self) -> DeploymentState | None:
-        """Return the state now, or None if it is unknown."""
+        """Return the state now, or None if it is unknown.
+
+        Raises:
+            RunStoppedError: Nothing starts the model any more.
+        """
         ...
 
 

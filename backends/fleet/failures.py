@@ -27,6 +27,7 @@ from ..core.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
+from ..core.images import mask_images
 from ..core.secrets import MASKED
 from ..core.values import parse_json
 from .endpoint import NO_KEY, redact_url
@@ -219,7 +220,7 @@ def _mask(body: bytes, keys: Iterable[str]) -> bytes:
 def shorten(value: Any) -> str:
     """Return a value's text on one line, shortened for messages."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    line = " ".join(text.split())
+    line = " ".join(mask_images(text).split())
     return line if len(line) <= _PREVIEW else line[:_PREVIEW] + "…"
 
 
@@ -372,6 +373,16 @@ class Failure:
     def is_clear(self) -> bool:
         """Return True if the refusal needs no further attempt: a web page may be transient."""
         return self.rule.action in {RetryAction.EJECT, RetryAction.REKEY}
+
+
+_CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
+"""Statuses after which the server may have completed an answer that was lost."""
+
+
+def may_have_used(failure: Failure) -> bool:
+    """Return True if a failed request may have used tokens: its answer may be lost."""
+    status = failure.error.status
+    return status in _CUT_OFF or (status is None and not failure.rule.free)
 
 
 _REFUSED: Final = RetryRule(RequestRefusedError, RetryAction.FAIL)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, Protocol, Self, TypeVar
 
 from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
-from ..core.protocols import CURRENT_CALLS
+from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
-from ..core.types import Message, Reply
+from ..core.types import Message, Reply, Usage
 from . import transport
 from .balancer import Affinity
 from .cache import RequestCache
@@ -194,6 +195,28 @@ class Fleet:
         """
         await self._monitor.wait_alive()
 
+    def report_stopped_model(self, endpoint: Endpoint) -> None:
+        """Put an endpoint on standby: another process was told that its model does not run."""
+        self._monitor.put_on_standby(endpoint, "a worker was told that its model does not run")
+
+    @contextmanager
+    def count_probes(self, count: Callable[[Usage], None]) -> Iterator[None]:
+        """Call a function with the tokens of each probe, and of each start of a model.
+
+        While several blocks run, the last one counts.
+        """
+        self._monitor.on_probe = count
+        try:
+            yield
+        finally:
+            if self._monitor.on_probe is count:
+                self._monitor.on_probe = None
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Return why no further request is sent, or None."""
+        return self._monitor.stop_reason
+
     def get_loop_fleet(self) -> Fleet:
         """Return the fleet of the running loop: this one, or a copy with its own connections.
 
@@ -267,6 +290,7 @@ class Fleet:
             RunStoppedError: No item can succeed any more.
         """
         log = CURRENT_CALLS.get()
+        body = _seed_sample(body, log)
         if log is not None:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
@@ -316,6 +340,7 @@ class Fleet:
             RunStoppedError: No item can succeed any more.
         """
         log = CURRENT_CALLS.get()
+        body = _seed_sample(body, log)
         if log is not None:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
@@ -331,6 +356,13 @@ class Fleet:
         if self._load is not None:
             self._load.start()
         return self._retrier.call(body, send)
+
+
+def _seed_sample(body: Mapping[str, Any], log: CallLog | None) -> Mapping[str, Any]:
+    """Return the request with the seed of its sample: the seeds of a row's samples are in order."""
+    if log is None or not log.sample or body.get("seed") is None:
+        return body
+    return {**body, "seed": body["seed"] + log.sample}
 
 
 def _warn_spellings(specs: Iterable[EndpointSpec]) -> None:

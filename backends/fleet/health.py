@@ -23,6 +23,7 @@ from ..core.errors import (
 )
 from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
+from ..core.types import Usage
 from ..core.waits import pause_after
 from .balancer import LoadBalancer
 from .endpoint import BreakerState, DeploymentState, DeploymentWatch, Endpoint
@@ -33,10 +34,11 @@ from .failures import (
     classify_exception,
     classify_stopped,
     make_refused_item_error,
+    may_have_used,
 )
 from .policy import AffinityPolicy, FleetPolicy
 from .rate_limit import Quota
-from .transport import Transport, read_completion
+from .transport import Transport, read_completion, read_usage
 
 _LOG: Final = logging.getLogger(__name__)
 _UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
@@ -48,6 +50,11 @@ _RECENT: Final = 200
 _REFUSED_ITEMS: Final = 2
 """An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
 _OK: Final = 200
+_PROBE: Final = Usage(128, 1)
+"""Tokens of a probe at most: a short text, and what a chat template adds."""
+_NOTHING: Final = Usage(0, 0)
+_QUOTA_S: Final = 0.5
+"""Longest pause in seconds between two looks at a quota that does not cover a probe."""
 _WAKE_S: Final = 320.0
 """Shortest wait for the answer of a model that starts; the gateway itself waits 300 s."""
 T = TypeVar("T")
@@ -74,6 +81,8 @@ class HealthMonitor:
         answers: Good answers so far.
         refusals: Times that an endpoint refused for now (429, 503).
         lost: Tasks that were cancelled because their request is lost, and how it failed.
+        on_probe: Called with the most tokens that a probe or the start of a model may have used;
+            None if nobody counts them.
     """
 
     def __init__(
@@ -110,6 +119,7 @@ class HealthMonitor:
         self.answers = 0
         self.refusals = 0
         self.lost: dict[asyncio.Task[Any], Failure] = {}
+        self.on_probe: Callable[[Usage], None] | None = None
         self._watches = False
         self._checked_at: dict[Endpoint, float] = {}
         self._standby_task: asyncio.Task[None] | None = None
@@ -258,7 +268,7 @@ class HealthMonitor:
             return
         rule, error = failure.rule, failure.error
         if rule.cold and endpoint.spec.watch is not None:
-            self._put_on_standby(endpoint, error)
+            self.put_on_standby(endpoint, error.message)
             return
         if rule.action is RetryAction.WAIT and failure.accepts_others:
             # It refuses this item and answers others: only the item waits.
@@ -439,9 +449,30 @@ class HealthMonitor:
         Raises:
             FanfoldError: The endpoint's key cannot be fetched.
         """
+        quotas = [q for q in (self.balancer.quota, endpoint.quota) if q is not None]
+        headers = await endpoint.headers()
+        await _reserve_all(quotas, _PROBE.tokens)
+        used = _PROBE
+        try:
+            result = await self._send_probe(endpoint, headers, timeout_s)
+            if isinstance(result, Failure):
+                used = _PROBE if may_have_used(result) else _NOTHING
+                return result
+            read = read_usage(result)
+            used = _PROBE if read.prompt is None else read
+            return None
+        finally:  # also if it is cancelled
+            for quota in quotas:
+                quota.settle(_PROBE.tokens, used.tokens)
+            endpoint.stats.add_lost(used)
+            if self.on_probe is not None:
+                self.on_probe(used)
+
+    async def _send_probe(
+        self, endpoint: Endpoint, headers: Mapping[str, str], timeout_s: float
+    ) -> dict[str, Any] | Failure:
         message, session = {"role": "user", "content": "1"}, self._policy.session
         body = {"model": endpoint.spec.probe_model, "messages": [message], "max_tokens": 1}
-        headers = await endpoint.headers()
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._transport.send(
@@ -452,8 +483,7 @@ class HealthMonitor:
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
             return classify_exception(error, endpoint.label, headers)
-        result = read_completion(answer, endpoint.label)
-        return result if isinstance(result, Failure) else None
+        return read_completion(answer, endpoint.label)
 
     @property
     def _unhealthy(self) -> list[Endpoint]:
@@ -628,12 +658,12 @@ class HealthMonitor:
         if self.stop_reason is not None:
             raise self.make_stop_error()
 
-    def _put_on_standby(self, endpoint: Endpoint, error: EndpointError) -> None:
+    def put_on_standby(self, endpoint: Endpoint, reason: str) -> None:
         """Send no requests to an endpoint until its model runs."""
         endpoint.standby_at = time.monotonic()
         if not endpoint.standby:
             endpoint.standby = True
-            _LOG.info("endpoint %s on standby: %s", endpoint.label, error.message)
+            _LOG.info("endpoint %s on standby: %s", endpoint.label, reason)
         self.refresh(endpoint)
         self._start_standby()
 
@@ -659,6 +689,7 @@ class HealthMonitor:
         """Use endpoints on standby when their models run; start one if no endpoint is alive."""
         wake: tuple[Endpoint, asyncio.Task[Failure | None]] | None = None
         woken, since = dict[Endpoint, float](), dict[Endpoint, float]()
+        reported = dict[Endpoint, float]()
         try:
             while standby := self._standby:
                 self._needed.clear()
@@ -666,7 +697,15 @@ class HealthMonitor:
                     woken[wake[0]] += self._end_wake(*wake)
                     wake = None
                     continue
-                states = {e: await watch.read_state() for e, watch in standby}
+                for endpoint, watch in standby:
+                    if endpoint.standby_at > reported.get(endpoint, float("-inf")):
+                        reported[endpoint] = endpoint.standby_at
+                        await watch.report_stopped()
+                try:
+                    states = {e: await watch.read_state() for e, watch in standby}
+                except RunStoppedError as error:
+                    self.stop(error.message)
+                    return
                 now = time.monotonic()
                 for endpoint, watch in standby:
                     # An older list of jobs does not know yet that the model has stopped.
@@ -682,7 +721,8 @@ class HealthMonitor:
                         self._stop_start(endpoint, watch)
                         return
                     idle = states[endpoint] in {None, DeploymentState.COLD}
-                    if wake is None and idle and now >= woken.get(endpoint, 0.0):
+                    due = watch.starts_models and now >= woken.get(endpoint, 0.0)
+                    if wake is None and idle and due:
                         woken[endpoint] = now + watch.wake_again_s
                         wake_s = max(self._policy.timeout.request_s, _WAKE_S)
                         wake = endpoint, self._spawn(self._ask_token(endpoint, wake_s))
@@ -803,3 +843,18 @@ class HealthMonitor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _reserve_all(quotas: Sequence[Quota], tokens: int) -> None:
+    """Reserve a request with all quotas, as soon as they cover it."""
+    while True:
+        wait = 0.0
+        for taken, quota in enumerate(quotas):
+            wait = quota.reserve(tokens)
+            if wait > 0.0:
+                for one in quotas[:taken]:
+                    one.cancel(tokens)
+                break
+        if wait <= 0.0:
+            return
+        await asyncio.sleep(min(wait, _QUOTA_S))

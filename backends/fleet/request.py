@@ -14,12 +14,13 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, PromptTooLongError
+from ..core.images import count_image_tokens, drop_images
 from ..core.protocols import CallLog, EndpointUsage, Reservation
 from ..core.request_urls import URL_FIELD, bound_usage, get_kind
 from ..core.types import Usage
 from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
-from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
+from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction, may_have_used
 from .health import HealthMonitor
 from .rate_limit import TokenNeed
 from .transport import OpenStream, StreamHooks, Transport
@@ -27,23 +28,30 @@ from .transport import OpenStream, StreamHooks, Transport
 _TEMPLATE: Final = 64
 """Tokens that a chat template adds: markers, a fixed system text."""
 _PER_MESSAGE: Final = 8
-_CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
-"""Statuses after which the server may have completed an answer that was lost."""
 _NO_USAGE: Final = Usage()
 
 
 def max_usage(body: Mapping[str, Any]) -> Usage:
     """Return the most tokens that a request may use.
 
-    The tokenizers of today's models work on bytes: a token stands for one byte at least.
+    The tokenizers of today's models work on bytes: a token stands for one byte at least. Images
+    are counted by their size in pixels.
     """
     if (kind := get_kind(body)) is not None:
         return bound_usage(body, kind)
-    texts = [body["messages"], body.get("tools"), body.get("response_format")]
+    messages = drop_images(body["messages"])
+    texts = [messages, body.get("tools"), body.get("response_format")]
     size = sum(len(orjson.dumps(text)) for text in texts if text)
-    prompt = size + _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
+    prompt = size + count_template(body)
+    if messages is not body["messages"]:
+        prompt += count_image_tokens(body["messages"])
     answer = body.get("max_completion_tokens") or body.get("max_tokens") or 0
     return Usage(prompt, int(answer) * int(body.get("n") or 1))
+
+
+def count_template(body: Mapping[str, Any]) -> int:
+    """Return the most tokens that the chat template of a model adds to a request's texts."""
+    return _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
 
 
 class LostRequests:
@@ -233,12 +241,6 @@ class RequestCharge:
         if first and self.log is not None:
             self.log.sent.pop(self, None)
         return first
-
-
-def may_have_used(failure: Failure) -> bool:
-    """Return True if a failed request may have used tokens: its answer may be lost."""
-    status = failure.error.status
-    return status in _CUT_OFF or (status is None and not failure.rule.free)
 
 
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")

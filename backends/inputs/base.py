@@ -45,6 +45,7 @@ class InputSummary:
         invalid: Number of items that carry a problem.
         source: The input in words, e.g. ``molecules.csv`` or ``dataset molecules``.
         first: The first item.
+        samples: Items of each row.
     """
 
     items: int
@@ -56,6 +57,12 @@ class InputSummary:
     invalid: int
     source: str
     first: Item
+    samples: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows."""
+        return self.items // self.samples
 
 
 NCI_DATASET: Final = "rdkit-nci5k"

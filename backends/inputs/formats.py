@@ -370,4 +370,5 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
 def needed_columns(config: RunConfig) -> tuple[str, ...]:
     """Return the columns that the prompt and the reduce stages use, each once."""
     shown = [name for stage in config.reduce for name in getattr(stage, "show", ())]
-    return tuple(dict.fromkeys([*config.parse_prompt().columns, *shown]))
+    images = [] if config.task.images is None else config.task.images.columns
+    return tuple(dict.fromkeys([*config.parse_prompt().columns, *images, *shown]))

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ...configs.models import InputConfig
 from ..core.errors import InputError, JournalError
-from ..core.types import Item, Json, Row
+from ..core.types import Item, Json, Row, make_sample_id
 from .base import InputSummary, SkippedRow
 from .column_types import ColumnTypes, decode_schema, describe_columns, encode_schema
 from .formats import open_source
@@ -47,15 +47,16 @@ class StoreHeader:
 
     Attributes:
         starts: Index of the first item of each batch, ascending from 0.
-        items: Number of items.
+        items: Number of rows.
         columns: Names of the columns over all items.
         digest: Digest over ids and rows, hexadecimal.
         skipped: The first skipped rows.
         skipped_total: Number of skipped rows.
-        invalid: Number of items that carry a problem.
+        invalid: Number of rows that carry a problem.
         source: The input in words.
         types: Types of the columns, as text.
-        id_column: Column whose texts are the ids of all items, or None.
+        id_column: Column whose texts are the ids of all rows, or None.
+        samples: Items of each row.
     """
 
     starts: tuple[int, ...]
@@ -68,6 +69,7 @@ class StoreHeader:
     source: str
     types: str
     id_column: str | None
+    samples: int = 1
 
     def to_json(self) -> bytes:
         """Convert to JSON."""
@@ -97,11 +99,15 @@ class StoreHeader:
             source=found["source"],
             types=found["types"],
             id_column=found["id_column"],
+            samples=found.get("samples", 1),
         )
 
 
 class ItemStore:
     """Items of a run, read from their file by index.
+
+    If rows have several samples, each sample is an item, and those of a row follow each other. The
+    file has each row once.
 
     Memory holds one number per batch of at most 256 items and no items. The file is not mapped
     into memory: pages of a map count as memory of the process, and a map whose file shrinks on a
@@ -130,7 +136,12 @@ class ItemStore:
 
     def __len__(self) -> int:
         """Return the number of items."""
-        return self._header.items
+        return self._header.items * self._header.samples
+
+    @property
+    def samples(self) -> int:
+        """Number of items of each row."""
+        return self._header.samples
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -144,7 +155,7 @@ class ItemStore:
 
     @property
     def id_column(self) -> str | None:
-        """Column whose texts are the ids of all items, unchanged; None if there is none."""
+        """Column whose texts are the ids of all rows, unchanged; None if there is none."""
         return self._header.id_column
 
     @property
@@ -160,7 +171,7 @@ class ItemStore:
     @property
     def invalid(self) -> int:
         """Number of items that carry a problem."""
-        return self._header.invalid
+        return self._header.invalid * self._header.samples
 
     def read(self, lo: int, hi: int) -> list[Item]:
         """Read a range of items.
@@ -190,7 +201,8 @@ class ItemStore:
         for number in range(len(self._header.starts)):
             with self._convert_errors():
                 names: list[Any] = self._reader.get_batch(number).column("id").to_pylist()
-            yield from names
+            for name in names:
+                yield from (make_sample_id(name, n) for n in range(self._header.samples))
 
     def iter_rows(self, indices: Iterable[int]) -> Iterator[tuple[Row, int]]:
         """Yield the columns of items, and their size in bytes; fast for rising indices.
@@ -201,13 +213,14 @@ class ItemStore:
         rows: list[Any] = []
         start = 0
         for index in indices:
+            number = index // self._header.samples
             with self._convert_errors():
-                if not start <= index < start + len(rows):
-                    at = bisect_right(self._header.starts, index) - 1
+                if not start <= number < start + len(rows):
+                    at = bisect_right(self._header.starts, number) - 1
                     start = self._header.starts[at]
                     rows = self._reader.get_batch(at).column("row").to_pylist()
-                row: Row = orjson.loads(rows[index - start])
-            yield row, len(rows[index - start])
+                row: Row = orjson.loads(rows[number - start])
+            yield row, len(rows[number - start])
 
     def summary(self) -> InputSummary:
         """Return the summary of the input that was written to the store.
@@ -217,15 +230,16 @@ class ItemStore:
         """
         header = self._header
         return InputSummary(
-            items=header.items,
+            items=len(self),
             columns=header.columns,
             row_schema=describe_columns(self._types),
             digest=header.digest,
             skipped=header.skipped,
             skipped_total=header.skipped_total,
-            invalid=header.invalid,
+            invalid=self.invalid,
             source=header.source,
             first=self.read(0, 1)[0],
+            samples=header.samples,
         )
 
     def close(self) -> None:
@@ -246,6 +260,24 @@ class ItemStore:
         self.close()
 
     def _items(self, lo: int, hi: int) -> Iterator[Item]:
+        """Yield items; those of one row have columns of their own, which callers may change."""
+        samples = self._header.samples
+        if samples == 1:
+            yield from self._iter_first_samples(lo, hi)
+            return
+        for row in self._iter_first_samples(lo // samples, -(-hi // samples)):
+            first = row.index * samples
+            for sample in range(max(0, lo - first), min(samples, hi - first)):
+                yield Item(
+                    first + sample,
+                    make_sample_id(row.id, sample),
+                    row.row if sample == 0 else orjson.loads(orjson.dumps(row.row)),
+                    row.problem,
+                    sample,
+                )
+
+    def _iter_first_samples(self, lo: int, hi: int) -> Iterator[Item]:
+        """Yield the first item of each row, with the number of the row as its index."""
         starts = self._header.starts
         at = bisect_right(starts, lo) - 1
         while lo < hi:
@@ -367,12 +399,13 @@ class NamedRows:
         return self._types
 
 
-def write_store(target: Path, screen: EntrySource) -> None:
+def write_store(target: Path, screen: EntrySource, samples: int = 1) -> None:
     """Write the validated items to a temporary file beside the target, then rename it.
 
     Args:
         target: The store's path; its folder must exist.
         screen: Yields the items; its errors are passed on.
+        samples: Items of each row.
 
     Raises:
         JournalError: The file cannot be written.
@@ -381,7 +414,7 @@ def write_store(target: Path, screen: EntrySource) -> None:
     try:
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # "x": never follow a link that already exists
-            _write(file, screen)
+            _write(file, screen, samples)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -395,7 +428,7 @@ def write_store(target: Path, screen: EntrySource) -> None:
             temporary.unlink()
 
 
-def _write(file: IOBase, screen: EntrySource) -> None:
+def _write(file: IOBase, screen: EntrySource, samples: int) -> None:
     digest = blake2b(digest_size=_DIGEST_BYTES)
     starts: list[int] = []
     items = 0
@@ -421,6 +454,7 @@ def _write(file: IOBase, screen: EntrySource) -> None:
             source=screen.source,
             types=encode_schema(types.to_schema(screen.columns)),
             id_column=screen.id_column,
+            samples=samples,
         )
         sink.write_batch(_columns([]), custom_metadata={SUMMARY_KEY: header.to_json()})
 
@@ -453,12 +487,14 @@ def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:
         digest.update(b"%d %d " % (len(name), len(entry.row)) + name + entry.row)
 
 
-def load_input(
+def load_input(  # noqa: PLR0913 - each is given by one kind of caller
     config: InputConfig,
     target: Path,
     columns: Collection[str],
     items: Sequence[Mapping[str, Json]] | None = None,
+    *,
     only: Collection[str] | None = None,
+    samples: int = 1,
 ) -> InputSummary:
     """Read and check an input and write its items to a store.
 
@@ -471,7 +507,8 @@ def load_input(
         columns: Columns that the task needs.
         items: Rows already in memory, which replace the configured path or dataset. They have the
             configured id column only if any of them contains it.
-        only: Ids of the items to write; None writes all.
+        only: Ids of the rows to write; None writes all.
+        samples: Items of each row.
 
     Raises:
         InputError: The input cannot be read, or its rows do not fit; nothing was written.
@@ -481,23 +518,25 @@ def load_input(
     if items is not None and not any(isinstance(i, Mapping) and config.id in i for i in items):
         config = config.model_copy(update={"id": None})
     needed = {*columns, *(name for name in (config.id, config.smiles) if name is not None)}
-    write_store(target, RowValidator(config, open_source(config, needed, items), columns, only))
+    screen = RowValidator(config, open_source(config, needed, items), columns, only, samples)
+    write_store(target, screen, samples)
     with ItemStore(target) as store:
         return store.summary()
 
 
-def load_rows(target: Path, source: EntrySource) -> InputSummary:
+def load_rows(target: Path, source: EntrySource, samples: int = 1) -> InputSummary:
     """Write rows that have their ids already to a store; blocks.
 
     Args:
         target: The store's path; its folder must exist. An existing store is replaced.
         source: The rows.
+        samples: Items of each row.
 
     Raises:
         InputError: There are no rows.
         JournalError: The store cannot be written.
     """
-    write_store(target, source)
+    write_store(target, source, samples)
     with ItemStore(target) as store:
         return store.summary()
 

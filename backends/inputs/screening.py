@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,13 +38,20 @@ class IdAssigner:
     this memory.
     """
 
-    def __init__(self, source: RowSource, column: str | None, on_duplicate: OnDuplicate) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        column: str | None,
+        on_duplicate: OnDuplicate,
+        samples: int = 1,
+    ) -> None:
         """Start without any id.
 
         Args:
             source: The input.
             column: The id column; None for row numbers.
             on_duplicate: How to treat a repeated id.
+            samples: Items of each row, whose ids must be free too.
         """
         self._source = source
         self._column = column
@@ -52,6 +60,9 @@ class IdAssigner:
         self._suffixes: dict[str, int] = {}
         self._blank: list[str] = []
         self._repeated: list[str] = []
+        self._samples = samples
+        self._sampled = dict[str, str]()
+        """Ids of rows one of whose samples would have the id of another row, with that id."""
 
     def read_id(self, number: int, position: int, row: Row) -> str:
         """Return the row's own name, ``""`` when blank.
@@ -85,8 +96,31 @@ class IdAssigner:
             The id; None when the row is skipped as a duplicate, or will be reported.
 
         Raises:
-            InputError: Enough blank or repeated ids have been found to report them.
+            InputError: Enough blank or repeated ids have been found to report them; or a sample
+                of another row has this id.
         """
+        unique = self._assign(name, position)
+        if unique is not None and self._column is not None and self._samples > 1:
+            self._check_samples(unique, position)
+        return unique
+
+    def _check_samples(self, name: str, position: int) -> None:
+        match = _SAMPLE_ID.fullmatch(name)
+        other = self._sampled.get(name)
+        if match is not None and int(match[2]) <= self._samples:
+            self._sampled[match[1]] = name
+            if match[1] in self._seen:
+                other = match[1]
+        if other is None:
+            return
+        row, sample = sorted((name, other), key=len)
+        raise InputError(
+            f"{self._source.describe_position(position)}: {sample!r} is the id of a row, and of a "
+            f"sample of the row {row!r} (task.samples); rename the row, or use another column in "
+            "input.id"
+        )
+
+    def _assign(self, name: str, position: int) -> str | None:
         if self._column is None:
             return name
         if name and name not in self._seen:
@@ -135,6 +169,9 @@ class IdAssigner:
             self.report_problems()
 
 
+_SAMPLE_ID: Final = re.compile(r"(.+)~([2-9]|[1-9][0-9]{1,3})", re.DOTALL)
+"""The id of a row and the number of its sample, from 2."""
+
 MAX_SKIPPED_ROWS: Final = 1_000
 """Skipped rows that are listed; further ones are only counted."""
 
@@ -178,6 +215,7 @@ class RowValidator:
         source: RowSource,
         columns: Collection[str],
         only: Collection[str] | None = None,
+        samples: int = 1,
     ) -> None:
         """Store the arguments; open nothing.
 
@@ -185,7 +223,8 @@ class RowValidator:
             config: The settings of the input.
             source: Source of the rows.
             columns: Columns, or fields inside columns, that the task needs.
-            only: Ids of the items to yield; None yields all.
+            only: Ids of the rows to yield; None yields all.
+            samples: Items of each row.
         """
         self._only = only
         self.source = source.name
@@ -196,7 +235,7 @@ class RowValidator:
         self._config = config
         self._source = source
         id_column = config.id if config.id is not None else source.id
-        self._ids = IdAssigner(source, id_column, config.on_duplicate)
+        self._ids = IdAssigner(source, id_column, config.on_duplicate, samples)
         self.id_column = id_column
         self._needed = dict.fromkeys(columns, _TASK)
         if config.smiles is not None:

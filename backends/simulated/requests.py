@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import orjson
 
+from ..core.images import IMAGE_PART, is_image, read_media_type
 from ..core.schemas import open_validator
 from .json_schema import PARAM, ValueGenerator, check_keywords
 from .values import (
@@ -154,6 +155,7 @@ class Question:
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with a usage chunk.
         tools: The functions that may be called, as described in the request.
+        sampled: Whether equal questions get different answers: a temperature above 0 and no seed.
     """
 
     key: bytes
@@ -166,6 +168,13 @@ class Question:
     stream: bool
     include_usage: bool
     tools: tuple[Mapping[str, Any], ...] = ()
+    sampled: bool = False
+
+    def draw(self, number: int) -> Question:
+        """Return the question for the answer with a number, from 0: the next draw if sampled."""
+        if not self.sampled or not number:
+            return self
+        return replace(self, key=hash_parts(self.key, "draw", number))
 
     @property
     def first_round(self) -> bool:
@@ -218,6 +227,7 @@ class QuestionReader:
             stream=bool(data.get("stream")),
             include_usage=bool((data.get("stream_options") or {}).get("include_usage")),
             tools=_offered_tools(data) if chat else (),
+            sampled=bool(data.get("temperature")) and data.get("seed") is None,
         )
 
     def check_model(self, data: Mapping[str, Any]) -> None:
@@ -308,7 +318,22 @@ def _messages(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ApiError(f"'{type(messages).__name__}' object is not iterable")
     if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ApiError("messages must be a list of objects with a role", param="messages")
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if is_image(part):
+                _check_image(part)
     return messages
+
+
+def _check_image(part: Mapping[str, Any]) -> None:
+    """Refuse what is no image; those of other servers are accepted without a look."""
+    held = part.get(IMAGE_PART)
+    url = held.get("url") if isinstance(held, Mapping) else None
+    if isinstance(url, str) and url.startswith(("http://", "https://")):
+        return
+    if not isinstance(url, str) or read_media_type(url) is None:
+        raise ApiError("Failed to load image: cannot identify image file", param="messages")
 
 
 def _prompt(data: Mapping[str, Any]) -> str:

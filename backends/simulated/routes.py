@@ -78,14 +78,16 @@ class CompletionService:
 
     def _serve(self, node: Node, exchange: Exchange, chat: bool) -> None:
         question = self.reader.read(exchange.body, chat, self.max_model_len(node))
-        strike = self._decide_fault(node, exchange, question)
+        attempt = self._questions.record_arrival(question.key)
+        strike = self._decide_fault(node, exchange, question, attempt)
         kind = strike.rule.kind if strike.rule else ""
         if kind:
             node.counts.injected[kind] += 1
         if strike.rule and kind in REFUSING_FAULTS:
             send_fault(exchange, strike.rule)
             return
-        answer = spoil_answer(answer_question(question, self._responder), kind, question)
+        drawn = question.draw(attempt)
+        answer = spoil_answer(answer_question(drawn, self._responder), kind, drawn)
         envelope = self._envelope(node, exchange, question, answer)
 
         def clock() -> Timing:
@@ -100,13 +102,15 @@ class CompletionService:
             exchange, node, question, answer, envelope, kind, clock, self._record_finished
         ).submit()
 
-    def _decide_fault(self, node: Node, exchange: Exchange, question: Question) -> FaultDecision:
+    def _decide_fault(
+        self, node: Node, exchange: Exchange, question: Question, attempt: int
+    ) -> FaultDecision:
         strike = self._faults.decide(
             FaultContext(
                 node=node.index,
                 arrival=node.arrivals,
                 key=question.key,
-                attempt=self._questions.record_arrival(question.key),
+                attempt=attempt,
                 now=self._now(),
                 stream=question.stream,
                 first_round=question.first_round,

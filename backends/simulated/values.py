@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from random import Random
@@ -14,6 +14,7 @@ from uuid import UUID
 import orjson
 
 from ..core.errors import FanfoldError
+from ..core.images import count_image_tokens
 from ..core.parsing import read_message_text
 
 _SPAN: Final = float(1 << 64)
@@ -276,11 +277,11 @@ def count_text_tokens(text: str) -> int:
     return -(-size // _BYTES)
 
 
-def count_chat_tokens(messages: Iterable[dict[str, Any]]) -> int:
+def count_chat_tokens(messages: Sequence[dict[str, Any]]) -> int:
     """Return the prompt tokens of chat messages in OpenAI's form."""
-    return _PER_CONVERSATION + sum(
-        count_text_tokens(read_message_text(message)) + _PER_MESSAGE for message in messages
-    )
+    texts = sum(map(count_text_tokens, map(read_message_text, messages)))
+    texts += _PER_MESSAGE * len(messages)
+    return _PER_CONVERSATION + texts + count_image_tokens(messages)
 
 
 def truncate_tokens(text: str, tokens: int) -> str:

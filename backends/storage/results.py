@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Final
@@ -136,11 +136,13 @@ class ResultLayout:
         output: Type of the answers.
         inputs: Columns of the input.
         optional: Names of optional columns.
+        further: Columns after the answer that only results with samples have, with their types.
     """
 
     output: CellType
     inputs: tuple[InputColumn, ...] = ()
     optional: tuple[str, ...] = ()
+    further: Mapping[str, CellType] = field(default_factory=dict)
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -150,7 +152,8 @@ class ResultLayout:
     @property
     def tail(self) -> tuple[str, ...]:
         """Names of the columns after those of the input, without that of unfit answers."""
-        return (*RESULT_COLUMNS[_INPUTS_AT:], *self.optional)
+        first, *others = RESULT_COLUMNS[_INPUTS_AT:]
+        return (first, *self.further, *others, *self.optional)
 
     def input_names(self) -> dict[str, str]:
         """Return the names of the input's columns in the results."""
@@ -159,6 +162,7 @@ class ResultLayout:
     def to_arrow(self) -> pa.Schema:
         """Return the schema of the table."""
         types = {**_TYPES, "output": _arrow(self.output)}
+        types |= {name: _arrow(shape) for name, shape in self.further.items()}
         last = {} if self.output in {FREE_TEXT, JSON} else {UNFIT_COLUMN: pa.string()}
         return pa.schema(
             {name: types[name] for name in self.head}
@@ -180,6 +184,7 @@ def make_layout(
     inputs: pa.Schema | None = None,
     id_column: str | None = None,
     optional: Sequence[str] = (),
+    further: Mapping[str, CellType] | None = None,
 ) -> ResultLayout:
     """Return the columns of the results.
 
@@ -188,13 +193,15 @@ def make_layout(
         inputs: The columns of the input with their types.
         id_column: Column of the input whose texts are the ids, or None.
         optional: Names of optional columns.
+        further: Columns that only results with samples have.
     """
+    further = further or {}
     inputs = pa.schema([]) if inputs is None else inputs
     columns = tuple(
         InputColumn(source, name, inputs.field(source).type)
-        for source, name in name_input_columns(inputs.names, id_column).items()
+        for source, name in name_input_columns(inputs.names, id_column, tuple(further)).items()
     )
-    return ResultLayout(read_cell_type(schema), columns, tuple(optional))
+    return ResultLayout(read_cell_type(schema), columns, tuple(optional), further)
 
 
 def read_input_names(schema: pa.Schema) -> dict[str, str]:
@@ -294,6 +301,8 @@ def _columns(batch: list[ResultRow], table: pa.Schema, layout: ResultLayout) -> 
     columns[UNFIT_COLUMN] = [None] * len(batch)
     for row in unfit:
         columns[UNFIT_COLUMN][row] = to_compact_json(outputs[row])
+    for name, shape in layout.further.items():
+        columns[name], _ = fit_column(shape, columns[name])
     if "prompt" in columns:
         columns["prompt"], _ = fit_column(_PROMPT, columns["prompt"])
     inputs = [record.get(INPUT_ROW) or {} for record in batch]
@@ -398,14 +407,14 @@ def write_csv(
 
 def _csv_columns(layout: ResultLayout) -> dict[str, Callable[[ResultRow], str]]:
     """Return, by column, the function that makes a cell from a record."""
-    shape = layout.output
+    shape, shapes = layout.output, {"output": layout.output, **layout.further}
     columns: dict[str, Callable[[ResultRow], str]] = {
         name: _plain(name, guarded=False) for name in layout.head
     }
     columns |= {column.name: _input(column.source) for column in layout.inputs}
     for name in layout.tail:
-        if name == "output" and shape.kind == "struct":
-            columns |= {f"output.{part}": _property(part) for part, _ in shape.parts}
+        if name in shapes and shapes[name].kind == "struct":
+            columns |= {f"{name}.{part}": _property(name, part) for part, _ in shapes[name].parts}
         else:
             columns[name] = _plain(name, guarded=name == "output" or name in _FOREIGN)
     if shape.kind == "struct":
@@ -421,10 +430,10 @@ def _input(name: str) -> Callable[[ResultRow], str]:
     return lambda record: _cell((record.get(INPUT_ROW) or {}).get(name), guarded=False)
 
 
-def _property(name: str) -> Callable[[ResultRow], str]:
+def _property(column: str, name: str) -> Callable[[ResultRow], str]:
     def cell(record: ResultRow) -> str:
-        output = record.get("output")
-        return _cell(output.get(name), guarded=True) if isinstance(output, Mapping) else ""
+        value = record.get(column)
+        return _cell(value.get(name), guarded=True) if isinstance(value, Mapping) else ""
 
     return cell
 
@@ -474,14 +483,8 @@ def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes], layout: ResultL
     Raises:
         JournalError: The stream cannot be written.
     """
-    target = get_stream_name(stream)
-    head, names, tail, lines = layout.head, layout.input_names(), layout.tail, 0
-    for record in records:
-        row = {name: record.get(name) for name in head}
-        for source, value in (record.get(INPUT_ROW) or {}).items():
-            if source in names:
-                row[names[source]] = value
-        row |= {name: record.get(name) for name in tail}
+    target, lines = get_stream_name(stream), 0
+    for row in iter_json_rows(records, layout):
         with explain_write_errors(target):
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         lines += 1
@@ -490,10 +493,27 @@ def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes], layout: ResultL
     return lines
 
 
+def iter_json_rows(records: Iterable[ResultRow], layout: ResultLayout) -> Iterator[dict[str, Json]]:
+    """Yield the rows as lines of JSON have them: with the columns that their items have.
+
+    Args:
+        records: Rows from :func:`make_rows`.
+        layout: The columns.
+    """
+    head, names, tail = layout.head, layout.input_names(), layout.tail
+    for record in records:
+        row = {name: record.get(name) for name in head}
+        for source, value in (record.get(INPUT_ROW) or {}).items():
+            if source in names:
+                row[names[source]] = value
+        yield row | {name: record.get(name) for name in tail}
+
+
 __all__ = [
     "RESULT_COLUMNS",
     "ResultLayout",
     "iter_batches",
+    "iter_json_rows",
     "make_layout",
     "make_rows",
     "write_csv",

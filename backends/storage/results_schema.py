@@ -193,7 +193,9 @@ ROW_BYTES: Final = "row_bytes"
 _RENAMED: Final = "input_"
 
 
-def name_input_columns(columns: Sequence[str], id_column: str | None = None) -> dict[str, str]:
+def name_input_columns(
+    columns: Sequence[str], id_column: str | None = None, further: Sequence[str] = ()
+) -> dict[str, str]:
     """Return the names of the input's columns in the results, in order.
 
     A column keeps its name unless the results have, or may have, a column of that name.
@@ -201,10 +203,11 @@ def name_input_columns(columns: Sequence[str], id_column: str | None = None) -> 
     Args:
         columns: The columns of the input.
         id_column: Column whose texts are the ids; if it is called ``id``, it is not repeated.
+        further: Names of further columns of these results.
     """
     left_out = "id" if id_column == "id" else None
     names = {name: name for name in columns if name != left_out}
-    taken = {name for name in names if not _is_reserved(name)}
+    taken = {name for name in names if not _is_reserved(name, further)}
     for column in [name for name in names if name not in taken]:
         name = _RENAMED + column
         while name in taken:
@@ -214,9 +217,13 @@ def name_input_columns(columns: Sequence[str], id_column: str | None = None) -> 
     return names
 
 
-def _is_reserved(name: str) -> bool:
+def _is_reserved(name: str, further: Sequence[str]) -> bool:
     # A name with a dot would be read as that of a field of the answer.
-    return name in _RESERVED or name.startswith("output.")
+    return (
+        name in _RESERVED
+        or name in further
+        or name.startswith(("output.", *(f"{column}." for column in further)))
+    )
 
 
 _RESERVED: Final = frozenset({*RESULT_COLUMNS, *OPTIONAL_COLUMNS, UNFIT_COLUMN})

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +24,14 @@ from ..core.types import Json
 from ..core.values import check_counts
 
 PROVENANCE_VERSION: Final = 2
+EVALUATION_VERSION: Final = 1
+
+EVALUATION_REFUSED: Final = (
+    "no figure is computed: the answers are simulated and say nothing about a model; evaluate a "
+    "run with real endpoints"
+)
+"""Why a simulated run has no evaluation."""
+
 RESPONSES_FOLDER: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
@@ -179,6 +187,11 @@ class RunFolder:
     def aggregate(self) -> Path:
         """Return the aggregate."""
         return self.path / "aggregate.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Return the comparison of the answers with gold values."""
+        return self.path / "evaluation.json"
 
     @property
     def provenance(self) -> Path:
@@ -358,6 +371,53 @@ def _read_aggregate_file(folder: RunFolder) -> tuple[dict[str, int], list[dict[s
         msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it again"
         raise JournalError(msg) from None
     return extents, aggregate
+
+
+def write_evaluation(
+    folder: RunFolder, evaluations: Sequence[Mapping[str, Any]], simulated: bool
+) -> None:
+    """Write the evaluation of a run; that of a simulated run says why there is none.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
+    content: dict[str, Any] = {
+        "version": EVALUATION_VERSION,
+        "simulated": simulated,
+        "evaluations": [] if simulated else list(evaluations),
+    }
+    write_json(folder.evaluation, content | ({"refused": EVALUATION_REFUSED} if simulated else {}))
+
+
+def remove_evaluation(folder: RunFolder) -> None:
+    """Remove the evaluation of earlier answers, if there is one.
+
+    Raises:
+        JournalError: The file cannot be removed.
+    """
+    try:
+        folder.evaluation.unlink(missing_ok=True)
+    except OSError as error:
+        raise JournalError(f"{folder.evaluation}: cannot be removed: {error.strerror}") from error
+
+
+def read_evaluation(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the content of a run's evaluation; None if it has none.
+
+    Raises:
+        JournalError: The file is damaged, or of another version.
+    """
+    path = folder.evaluation
+    hint = f"; 'fanfold evaluate {folder.path}' writes it again"
+    try:
+        found: Json = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}{hint}") from None
+    if not isinstance(found, dict) or found.get("version") != EVALUATION_VERSION:
+        raise JournalError(f"{path}: is no evaluation of version {EVALUATION_VERSION}{hint}")
+    return found
 
 
 def check_path_text(path: Path) -> None:

@@ -27,7 +27,13 @@ from ...backends.storage.results import (
     iter_batches,
     read_input_names,
 )
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    open_folder,
+    read_evaluation,
+    read_extents,
+)
 from ..run.result_rows import open_result_source
 
 if TYPE_CHECKING:
@@ -227,8 +233,9 @@ class RunResults(ResultTable):
 
     @property
     def items(self) -> int:
-        """Number of items of the run."""
-        return int(self._about.provenance["input"]["items"])
+        """Number of items of the run, without further samples of their rows."""
+        found = self._about.provenance["input"]
+        return int(found["items"]) // int(found.get("samples", 1))
 
     @property
     def done(self) -> int:
@@ -252,15 +259,36 @@ class RunResults(ResultTable):
         return found
 
     @cached_property
+    def evaluation(self) -> list[dict[str, Any]]:
+        """Comparisons of the answers with gold values, as in ``evaluation.json``.
+
+        Empty if the run was not evaluated, and for simulated answers.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        found = read_evaluation(self._about.folder)
+        return [] if found is None else list(found["evaluations"])
+
+    @cached_property
     def cost(self) -> dict[str, Any]:
         """Cost of the run so far, as ``fanfold cost --json`` prints it."""
         from ...backends.budget.cost import read_cost  # noqa: PLC0415 - slow to import
 
         about, folder = self._about.provenance, self._about.folder
         run = get_run_ids(about)
-        with Journal(folder.journal, run, self.items) as journal:
+        with Journal(folder.journal, run, about["input"]["items"]) as journal:
             cost = read_cost(folder, run, journal.usage_by_session)
         return {"requests": cost.usage.requests, **cost.to_json()}
+
+    def samples(self) -> ResultTable:
+        """Return one row per sample, with the columns ``row_id`` and ``sample``.
+
+        Raises:
+            ConfigurationError: Each row was asked once.
+            JournalError: A file of the run is damaged.
+        """
+        return ResultTable(_read_rows(self._about.folder, samples=True))
 
     def failures(self) -> ResultTable:
         """Return the rows of the items that failed."""
@@ -297,16 +325,24 @@ def load_results(folder: str | Path) -> RunResults:
     """
     run = open_folder(Path(folder))
     about, extents = run.read_provenance(), read_extents(run)
-    if extents is not None and not _has_later_records(run, extents) and _is_current(run.results):
+    has_samples = about["input"].get("samples", 1) > 1
+    is_written = extents is not None and not _has_later_records(run, extents)
+    if is_written and not has_samples and _is_current(run.results):
         written = orjson.loads(run.aggregate.read_bytes())
         counts = written["progress"]
         known = _About(run, about, written["aggregate"], counts["done"], counts["failed"])
         return RunResults(known, lambda: _read_table(run.results))
-    with open_result_source(run) as source:
+    table = _read_rows(run)
+    done = table.filter(pc.equal(table.column("status"), pa.scalar("done"))).num_rows
+    aggregate = orjson.loads(run.aggregate.read_bytes())["aggregate"] if is_written else ()
+    return RunResults(_About(run, about, aggregate, done, len(table) - done), lambda: table)
+
+
+def _read_rows(run: RunFolder, *, samples: bool = False) -> pa.Table:
+    """Return the results from the journal."""
+    with open_result_source(run, samples=samples) as source:
         batches = list(iter_batches(source.iter_rows(), source.layout))
-        table = pa.Table.from_batches(batches, source.layout.to_arrow())
-        ended = source.journal.count_items()
-    return RunResults(_About(run, about, (), ended.done, ended.failed), lambda: table)
+        return pa.Table.from_batches(batches, source.layout.to_arrow())
 
 
 def _has_later_records(folder: RunFolder, extents: Mapping[str, int]) -> bool:

@@ -309,6 +309,94 @@ def failures(
 
 
 @app.command()
+def compare(  # noqa: PLR0913 - typer wants one parameter per option
+    a: Annotated[Path, typer.Argument(metavar="A", parser=nonempty_path, help="A run folder.")],
+    b: Annotated[
+        Path,
+        typer.Argument(
+            metavar="B", parser=nonempty_path, help="Folder of a run over the same items."
+        ),
+    ],
+    *,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field",
+            metavar="NAME",
+            help="Field of the answers to compare; may be repeated; default: all in both.",
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="text, json or html; default: by the suffix, or text."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=0, help="Items to list per field; default: 20, in files 1000."),
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="Output file; default: stdout.",
+        ),
+    ] = None,
+) -> None:
+    """Compare two runs over the same items: agreement, changes, gold figures, cost, latency."""
+    from .compare import compare_folders
+
+    compare_folders((a, b), field or [], form, limit, target)
+
+
+@app.command()
+def evaluate(  # noqa: PLR0913 - typer wants one parameter per option
+    folder: Folder,
+    *,
+    gold: Annotated[
+        str | None,
+        typer.Option(
+            "--gold",
+            metavar="COLUMN",
+            parser=nonempty,
+            help="Column with the gold values; default: the settings of the run.",
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            "--field", metavar="NAME", parser=nonempty, help="Field of the answer to compare."
+        ),
+    ] = None,
+    gold_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--gold-file",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="File with the gold values; default: the input of the run.",
+        ),
+    ] = None,
+    gold_id: Annotated[
+        str | None,
+        typer.Option(
+            "--gold-id",
+            metavar="COLUMN",
+            parser=nonempty,
+            help="Column of that file with the ids of the items; default: that of the input.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the answers of a run with gold values: accuracy, F1, kappa, errors."""
+    from .evaluate import GoldOptions, evaluate_run
+
+    evaluate_run(folder, GoldOptions(gold, field, gold_file, gold_id), as_json)
+
+
+@app.command()
 def report(
     folder: Folder,
     target: Annotated[
@@ -388,6 +476,10 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
             "--raw", help="Add the text of the answer where the run kept it (column raw)."
         ),
     ] = False,
+    samples: Annotated[
+        bool,
+        typer.Option("--samples", help="One row per sample, if each row was asked several times."),
+    ] = False,
     stage: Stage = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
@@ -396,7 +488,7 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
 
     folder = find_run(folder, stage)
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
-    export_results(folder, form, target, safe_csv, optional)
+    export_results(folder, form, target, safe_csv, optional, samples=samples)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from ...backends.core.errors import ConfigurationError, NoEndpointError
 from ...backends.core.money import NANO_PER_USD
 from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
 from ...backends.discovery.sources import find_registry_file, read_registry_file
+from ...backends.storage.run_folder import EVALUATION_REFUSED
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
@@ -24,7 +25,7 @@ from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
 from ..run.items import SHOWN_ITEMS
 from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
-from .format import budget_lines, cost_lines, format_usd_amount
+from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
@@ -158,7 +159,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
     read = found.input
     return [
         f"settings: {loaded.source}: valid",
-        f"input: {read.items:,} items from {read.source}"
+        f"input: {describe_items(read.items, read.samples)} from {read.source}"
         + (f", {read.skipped_total:,} skipped" if read.skipped_total else "")
         + (f", {read.invalid:,} invalid" if read.invalid else ""),
         *(f"endpoint: {line}" for line in found.endpoints),
@@ -186,6 +187,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         *_graph_lines(loaded),
         *_batch_lines(loaded.config, found),
         *_unlimited_lines(found),
+        *_evaluation_lines(found),
         *_reuse(loaded),
         *_host_lines(loaded.config),
     ]
@@ -264,6 +266,11 @@ def _unlimited_lines(found: Estimate) -> list[str]:
         f"{found.unlimited:,} requests have no max_tokens: their answers may be longer than these "
         "figures assume"
     ]
+
+
+def _evaluation_lines(found: Estimate) -> list[str]:
+    refused = [f"evaluate: {EVALUATION_REFUSED}"] if found.evaluated and found.simulated else []
+    return [*found.evaluated, *refused]
 
 
 def list_receiving_hosts(
@@ -350,6 +357,7 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "input": {
             "source": read.source,
             "items": read.items,
+            "samples": read.samples,
             "skipped": read.skipped_total,
             "invalid": read.invalid,
         },
@@ -372,5 +380,6 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
         "streams": found.plan.streams,
         "batches": _count_batches(loaded.config, found),
         "estimate": found.forecast.to_json(),
+        "evaluate": list(_evaluation_lines(found)),
         "problem": found.problem,
     }

@@ -33,8 +33,21 @@ from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..run.stage_folder import check_single_run
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
+from .evaluate import (
+    describe_evaluation,
+    evaluation_facts,
+    get_evaluations,
+    show_evaluations,
+)
 from .extend import make_confirmation
-from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
+from .format import (
+    budget_lines,
+    cost_lines,
+    describe_items,
+    format_duration,
+    format_usd_amount,
+    show_aggregate,
+)
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
 from .stages import pipeline_session, print_pipeline_result
@@ -297,7 +310,8 @@ def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
 def _about(folder: RunFolder) -> list[str]:
     """Return what was read, what was skipped, and the run folder."""
     found = folder.read_provenance()["input"]
-    lines = [f"{found['items']:,} items from {found['source']}; run folder {folder.path}"]
+    items = describe_items(found["items"], found.get("samples", 1))
+    lines = [f"{items} from {found['source']}; run folder {folder.path}"]
     if skipped := found["skipped"]:
         names = ", ".join(s["id"] for s in skipped[:_NAMED])
         more = ", …" if len(skipped) > _NAMED else ""
@@ -327,6 +341,7 @@ def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | No
                 "budget": result.budget,
                 "seconds": result.seconds,
                 "aggregate": result.aggregate,
+                **(evaluation_facts(result.folder) if _is_finished(result) else {}),
                 **_batch_files(result),
                 **({} if jobs is None else {"chain": jobs}),
                 **status.extension_facts(result.folder.read_provenance()),
@@ -336,13 +351,19 @@ def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | No
         return result.exit_code
     if not output.quiet:
         show_aggregate(result.aggregate, result.simulated, Terminal())
-    print_messages(_last_lines(result))
+        if _is_finished(result):
+            show_evaluations(get_evaluations(result.folder), Terminal())
+    print_messages(_last_lines(result, output.quiet))
     if (jobs := job_report_offline(path, utilization=whole)) is not None:
         print_messages(list(status.job_lines(jobs)))
     return result.exit_code
 
 
-def _last_lines(result: RunResult) -> list[str]:
+def _is_finished(result: RunResult) -> bool:
+    return result.exit_code not in {EXIT_BUDGET, EXIT_INTERRUPTED}
+
+
+def _last_lines(result: RunResult, quiet: bool) -> list[str]:
     progress, folder = result.progress, result.folder
     kind = "SIMULATED: " if result.simulated else ""
     reused = f"{progress['reused']:,} answers reused, " * (progress["reused"] > 0)
@@ -370,7 +391,11 @@ def _last_lines(result: RunResult) -> list[str]:
     if files := _batch_files(result):
         lines += [f"{name.capitalize()}: {path}" for name, path in files.items()]
         return lines
+    if result.simulated or quiet:
+        lines += describe_evaluation(folder)
     lines.append(f"Results: {folder.results}")
+    if not result.simulated and folder.evaluation.exists():
+        lines.append(f"Evaluation: {folder.evaluation}")
     if progress["failed"]:
         lines.append(f"Failed items and their errors: {folder.failures}")
         lines.append(

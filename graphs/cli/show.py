@@ -78,7 +78,11 @@ def _default_names(layout: ResultLayout, status: str | None) -> list[str]:
     taken = {*layout.head, *layout.tail, *layout.input_names().values()}
     parts = [name for name, _ in layout.output.parts] if layout.output.kind == "struct" else []
     answer = [f"output.{name}" if name in taken else name for name in parts]
-    return ["status", *(answer or ["output"]), *layout.input_names().values()]
+    agreement = list[str]()
+    if (shape := layout.further.get("agreement")) is not None:
+        votes = [f"agreement.{name}" for name, _ in shape.parts]
+        agreement = votes if shape.kind == "struct" else ["agreement"]
+    return ["status", *(answer or ["output"]), *agreement, *layout.input_names().values()]
 
 
 def _find_column(name: str, layout: ResultLayout) -> _Cell:
@@ -92,6 +96,10 @@ def _find_column(name: str, layout: ResultLayout) -> _Cell:
     sources = {column: source for source, column in layout.input_names().items()}
     if name in sources:
         return lambda row: row[INPUT_ROW].get(sources[name])
+    first, *keys = name.split(".")
+    if keys and first in layout.further:
+        further = FieldPath("output", tuple(keys))
+        return lambda row: further.pick(row.get(first), {})
     path = FieldPath.parse(name)
     is_known = (
         split_column(".".join(path.keys), layout.input_names()) is not None

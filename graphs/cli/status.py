@@ -49,6 +49,7 @@ from ..run.console import (
 from ..run.next_steps import FINISHED, continue_lines, find_next_command, retry_command
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
+from .evaluate import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
 
@@ -207,6 +208,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "simulated": about["simulated"],
         "model": about["model"],
         "items": about["input"]["items"],
+        **samples_facts(about),
         "done": counts.done,
         "failed": counts.failed,
         "failed_by_class": failures,
@@ -229,6 +231,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         chain = {} if jobs is None else {"chain": jobs}
         sessions = {"sessions": len(about["sessions"])}
         found = {"aggregate": aggregate} if aggregate else {}
+        found |= evaluation_facts(folder)
         print_json(facts | costs | sessions | found | {"next_command": command} | chain)
         return
     table = Table(show_header=False)
@@ -243,10 +246,16 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
             table.add_row(key, _format_value(value))
     Terminal().print(table)
     show_aggregate(aggregate, bool(about["simulated"]), Terminal())
-    print_messages(describe_open_batches(batches))
+    print_messages([*describe_open_batches(batches), *describe_evaluation(folder)])
     if jobs is not None:
         show_jobs(jobs, Terminal())
     _print(_hints(folder, failures, command), Terminal())
+
+
+def samples_facts(about: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many items each row of the input has, by the provenance; nothing if one."""
+    samples = about["input"].get("samples", 1)
+    return {"samples": samples} if samples > 1 else {}
 
 
 def _read_final_aggregate(folder: RunFolder, about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -315,12 +324,14 @@ def _format_value(value: Any) -> Text:
     return format_cell(value, most=None)
 
 
-def export_results(
+def export_results(  # noqa: PLR0913 - one for each option of the command
     path: Path,
     given: str | None,
     target: Path | None,
     safe_csv: bool = False,
     optional: Sequence[str] = (),
+    *,
+    samples: bool = False,
 ) -> None:
     """Write one row per finished item.
 
@@ -330,9 +341,11 @@ def export_results(
         target: The file; None is stdout.
         safe_csv: Whether cells that start a formula are quoted.
         optional: Names of optional columns.
+        samples: Write one row per sample, in place of one for all samples of a row.
 
     Raises:
-        ConfigurationError: The format is unknown or does not fit, or the file cannot be written.
+        ConfigurationError: The format is unknown or does not fit, the file cannot be written, or
+            there are no samples.
     """
     form = _choose_format(given, target)
     if form == "parquet" and target is None:
@@ -342,18 +355,17 @@ def export_results(
     folder = open_folder(path)
     if target is not None:
         _check_target(target)
-    with open_result_source(folder, optional) as source:
+    with open_result_source(folder, optional, samples=samples) as source:
         if target is None:
             _write_text(source, form, open_data_stream(form == "jsonl"), safe_csv)
             return
         if form == "parquet":
-            write_parquet(source.iter_rows(), target, source.layout)
+            rows = write_parquet(source.iter_rows(), target, source.layout)
         else:
             with _open_target(target) as stream:
-                _write_text(source, form, stream, safe_csv)
-        counts = source.journal.count_items()
-        rows = counts.done + counts.failed
-        print_messages([f"{target}: {rows:,} of {len(source.store):,} items as {form}"])
+                rows = _write_text(source, form, stream, safe_csv)
+        total = len(source.store) // (1 if source.fold is None else source.fold.samples)
+        print_messages([f"{target}: {rows:,} of {total:,} items as {form}"])
 
 
 def _choose_format(given: str | None, target: Path | None) -> str:
@@ -392,11 +404,11 @@ def _open_target(target: Path) -> IO[bytes]:
         raise ConfigurationError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-def _write_text(source: ResultSource, form: str, stream: IO[bytes], safe_csv: bool) -> None:
+def _write_text(source: ResultSource, form: str, stream: IO[bytes], safe_csv: bool) -> int:
+    """Write the results; return the number of rows."""
     if form == "csv":
-        write_csv(source.iter_rows(), stream, source.layout, safe=safe_csv)
-    else:
-        write_jsonl(source.iter_rows(), stream, source.layout)
+        return write_csv(source.iter_rows(), stream, source.layout, safe=safe_csv)
+    return write_jsonl(source.iter_rows(), stream, source.layout)
 
 
 _NO_PRICE: Final = "-"

@@ -31,6 +31,8 @@ _OPEN: Final = "task-"
 _STOP: Final = "stop-"
 _BEAT: Final = "heartbeat-"
 _RATES: Final = "rates-"
+_STATES: Final = "states-"
+_STOPPED_MODEL: Final = "standby-"
 _BEGUN: Final = "begun "
 MISSED_POLLS: Final = 4
 """Consecutive polls, at least, that must miss a heartbeat before a worker counts as lost."""
@@ -51,6 +53,16 @@ def rates_file(journal: Path, token: str) -> Path:
     return journal / f"{_RATES}{token}"
 
 
+def states_file(journal: Path, token: str) -> Path:
+    """Return the file with the states of a gateway's deployments, for one session's workers."""
+    return journal / f"{_STATES}{token}"
+
+
+def stopped_model_file(journal: Path, token: str, path: str) -> Path:
+    """Return the file by which a worker says that a model does not run at ``cluster/framework``."""
+    return journal / f"{_STOPPED_MODEL}{token}-{path.replace('/', '+')}"
+
+
 def stop_earlier_workers(journal: Path) -> None:
     """Stop the workers of earlier sessions and remove their files; blocks.
 
@@ -61,8 +73,9 @@ def stop_earlier_workers(journal: Path) -> None:
         file.unlink(missing_ok=True)
     for file in journal.glob(f"{_OPEN}*"):
         _rename(file, stop_file(journal, file.name.removeprefix(_OPEN)))
-    for file in journal.glob(f"{_RATES}*"):
-        file.unlink(missing_ok=True)
+    for kind in (_RATES, _STATES, _STOPPED_MODEL):
+        for file in journal.glob(f"{kind}*"):
+            file.unlink(missing_ok=True)
 
 
 class ControlFiles:

@@ -15,6 +15,7 @@ import orjson
 
 from ...backends.core.messages import ShardTask
 from ...backends.core.values import parse_json
+from ...backends.discovery.connect import COORDINATOR_SHARE
 from ...backends.fleet.rate_limit import RateLimiter
 from ...configs.models import RunConfig
 from .heartbeat import rates_file
@@ -31,21 +32,24 @@ _SETTLED_S: Final = 10.0
 _LINGER_S: Final = 20.0
 """A worker without a task keeps its share for so long: it usually gets the next one."""
 _LEAST: Final = 1e-9
+_SECOND_S: Final = 1.0
+_MINUTE_S: Final = 60.0
 
 
 class RateLender:
     """Divides the rate limits of a run among its workers; pure, time is passed in.
 
-    In any window the largest shares of all workers, added, are at most 1: a share that is lowered
-    counts at its former height until every window has ended in which it may have been used.
+    In any window the largest shares of all workers, added, are at most the total: a share that is
+    lowered counts at its former height until every window has ended in which it may have been used.
 
     Args:
         base: Share of a worker while all that are configured work.
         window_s: Length of the longest window, in seconds.
+        total: Sum of all shares; the rest is for the coordinator's own requests.
     """
 
-    def __init__(self, base: float, window_s: float) -> None:
-        self._base, self._hold_s = base, window_s + _LAG_S
+    def __init__(self, base: float, window_s: float, total: float = 1.0) -> None:
+        self._base, self._hold_s, self._total = base * total, window_s + _LAG_S, total
         self._shares: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._held: list[tuple[float, float]] = []
@@ -76,14 +80,14 @@ class RateLender:
             self._held.append((now + self._hold_s, part))
 
     def _divide(self, now: float) -> None:
-        fair = 1.0 / len(self._shares)
+        fair = self._total / len(self._shares)
         settled = now - self._changed_at >= _SETTLED_S
         target = fair if settled else min(self._base, fair)
         for worker, share in self._shares.items():
             if share > fair + _LEAST:
                 self._hold(share - fair, now)
                 self._shares[worker] = fair
-        free = 1.0 - sum(self._shares.values()) - sum(part for _, part in self._held)
+        free = self._total - sum(self._shares.values()) - sum(part for _, part in self._held)
         for worker in sorted(self._shares, key=self._shares.__getitem__):
             more = min(target - self._shares[worker], free)
             if more > _LEAST:
@@ -139,8 +143,21 @@ def open_rate_file(config: RunConfig, journal: Path | None, token: str) -> RateF
     limited = any(rate is not None for rate in rates) or first is not None or config.endpoints.auto
     if journal is None or not limited or backend.concurrent_shards == 1:
         return None
-    window_s = max(60.0, 0.0 if first is None else first.window_s)
-    return RateFile(journal, token, RateLender(1.0 / backend.concurrent_shards, window_s))
+    behind = first is not None or config.endpoints.auto
+    total = 1.0 - COORDINATOR_SHARE if behind else 1.0
+    lender = RateLender(1.0 / backend.concurrent_shards, _find_window(config), total)
+    return RateFile(journal, token, lender)
+
+
+def _find_window(config: RunConfig) -> float:
+    """Return the length in seconds of the longest window of the run's limits."""
+    limits, first = config.limits, config.endpoints.first
+    windows = [_SECOND_S]
+    if first is not None:
+        windows.append(first.window_s)
+    if limits.tokens_per_min or limits.endpoint_tokens_per_min or config.endpoints.auto:
+        windows.append(_MINUTE_S)
+    return max(windows)
 
 
 @asynccontextmanager

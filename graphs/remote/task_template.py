@@ -11,12 +11,14 @@ from typing import Any, Final
 
 import orjson
 
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import ConfigurationError, InvalidItemError
 from ...backends.core.messages import ShardTask, own_version
 from ...backends.core.money import TokenPrices
-from ...backends.core.types import Item, Row
+from ...backends.core.types import Item, Json, Row
 from ...backends.core.values import json_size
 from ...backends.discovery.connect import ReadyEndpoints, pack_deployments
+from ...backends.discovery.login import TOKEN_VARIABLE
+from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.storage.run_folder import RunFolder
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -27,17 +29,25 @@ _MOST_GROWTH: Final = 3
 """Bytes as ASCII with blanks, at most, for each byte of compact UTF-8."""
 
 
-def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
+def worker_settings(loaded: LoadedConfig, ready: ReadyEndpoints) -> dict[str, Any]:
     """Return the settings for workers: streams of an endpoint divided, and no metrics port.
 
     They are not divided if each worker uses the endpoints of its node. Rates are whole: a worker
-    knows its share of them (``backends/fleet/rate_limit.py``).
+    knows its share of them (``backends/fleet/rate_limit.py``). A gateway that ``auto`` chose is
+    named, so that workers do not search.
     """
     settings = copy.deepcopy(loaded.plain)
     backend, limits = loaded.config.backend, settings["limits"]
     if limits.get("endpoint_streams") is not None and not backend.node_endpoints:
         limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // backend.concurrent_shards)
     settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
+    gateway = None if ready.endpoint_set is None else ready.endpoint_set.gateway
+    if loaded.config.endpoints.auto and gateway is not None:
+        first: dict[str, Any] = {"base_url": gateway.base}
+        if isinstance(gateway.key, str):  # auto took it from this variable
+            first["token"] = f"${{{TOKEN_VARIABLE}}}"
+        del settings["endpoints"]["auto"]
+        settings["endpoints"]["first"] = first
     if settings.get("metrics"):
         settings["metrics"] = {"port": None}  # the coordinator serves them
     return settings
@@ -58,6 +68,8 @@ class TaskTemplate:
         urls: Endpoints for the workers that replace those of the settings, or None.
         deployments: Deployments of the configured gateway for the workers, or None.
         ends_at: Time after which workers start no item, in seconds since 1970, or None.
+        images: Reads images that travel with the items; None if there are none, or workers read
+            them.
     """
 
     config: RunConfig
@@ -69,6 +81,7 @@ class TaskTemplate:
     urls: list[str] | None = None
     deployments: list[dict[str, Any]] | None = None
     ends_at: float | None = None
+    images: ImageFolder | None = None
 
     @property
     def token(self) -> str:
@@ -82,13 +95,15 @@ class TaskTemplate:
             ConfigurationError: The first item alone is too large.
         """
         backend, limits, journal = self.config.backend, self.config.limits, self.journal
+        packed, images = pack_items(items, self.images, backend.message_bytes)
         return ShardTask(
             shard=shard,
             attempt=attempt,
             fanfold=own_version(),
             run=self.run,
             settings=self.settings,
-            items=_fit_items(items, backend.message_bytes),
+            items=packed,
+            images=images,
             urls=self.urls,
             deployments=self.deployments,
             journal=None if journal is None else str(journal),
@@ -99,6 +114,43 @@ class TaskTemplate:
             carry=backend.message_bytes,
             tariff=self.token_prices,
         )
+
+
+def pack_items(
+    items: Sequence[Item], images: ImageFolder | None, most: int
+) -> tuple[list[tuple[int, str, Row, str | None]], dict[str, list[dict[str, Json]]] | None]:
+    """Return items as a task contains them and their images, as many as fit; blocks.
+
+    An item whose images cannot be read, or do not fit at all, fails on the worker.
+    """
+    if images is None:
+        return _fit_items(items, most), None
+    packed, carried, left = list[Any](), dict[str, list[dict[str, Json]]](), most
+    for item in items:
+        problem, found = item.problem, list[dict[str, Json]]()
+        try:
+            found = [] if problem else [image.to_json() for image in images.load(item.row)]
+        except InvalidItemError as error:
+            problem = error.message
+        if found and (size := json_size(found)) > most - json_size(item.row):
+            found, problem = [], _explain_large_images(size, most)
+        entry = (item.index, item.id, item.row, problem)
+        left -= json_size(entry) + json_size(found)
+        if not packed:
+            _fit_items([item], most)  # refuses an item that is too large without its images
+        elif left < 0:
+            break
+        packed.append(entry)
+        carried[item.id] = found
+    return packed, carried
+
+
+def _explain_large_images(size: int, most: int) -> str:
+    return (
+        f"its images take {size:,} bytes, and a task for a worker without the shared run folder "
+        f"carries at most {most:,}: shrink them, or set backend.shared_folder: true where the "
+        "folder is shared"
+    )
 
 
 def _fit_items(items: Sequence[Item], most: int) -> list[tuple[int, str, Row, str | None]]:
@@ -151,13 +203,14 @@ def make_task_template(
     run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session", "stage")}
     return TaskTemplate(
         config=config,
-        settings=worker_settings(loaded),
+        settings=worker_settings(loaded, ready),
         run=run | {"id": about["run"], "token": secrets.token_hex(4)},
         folder=folder.path,
         journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         token_prices=prices.to_json(),
         urls=_simulated_urls(ready, config),
-        deployments=pack_deployments(config, ready),
+        deployments=pack_deployments(ready),
+        images=None if config.backend.workers_share_folder else open_images(config),
     )
 
 

@@ -266,9 +266,18 @@ class Charts:
         return self._draw(alt.layer(*layers), "load of the endpoints over time")
 
     def draw_intervals(
-        self, rows: Sequence[tuple[str, float, float | None, float | None]], label: str
+        self,
+        rows: Sequence[tuple[str, float, float | None, float | None]],
+        label: str,
+        domain: tuple[float, float] | None = None,
     ) -> Markup:
-        """Draw values between 0 and 1 (or -1 and 1) with their confidence intervals."""
+        """Draw values with their intervals: name, value, low and high.
+
+        Args:
+            rows: The values.
+            label: What they are.
+            domain: Ends of the scale; by default 1, and 0 or the lowest value.
+        """
         alt = self._alt
         values: list[dict[str, Any]] = [
             {
@@ -277,14 +286,14 @@ class Charts:
                 "value": value,
                 "low": value if low is None else low,
                 "high": value if high is None else high,
-                "text": f"{value:.3f}",
+                "text": f"{value:.3g}" if domain else f"{value:.3f}",
             }
             for n, (name, value, low, high) in enumerate(rows)
         ]
         least = min(0.0, *(row["low"] for row in values))
         base = alt.Chart(self._values(values), width=360, height=26 * len(values))
         y = alt.Y("n:O", axis=None)
-        scale = alt.Scale(domain=[least, 1], nice=False)
+        scale = alt.Scale(domain=list(domain or (least, 1)), nice=domain is not None, zero=False)
         x = alt.X("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=5))
         lines = base.mark_rule(color=ACCENT, strokeWidth=2).encode(
             y=y, x=alt.X("low:Q", title=None, scale=scale), x2="high:Q"

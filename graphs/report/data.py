@@ -19,21 +19,20 @@ from ...backends.core.fields import FieldPath
 from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_sessions
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
-from ...backends.storage.run_folder import RunFolder, get_run_ids, read_state
+from ...backends.storage.run_folder import RunFolder, get_run_ids, read_evaluation, read_state
+from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
 from .charts import Charts, load_charts
-from .evaluation import FILE_NAME as EVALUATION_FILE
-from .evaluation import make_evaluations, read_evaluation
+from .evaluation import make_evaluations
 from .findings import Finding, FindingMaker
 from .flags import RowFacts
 from .molecules import SMILES_NAMES, open_drawing
 from .rows import ReportRows, collect_rows, describe_constants
 from .texts import format_seconds, parse_time, shorten, to_text
-from .timeline import FILE_NAME as TIMELINE_FILE
 from .timeline import (
     Timeline,
     TimeUse,
@@ -105,9 +104,11 @@ def read_report(folder: RunFolder) -> ReportData:
         columns = {} if rows.chosen else {column.name: column for column in rows.columns}
         smiles = _find_smiles(settings)
         maker = FindingMaker(charts, draw, smiles, columns)
-        evaluations = read_evaluation(folder.path / EVALUATION_FILE)
+        evaluation = read_evaluation(folder) or {}
+        if refused := evaluation.get("refused"):
+            notices.append(f"No evaluation: {refused}")
         findings = [
-            *make_evaluations(evaluations, charts),
+            *make_evaluations(evaluation.get("evaluations") or (), charts),
             *maker.make(_read_aggregate(folder)),
         ]
         failures = describe_failures(folder, source.journal, source.store)

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
-from pathlib import Path
 from typing import Any, Final
 
-import orjson
-
-from ...backends.core.errors import JournalError
 from .charts import Charts
 from .findings import Finding
 from .texts import NONE, shorten
 
-FILE_NAME: Final = "evaluation.json"
-
-_VERSION: Final = 1
 _MOST_LABELS: Final = 16
 """Labels of a confusion matrix that is drawn."""
-
-
-def read_evaluation(path: Path) -> list[Mapping[str, Any]]:
-    """Read the evaluations of a run; none if it has no file.
-
-    Raises:
-        JournalError: The file is damaged, or of another version.
-    """
-    try:
-        found = orjson.loads(path.read_bytes())
-        version, entries = found["version"], found["evaluations"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JournalError(f"{path}: cannot be read: {error}") from error
-    if version != _VERSION:
-        msg = f"{path}: has format {version!r}, and this fanfold reads {_VERSION}"
-        raise JournalError(msg)
-    return [one for one in entries if isinstance(one, Mapping)]
 
 
 def make_evaluations(
@@ -67,7 +41,9 @@ def _make_metrics(entry: Mapping[str, Any], names: str, charts: Charts | None) -
     missing = entry.get("missing") or 0
     note = f"{entry.get('answered') or 0:,} of {entry.get('items') or 0:,} items with a gold value"
     if missing:
-        note += f"; {missing:,} without an answer count as missing"
+        causes = entry.get("missing_by_cause") or {}
+        words = ", ".join(f"{count:,} {shorten(str(name))}" for name, count in causes.items())
+        note += f"; {missing:,} without an answer count as missing" + f" ({words})" * bool(words)
     head = ("metric", "value", "95 % interval", "n")
     title = f"Evaluation: {names}"
     return Finding(title, note, svg, (), head, rows, (False, True, True, True), svg is None)

@@ -79,7 +79,13 @@ class FindingMaker:
         """Yield the finding: the aggregate, then other fields of the answer."""
         seen = set[str]()
         for entry in sorted(aggregate, key=lambda one: one.get("op") != "top_k"):
-            yield self._make_entry(entry)
+            groups = entry.get("groups")
+            if "group_by" in entry and isinstance(groups, list):
+                yield self._make_groups(entry, groups)
+            elif (listed := _list_rows(entry)) is not None:
+                yield self._make_table(entry, listed)
+            else:
+                yield self._make_entry(entry)
             if entry.get("op") in {"histogram", "stats"}:
                 seen.add(str(entry.get("field")))
         others = [
@@ -108,6 +114,13 @@ class FindingMaker:
         rows = [[shorten(name), _format(value)] for name, value in _flatten(entry)][:_MOST_ROWS]
         return Finding(_title(entry), head=("", "value"), rows=rows, numbers=(False, True))
 
+    def _make_table(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
+        note = "the first rows" if entry.get("more") else ""
+        head = list(dict.fromkeys(str(name) for row in rows for name in row))
+        numbers = [all(_is_number(row.get(name, 0)) for row in rows) for name in head]
+        cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
+        return Finding(_title(entry), note, None, (), list(map(shorten, head)), cells, numbers)
+
     def _make_ranking(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
         cards = list[Card]()
         for row in rows[:_DRAWN] if self.draw else ():
@@ -121,12 +134,34 @@ class FindingMaker:
         head = list(dict.fromkeys(name for row in flat for name in row))
         numbers = [all(_is_number(row.get(name)) for row in flat) for name in head]
         cells = [[_format(row.get(name)) for name in head] for row in flat]
-        order = "highest" if entry.get("order") == "largest" else "lowest"
         note = _missing(entry.get("missing"))
         if not rows:
             note = "no item has a usable value"
-        title = f"{order.capitalize()} {shorten(field_name)}"
-        return Finding(title, note, None, cards, list(map(shorten, head)), cells, numbers)
+        return Finding(_title(entry), note, None, cards, list(map(shorten, head)), cells, numbers)
+
+    def _make_groups(
+        self, entry: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    ) -> Finding:
+        """Return an aggregator by groups: a table with a row per group, or per row of a group."""
+        flat = [row for one in groups for row in _flatten_group(one, str(entry.get("field")))]
+        head = list(dict.fromkeys(name for row in flat[:_MOST_ROWS] for name in row))
+        cells = [[_format(row.get(name)) for name in head] for row in flat[:_MOST_ROWS]]
+        numbers = [
+            name != "group" and all(_is_number(row.get(name, 0)) for row in flat) for name in head
+        ]
+        notes = [f"the first {_MOST_ROWS:,} of {len(flat):,} rows"] * (len(flat) > _MOST_ROWS)
+        if others := entry.get("others"):
+            notes.append(f"{others:,} items in further groups")
+        title, svg = _title(entry), None
+        ranges = [found for one in groups if (found := _find_range(one))][:_MOST_BARS]
+        if self.charts and ranges:
+            notes.append("the picture has the median and the middle half of each group")
+            low = min(one[2] for one in ranges)
+            high = max(one[3] for one in ranges)
+            svg = self.charts.draw_intervals(ranges, title, (low, high))
+        note = "; ".join(notes)
+        is_open = svg is None
+        return Finding(title, note, svg, (), list(map(shorten, head)), cells, numbers, is_open)
 
     def _make_list(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
         head = list(dict.fromkeys(str(name) for row in rows[:_MOST_ROWS] for name in row))
@@ -184,6 +219,32 @@ class FindingMaker:
         return self._make_counts(title, counts.most_common(), missing)
 
 
+def _flatten_group(group: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a group as cells by column."""
+    head = {"group": group.get("group"), "size": group.get("size")}
+    if isinstance(rows := group.get("rows"), list):
+        for row in rows:
+            yield {"group": group.get("group"), **_flatten_row(row, name)}
+        return
+    parts = {key: value for key, value in group.items() if key not in head}
+    for one in parts.pop("counts", None) or ():
+        head[to_text(one["value"])] = one["count"]
+    for one in parts.pop("bins", None) or ():
+        head[f"{_format(one['low'])} to {_format(one['high'])}"] = one["count"]
+    yield head | dict(_flatten(parts, "")) if parts else head
+
+
+def _find_range(group: Mapping[str, Any]) -> tuple[str, float, float, float] | None:
+    """Return name, median and quartiles of a group with statistics."""
+    found = group.get("quantiles")
+    values: list[Any] = []
+    if isinstance(found, Mapping):
+        values = [found.get(q) for q in ("0.5", "0.25", "0.75")]
+    if not values or not all(map(_is_number, values)):
+        return None
+    return (to_text(group.get("group")), values[0], values[1], values[2])
+
+
 def _column_name(name: str) -> str:
     return name.removeprefix("input.") if name.startswith("input.") else f"output.{name}"
 
@@ -197,6 +258,8 @@ def _title(entry: Mapping[str, Any]) -> str:
     }
     op, name = str(entry.get("op")), entry.get("field")
     head = words.get(op, shorten(op).replace("_", " ").capitalize())
+    if op == "top_k":
+        head = "Highest" if entry.get("order") == "largest" else "Lowest"
     if op == "collect" and name is None:
         head = "All answers"
     title = head if name is None else f"{head} {shorten(str(name))}"
@@ -222,6 +285,16 @@ def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"  # noqa: PLR2004
     return shorten(to_text(shorten_json(value)))
+
+
+def _list_rows(entry: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """Return the rows of a query or of a function; None for other entries."""
+    match entry:
+        case {"op": "sql", "rows": [*rows]} | {"op": "python", "result": [*rows]} if all(
+            isinstance(row, Mapping) for row in rows
+        ):
+            return rows
+    return None
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ _MOST_DETAILS: Final = 96 << 20
 
 _MOST_LEVELS: Final = 200
 """Distinct texts up to which a column is one of categories."""
+
+_NUMBER: Final = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
+_MOST_DIGITS: Final = 25
+"""Numbers in texts; those with leading zeros are names."""
 
 _TOP: Final = 5
 _EXACT: Final = 1 << 53
@@ -75,6 +80,8 @@ class TableColumn:
     def to_json(self) -> dict[str, Any]:
         """Return the column as the page reads it."""
         head = {"name": shorten(self.name), "source": self.source}
+        if self.source == "input" and (parsed := _parse_numbers(self.values)) is not None:
+            return head | {"kind": "number", "values": parsed}
         if self.is_number:
             numbers = [
                 float(v) if pa.types.is_decimal(self.type) and v is not None else v
@@ -89,6 +96,19 @@ class TableColumn:
             return head | {"kind": "category", "levels": list(levels), "codes": codes}
         top = [pair for pair in counts.most_common(_TOP) if pair[1] > 1]
         return head | {"kind": "text", "values": texts, "distinct": len(counts), "top": top}
+
+
+def _parse_numbers(values: Sequence[Any]) -> list[float | None] | None:
+    """Return the numbers of a column of texts, as files without types have them; else None."""
+    found = list[float | None]()
+    for value in values:
+        if value is None or value == "":
+            found.append(None)
+        elif isinstance(value, str) and len(value) < _MOST_DIGITS and _NUMBER.fullmatch(value):
+            found.append(float(value))
+        else:
+            return None
+    return found if any(value is not None for value in found) else None
 
 
 def _to_cell(value: Any) -> str:
@@ -224,6 +244,7 @@ class _Builder:
             if column.values
             and not (name in _CONSTANT and column.has_one_value())
             and not (column.source == "run" and all(value is None for value in column.values))
+            and not (column.source == "input" and column.values == self._columns["id"].values)
         ]
         order = {"key": 0, "answer": 1, "input": 2, "run": 3}
         return tuple(sorted(found, key=lambda column: order[column.source]))

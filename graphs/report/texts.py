@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any, Final
 
 import orjson
@@ -56,7 +57,11 @@ def shorten_json(value: Any, depth: int = 0) -> Any:
 
 def to_text(value: Any) -> str:
     """Return a value as one text: JSON if it is none."""
-    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "milliseconds")
+    if isinstance(value, str | date | time | timedelta | Decimal):
+        return str(value)
+    return orjson.dumps(value, default=str).decode()
 
 
 def parse_time(text: object) -> datetime | None:

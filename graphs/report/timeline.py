@@ -16,8 +16,6 @@ import pyarrow.compute as pc
 
 from ...backends.core.errors import JournalError
 
-FILE_NAME: Final = "timeline.arrow"
-
 MOST_TIMES: Final = 200
 MOST_ENDPOINTS: Final = 120
 """Most columns and rows of the heat map."""

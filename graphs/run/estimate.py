@@ -24,7 +24,8 @@ from ...backends.budget.tokens import (
     TokenCounter,
     open_token_counter,
 )
-from ...backends.core.errors import InvalidItemError, NoEndpointError
+from ...backends.core.errors import ConfigurationError, InvalidItemError, NoEndpointError
+from ...backends.core.images import add_images, show_content
 from ...backends.core.money import BudgetLimits
 from ...backends.core.request_urls import REQUEST_KINDS, REQUEST_URLS, read_input_text
 from ...backends.core.templates import ItemPrompt
@@ -34,6 +35,7 @@ from ...backends.discovery.connect import (
     check_cache,
     check_tags,
     find_rate_limits,
+    find_token_window,
     make_fleet_policy,
     make_model_params,
     open_endpoint_set,
@@ -46,16 +48,20 @@ from ...backends.fleet.policy import FleetPolicy, ModelParams
 from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
+from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.journal import Journal
+from ...backends.storage.results import ResultLayout
 from ...backends.storage.run_folder import get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
+from .final_reducers import check_final_reducers
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
+from .result_rows import make_result_layout
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -87,6 +93,8 @@ class Sample:
         problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
+        layout: Columns of the results.
+        evaluated: Lines about the gold values of the section evaluate.
     """
 
     summary: InputSummary
@@ -96,6 +104,8 @@ class Sample:
     problem: str | None
     max_tokens: int
     unlimited: int
+    layout: ResultLayout
+    evaluated: tuple[str, ...] = ()
 
 
 def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
@@ -112,7 +122,8 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
-        summary = load_input(config.input, file, needed_columns(config))
+        samples = config.task.samples
+        summary = load_input(config.input, file, needed_columns(config), samples=samples)
         with ItemStore(file) as store:
             check_requests(config, ready, store)
             chosen = sample_indices(len(store), count, summary.digest)
@@ -120,7 +131,22 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
             problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited)
+            layout = make_result_layout(config.task.answer_schema, store, fold=config.make_fold())
+            evaluated = _check_gold_values(config, store)
+    return Sample(
+        summary, rendered, first[0].id, first[1], problem, longest, unlimited, layout, evaluated
+    )
+
+
+def _check_gold_values(config: RunConfig, store: ItemStore) -> tuple[str, ...]:
+    if not config.evaluate:
+        return ()
+    from .evaluation import check_gold_values  # noqa: PLC0415 - numpy is slow to import
+
+    try:
+        return tuple(check_gold_values(config, store))
+    except ConfigurationError:  # check_fields raises it with the name of the file
+        return ()
 
 
 _SLICE: Final = 256
@@ -144,13 +170,14 @@ def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
 
 
 def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Message]:
-    """Return the messages of an item's first request.
+    """Return the messages of an item's first request, of images only the beginning; blocks.
 
     Raises:
         InvalidItemError: The item fails without a request.
     """
     if not config.input.is_batch:
-        return prompt.build_messages(row)
+        images, first = open_images(config), prompt.build_messages(row)
+        return first if images is None else add_images(first, images.load_heads(row))
     if row["url"] not in REQUEST_URLS:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
     if (kind := REQUEST_KINDS.get(row["url"])) is not None:
@@ -225,6 +252,7 @@ class Estimate:
         forecast: Estimated tokens, cost and time.
         problem: Why a run with these settings would stop before its first call, or None.
         unlimited: Requests of a batch without a limit of their answer.
+        evaluated: Lines about the gold values of the section evaluate.
     """
 
     input: InputSummary
@@ -241,6 +269,7 @@ class Estimate:
     forecast: Forecast
     problem: str | None = None
     unlimited: int = 0
+    evaluated: tuple[str, ...] = ()
 
 
 async def estimate_run(
@@ -274,6 +303,7 @@ async def estimate_run(
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
+        await check_final_reducers(loaded, sampled.layout)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     policy = make_fleet_policy(config, ready.endpoint_set)
@@ -300,14 +330,15 @@ async def estimate_run(
         forecast=forecast(plan, seen),
         problem=problem,
         unlimited=sampled.unlimited,
+        evaluated=sampled.evaluated,
     )
 
 
 def _question(sampled: Sample, config: RunConfig) -> str:
     if sampled.first and config.task.messages is not None and not config.task.examples:
-        return "\n".join(f"{one['role']}: {one['content']}" for one in sampled.first)
+        return "\n".join(f"{one['role']}: {show_content(one['content'])}" for one in sampled.first)
     if sampled.first:
-        return str(sampled.first[-1]["content"])
+        return show_content(sampled.first[-1]["content"])
     return f"(no valid item; item {sampled.first_id}: {sampled.problem})"
 
 
@@ -355,11 +386,13 @@ def limit_rates(
     """
     if config.backend.is_batch:  # batches are not counted
         return plan
-    requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, specs)
+    members = list(specs)
+    requests_per_s, tokens_per_min = find_rate_limits(policy.rate_limit, config.limits, members)
     return replace(
         plan,
         requests_per_s=requests_per_s,
         tokens_per_min=tokens_per_min,
+        window_s=find_token_window(members),
         is_gateway=policy.whole_answers,
     )
 
@@ -505,8 +538,8 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
     folder = open_folder(path)
     about, settings = folder.read_provenance(), read_settings(folder.settings).data
     task = settings["task"]
-    if task.get("graph"):
-        return []  # it writes its own prompts
+    if task.get("graph") or task.get("images"):
+        return []  # it writes its own prompts; or tokens of images, which differ from texts'
     role = (settings.get("model") or {}).get("system_role") or "system"
     prompt = ItemPrompt.parse(task, role)
     fixed, found = ModelParams(about["model"], schema=task.get("schema")).body(), []

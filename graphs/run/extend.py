@@ -8,15 +8,19 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 from ...backends.budget.pricing import read_price
 from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
+from ...backends.core.images import add_images
+from ...backends.core.samples import SampleFold
 from ...backends.core.selection import Selection
-from ...backends.core.types import Item, Json, Message, Row
+from ...backends.core.types import Item, Json, Message, Row, find_row_id
 from ...backends.inputs.column_types import describe_columns
+from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files
 from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
@@ -34,8 +38,11 @@ logger = logging.getLogger(__name__)
 _BATCH: Final = 256
 _DECIDING: Final = ("task", "model", "limits", "endpoints")
 """Sections whose change may turn a failure into an answer."""
-_NO_EFFECT: Final = ("name", "max_tokens", "max_tokens_field", "price")
-"""Settings of the model that do not count as such a change, or are compared apart."""
+_NO_EFFECT: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("name", "max_tokens", "max_tokens_field", "price"),
+    "task": ("samples", "fold"),
+}
+"""Settings that do not count as such a change, or are compared apart."""
 
 
 @dataclass(slots=True)
@@ -212,6 +219,7 @@ class Extension:
                 bytes.fromhex(about["fingerprint"]),
             ),
             build_messages=prompt.build_messages,
+            images=open_images(config),
             ask_again=self.ask_again or _choose_ask_again(self.source, self.loaded),
             plan=ExtensionPlan(
                 before["run"], self.source.path, bool(about["simulated"]), only=self.only
@@ -220,28 +228,37 @@ class Extension:
 
 
 def _select_items(source: RunFolder, only: str) -> tuple[Selection, frozenset[str]]:
-    """Return the conditions, and the ids of the finished items of a run that fulfil them.
+    """Return the conditions, and the ids of the rows of a run whose finished items fulfil them.
+
+    With samples, the folded answer counts, and ``failed`` selects rows of which any sample failed.
 
     Raises:
         ConfigurationError: The conditions cannot be read, or no item fulfils them.
     """
     about = source.read_provenance()
-    schema = get_at_path(read_settings(source.settings).data, ("task", "schema"))
+    task = get_at_path(read_settings(source.settings).data, ("task",))
     with (
         ItemStore(source.items) as store,
         Journal(source.journal, get_run_ids(about), len(store)) as journal,
     ):
+        task = task if isinstance(task, Mapping) else {}
+        schema, fold = task.get("schema"), SampleFold.from_task(task)
         answer = schema if isinstance(schema, Mapping) else None
+        answer = answer if fold is None else fold.fold_schema(answer)
         try:
             selection = Selection.parse(only, answer, describe_columns(store.types))
         except ConfigurationError as error:
             raise ConfigurationError(f"--only: {error.message}") from None
         ended = [index for index in range(len(store)) if journal.is_finished(index)]
+        rows = store.iter_rows(ended)
         ids = set[str]()
-        for index, (row, _) in zip(ended, store.iter_rows(ended), strict=True):
-            record = journal.read_record(index)
-            if selection.holds(record["status"], record.get("output"), row):
-                ids.add(str(record["id"]))
+        for _, indices in groupby(ended, lambda index: index // store.samples):
+            records = [journal.read_record(index) for index in indices]
+            (row, _), *_others = [next(rows) for _ in records]
+            outputs = [record.get("output") for record in records if record["status"] == "done"]
+            output = fold.fold(outputs).output if fold is not None else next(iter(outputs), None)
+            if any(selection.holds(record["status"], output, row) for record in records):
+                ids.add(find_row_id(str(records[0]["id"]), records[0]["sample"]))
     if not ids:
         msg = f"--only {only!r}: none of the {len(ended):,} finished items of {source.path} fits"
         raise ConfigurationError(msg)
@@ -260,9 +277,9 @@ def _choose_ask_again(source: RunFolder, loaded: LoadedConfig) -> str | None:
 
 def _get_deciding(settings: Mapping[str, Any], section: str) -> Any:
     found = settings.get(section)
-    if section != "model" or not isinstance(found, Mapping):
+    if section not in _NO_EFFECT or not isinstance(found, Mapping):
         return found
-    return {key: value for key, value in found.items() if key not in _NO_EFFECT}
+    return {key: value for key, value in found.items() if key not in _NO_EFFECT[section]}
 
 
 @dataclass(slots=True)
@@ -276,6 +293,7 @@ class _Matcher:
         total: Number of its items.
         digests: Digests of the new run's items.
         build_messages: Returns the first messages of an item from its columns.
+        images: Reads the images of an item, or None.
         ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
         plan: What has been found so far.
         prompts: Estimated tokens of the prompts to ask.
@@ -287,6 +305,7 @@ class _Matcher:
     total: int
     digests: ItemDigests
     build_messages: Callable[[Row], list[Message]]
+    images: ImageFolder | None
     ask_again: str | None
     plan: ExtensionPlan
     prompts: array[float] = field(default_factory=lambda: array("d"))
@@ -299,25 +318,35 @@ class _Matcher:
     def _iter_kept(self, items: list[Item]) -> Iterator[dict[str, Json]]:
         for item in items:
             index = self.indices.pop(item.id, None)
-            messages = self._render(item)
-            if messages is None:
+            rendered = self._render(item)
+            if rendered is None:
                 self.plan.invalid += 1
-            elif (record := self._find_kept(index, messages)) is not None:
+                continue
+            messages, question = rendered
+            if (record := self._find_kept(index, question)) is not None:
                 yield self._adopt(record, item)
             else:
                 tokens = estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE
                 self.prompts.append(tokens)
 
-    def _render(self, item: Item) -> list[Message] | None:
-        """Return the first messages of an item; None if it fails without a request."""
+    def _render(self, item: Item) -> tuple[list[Message], str | None] | None:
+        """Return the first messages of an item and the digest of its question.
+
+        Returns:
+            None if it fails without a request.
+        """
         if item.problem is not None:
             return None
         try:
-            return self.build_messages(item.row)
+            messages = self.build_messages(item.row)
+            images = [] if self.images is None else self.images.load(item.row)
         except InvalidItemError:
             return None
+        told = [image.describe() for image in images]
+        question = self.digests.compute_question(messages, item.sample, told)
+        return add_images(messages, images), question
 
-    def _find_kept(self, index: int | None, messages: list[Message]) -> dict[str, Any] | None:
+    def _find_kept(self, index: int | None, question: str | None) -> dict[str, Any] | None:
         """Return the record to take over; None, counted by its reason, if the item is asked."""
         plan = self.plan
         if index is None:
@@ -327,7 +356,7 @@ class _Matcher:
             plan.unfinished += 1
             return None
         record = self.journal.read_record(index)
-        is_same = record.get("question") == self.digests.compute_question(messages)
+        is_same = record.get("question") == question
         if not is_same or bool(record.get("simulated")) != plan.simulated:
             plan.changed += 1
             return None
@@ -351,6 +380,7 @@ class _Matcher:
         kept = {key: value for key, value in record.items() if key != "shares"}
         return kept | {
             "index": item.index,
+            "sample": item.sample,
             "attempts": [],
             "reused": int(record["status"] == "done"),
             **dict.fromkeys((*counts, *costs), 0),

@@ -275,6 +275,8 @@ def measure_items(journal: Journal, total: int, path: Path) -> ItemStats | None:
 _REPAIR: Final = 60
 """Tokens of the request to repair an answer."""
 _MILLION: Final = 1_000_000
+_PROMPT_MARGIN: Final = 1.25
+"""Tokens that are reserved for a prompt, per token that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +291,7 @@ class RunPlan:
         streams: Most items in flight.
         requests_per_s: Most requests per second, or None.
         tokens_per_min: Most tokens per minute, or None.
+        window_s: Length in seconds of the windows in which tokens count.
         is_gateway: Whether the endpoints are behind a gateway, which has such limits.
         nodes: Nodes held during the run, or None if unknown.
         price: Price of the model, or None.
@@ -302,10 +305,24 @@ class RunPlan:
     streams: int
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
+    window_s: float = 60.0
     is_gateway: bool = False
     nodes: int | None = None
     price: Price | None = None
     caps: BudgetLimits = field(default_factory=BudgetLimits)
+
+    @property
+    def reserved(self) -> float:
+        """Return the tokens that a request reserves in a window until its answer comes."""
+        return _PROMPT_MARGIN * self.first.likely + self.max_tokens
+
+    @property
+    def most_in_flight(self) -> int | None:
+        """Return how many requests the limit of tokens lets run at a time; None: it is none."""
+        if self.tokens_per_min is None:
+            return None
+        window = self.tokens_per_min * self.window_s / 60
+        return max(1, math.floor(window / max(1.0, self.reserved)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +436,8 @@ def forecast(plan: RunPlan, stats: ItemStats | None, own: bool = False) -> Forec
     if stats is not None:
         tokens += items * stats.lost
     seconds = None if stats is None else _seconds(plan, stats)
-    bound = _rate_bound(plan, requests, tokens, seconds)
+    held = None if stats is None else items * stats.latency
+    bound = _rate_bound(plan, requests, tokens, seconds, held)
     if seconds is not None and bound is not None:
         seconds = seconds.maximum(bound.seconds)
     hours = None
@@ -470,9 +488,24 @@ def _seconds(plan: RunPlan, stats: ItemStats) -> Range:
 
 
 def _rate_bound(
-    plan: RunPlan, requests: Range, tokens: Range, unlimited: Range | None
+    plan: RunPlan,
+    requests: Range,
+    tokens: Range,
+    unlimited: Range | None,
+    held: Range | None,
 ) -> RateBound | None:
-    """Return the least time under the rate limits, or None without such limits."""
+    """Return the least time under the rate limits, or None without such limits.
+
+    A window holds the tokens that were used within its length, and those that requests in flight
+    have reserved: the longer a request runs, and the higher ``max_tokens``, the fewer fit.
+
+    Args:
+        plan: The requests and the limits.
+        requests: Number of requests.
+        tokens: Tokens that are used.
+        unlimited: Seconds without these limits, or None if unknown.
+        held: Seconds of all items in flight together, or None if unknown.
+    """
     times = dict[str, Range]()
     if plan.requests_per_s is not None:
         rate = plan.requests_per_s
@@ -480,6 +513,9 @@ def _rate_bound(
     if plan.tokens_per_min is not None:
         flow = plan.tokens_per_min / 60
         times["tokens_per_min"] = tokens.map(lambda t: t / flow)
+        if held is not None:
+            per_second = plan.reserved / (flow * plan.window_s)
+            times["tokens_per_min"] += held.map(lambda s: s * per_second)
     if not times:
         return None
     limit = max(times, key=lambda name: times[name].likely)

@@ -29,7 +29,7 @@ from ...backends.fleet.fleet import Fleet, FleetClient
 from ...backends.workers.registry import import_object
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...nodes.context import Delegate, ItemContext, PreparedRun
+from ...nodes.context import Delegate, ImageSource, ItemContext, PreparedRun
 from ...nodes.item.answer import AnswerCheck
 from ...nodes.item.prepare import make_item_error
 from ...nodes.item.steps import (
@@ -82,8 +82,14 @@ def is_run_by_engine(config: RunConfig, *, trace: bool, embedded: bool, total: i
     return trace or config.shard.items == 1 or (watched and is_small_batch(total))
 
 
-def make_item_runner(
-    loaded: LoadedConfig, fleet: Fleet, model: str, engine: ItemEngine | None, quiet: bool
+def make_item_runner(  # noqa: PLR0913 - what is open for a run
+    loaded: LoadedConfig,
+    fleet: Fleet,
+    model: str,
+    engine: ItemEngine | None,
+    quiet: bool,
+    *,
+    images: ImageSource | None,
 ) -> RunItem:
     """Return a function that runs one item through the item graph.
 
@@ -94,8 +100,9 @@ def make_item_runner(
         engine: Runs the item with LangGraph's engine; None walks its steps directly, which takes
             microseconds instead of milliseconds.
         quiet: Keep items out of traces.
+        images: Reads the images of items; None if they have none.
     """
-    context = make_item_context(loaded, fleet, model, traced=engine is not None)
+    context = make_item_context(loaded, fleet, model, traced=engine is not None, images=images)
     run = engine or _make_walker(choose_steps(loaded.config))
     if (most := loaded.config.limits.item_timeout_s) is not None:
         run = _with_timeout(run, most)
@@ -140,7 +147,7 @@ def _with_timeout(run: ItemEngine, seconds: float) -> ItemEngine:
 
 
 def make_item_context(
-    loaded: LoadedConfig, fleet: Fleet, model: str, *, traced: bool
+    loaded: LoadedConfig, fleet: Fleet, model: str, *, traced: bool, images: ImageSource | None
 ) -> ItemContext:
     """Return the context of the item graph."""
     config = loaded.config
@@ -156,6 +163,7 @@ def make_item_context(
         repairs=config.task.repairs,
         delegate=delegate,
         completions=FleetClient(fleet, params) if config.input.is_batch else None,
+        images=images,
     )
 
 
@@ -293,10 +301,13 @@ def plan_shards(run: RunKey, config: RunConfig, total: int, *, singly: bool = Fa
         run: Key of the run.
         config: Its settings.
         total: Number of its items.
-        singly: Make each item of a small batch a separate shard.
+        singly: Make each row of a small batch a separate shard.
+
+    A shard has all samples of its rows.
     """
     is_local = config.shard.items is None and not config.backend.is_remote
     size = 1 if singly and is_local and is_small_batch(total) else choose_shard_items(config, total)
+    size = -(-size // config.task.samples) * config.task.samples
     return PreparedRun(run, total, size, choose_window(config, size), make_sizing(config))
 
 
@@ -322,6 +333,7 @@ def make_sizing(config: RunConfig) -> dict[str, Any] | None:
     if config.shard.items is not None or not backend.is_remote:
         return None
     return {
+        "samples": config.task.samples,
         "workers": backend.concurrent_shards,
         "least_s": backend.shard_least_s,
         "most_s": backend.shard_most_s,

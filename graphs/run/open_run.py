@@ -27,17 +27,24 @@ from ...backends.core.types import Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     open_cache,
+    open_deployments,
     open_fleet,
-    wait_for_model,
 )
 from ...backends.discovery.node_local import ready_endpoints
+from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
+from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, list_lost_files, write_extents
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    remove_evaluation,
+    write_evaluation,
+    write_json,
+)
 from ...backends.workers.executor import WorkShard
-from ...configs.aggregators import to_aggregator_spec
 from ...configs.backend import BackendConfig
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
@@ -48,8 +55,9 @@ from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
+from ..remote.deployments import follow_deployments
 from ..remote.heartbeat import stop_earlier_workers
-from ..remote.task_template import make_task_template
+from ..remote.task_template import TaskTemplate, make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .batch_output import write_batch_output
 from .items import (
@@ -163,8 +171,8 @@ async def open_run(
                     "session": journal.session_number,
                     "stage": files.stage,
                 }
-                template = make_task_template(
-                    folder, loaded, await wait_for_model(config, ready, about["run"]), about, price
+                template = await stack.enter_async_context(
+                    _open_template(folder, loaded, ready, about, price, budget)
                 )
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
@@ -179,7 +187,7 @@ async def open_run(
                     open_cache(config, ready.simulated, folder.responses)
                 )
                 fleet = await stack.enter_async_context(
-                    open_fleet(config, ready, cache, files.provenance["run"])
+                    _open_charged_fleet(config, ready, cache, files.provenance["run"], budget)
                 )
                 await stack.enter_async_context(
                     _record_fleet(fleet, folder, journal.session_number, price)
@@ -207,15 +215,14 @@ async def open_run(
         tools = OpenRun(
             store=files.store,
             item_journal=journal,
-            aggregators=build_aggregators(
-                [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
-            ),
+            aggregators=build_aggregators(config.list_aggregators()),
             run_item=run_item,
             gate=gate,
             progress=progress,
             fingerprint=bytes.fromhex(files.fingerprint),
             question_digest=compute_question_digest(config, files.model),
             constant_messages=config.parse_prompt().constants,
+            fold=config.make_fold(),
             keep_raw=config.keep.raw == "all",
             simulated=files.simulated,
             token_prices=price,
@@ -236,6 +243,40 @@ async def open_run(
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
         stack.enter_context(close_at_deadline(tools.gate, options.deadline))
         yield tools
+
+
+@asynccontextmanager
+async def _open_template(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    ready: ReadyEndpoints,
+    about: dict[str, Any],
+    price: TokenPrices,
+    budget: RunBudget | None,
+) -> AsyncIterator[TaskTemplate]:
+    """Yield the template of all tasks; follow the deployments of a gateway for the workers."""
+    charge = None if budget is None else budget.budget.charge_probe
+    async with open_deployments(loaded.config, ready, about["run"], charge) as (running, fleet):
+        template = make_task_template(folder, loaded, running, about, price)
+        async with follow_deployments(fleet, template.journal, template.token):
+            yield template
+
+
+@asynccontextmanager
+async def _open_charged_fleet(
+    config: RunConfig,
+    ready: ReadyEndpoints,
+    cache: RequestCache | None,
+    run: str,
+    budget: RunBudget | None,
+) -> AsyncIterator[Fleet]:
+    """Open the fleet of this process; the budget is charged for its probes."""
+    async with open_fleet(config, ready, cache, run) as fleet:
+        if budget is None:
+            yield fleet
+            return
+        with fleet.count_probes(budget.budget.charge_probe):
+            yield fleet
 
 
 @asynccontextmanager
@@ -271,7 +312,8 @@ def _make_item_runner(
     by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
     engine = options.make_engine(choose_steps(config)) if by_engine else None
     quiet = not is_small_batch(total) and not trace
-    return make_item_runner(loaded, fleet, model, engine, quiet)
+    images = open_images(config)
+    return make_item_runner(loaded, fleet, model, engine, quiet, images=images)
 
 
 def _check_trace(options: OpenOptions) -> None:
@@ -288,9 +330,12 @@ def _gate(config: RunConfig) -> Gate:
     backend, drain_s = config.backend, config.limits.drain_s
     if backend.is_remote:
         return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shards")
-    return Gate(
-        backend.lines * backend.active if backend.is_batch else config.limits.streams, drain_s
-    )
+    if backend.is_batch:
+        return Gate(backend.lines * backend.active, drain_s, left=_BATCHES_LEFT)
+    return Gate(config.limits.streams, drain_s)
+
+
+_BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 
 @asynccontextmanager
@@ -449,24 +494,42 @@ async def _refuse_item(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
 
 
-def write_results(
-    folder: RunFolder,
-    loaded: LoadedConfig,
-    tools: OpenRun,
-    aggregate: list[dict[str, Any]],
-    progress: dict[str, Any],
-) -> dict[str, Any]:
-    """Write results, failures and aggregate; return references to them.
+def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> ResultSource:
+    """Write results and failures; return what they were read from.
 
     Raises:
         JournalError: A file cannot be written.
     """
-    extents = tools.item_journal.extents()
-    layout = make_result_layout(loaded.config.task.answer_schema, tools.store)
-    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced)
-    write_parquet(source.iter_rows(), folder.results, layout)
+    schema, fold = loaded.config.task.answer_schema, tools.fold
+    layout = make_result_layout(schema, tools.store, fold=fold)
+    source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
+    _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
+    layout = make_result_layout(schema, tools.store)  # each failed sample has a row
+    samples = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
-        write_jsonl(source.iter_rows("failed"), file, layout)
+        write_jsonl(samples.iter_rows("failed"), file, layout)
+    return source
+
+
+def write_aggregate(
+    folder: RunFolder,
+    tools: OpenRun,
+    aggregate: list[dict[str, Any]],
+    progress: dict[str, Any],
+    extents: Mapping[str, int],
+) -> dict[str, Any]:
+    """Write the aggregate; return references to all results.
+
+    Args:
+        folder: The run's folder.
+        tools: The open run.
+        aggregate: The results of all entries of ``reduce``.
+        progress: The counts of the run.
+        extents: How far the journal was read for them.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
     write_json(
@@ -479,3 +542,20 @@ def write_results(
         "failures": str(folder.failures),
         "simulated": tools.simulated,
     }
+
+
+def _write_results_and_evaluation(
+    folder: RunFolder, config: RunConfig, source: ResultSource, simulated: bool
+) -> None:
+    if not config.evaluate or simulated:
+        write_parquet(source.iter_rows(), folder.results, source.layout)
+        if config.evaluate:
+            write_evaluation(folder, (), simulated)
+        else:
+            remove_evaluation(folder)
+        return
+    from .evaluation import make_evaluator  # noqa: PLC0415 - numpy is slow to import
+
+    evaluator = make_evaluator(config, source.store)
+    write_parquet(evaluator.watch(source.iter_rows()), folder.results, source.layout)
+    write_evaluation(folder, evaluator.to_json(), simulated)

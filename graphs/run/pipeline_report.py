@@ -221,6 +221,31 @@ def _read_json(folder: RunFolder, name: str) -> dict[str, Any]:
         raise JournalError(f"{path}: cannot be read: {error}") from None
 
 
+def read_stage_end(stage: Stage, progress: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return aggregate, progress and results of a finished stage, as a run's graph has them.
+
+    Args:
+        stage: The stage.
+        progress: Counts of the last run of the stage, or None to read those of its results.
+
+    Raises:
+        JournalError: A file is damaged.
+    """
+    folder = stage.folder
+    found = _read_json(folder, folder.aggregate.name)
+    counts = dict(found["progress"]) if progress is None else dict(progress)
+    return {
+        "aggregate": found["aggregate"],
+        "progress": {**counts, "stage": stage.name},
+        "results": {
+            "folder": str(folder.path),
+            "table": str(folder.results),
+            "failures": str(folder.failures),
+            "simulated": bool(found["simulated"]),
+        },
+    }
+
+
 def describe_stages(state: PipelineState) -> Iterator[str]:
     """Yield one line for each stage that has begun."""
     for one in state.stages:

@@ -62,8 +62,9 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
-from ...configs.aggregators import check_aggregators
+from ...configs.aggregators import FinalReducerConfig, check_aggregators
 from ...configs.base import expand_home
+from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
@@ -90,12 +91,23 @@ def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -
 
 def _dump_task(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the task; those that are not set need no place in the digest."""
-    dumped = config.task.model_dump(mode="json", by_alias=True)
-    return {k: v for k, v in dumped.items() if k not in _LATER or v is not None}
+    dumped = config.task.model_dump(
+        mode="json", by_alias=True, exclude={"fold": True, "images": {"folder"}}
+    )
+    return {k: v for k, v in dumped.items() if k not in _LATER or v != _LATER[k]}
 
 
-_LATER: Final = ("examples", "messages")
-"""Settings that runs may lack because they began before the setting existed."""
+_LATER: Final[Mapping[str, Any]] = {
+    "examples": None,
+    "messages": None,
+    "images": None,
+    "samples": 1,
+}
+"""Settings, with their defaults, that runs may lack because they began before they existed."""
+
+
+_PER_ITEM: Final = ("images", "samples")
+"""Settings whose part of a question is added for each item."""
 
 
 def _dump_model(config: RunConfig) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def compute_question_digest(config: RunConfig, model: str) -> bytes:
     for field in ("max_completion_tokens", "max_tokens"):
         common.pop(field, None)
     task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
-    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER}
+    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER and k not in _PER_ITEM}
     has_system = bool(config.task.system) or any(
         message.role == "system" for message in config.task.messages or ()
     )
@@ -130,7 +142,7 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     """Return one line per difference of two settings that a run may not change.
 
     The input's path does not count, because its content is compared by digest. Endpoints, backend,
-    limits and reduce may change.
+    limits, reduce, the fold of samples and the folder of the images may change.
 
     Args:
         old: The run's settings.
@@ -140,6 +152,11 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
     lines = []
     for section in ("input", "task", "model"):
         a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
+        if section == "task":
+            for settings in (a, b):
+                settings.pop("fold", None)
+                if isinstance(images := settings.get("images"), Mapping):
+                    settings["images"] = {k: v for k, v in images.items() if k != "folder"}
         if section == "model":
             a["name"], b["name"] = model, b.get("name") or model
             a["price"] = b["price"] = None  # may change
@@ -257,7 +274,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         allow_simulated: Allow a simulated fleet.
         defer_endpoints: Do not check the endpoints, because a job will start them.
         extend: Takes over items of another run before the folder appears under its name.
-        only: Ids of the items of the run; None means all of the input.
+        only: Ids of the rows of the run; None means all of the input.
         source: Items in place of the configured input that have their ids already.
         place: Place of the run in a pipeline.
 
@@ -269,6 +286,12 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         load_rows,
     )
 
+    if loaded.config.stages is not None:
+        msg = (
+            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
+            "batch and agents' tools take a single task"
+        )
+        raise ConfigurationError(msg)
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
@@ -281,11 +304,15 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
+        samples = loaded.config.task.samples
         if source is not None:
-            summary = await asyncio.to_thread(load_rows, folder.items, source)
+            summary = await asyncio.to_thread(load_rows, folder.items, source, samples)
         else:
-            summary = await asyncio.to_thread(load_input, given, folder.items, columns, items, only)
+            summary = await asyncio.to_thread(
+                load_input, given, folder.items, columns, items, only=only, samples=samples
+            )
         check_fields(loaded, summary)
+        await _check_final_reducers(loaded, folder)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
             get_deployment(ready)
@@ -336,14 +363,21 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
 def check_input_setting(
     loaded: LoadedConfig, items: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Check that an input is configured.
+    """Check that an input is configured, and a folder for its images if it has some.
 
     Raises:
-        ConfigurationError: There are no items, path or dataset.
+        ConfigurationError: There are no items, path or dataset; or no folder.
     """
-    given = loaded.config.input
+    given, images = loaded.config.input, loaded.config.task.images
     if items is None and given.path is None and given.dataset is None:
         msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
+        raise ConfigurationError(msg)
+    has_folder = items is None and given.path is not None
+    if images is not None and images.folder is None and not has_folder and not images.urls:
+        msg = (
+            f"{loaded.source}: task.images: items that are given in memory or by a data set have "
+            "no folder; set task.images.folder, or task.images.urls: true"
+        )
         raise ConfigurationError(msg)
 
 
@@ -393,6 +427,7 @@ def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
     return {
         "source": summary.source,
         "items": summary.items,
+        **({"samples": summary.samples} if summary.samples > 1 else {}),
         "digest": summary.digest,
         "stamp": None if path is None else read_file_stamp(Path(path)),
         "invalid": summary.invalid,
@@ -525,12 +560,20 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
-    changed = before.plain["reduce"] != after.plain["reduce"]
+    changed = before.plain["reduce"] != after.plain["reduce"] or _get_fold(before) != _get_fold(
+        after
+    )
+    if changed:
+        await _check_final_reducers(after, folder)
     if after.plain != before.plain:
         await asyncio.to_thread(_write_changed, folder, about, after)
     if about.get("place") != await asyncio.to_thread(get_folder_identity, folder.path):
         await asyncio.to_thread(_ensure_identity_locked, folder)
     return ReadyRun(folder, after, changed, ready)
+
+
+def _get_fold(loaded: LoadedConfig) -> Any:
+    return loaded.config.task.fold
 
 
 def _check_secrets(folder: RunFolder, after: LoadedConfig) -> None:
@@ -616,8 +659,20 @@ def _check_stored_requests(config: RunConfig, ready: ReadyEndpoints | None, item
             check_requests(config, ready, store)
 
 
+async def _check_final_reducers(loaded: LoadedConfig, folder: RunFolder) -> None:
+    """Check queries and functions in ``reduce`` against the columns of the results."""
+    if not any(isinstance(one, FinalReducerConfig) for one in loaded.config.reduce):
+        return
+    from .final_reducers import (  # noqa: PLC0415 - pyarrow is slow to import
+        check_final_reducers,
+        read_layout,
+    )
+
+    await check_final_reducers(loaded, await asyncio.to_thread(read_layout, loaded, folder))
+
+
 def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields of the prompt and the aggregators against the answer and the input.
+    """Check the fields that settings name against the answer and the input.
 
     Raises:
         ConfigurationError: A field does not exist, or means two things.
@@ -625,8 +680,12 @@ def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
     try:
         _check_prompt_fields(loaded.config, summary.row_schema)
         check_aggregators(
-            loaded.config.reduce, loaded.config.task.answer_schema, summary.row_schema
+            loaded.config.reduce,
+            loaded.config.result_schema,
+            summary.row_schema,
+            has_samples=loaded.config.task.samples > 1,
         )
+        resolve_evaluations(loaded.config.evaluate, loaded.config.result_schema, summary.row_schema)
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 

@@ -59,8 +59,10 @@ class Shutdown:
         if self._gate is not None and self._times == 1:
             in_flight = self._gate.in_flight
             self._gate.close(name)
-            what = self._gate.unit
-            self._say(f"{name}: waiting for {in_flight:,} {what} in flight; repeat to stop at once")
+            what = f"{in_flight:,} {self._gate.unit} in flight"
+            if self._gate.left is not None:
+                what = f"requests that were sent one by one; {self._gate.left}"
+            self._say(f"{name}: waiting for {what}; repeat to stop at once")
         elif self._gate is not None and self._times == _HURRY:
             self._gate.stop_waiting()  # do not cancel: that could leave a checkpoint half written
         elif self._work is not None:
@@ -96,9 +98,7 @@ class Shutdown:
         except asyncio.CancelledError:
             if self.reason is None:
                 raise
-            msg = (
-                f"{self.reason} before the first item; no request was sent, the run can be resumed"
-            )
+            msg = f"{self.reason} before the first item was sent; the run can be resumed"
             raise RunStoppedError(msg) from None
         finally:
             self._work = None
@@ -177,5 +177,5 @@ async def with_deadline(work: Awaitable[T], end: Walltime | None) -> T:
     except TimeoutError:
         if end is None or not timer.expired():
             raise
-        msg = f"{end.reason}; no request was sent: run the same command in a job with more time"
+        msg = f"{end.reason}; no item was sent: run the same command in a job with more time"
         raise RunStoppedError(msg) from None

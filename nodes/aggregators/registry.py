@@ -8,6 +8,7 @@ from typing import Final
 
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.types import Json, Outcome
+from .agreement import Agreement
 from .base import Aggregator, State, make_aggregator
 from .grouped import Grouped
 from .histogram import Histogram
@@ -18,6 +19,7 @@ VERSION: Final = 1
 """Version of the form of the states."""
 
 AGGREGATORS: Final[dict[str, type[Aggregator]]] = {
+    "agreement": Agreement,
     "collect": Collect,
     "count": Count,
     "histogram": Histogram,

@@ -64,7 +64,8 @@ def _choose_sizes(state: RunState, left: int) -> tuple[int, int]:
     """Return items per shard, and shards per superstep.
 
     For remote shards the first superstep is small and measures the time per item. Later shards
-    have the size that a worker finishes in the time that the settings aim at.
+    have the size that a worker finishes in the time that the settings aim at. A shard has all
+    samples of its rows.
     """
     sizing = state.get("sizing")
     if sizing is None:
@@ -76,7 +77,9 @@ def _choose_sizes(state: RunState, left: int) -> tuple[int, int]:
     seconds = pace["seconds"] / pace["items"]
     aim = math.sqrt(sizing["least_s"] * sizing["most_s"])
     share = -(-left // (_WAVES * workers))
-    return max(least, min(share, int(aim / max(seconds, 1e-6)))), state["window"]
+    size = max(least, min(share, int(aim / max(seconds, 1e-6))))
+    samples = sizing.get("samples", 1)  # a checkpoint of an earlier version has none
+    return -(-size // samples) * samples, state["window"]
 
 
 def fan_out(state: RunState) -> list[Send]:

@@ -111,6 +111,7 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "shard_items": run.shard_items,
         "window": run.window,
         "sizing": run.sizing,
+        "stages": list(run.stages),
         "cursor": 0,
         "left": Overwrite([]),
         "needed": Overwrite({}),
@@ -119,3 +120,8 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "tally": Overwrite({}),  # a thread may have run before
         "parts": Overwrite({}),
     }
+
+
+def route_after_load(state: RunState) -> str:
+    """Return the node after ``load``: the stages of a pipeline, or the shards of a run."""
+    return "stages" if state.get("stages") else "dispatch"

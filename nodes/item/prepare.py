@@ -5,6 +5,7 @@ from __future__ import annotations
 from langgraph.runtime import Runtime
 
 from ...backends.core.errors import FanfoldError, InvalidItemError
+from ...backends.core.images import add_images
 from ...backends.core.values import replace_surrogates
 from ..context import ItemContext
 from ..state import ItemState
@@ -22,8 +23,13 @@ async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     try:
         if problem := state.get("problem"):
             raise InvalidItemError(problem)
+        messages = context.prompt.build_messages(state["row"])
+        if context.images is None:
+            return {"messages": messages, "repairs": 0}
+        images = await context.images.read(state["id"], state["row"])
         return {
-            "messages": context.prompt.build_messages(state["row"]),
+            "messages": add_images(messages, images),
+            "images": [image.describe() for image in images],
             "repairs": 0,
         }
     except InvalidItemError as error:

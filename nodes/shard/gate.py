@@ -27,19 +27,23 @@ class Gate:
         streams: Maximum number of items in flight.
         drain_s: Seconds after closing in which items in flight may finish.
         what: What is in flight, for messages.
+        left: What goes on elsewhere after a stop, in words; None: nothing does.
 
     Attributes:
         drain_s: As given.
         unit: The argument ``what``.
+        left: As given.
         in_flight: Slots in use, including those assigned to a waiting task.
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
         is_cancelled: Whether the task that runs the items was cancelled.
     """
 
-    def __init__(self, streams: int, drain_s: float, what: str = "items") -> None:
+    def __init__(
+        self, streams: int, drain_s: float, what: str = "items", left: str | None = None
+    ) -> None:
         self._streams = streams
-        self.drain_s, self.unit = drain_s, what
+        self.drain_s, self.unit, self.left = drain_s, what, left
         self._waiting = deque[asyncio.Future[bool]]()
         self._over, self._closing = asyncio.Event(), asyncio.Event()
         self._over.set()

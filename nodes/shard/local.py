@@ -37,7 +37,7 @@ from ..context import RunTools
 from ..item.prepare import make_item_error
 from ..state import ItemState
 from .gate import Gate
-from .record import RecordBuilder, make_outcome, put_record
+from .record import RecordBuilder, SampleCollector, make_outcome, put_record
 
 _SLICE: Final = 64
 """Number of items read, and of outcomes folded, at a time."""
@@ -65,6 +65,7 @@ class ShardPart:
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
         self._pending: list[Outcome] = []
+        self._samples = None if tools.fold is None else SampleCollector(tools.fold)
         self._state = tools.aggregators.empty()
         self.tally = {"done": 0, "failed": 0}
         self.pace = dict[str, float]()
@@ -74,9 +75,12 @@ class ShardPart:
         return sum(self.tally.values())
 
     def add(self, record: dict[str, Any], item: Item) -> None:
-        """Fold in one finished item."""
+        """Fold in one finished item; samples once all of their row have ended."""
         self.tally[record["status"]] += 1
-        self._pending.append(make_outcome(record, item))
+        if self._samples is None:
+            self._pending.append(make_outcome(record, item))
+        elif (outcome := self._samples.add(record, item)) is not None:
+            self._pending.append(outcome)
         if len(self._pending) >= _SLICE:
             self._fold()
 
@@ -92,6 +96,11 @@ class ShardPart:
             "items": self.pace.get("items", 0) + items,
             "seconds": self.pace.get("seconds", 0.0) + seconds,
         }
+
+    @property
+    def has_open_rows(self) -> bool:
+        """Return True if items were added that the part lacks: not all samples of their row."""
+        return self._samples is not None and self._samples.has_open_rows
 
     def state(self) -> State:
         """Return the shard's part of the aggregate."""
@@ -222,7 +231,7 @@ class _ShardRunner:
                     continue
                 if not await self._acquire_slot():
                     return
-                calls = CallLog(index=item.index)
+                calls = CallLog(index=item.index, sample=item.sample)
                 running = self._run_item(item, calls)
                 task = detach_task(group.create_task(running, context=context.copy()))
                 self._tasks[task] = calls

@@ -14,9 +14,11 @@ import orjson
 from ...backends.core.errors import (
     InvalidAnswerError,
 )
+from ...backends.core.images import mask_images, read_text
 from ...backends.core.money import TokenPrices
 from ...backends.core.protocols import CallLog, EndpointUsage
-from ...backends.core.types import Item, Json, Outcome
+from ...backends.core.samples import SampleFold, find_row_error
+from ...backends.core.types import Item, Json, Message, Outcome
 from ...backends.core.values import MAX_COUNT, clamp_counts, replace_surrogates
 from ..context import ItemJournal, RunTools
 from ..state import ItemState
@@ -45,14 +47,29 @@ class ItemDigests:
         self._constant_messages = constant_messages
         self._fingerprint = hashlib.blake2b(fingerprint, digest_size=12)
 
-    def compute_question(self, messages: Sequence[Mapping[str, str]] | None) -> str | None:
-        """Return the digest of an item's first messages; repairs repeat them."""
+    def compute_question(
+        self,
+        messages: Sequence[Message] | None,
+        sample: int = 0,
+        images: Sequence[Mapping[str, Json]] = (),
+    ) -> str | None:
+        """Return the digest of an item's first messages; repairs repeat them.
+
+        Args:
+            messages: The messages; None or empty gives None.
+            sample: Number of the sample. The first one has the digest of an item without samples.
+            images: What is known of the images, with their digests.
+        """
         if not messages:
             return None
         digest = self._question.copy()
         for number, message in enumerate(messages[self._constant_messages :]):
-            content = message["content"].encode(errors="replace")
+            content = read_text(message["content"]).encode(errors="replace")
             digest.update(b"\0%d\0" % len(content) + content if number else content)
+        for image in images:
+            digest.update(f"\0image {image['sha256']}".encode())
+        if sample:
+            digest.update(b"\0sample %d" % sample)
         return digest.hexdigest()[:32]
 
     def compute_fingerprint(self, item: Item) -> str:
@@ -83,9 +100,11 @@ class RecordBuilder:
             "stage": tools.stage,
             "index": item.index,
             "id": item.id,
-            "sample": 0,
+            "sample": item.sample,
             "status": "failed" if error else "done",
-            "question": self._digests.compute_question(state.get("messages")),
+            "question": self._digests.compute_question(
+                state.get("messages"), item.sample, state.get("images") or ()
+            ),
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,
             "error": error["text"] if error else None,
@@ -113,6 +132,9 @@ class RecordBuilder:
             record |= _make_text_fields("raw", raw)
         if (reasoning := state.get("reasoning")) is not None:
             record |= _make_text_fields("reasoning", reasoning)
+        if images := state.get("images"):
+            _leave_out_images(record)
+            record["images"] = images
         usages = list(calls.usage_by_endpoint.values())
         if len(usages) == 1:
             record |= _cost_counts(usages[0], tools.token_prices)
@@ -124,6 +146,13 @@ class RecordBuilder:
                 clamp_counts(share)
         clamp_counts(record)
         return record
+
+
+def _leave_out_images(record: dict[str, Json]) -> None:
+    """Leave out the content of images in texts that a model or a server may repeat."""
+    for name in ("error", "raw", "reasoning"):
+        if isinstance(text := record.get(name), str):
+            record[name] = mask_images(text)
 
 
 def put_record(journal: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:
@@ -222,3 +251,40 @@ def make_outcome(record: dict[str, Any], item: Item) -> Outcome:
     return Outcome(
         item.index, item.id, record["status"], record["output"], record["error_class"], item.row
     )
+
+
+class SampleCollector:
+    """Collects the samples of each row until all have ended, and folds them.
+
+    Args:
+        fold: How the answers are folded.
+    """
+
+    def __init__(self, fold: SampleFold) -> None:
+        self._fold = fold
+        self._open = dict[int, dict[int, tuple[str, Json, str | None]]]()
+
+    @property
+    def has_open_rows(self) -> bool:
+        """Return True if samples were added, and others of their row are missing."""
+        return bool(self._open)
+
+    def add(self, record: Mapping[str, Any], item: Item) -> Outcome | None:
+        """Add a sample that has ended; return the outcome of its row if it was the last one."""
+        number = item.index // self._fold.samples
+        ended = self._open.setdefault(number, {})
+        ended[item.sample] = record["status"], record["output"], record["error_class"]
+        if len(ended) < self._fold.samples:
+            return None
+        del self._open[number]
+        in_order = [ended[sample] for sample in sorted(ended)]
+        folded = self._fold.fold([output for status, output, _ in in_order if status == "done"])
+        return Outcome(
+            number,
+            item.row_id,
+            "done" if folded.answers else "failed",
+            folded.output,
+            None if folded.answers else find_row_error([error for *_, error in in_order]),
+            item.row,
+            folded,
+        )

@@ -184,11 +184,45 @@ async def test_the_registry_is_the_list_until_the_file_is_written(tmp_path: Path
         path.write_text("a:1\n")
         registry.list_url(f"{server.rpartition(':')[0]}:9")
         assert len(await source.list_endpoints()) == 2  # those that start later are there only
-        for given in (path, path.parent):
-            assert [s.url for s in await FileSource(given).list_endpoints()] == ["http://a:1"]
+        for given in (path, path.parent):  # a server that is not in the file started later
+            found = {s.url for s in await FileSource(given).list_endpoints()}
+            assert found == {"http://a:1", *(s.url for s in await source.list_endpoints())}
+        other = path.with_name("endpoints.txt")
+        other.write_text("a:1\n")
+        assert [s.url for s in await FileSource(other).list_endpoints()] == ["http://a:1"]
+        (path.parent / AEGIS_REGISTRY_FILE).write_text("http://127.0.0.1:9")
+        assert [s.url for s in await FileSource(path).list_endpoints()] == ["http://a:1"]
+        (path.parent / AEGIS_REGISTRY_FILE).write_text(f"{url}\n")
         path.parent.chmod(0o777)
         path.unlink()
         assert {s.api_key for s in await FileSource(path, "key").list_endpoints()} == {NO_KEY}
+
+
+async def test_a_server_that_starts_after_the_file_was_written_joins(tmp_path: Path) -> None:
+    registry = Registry()
+    async with (
+        serve(*registry.routes()) as url,
+        serve(*Model().routes()) as first,
+        serve(*Model().routes()) as late,
+    ):
+        path = write_registry_file(tmp_path, url)
+        path.write_text(f"{first}\n")
+        registry.list_url(first, "m")
+        source = FileSource(path)
+        listed = await source.list_endpoints()
+        assert [s.url for s in listed] == [first]
+
+        async def everybody(specs: list[EndpointSpec]) -> list[EndpointSpec]:
+            return specs
+
+        async with (
+            Fleet(listed) as fleet,
+            follow_source(fleet, source, listed, everybody, every_s=0.01),
+        ):
+            registry.list_url(late, "m")
+            while len(fleet.endpoints) < 2:  # noqa: ASYNC110 - a poll
+                await asyncio.sleep(0.01)
+        assert {e.spec.url for e in fleet.endpoints if not e.retired} == {first, late}
 
 
 async def test_a_link_to_a_file_that_is_not_written_yet(tmp_path: Path) -> None:

@@ -453,3 +453,64 @@ def test_only_refused(shell: Shell) -> None:
     said = shell("run", "c.yaml", "--only", "failed", "--out", "new")
     assert (said.code, "needs --from" in said.err) == (2, True)
     assert not (shell.folder / "new").exists()
+
+
+def test_further_samples(shell: Shell, fleet: Served) -> None:
+    """The samples of the other run are kept by their ids; a run with fewer drops the last ones."""
+    model = {"temperature": 0.8, "seed": 7}
+    schema = SCHEMA | {"required": ["score", "label"]}
+    task = shell.config["task"] | {"schema": schema, "samples": 2}
+    use(shell, fleet, task=task, model=model)
+    assert shell("run", "c.yaml", "--out", "old", "--quiet").code == 0
+    old, asked = records(shell.folder / "old"), fleet.requests
+    assert sorted(old) == ["1", "1~2", "2", "2~2", "3", "3~2"]
+    use(shell, fleet, task=task | {"samples": 3, "fold": "vote"}, model=model)
+    assert shell("run", "c.yaml", "--from", "old", "--out", "new", *YES).code == 0
+    assert counts(plan_of(shell.folder / "new")) == (6, 0, 3, 0)
+    assert fleet.requests == asked + 3
+    new = records(shell.folder / "new")
+    assert all(new[name]["output"] == record["output"] for name, record in old.items())
+    assert {name: record["sample"] for name, record in new.items() if name[0] == "1"} == {
+        "1": 0,
+        "1~2": 1,
+        "1~3": 2,
+    }
+    use(shell, fleet, task=task | {"samples": 1}, model=model)
+    assert shell("run", "c.yaml", "--from", "new", "--out", "one", *YES).code == 0
+    assert counts(plan_of(shell.folder / "one")) == (3, 0, 0, 6)
+    assert fleet.requests == asked + 3
+    folded = {row["id"]: row["output"] for row in rows_of(shell, "new")}
+    label = folded["1"]["label"]
+    only = f"label == {json.dumps(label)}"
+    use(shell, fleet, task=task, model=model | {"seed": 8})
+    said = shell("run", "c.yaml", "--from", "new", "--only", only, "--out", "some", *YES)
+    assert said.code == 0
+    chosen = [name for name, output in folded.items() if output["label"] == label]
+    assert counts(plan_of(shell.folder / "some")) == (0, 0, 2 * len(chosen), 9 - 2 * len(chosen))
+
+
+def rows_of(shell: Shell, folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in shell("results", folder).out.splitlines()]
+
+
+def test_samples_in_results(shell: Shell, fleet: Served) -> None:
+    use(shell, fleet)
+    assert shell("run", "c.yaml", "--out", "plain", "--quiet").code == 0
+    refused = shell("results", "plain", "--samples")
+    assert (refused.code, "each row was asked once" in refused.err) == (2, True)
+    schema = SCHEMA | {"required": ["score", "label"]}
+    use(shell, fleet, task=shell.config["task"] | {"schema": schema, "samples": 3})
+    warned = shell("check", "c.yaml")
+    assert "at model.temperature 0 the 3 samples of a row are equal" in warned.err
+    assert "9 items (3 rows, 3 samples of each)" in warned.out
+    assert "requests: 9" in warned.out
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    assert [row["agreement"] for row in rows_of(shell, "r")] == [{"label": 1.0}] * 3
+    lines = shell("results", "r", "--samples", "--format", "csv").out.splitlines()
+    assert lines[0].startswith("id,status,text,output.label,output.score,row_id,sample,")
+    assert len(lines) == 10
+    assert [line.partition(",")[0] for line in lines[1:4]] == ["1", "1~2", "1~3"]
+    shown = shell("show", "r", "--columns", "agreement.label,samples", "--json").out
+    assert json.loads(shown)["rows"][0] == {"id": "1", "agreement.label": 1.0, "samples": 3}
+    assert shell("results", "r", "--samples", "-o", "s.parquet").code == 0
+    assert json.loads(shell("status", "r", "--json").out)["samples"] == 3

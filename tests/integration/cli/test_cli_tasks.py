@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import fanfold
+from fanfold.tests.unit.inputs.test_images import JPEG, make_png
 
 from .conftest import Shell
 
@@ -149,3 +150,71 @@ def test_several_messages_are_sent_in_order(shell: Shell) -> None:
     said = shell("check", "molecular_screening", "--limit", "2", "--set", talk, *bare)
     assert said.code == 0, said.err
     assert "user: Rate " in said.out
+
+
+def test_samples_are_folded(shell: Shell) -> None:
+    Path("topics.yaml").write_text(yaml.safe_dump(read_page_settings("topics")))
+    checked = json.loads(shell("check", "topics.yaml", "--json").out)
+    rows = checked["input"]["items"] // 5
+    assert checked["estimate"]["requests"]["low"] == 5 * rows
+    said = shell("run", "topics.yaml", "--out", "topics", "--quiet")
+    assert said.code == 0, said.err
+    columns = "field,agreement.field,novelty,spread.novelty,samples"
+    said = shell("show", "topics", "--columns", columns, "--limit", "1000", "--json")
+    shown = json.loads(said.out)["rows"]
+    samples = read_lines(shell, "topics", "--samples")
+    assert (len(shown), len(samples)) == (rows, 5 * rows)
+    for n, row in enumerate(shown):
+        answers = [one["output"] for one in samples[5 * n : 5 * n + 5]]
+        fields = [one["field"] for one in answers]
+        most = max(map(fields.count, fields))
+        leading = {name for name in fields if fields.count(name) == most}
+        assert row["field"] == (leading.pop() if len(leading) == 1 else None)
+        assert row["agreement.field"] == most / 5
+        assert row["novelty"] == pytest.approx(sum(one["novelty"] for one in answers) / 5)
+    counts, agreement = fanfold.load_results("topics").aggregate
+    assert counts["missing"] == agreement["ties"]["field"] == sum(r["field"] is None for r in shown)
+
+
+def test_images_of_the_page(shell: Shell) -> None:
+    Path("figures.yaml").write_text(yaml.safe_dump(read_page_settings("figures")))
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"```\n(id,figure,caption\n.*?)```", page, re.DOTALL)
+    Path("figures").mkdir()
+    Path("figures/figures.csv").write_text(rows)
+    Path("figures/f1.png").write_bytes(make_png(280, 280))
+    Path("figures/f2.jpg").write_bytes(JPEG)
+    checked = shell("check", "figures.yaml")
+    assert "[image, image/png, 280 x 280 pixels]" in checked.out, checked.err
+    assert "images by their size" in checked.out
+    said = shell("run", "figures.yaml", "--out", "figures-run", "--quiet")
+    assert said.code == 0, said.err
+    first, second = read_lines(shell, "figures-run", "--prompt")
+    (message,) = first["prompt"]
+    asked, image = message["content"].splitlines()
+    assert asked == "What kind of figure is this? Its caption: Yield over time"
+    assert re.fullmatch(r"\[image f1\.png, [\d,]+ bytes, sha256 [0-9a-f]{16}\]", image)
+    assert first["output"] in {"plot", "micrograph", "structure"}
+    assert second["prompt_tokens"] > 256
+
+
+def test_a_stage_passes_on_folded_answers(shell: Shell) -> None:
+    kind = {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": ["a", "b"]}}}
+    stages = [
+        {"name": "first", "map": {"prompt": "Label {text}", "samples": 3, "schema": kind}},
+        {"name": "second", "map": {"prompt": "Is it {first.kind}?"}},
+    ]
+    model = {"temperature": 0.7, "seed": 3}
+    shell.write(task=None, reduce=None, model=model, stages=stages)
+    said = shell("run", "c.yaml", "--out", "r", "--quiet")
+    assert said.code == 0, said.err
+    folded = {row["id"]: row["output"] for row in read_lines(shell, "r", "--stage", "first")}
+    second = read_lines(shell, "r", "--stage", "second")
+    assert {row["id"]: row["first"] for row in second} == folded
+    assert len(read_lines(shell, "r", "--stage", "first", "--samples")) == 3 * len(folded)
+    operator = {"name": "second", "reduce": {"op": "summarize", "prompt": "What is there?"}}
+    task = {"samples": 3}
+    shell.write(task=task, reduce=None, model=model, stages=[stages[0], operator])
+    refused = shell("run", "c.yaml", "--out", "other", "--quiet")
+    assert refused.code == 2
+    assert "asks each of its questions once" in " ".join(refused.err.split()), refused.err

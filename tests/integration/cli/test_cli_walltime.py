@@ -16,7 +16,7 @@ def test_a_job_that_is_nearly_over(shell: Shell, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FANFOLD_END_TIME", str(time.time() + 30))
     said = shell("run", "c.yaml", "--out", "r")
     assert said.code == 5
-    assert "FANFOLD_END_TIME), 60 s are kept to close it; no request was sent" in said.err
+    assert "FANFOLD_END_TIME), 60 s are kept to close it; no item was sent" in said.err
     assert not (shell.folder / "r").exists()
     monkeypatch.setenv("FANFOLD_END_TIME", "at noon")
     said = shell("run", "c.yaml", "--out", "r")

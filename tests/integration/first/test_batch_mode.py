@@ -215,6 +215,35 @@ async def test_killed_run_collects_what_it_submitted(
             assert used <= spent <= used + 2 * budget // 100 + 40 * 2
 
 
+COUNTED = """
+from fanfold.backends.budget.tokens import estimate_prompt_tokens
+from fanfold.graphs.cli.app import main
+from fanfold.graphs.run import open_run
+def make_prompt_counter(counter):
+    async def count(body):
+        return estimate_prompt_tokens(body, ())
+    return count
+open_run.make_prompt_counter = make_prompt_counter
+main()
+"""
+"""The prompt counter of the budget, where a tokenizer of the model is at hand."""
+
+
+async def test_a_small_budget_makes_no_small_files_where_prompts_are_counted(
+    tmp_path: Path,
+) -> None:
+    """By a byte per token it covers 17 requests at a time, by their tokens all of them."""
+    async with open_lab(tmp_path, items=40) as lab:
+        del lab.config["task"]["schema"]
+        lab.config["task"]["prompt"] = f"{'a long question ' * 40} {{x}}?"
+        lab.config["model"]["max_tokens"] = 50
+        lab.config["budget"] = {"tokens": 14_000}
+        code, out, said = await lab.run(COUNTED, "--json")
+        await lab.check_whole(code, said)
+        assert [batch["lines"] for batch in await lab.batches()] == [40]
+        assert json.loads(out)["budget"]["tokens"]["spent"] <= 14_000
+
+
 async def test_killed_between_record_and_post_waits_for_the_user(tmp_path: Path) -> None:
     async with open_lab(tmp_path, items=50) as lab:
         where = 'kill_at(service.BatchService, "submit", 1)'
@@ -274,6 +303,10 @@ async def test_a_stop_leaves_the_batch_to_the_service(tmp_path: Path) -> None:
         told = "1 batch with 30 requests cannot be recalled and may cost up to"
         assert told in said.decode()
         assert f"Resume with: fanfold resume {lab.out}" in said.decode()
+        assert "SIGINT: waiting for requests that were sent one by one; batches at the" in (
+            said.decode()
+        )
+        assert "items in flight" not in said.decode()
         _, out, err = await lab.call("status", lab.out)
         assert "1 submitted, 0 in_doubt, 0 collected" in out
         assert told in err

@@ -27,13 +27,10 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for name in ("FIRST_API_KEY", "FIRST_API_BASE", "FIRST_MODEL", "OLLAMA_MODEL"):
-        monkeypatch.delenv(name, raising=False)
+def home(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("OLLAMA_MODEL", raising=False)
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    return tmp_path
+    return empty_home
 
 
 async def choose(model: str | None = "org/m", **sections: Any) -> EndpointSet:

@@ -8,13 +8,16 @@ import json
 import logging
 import sys
 from asyncio.subprocess import PIPE
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fanfold import build_graph
+from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.core.types import Usage
 from fanfold.backends.discovery.connect import (
     choice_logger,
     open_fleet,
@@ -22,6 +25,7 @@ from fanfold.backends.discovery.connect import (
 )
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import ModelParams
+from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
 from fanfold.tests.support.first_gateway import (
     DeploymentSpec,
@@ -31,24 +35,12 @@ from fanfold.tests.support.first_gateway import (
     run_gateway_process,
 )
 
-from .login import store_login
-
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("home")]
 
 SOPHIA = DeploymentSpec("sophia", "vllm", "openai/gpt-oss-120b", context_window=8_000)
 METIS = DeploymentSpec("metis", "api", "gpt-oss-120b", kind="direct")
 OTHER = DeploymentSpec("sophia", "vllm", "meta/Llama-3")
 MINERVA = DeploymentSpec("minerva", "api", "m", kind="direct", replicas=8, affine=True)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for name in ("FIRST_API_KEY", "inference_base_url"):
-        monkeypatch.delenv(name, raising=False)
-    store_login(tmp_path, "good")
-    return tmp_path
 
 
 def settings(gateway: str, model: str = "gpt-oss-120b", **first: Any) -> dict[str, Any]:
@@ -288,3 +280,37 @@ async def test_a_run_keeps_to_its_sessions(count: int) -> None:
         await run(settings(gateway.url, "m", sessions=count))
         again = {c.session for c in gateway.calls if c.tokens}
         assert len(again) == 2 * count  # another run has others
+
+
+async def test_the_request_that_starts_a_model_counts() -> None:
+    """In the window of its tokens, as use without an item, and for the budget."""
+    cold = replace(SOPHIA, state="cold")
+    spec = make_spec(cold, cold_start_s=0.3, jobs_cache_s=0.0)
+    async with FirstGateway(spec) as gateway:
+        given = settings(gateway.url, tokens_per_min=1000.0)
+        used = list[Usage]()
+        async with (
+            open_ready_endpoints(load_config(given).config, {}) as ready,
+            open_fleet(load_config(given).config, ready) as fleet,
+        ):
+            with fleet.count_probes(used.append):
+                await fleet.wait_alive()
+            (endpoint,) = fleet.endpoints
+            (tokens,) = [call.tokens for call in gateway.calls if call.tokens]
+            assert [usage.tokens for usage in used] == [tokens]
+            stats = endpoint.stats
+            assert stats.lost_prompt_tokens + stats.lost_completion_tokens == tokens
+            assert endpoint.quota is not None
+            assert endpoint.quota.reserve(1001 - tokens) > 0.0
+            assert endpoint.quota.reserve(1000 - tokens) == 0.0
+
+
+async def test_the_start_of_a_model_is_paid_from_the_budget() -> None:
+    cold = replace(SOPHIA, state="cold")
+    async with FirstGateway(make_spec(cold, cold_start_s=0.3, jobs_cache_s=0.0)) as gateway:
+        given = settings(gateway.url) | {"budget": {"tokens": 1_000_000}}
+        end = await run(given, 5)
+        folder = RunFolder(Path(end["results"]["folder"]))
+        logs = SpendLogs(folder.budget, get_run_ids(folder.read_provenance()))
+        assert len([call for call in gateway.calls if call.tokens]) == 6
+        assert logs.total_spent({}).tokens == sum(call.tokens or 0 for call in gateway.calls)

@@ -21,11 +21,8 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("FIRST_API_KEY", "inference_base_url"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+def home(empty_home: Path) -> Path:
+    return empty_home
 
 
 async def test_the_token_of_a_login_is_used(home: Path) -> None:

@@ -68,7 +68,7 @@ async def test_lives_end_in_time_and_the_run_is_whole(
 async def test_no_time_is_left_at_all(lab_of: LabMaker) -> None:
     async with lab_of(items=20) as lab:
         folder = await lab.begin()
-        with pytest.raises(RunStoppedError, match="before the first item; no request was sent"):
+        with pytest.raises(RunStoppedError, match="before the first item was sent"):
             await lab.live(folder, deadline=in_time(-60))
         assert lab.fleet.stats()["totals"]["requests"] == 0
 

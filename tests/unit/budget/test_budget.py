@@ -298,3 +298,12 @@ async def test_what_others_took_does_not_lower_what_a_prompt_may_take(tmp_path: 
     assert budget.balance.reserved.tokens == 1050
     hold.settle_all()
     await budget.balance.aclose()
+
+
+async def test_a_probe_is_spent_although_no_item_records_it(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    budget = opened(shelf, 1, BudgetLimits(tokens=1000))
+    budget.charge_probe(Usage(8, 1))
+    assert budget.report()["tokens"]["spent"] == 9
+    await budget.balance.aclose()
+    assert shelf.total_spent({}).tokens == 9  # in doubt for the next session

@@ -87,7 +87,7 @@ async def test_the_gate_is_closed_in_time() -> None:
 
 
 async def test_what_comes_before_the_first_item_is_broken_off() -> None:
-    with pytest.raises(RunStoppedError, match="over; no request was sent"):
+    with pytest.raises(RunStoppedError, match="over; no item was sent"):
         await with_deadline(asyncio.Event().wait(), NOW)
     assert await with_deadline(asyncio.sleep(0, "done"), LATER) == "done"
     assert await with_deadline(asyncio.sleep(0, "done"), None) == "done"

@@ -8,6 +8,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
+from fanfold.backends.discovery.connect import ReadyEndpoints
 from fanfold.backends.workers.registry import make_backends
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.configs.serialize import iter_secret_texts, to_yaml
@@ -53,7 +54,7 @@ def test_a_run_folder_wants_them_again() -> None:
 
 def test_workers_are_not_told() -> None:
     """Their machine has neither the variables nor a use for them."""
-    settings = worker_settings(loaded(WRITTEN))
+    settings = worker_settings(loaded(WRITTEN), ReadyEndpoints((), "m", simulated=False))
     assert settings["backend"]["user_endpoint_config"] is None
     assert load_config(settings, environment={}).config.backend.kind == "globus_compute"
 

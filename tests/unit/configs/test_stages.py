@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.configs.base import Access
+from fanfold.configs.describe import iter_access
 from fanfold.configs.loader import load_config, load_stage
 from fanfold.configs.serialize import to_yaml
 
@@ -53,6 +55,11 @@ def test_run_yaml_is_a_valid_configuration(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(loaded.plain))
     assert load_config(file).plain == loaded.plain
+
+
+def test_requests_cannot_set_stages() -> None:
+    closed = {key: access for key, access in iter_access() if key.startswith("stages")}
+    assert closed == {"stages": Access.CLOSED}
 
 
 def test_settings_without_stages_name_none() -> None:

@@ -14,10 +14,8 @@ from fanfold.backends.core.parsing import read_message_text, resolve_reference
         ({"content": None}, ""),
         ({}, ""),
         ({"content": ["a", {"type": "text", "text": "b"}]}, "a\nb"),
-        (
-            {"content": [{"type": "image_url", "image_url": "x"}]},
-            '{"type":"image_url","image_url":"x"}',
-        ),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, ""),
+        ({"content": [{"type": "file", "file": "x"}]}, '{"type":"file","file":"x"}'),
         ({"content": "a", "tool_calls": [{"id": "1"}]}, 'a\n[{"id":"1"}]'),
         ({"content": None, "tool_calls": [{"id": "1"}]}, '[{"id":"1"}]'),
         ({"content": 5}, "5"),

@@ -105,12 +105,16 @@ def test_repairs_send_the_prompt_again() -> None:
     assert own.prompt.likely == 1000 * 100  # as the journal says
 
 
+HELD_S = 1000 * 2 * (1.25 * 100 + 200) / 6000
+"""Seconds more because requests in flight reserve their tokens: items, latency, reservation."""
+
+
 def test_quotas_slow_a_run_down() -> None:
     seen = seen_of(*(record(n) for n in range(100)))
     assert forecast(plan(requests_per_s=2), seen).seconds.likely == 500  # type: ignore[union-attr]
     slow = forecast(plan(tokens_per_min=6000), seen).seconds
     assert slow is not None
-    assert slow.likely == pytest.approx(150_000 / 100)
+    assert slow.likely == pytest.approx(150_000 / 100 + HELD_S)
 
 
 def test_the_limit_that_takes_longest_is_named_and_compared() -> None:
@@ -119,8 +123,8 @@ def test_the_limit_that_takes_longest_is_named_and_compared() -> None:
     bound = found.rate_bound
     assert bound is not None
     assert bound.limit == "tokens_per_min"
-    assert bound.seconds.likely == pytest.approx(1500)
-    assert bound.slowdown == pytest.approx(1500 / 200)
+    assert bound.seconds.likely == pytest.approx(1500 + HELD_S)
+    assert bound.slowdown == pytest.approx((1500 + HELD_S) / 200)
     assert forecast(plan(), seen).rate_bound is None
 
 
@@ -134,6 +138,23 @@ def test_the_limits_bound_the_time_without_any_measurement() -> None:
     lines = list(cost_lines(found, wanted))
     assert any("60,000 tokens per minute: 2 h 48 min to 16 h 40 min" in line for line in lines)
     assert any("batch mode" in line for line in lines)
+
+
+def test_long_answers_that_are_reserved_leave_room_for_few_requests() -> None:
+    """The real time: a window holds what was used in it and what requests in flight reserve."""
+    seen = seen_of(*(record(n) for n in range(100)))
+    short = plan(tokens_per_min=6000, max_tokens=50)
+    long = plan(tokens_per_min=6000, max_tokens=2875)
+    assert (short.most_in_flight, long.most_in_flight) == (34, 2)
+    bounds = [forecast(one, seen).rate_bound for one in (short, long)]
+    times = [one.seconds.likely for one in bounds if one is not None]
+    # with 3,000 tokens reserved for 2 s, each item takes half a window for 2 of 60 s
+    assert times[1] - times[0] == pytest.approx(1000 * 2 * (2875 - 50) / 6000)
+    lines = [line for line in cost_lines(forecast(long, seen), long) if "in flight" in line]
+    assert len(lines) == 1
+    assert "2 at most, because each one reserves about 3,000 tokens" in lines[0]
+    wide = plan(tokens_per_min=6_000_000, max_tokens=50)
+    assert not any("in flight" in line for line in cost_lines(forecast(wide, seen), wide))
 
 
 def test_a_limit_that_does_not_matter_gives_no_advice() -> None:

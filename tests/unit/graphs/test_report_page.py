@@ -15,10 +15,11 @@ from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.fields import FieldPath
 from fanfold.graphs.report import flags as flags_module
 from fanfold.graphs.report.charts import Charts, clean_svg, load_charts
-from fanfold.graphs.report.evaluation import make_evaluations, read_evaluation
+from fanfold.graphs.report.evaluation import make_evaluations
 from fanfold.graphs.report.findings import FindingMaker
 from fanfold.graphs.report.flags import FLAGS, RowFacts, is_repetitive
 from fanfold.graphs.report.molecules import open_drawing
+from fanfold.graphs.report.rows import TableColumn
 from fanfold.graphs.report.texts import MOST_CHARACTERS, shorten, shorten_json
 from fanfold.graphs.report.timeline import (
     list_points,
@@ -222,6 +223,29 @@ AGGREGATE: list[Mapping[str, Any]] = [
         "missing": 3,
     },
     {"op": "collect", "field": None, "rows": [{"id": "a", "output": {"x": [1, {"y": None}]}}]},
+    {
+        "op": "stats",
+        "field": "x",
+        "group_by": "kind",
+        "groups": [
+            {"group": EVIL, "size": 5, "mean": 2.0, "quantiles": {"0.25": 1, "0.5": 2, "0.75": 3}},
+            {"group": None, "size": 1, "mean": None, "quantiles": {"0.5": None}},
+        ],
+        "others": 7,
+    },
+    {
+        "op": "top_k",
+        "field": "x",
+        "order": "largest",
+        "group_by": "kind",
+        "groups": [{"group": 1, "size": 5, "rows": [{"rank": 1, "id": "a", "value": 3}]}],
+    },
+    {
+        "op": "histogram",
+        "field": "x",
+        "group_by": "kind",
+        "groups": [{"group": True, "size": 5, "counts": [{"value": "v", "count": 4}]}],
+    },
     {"op": "of a later version", "groups": [{"key": "a", "values": {"n": 3}}]},
 ]
 
@@ -233,20 +257,44 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
         found = list(maker.make(AGGREGATE))
     assert [one.title for one in found] == [
         "Highest score",
+        "Highest x by kind",
         "Counts",
         "Distribution of kind",
         "Distribution of x",
         "Statistics of x",
         "All answers",
+        "Statistics of x by kind",
+        "Distribution of x by kind",
         "Of a later version",
     ]
     assert found[0].note == "2 items without a usable value"
     assert list(found[0].head) == ["rank", "id", "score", "smiles", "why"]
-    assert found[3].note.startswith("3 outside the bins")
+    titles = [one.title for one in found]
+    bins = found[titles.index("Distribution of x")]
+    assert bins.note.startswith("3 outside the bins")
+    groups = found[titles.index("Statistics of x by kind")]
+    assert list(groups.head)[:3] == ["group", "size", "mean"]
+    assert list(groups.rows[1])[1:3] == ["1", "\u2013"]
+    assert groups.note.startswith("7 items in further groups")
+    assert "<img" not in str(groups.svg)
     assert ["groups 1 values n", "3"] in [list(line) for line in found[-1].rows]
     drawn = [one.title for one in found if one.svg is not None]
-    assert drawn == (["Distribution of kind", "Distribution of x"] if is_drawn else [])
-    assert all(one.is_open == (one.svg is None) for one in found if one.title != "All answers")
+    pictures = ["Distribution of kind", "Distribution of x", "Statistics of x by kind"]
+    assert drawn == (pictures if is_drawn else [])
+
+
+def test_queries_and_functions_are_tables() -> None:
+    aggregate: list[dict[str, Any]] = [
+        {"op": "sql", "query": "SELECT 1", "columns": [], "rows": [{"n": 1}], "more": True},
+        {"op": "python", "function": "a:b", "result": [{"x": 1}, {"y": EVIL}]},
+        {"op": "python", "function": "a:b", "result": {"x": 1}},
+        {"op": "sql", "query": "SELECT", "error": "boom"},
+    ]
+    found = list(FindingMaker(None, None).make(aggregate))
+    assert list(found[0].head) == ["n"]
+    assert list(found[1].head) == ["x", "y"]
+    assert found[0].note == "the first rows"
+    assert "boom" in [cell for row in found[3].rows for cell in row]
 
 
 def make_timeline(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -351,6 +399,7 @@ EVALUATION: dict[str, Any] = {
             "items": 100,
             "answered": 97,
             "missing": 3,
+            "missing_by_cause": {"failed": 3},
             "metrics": {"accuracy": {"value": 0.9, "low": 0.82, "high": 0.95, "n": 100}},
             "classes": {},
             "confusion": {"labels": ["a", EVIL], "counts": [[50, 3], [7, 40]]},
@@ -368,17 +417,29 @@ EVALUATION: dict[str, Any] = {
 }
 
 
-def test_an_evaluation_has_intervals_and_a_confusion_matrix(tmp_path: Path, charts: Charts) -> None:
-    path = tmp_path / "evaluation.json"
-    assert read_evaluation(path) == []
-    path.write_text(json.dumps(EVALUATION))
-    found = list(make_evaluations(read_evaluation(path), charts))
+def test_an_evaluation_has_intervals_and_a_confusion_matrix(charts: Charts) -> None:
+    found = list(make_evaluations(EVALUATION["evaluations"], charts))
     assert [one.svg is not None for one in found] == [True, True, False]
     assert list(found[0].rows[0]) == ["accuracy", "0.9", "0.82 to 0.95", "100"]
-    assert "3 without an answer count as missing" in found[0].note
+    assert "3 without an answer count as missing (3 failed)" in found[0].note
     assert list(found[1].rows[0])[1:] == ["50", "3"]
     assert "<img" not in str(found[1].svg)
     assert list(found[2].rows[0])[1:3] == ["12.5", "\u2013"]
-    path.write_text(json.dumps(EVALUATION | {"version": 2}))
-    with pytest.raises(JournalError, match="format 2"):
-        read_evaluation(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        (["336.10", "-2", "1e-3", "", None, ".5"], [336.1, -2, 0.001, None, None, 0.5]),
+        (["1", "007"], None),
+        (["1", "nan"], None),
+        (["1", "1e999"], None),
+        (["1", "e5"], None),
+        (["1", "-"], None),
+        (["", None], None),
+    ],
+)
+def test_numbers_of_a_file_without_types(values: list[Any], numbers: list[Any] | None) -> None:
+    column = TableColumn("x", "input", pa.string(), values).to_json()
+    assert (column["values"] if column["kind"] == "number" else None) == numbers
+    assert TableColumn("x", "answer", pa.string(), values).to_json()["kind"] != "number"

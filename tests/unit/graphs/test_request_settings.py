@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
+from fanfold.backends.core.request_urls import REQUEST_KINDS, URL_FIELD
 from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 from fanfold.configs.base import Access
 from fanfold.configs.describe import find_setting, iter_access, split_settings
@@ -273,6 +275,26 @@ def test_a_request_sets_what_is_asked_and_how_it_is_sampled() -> None:
     assert config.budget.usd == 2
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"op": "sql", "query": "SELECT 1"}, {"op": "python", "function": "os:getcwd"}],
+    ids=str,
+)
+def test_code_in_reduce_is_never_taken_from_a_request(entry: dict[str, Any]) -> None:
+    for policy in (None, CallerPolicy(allowed=frozenset({"reduce"}))):
+        for context in (
+            {"reduce": [{"op": "count"}, entry]},
+            {"overrides": [f"reduce={json.dumps([entry])}"]},
+            {"config": {"task": {"prompt": "Why {smiles}?"}, "reduce": [entry]}},
+        ):
+            said = refused(context, policy)
+            assert f"({entry['op']})" in said or "reduce" in said
+    bound = loaded({"temperature": 0.5}, reduce=[entry]).config.reduce
+    assert [one.op for one in bound] == [entry["op"]]
+    again = loaded({"reduce": [{"op": "count"}, entry]}, reduce=[entry]).config.reduce
+    assert again[1] == bound[0]
+
+
 @pytest.mark.parametrize("name", ["huge", "served-large", "''", "null"])
 def test_a_model_is_one_of_those_bound(name: str) -> None:
     said = refused({"overrides": [f"model.name={name}"]})
@@ -290,7 +312,8 @@ def test_limits_go_down_only(key: str) -> None:
         return
     bound = {"walltime_s": 500, "body_bytes": 5000}.get(name, 50)
     low: Any = bound - (9 if kind == "integer" else 9.5)
-    own: dict[str, Any] = {section: {name: bound}}
+    task = OWN["task"] if section == "task" else {}
+    own: dict[str, Any] = {section: task | {name: bound}}
     unbound: dict[str, Any] = {section: {}}
     got = loaded({"overrides": [f"{key}={low}"]}, **own).config
     assert getattr(getattr(got, section), name) == low
@@ -468,6 +491,7 @@ def line(**fields: Any) -> dict[str, Any]:
         {"user": "somebody"},
         {"Temperature": 1},
         {"": 1},
+        {URL_FIELD: "/v1/load_lora_adapter"},
     ],
     ids=lambda closed: next(iter(closed)),
 )
@@ -488,6 +512,11 @@ def test_items_that_are_requests_set_no_closed_field(root: Path, closed: dict[st
             service.load_settings(request)
     for keys in ({f"model.extra_body.{name}"}, {"model.extra_body"}, {"model"}):
         CallerPolicy(frozenset(keys)).check_items(config, [line(**closed)])
+    for url, kind in REQUEST_KINDS.items():
+        asked = line(url=url, **dict.fromkeys(kind.inputs, "x"))
+        policy.check_items(config, [asked])
+        with pytest.raises(ConfigurationError, match=f"model.extra_body.{name}"):
+            policy.check_items(config, [asked | {"body": asked["body"] | closed}])
 
 
 def test_items_that_are_requests_ask_and_sample_as_they_like() -> None:
@@ -501,8 +530,7 @@ def test_items_that_are_requests_ask_and_sample_as_they_like() -> None:
         "stream_options": {},
         "max_completion_tokens": 5,
     }
-    elsewhere = line(url="/v1/embeddings", priority=1)  # fails without a request
-    CallerPolicy().check_items(config, [line(**open_fields), elsewhere])
+    CallerPolicy().check_items(config, [line(**open_fields)])
     CallerPolicy().check_items(load_config(OWN).config.input, [{"priority": 1}])
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import RowSource, SkippedRow, format_id
-from fanfold.backends.inputs.item_store import load_input
+from fanfold.backends.inputs.item_store import ItemStore, load_input
 from fanfold.backends.inputs.screening import IdAssigner
 from fanfold.configs.models import InputConfig
 
@@ -98,3 +98,37 @@ def test_blank_ids_are_named(
 )
 def test_id_text(value: object, text: str | None) -> None:
     assert format_id(value) == text
+
+
+def test_each_sample_has_an_id(tmp_path: Path) -> None:
+    """The file has each row once; items of a row follow each other and share no data."""
+    target, rows = tmp_path / "items.arrow", [{"id": "a", "n": [1]}, {"id": "b", "n": [2]}]
+    summary = load_input(InputConfig(id="id"), target, [], rows, samples=3)
+    assert (summary.items, summary.rows, summary.samples) == (6, 2, 3)
+    with ItemStore(target) as store:
+        ids = ["a", "a~2", "a~3", "b", "b~2", "b~3"]
+        assert list(store.iter_ids()) == ids
+        items = store.read(1, 5)
+        assert [(item.id, item.index, item.sample) for item in items] == [
+            ("a~2", 1, 1),
+            ("a~3", 2, 2),
+            ("b", 3, 0),
+            ("b~2", 4, 1),
+        ]
+        assert [item.row_id for item in items] == ["a", "a", "b", "b"]
+        items[0].row["n"].append(9)
+        assert items[1].row == {"id": "a", "n": [1]}
+        assert [row["id"] for row, _ in store.iter_rows([0, 2, 5])] == ["a", "a", "b"]
+        assert len(store) == 6
+    plain = tmp_path / "plain.arrow"
+    assert load_input(InputConfig(id="id"), plain, [], rows).digest == summary.digest
+
+
+@pytest.mark.parametrize("order", [("a", "a~2"), ("a~2", "a")])
+def test_an_id_that_a_sample_has(tmp_path: Path, order: tuple[str, str]) -> None:
+    rows = [{"id": name} for name in order]
+    target, config = tmp_path / "items.arrow", InputConfig(id="id")
+    with pytest.raises(InputError, match="'a~2' is the id of a row, and of a sample of the row"):
+        load_input(config, target, [], rows, samples=2)
+    assert load_input(config, target, [], rows).items == 2
+    load_input(config, target, [], [{"id": "a"}, {"id": "a~3"}, {"id": "a~02"}], samples=2)

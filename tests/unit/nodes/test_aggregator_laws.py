@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError, JournalError
-from fanfold.backends.core.types import Outcome
+from fanfold.backends.core.types import FieldVote, FoldedAnswer, Outcome
 from fanfold.nodes.aggregators import AggregatorSet, State, build_aggregators, combine_states
 
 SPECS: list[dict[str, Any]] = [
@@ -29,6 +29,7 @@ SPECS: list[dict[str, Any]] = [
     {"op": "top_k", "field": "deep.score", "k": 2, "order": "smallest"},
     {"op": "collect", "limit": 3},
     {"op": "collect", "limit": 2, "field": "label"},
+    {"op": "agreement"},
     {"op": "stats", "field": "parts[].score"},
     {"op": "histogram", "field": "parts[].label", "categories": ["yes", "no", True]},
     {"op": "histogram", "field": "parts[].score", "bins": [0, 1, 2]},
@@ -83,6 +84,22 @@ outputs = st.one_of(
 )
 
 
+folded_answers = st.lists(
+    st.tuples(st.sampled_from(["label", "deep.x", "\ud800"]), st.integers(1, 3), st.booleans()),
+    max_size=3,
+    unique_by=lambda vote: vote[0],
+).map(
+    lambda votes: FoldedAnswer(
+        3,
+        3 if votes else 0,
+        None,
+        None,
+        None,
+        tuple(FieldVote(name, most, 3, is_tie=tie) for name, most, tie in votes),
+    )
+)
+
+
 @st.composite
 def outcome_lists(draw: st.DrawFn) -> list[Outcome]:
     made = []
@@ -96,6 +113,7 @@ def outcome_lists(draw: st.DrawFn) -> list[Outcome]:
                 output=None if error else draw(outputs),
                 error_class=error,
                 row={"note": draw(st.text(max_size=2))},
+                folded=draw(st.one_of(st.none(), folded_answers)),
             )
         )
     return made

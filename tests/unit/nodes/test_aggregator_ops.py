@@ -263,7 +263,10 @@ def test_odd_outputs_are_made_writable() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"op": "median"}, "unknown op 'median'; the ops are collect, count, histogram, stats"),
+        (
+            {"op": "median"},
+            "unknown op 'median'; the ops are agreement, collect, count, histogram, stats",
+        ),
         ({}, "unknown op None"),
         ({"op": ["stats"]}, "unknown op"),
         ({"op": "stats"}, "stats needs 'field'"),

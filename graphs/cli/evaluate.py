@@ -1,0 +1,332 @@
+"""``fanfold evaluate``: answers of a run compared with gold values, and how this is shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+from ...backends.core.errors import ConfigurationError, FanfoldError
+from ...backends.core.types import Json
+from ...backends.storage.run_folder import (
+    EVALUATION_REFUSED,
+    RunFolder,
+    open_folder,
+    read_evaluation,
+    write_evaluation,
+)
+from ...configs.evaluation import (
+    Evaluation,
+    EvaluationConfig,
+    resolve_evaluation,
+    resolve_evaluations,
+)
+from ...configs.loader import read_settings
+from ...configs.raw_settings import expand_variables, get_at_path
+from ..run.console import Terminal, print_json, print_messages
+from ..run.result_rows import ResultSource, open_result_source, read_prompts
+from .format import Column, format_cell, make_table
+
+METRICS: Final[Mapping[str, str]] = {
+    "accuracy": "accuracy",
+    "accuracy_missing_wrong": "accuracy, missing as wrong",
+    "precision_macro": "precision, macro",
+    "recall_macro": "recall, macro",
+    "f1_macro": "F1, macro",
+    "precision_weighted": "precision, weighted",
+    "recall_weighted": "recall, weighted",
+    "f1_weighted": "F1, weighted",
+    "kappa": "Cohen's kappa",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "spearman": "Spearman's rho",
+    "alpha": "Krippendorff's alpha",
+    "agreement": "share of equal values",
+}
+"""Names of figures, in the order in which they are shown."""
+
+_CAUSES: Final = {
+    "failed": "failed",
+    "no_value": "answered without a value",
+    "unfinished": "not ended",
+}
+_IN_STATUS: Final = ("accuracy", "f1_macro", "kappa", "mae", "rmse", "spearman")
+_MOST_SHOWN: Final = 12
+"""Labels of a confusion matrix that a terminal shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoldOptions:
+    """Options of the command: what is compared with what.
+
+    Attributes:
+        gold: Column with the gold values; None takes the comparisons of the settings.
+        field: Field of the answer.
+        file: File with the gold values; None takes the run's input.
+        file_id: Column of the file with the ids of the items.
+    """
+
+    gold: str | None = None
+    field: str | None = None
+    file: Path | None = None
+    file_id: str | None = None
+
+    def check(self) -> None:
+        """Check that the options fit together.
+
+        Raises:
+            ConfigurationError: One is missing.
+        """
+        if (self.gold is None) != (self.field is None):
+            raise ConfigurationError("give both --gold COLUMN and --field NAME, or neither")
+        if self.file is not None and self.gold is None:
+            raise ConfigurationError("--gold-file needs --gold COLUMN and --field NAME")
+        if self.file_id is not None and self.file is None:
+            raise ConfigurationError("--gold-id needs --gold-file FILE")
+
+
+def evaluate_run(path: Path, options: GoldOptions, as_json: bool) -> None:
+    """Compare the answers of a run with gold values, show the figures, and keep them.
+
+    Args:
+        path: The run folder.
+        options: What is compared with what.
+        as_json: Print JSON instead of tables.
+
+    Raises:
+        ConfigurationError: The answers are simulated, there is nothing to compare, or a field or
+            file does not fit.
+        JournalError: The run is damaged.
+    """
+    options.check()
+    folder = open_folder(path)
+    if folder.read_provenance()["simulated"]:
+        raise ConfigurationError(f"{path}: {EVALUATION_REFUSED}")
+    settings = read_settings(folder.settings).data
+    if get_at_path(settings, ("input", "format")) == "openai_batch":
+        msg = f"{path}: its answers are whole responses (input.format), not fields to compare"
+        raise ConfigurationError(msg)
+    with open_result_source(folder) as source:
+        found = _compute(folder, settings, source, options)
+        left = source.journal.count_items().open
+    kept = _keep(folder, found, replaces_all=options.gold is None)
+    if as_json:
+        print_json({"version": 1, "simulated": False, "evaluations": found})
+        return
+    show_evaluations(found, Terminal())
+    if left:
+        print_messages([f"{left:,} items have not ended and count as missing"])
+    print_messages(
+        [f"Evaluation: {folder.evaluation}"]
+        if kept
+        else ["not written to the run folder, because a session works on the run"]
+    )
+
+
+def _compute(
+    folder: RunFolder, settings: dict[str, Any], source: ResultSource, options: GoldOptions
+) -> list[dict[str, Any]]:
+    from ..run.evaluation import INPUT, Evaluator, find_leaks, read_gold_file
+
+    inputs = source.store.summary().row_schema
+    evaluations = _resolve(folder, settings, options, inputs)
+    values: dict[str, Json] | None = None
+    if options.file is None:
+        prompt = read_prompts(settings, str(folder.settings)).prompt
+        notes = {} if prompt is None else find_leaks(prompt, evaluations, inputs)
+    else:
+        (one,) = evaluations
+        column = options.file_id or get_at_path(settings, ("input", "id")) or "id"
+        values = read_gold_file(options.file, str(column), one.gold)
+        notes = {one.gold: _describe_match(source, values, options.file)}
+    source_name = INPUT if options.file is None else options.file.name
+    evaluator = Evaluator(evaluations, notes, values, source_name)
+    for row in source.iter_rows():
+        evaluator.add(row)
+    journal, store = source.journal, source.store
+    open_items = [n for n in range(len(store)) if not journal.is_finished(n)]
+    if open_items:
+        names = list(store.iter_ids())
+        for n, (row, _) in zip(open_items, store.iter_rows(open_items), strict=True):
+            evaluator.add_open(names[n], row)
+    return evaluator.to_json()
+
+
+def _resolve(
+    folder: RunFolder, settings: dict[str, Any], options: GoldOptions, inputs: Mapping[str, Any]
+) -> list[Evaluation]:
+    """Return the comparisons that the options or the settings name.
+
+    Raises:
+        ConfigurationError: There are none, or a field does not exist.
+    """
+    schema = get_at_path(settings, ("task", "schema"))
+    if options.gold is not None and options.field is not None:
+        known = inputs if options.file is None else None
+        try:
+            return [resolve_evaluation(options.gold, options.field, schema, known)]
+        except ConfigurationError as error:
+            msg = f"--gold {options.gold} --field {options.field}: {error.message}"
+            raise ConfigurationError(msg) from None
+    given = {"evaluate": settings.get("evaluate") or []}
+    if not given["evaluate"]:
+        raise ConfigurationError(
+            f"{folder.path}: its settings have no section evaluate; give --gold COLUMN and "
+            "--field NAME"
+        )
+    filled = expand_variables(given, os.environ, str(folder.settings))["evaluate"]
+    configs = [EvaluationConfig.model_validate(one) for one in filled]
+    return resolve_evaluations(configs, schema, inputs)
+
+
+def _describe_match(
+    source: ResultSource, values: Mapping[str, Json], gold_file: Path | None
+) -> list[str]:
+    """Return how many ids of a gold file are those of items.
+
+    Raises:
+        ConfigurationError: There are none.
+    """
+    matched = sum(name in values for name in source.store.iter_ids())
+    if not matched:
+        first, *_ = [*values, "none"]
+        item = next(iter(source.store.iter_ids()))
+        raise ConfigurationError(
+            f"--gold-file {gold_file}: none of its {len(values):,} ids is that of an item (first "
+            f"id: {first!r}, first item: {item!r}); name the id column with --gold-id"
+        )
+    extra = len(values) - matched
+    return [f"rows of {gold_file} that belong to no item: {extra:,}"] if extra else []
+
+
+def _keep(folder: RunFolder, found: list[dict[str, Any]], replaces_all: bool) -> bool:
+    """Write comparisons to the run folder, unless a session works on it; return True if written."""
+    if folder.is_in_use():
+        return False
+    before: list[dict[str, Any]] = []
+    if not replaces_all:
+        known = {(one["gold"], one["field"]) for one in found}
+        kept = read_evaluation(folder) or {"evaluations": []}
+        before = [one for one in kept["evaluations"] if (one["gold"], one["field"]) not in known]
+    write_evaluation(folder, [*before, *found], simulated=False)
+    return True
+
+
+def show_evaluations(evaluations: list[dict[str, Any]], console: Console) -> None:
+    """Print comparisons: figures with intervals, classes and confusion matrix."""
+    for one in evaluations:
+        console.print(Text(_head(one), style="bold"), soft_wrap=True)
+        for table in (_metrics(one), _classes(one), _confusion(one)):
+            if table and table[0].cells:
+                for part in make_table(table, console.width):
+                    console.print(part)
+        for note in one["notes"]:
+            console.print(Text(f"note: {format_cell(note, None).plain}"), soft_wrap=True)
+
+
+def _head(one: Mapping[str, Any]) -> str:
+    parts = [f"{one['answered']:,} of {one['items']:,} items answered"]
+    causes = [
+        f"{count:,} {_CAUSES.get(cause, cause)}" for cause, count in one["missing_by_cause"].items()
+    ]
+    if one["missing"]:
+        parts.append(f"{one['missing']:,} missing ({', '.join(causes)})")
+    if one["unlabelled"]:
+        parts.append(f"{one['unlabelled']:,} more without a gold value")
+    name, gold = (format_cell(one[key], None).plain for key in ("field", "gold"))
+    return f"evaluation of {name} against {gold}: {', '.join(parts)}"
+
+
+def _metrics(one: Mapping[str, Any]) -> list[Column]:
+    shown = [(METRICS[name], one["metrics"][name]) for name in METRICS if name in one["metrics"]]
+    return [
+        Column("figure", [name for name, _ in shown], is_key=True),
+        Column("value", [format_figure(figure["value"]) for _, figure in shown], is_number=True),
+        Column("95 % interval", [format_interval(figure) for _, figure in shown], is_number=True),
+        Column("n", [f"{figure['n']:,}" for _, figure in shown], is_number=True),
+    ]
+
+
+def _classes(one: Mapping[str, Any]) -> list[Column]:
+    classes = one["classes"]
+    shown = list(classes.items())
+    columns = [Column(one["gold"], [name for name, _ in shown], is_key=True)]
+    for key in ("precision", "recall", "f1"):
+        cells = [format_figure(about[key]) for _, about in shown]
+        columns.append(Column(key, cells, is_number=True))
+    return [
+        *columns,
+        *(
+            Column(key, [f"{about[key]:,}" for _, about in shown], is_number=True)
+            for key in ("support", "missing")
+        ),
+    ]
+
+
+def _confusion(one: Mapping[str, Any]) -> list[Column]:
+    labels, counts = one["confusion"]["labels"], one["confusion"]["counts"]
+    if len(labels) > _MOST_SHOWN:
+        return []
+    head = f"{one['gold']} \\ answer"
+    return [
+        Column(head, labels, is_key=True),
+        *(
+            Column(label, [f"{row[number]:,}" for row in counts], is_number=True)
+            for number, label in enumerate(labels)
+        ),
+    ]
+
+
+def format_figure(value: float | None) -> str:
+    """Return a figure with three decimals, or four digits if it is large."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"  # noqa: PLR2004 - digits
+
+
+def format_interval(figure: Mapping[str, Any]) -> str:
+    """Return the interval of a figure."""
+    if figure["low"] is None or figure["high"] is None:
+        return "-"
+    return f"{format_figure(figure['low'])} to {format_figure(figure['high'])}"
+
+
+def describe_evaluation(folder: RunFolder) -> Iterator[str]:
+    """Yield a line per comparison of a run with its main figures, or why there are none."""
+    try:
+        found = read_evaluation(folder)
+    except FanfoldError as error:
+        yield error.message
+        return
+    if found is None:
+        return
+    if found["simulated"]:
+        yield f"evaluation: {EVALUATION_REFUSED}"
+    for one in found["evaluations"]:
+        figures = [
+            f"{METRICS[name]} {format_figure(figure['value'])} ({format_interval(figure)})"
+            for name in _IN_STATUS
+            if (figure := one["metrics"].get(name)) is not None
+        ]
+        yield f"{_head(one)}; {', '.join(figures) or 'no figures'}"
+
+
+def get_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the comparisons of a run; none if it was not evaluated."""
+    found = read_evaluation(folder)
+    return [] if found is None else list(found["evaluations"])
+
+
+def evaluation_facts(folder: RunFolder) -> dict[str, Any]:
+    """Return the comparisons of a run for ``--json``, or why there are none; nothing without."""
+    found = read_evaluation(folder)
+    if found is None:
+        return {}
+    if found["simulated"]:
+        return {"evaluation": [], "evaluation_refused": EVALUATION_REFUSED}
+    return {"evaluation": found["evaluations"]}
