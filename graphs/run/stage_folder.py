@@ -43,7 +43,8 @@ def find_run(path: Path, stage: str | None) -> Path:
         run = run / "levels" / found[2]
     if not RunFolder(run).provenance.exists():
         levels = sum(1 for _ in list_levels(folder.stages / found[1]))
-        more = f"; it has {levels:,} levels, e.g. --stage {found[1]}/1" if levels else ""
+        many = "" if levels == 1 else "s"
+        more = f"; it has {levels:,} level{many}, e.g. --stage {found[1]}/1" if levels else ""
         raise ConfigurationError(f"--stage {stage}: it has no results yet{more}")
     return run
 

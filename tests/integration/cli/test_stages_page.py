@@ -1,0 +1,82 @@
+"""The example of docs/stages.md, as its reader runs it, and what the commands show of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from .conftest import Shell
+
+pytestmark = pytest.mark.integration
+
+PAGE = (files("fanfold") / "docs" / "stages.md").read_text(encoding="utf-8")
+
+
+def plain(shell: Shell, *arguments: str) -> dict[str, Any]:
+    said = shell(*arguments, "--json")
+    assert said.code == 0, said.err
+    found: dict[str, Any] = json.loads(said.out)
+    return found
+
+
+def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (shell.folder / "review.yaml").write_text(example)
+    checked = shell("check", "review.yaml")
+    assert checked.code == 0
+    assert "stage summary (summarize), at most 12 items" in checked.out
+    said = shell("run", "review.yaml", "--out", "review")
+    assert said.code == 0
+    shown = re.findall(r"^stage .*tokens$", PAGE, re.MULTILINE)
+    assert len(shown) == 3
+    for line in shown:
+        assert line in said.err
+    status = plain(shell, "status", "review")
+    assert [one["state"] for one in status["stages"]] == ["finished"] * 3
+    assert status["next_command"] is None
+    cost = plain(shell, "cost", "review")
+    assert cost["requests"] == sum(one["requests"] for one in cost["stage"]) == 20
+    by_model = plain(shell, "cost", "review", "--by", "model")["model"]
+    assert sum(one["requests"] for one in by_model) == 20
+    rows = [json.loads(line) for line in shell("results", "review").out.splitlines()]
+    assert {row["id"] for row in rows} == {"materials", "biology"}
+    claims = shell("results", "review", "--stage", "claims").out.splitlines()
+    assert [json.loads(line)["screen"]["score"] > 0.3 for line in claims] == [True] * 6
+    leaves = shell("results", "review", "--stage", "summary/1").out.splitlines()
+    assert [json.loads(line)["id"] for line in leaves] == ["leaf 1", "leaf 2"]
+    assert plain(shell, "show", "review", "--stage", "screen", "--limit", "3")["rows"]
+    (listed,) = plain(shell, "ls", "review")["runs"]
+    assert (listed["items"], listed["done"], listed["state"]) == (12, 12, "finished")
+    assert "no item failed" in shell("failures", "review").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("results", "review", "--stage", "sumary"), "the stages of review are screen"),
+        (("results", "review", "--stage", "summary/7"), "it has 1 level, e.g."),
+        (("resume", "review/stages/screen"), "is stage 'screen' of a pipeline"),
+        (("resume", "review", "--retry-failed"), "--retry-failed: is for a single task"),
+        (("cost", "review", "--by", "colour"), "stage"),
+    ],
+)
+def test_mistakes_name_the_way_out(shell: Shell, arguments: tuple[str, ...], text: str) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (shell.folder / "review.yaml").write_text(example)
+    assert shell("run", "review.yaml", "--out", "review", "--quiet").code == 0
+    said = shell(*arguments)
+    assert said.code == 2
+    assert text in said.err
+
+
+def test_a_column_that_no_stage_provides_is_named_before_any_call(shell: Shell) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (shell.folder / "review.yaml").write_text(example.replace("{screen.topic}?", "{topic}?"))
+    said = shell("run", "review.yaml", "--out", "review")
+    assert said.code == 2
+    assert "did you mean 'screen.topic'" in said.err
+    assert not (shell.folder / "review").exists()
