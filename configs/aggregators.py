@@ -10,20 +10,54 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.fields import list_types, resolve_field
-from .base import Access, declare_access
+from .base import Access, PathText, PositiveDuration, declare_access
 
 
-class AggregatorConfig(BaseModel):
-    """Base of the settings of an aggregator; ``op`` names its kind.
-
-    With ``group_by``, there is a result for each value of this field of the answer or the input.
-    """
+class ReduceEntry(BaseModel):
+    """Base of the settings of an entry of ``reduce``; ``op`` names its kind."""
 
     access: ClassVar[dict[str, Access]] = {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )
+
+
+class FinalReducerConfig(ReduceEntry):
+    """Base of the settings of a final reducer, which is code: no request may contain one."""
+
+
+class SqlConfig(FinalReducerConfig):
+    """A query over the results of all items; requires the extra ``analysis``."""
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="op query limit memory_mb timeout_s",
+    )
+
+    op: Literal["sql"]
+    query: Annotated[str, Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 1_000
+    memory_mb: Annotated[int, Field(ge=64, le=1_000_000)] = 1_024
+    timeout_s: PositiveDuration = 300
+
+
+class PythonConfig(FinalReducerConfig):
+    """A function of yours over the rows of the results, in ``folder`` or on the import path."""
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="op function folder",
+    )
+
+    op: Literal["python"]
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+    folder: PathText | None = None
+
+
+class AggregatorConfig(ReduceEntry):
+    """Base of the settings of an aggregator.
+
+    With ``group_by``, there is a result for each value of this field of the answer or the input.
+    """
 
     group_by: str | None = None
     max_groups: Annotated[int, Field(ge=1, le=1000)] = 100
@@ -107,14 +141,21 @@ class AgreementConfig(AggregatorConfig):
 
 
 AnyAggregatorConfig = Annotated[
-    CountConfig | StatsConfig | HistogramConfig | TopKConfig | CollectConfig | AgreementConfig,
+    CountConfig
+    | StatsConfig
+    | HistogramConfig
+    | TopKConfig
+    | CollectConfig
+    | AgreementConfig
+    | SqlConfig
+    | PythonConfig,
     Field(discriminator="op"),
 ]
 AGGREGATOR_CONFIGS: Final[dict[str, type[BaseModel]]] = {
     get_args(model.model_fields["op"].annotation)[0]: model
     for model in get_args(get_args(AnyAggregatorConfig)[0])
 }
-"""The settings of each aggregator, by its name in ``reduce``."""
+"""The settings of each entry of ``reduce``, by its ``op``."""
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
@@ -123,7 +164,7 @@ _MOST_ROWS = 100_000
 
 
 def check_aggregators(
-    configs: Iterable[AggregatorConfig],
+    configs: Iterable[ReduceEntry],
     schema: Mapping[str, Any] | None,
     inputs: Mapping[str, Any] | None = None,
     *,
@@ -132,7 +173,7 @@ def check_aggregators(
     """Check that every aggregator's field exists and has a usable type.
 
     Args:
-        configs: The aggregators.
+        configs: The entries of ``reduce``; those that are no aggregators are not checked.
         schema: Schema of the answers; None for free text.
         inputs: Schema of the input's rows; None if it is not known yet: then only fields of the
             answer are checked.
@@ -142,6 +183,8 @@ def check_aggregators(
         ConfigurationError: Names the aggregator, the field, and the fields that exist.
     """
     for n, config in enumerate(configs):
+        if not isinstance(config, AggregatorConfig):
+            continue
         if isinstance(config, AgreementConfig) and not has_samples:
             msg = f"reduce.{n} (agreement) compares samples; set task.samples to 2 or more"
             raise ConfigurationError(msg)
@@ -255,6 +298,14 @@ def _list_categories(schema: Mapping[str, Any]) -> list[Any]:
     if "enum" in schema:
         return [value for value in schema["enum"] if isinstance(value, str | int | float)]
     return [False, True] if list_types(schema) - {"null"} == {"boolean"} else []
+
+
+def list_aggregator_specs(
+    configs: Iterable[ReduceEntry], schema: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Return the settings of the aggregators as plain dicts, without the final reducers."""
+    aggregators = (one for one in configs if isinstance(one, AggregatorConfig))
+    return [to_aggregator_spec(one, schema) for one in aggregators]
 
 
 def to_aggregator_spec(

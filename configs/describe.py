@@ -178,6 +178,7 @@ _WORDS: Final = {
     "reduce.bins": "expected a whole number of bins, or a list of their edges",
     "name": "expected letters, digits and _ . - (64 at most, a letter or digit first)",
     "task.graph": "expected package.module:attribute",
+    "reduce.function": "expected package.module:function",
     "string_type": "expected a text; put a number in quotes",
     "dict_type": _MAPPING,
     "model_type": _MAPPING,

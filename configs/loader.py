@@ -300,6 +300,8 @@ def read_settings_file(path: Path) -> str:
 
 def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
     """Make paths absolute and inline the schema file, so that the settings are self-contained."""
+    for entry in _list_python_reducers(data):
+        entry.setdefault("folder", ".")
     _change_paths(data, lambda path: _absolute(path, base))
     tasks = [data.get("task"), *(stage.get("map") for stage in _list_stages(data))]
     for task in tasks:
@@ -330,6 +332,9 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])
+    for entry in _list_python_reducers(data):
+        if isinstance(entry.get("folder"), str):
+            entry["folder"] = change(entry["folder"])
     task = data.get("task")
     images = task.get("images") if isinstance(task, dict) else None
     if isinstance(images, dict) and isinstance(images.get("folder"), str):
@@ -340,6 +345,12 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
     if isinstance(endpoints, dict) and (hosts := endpoints.get("hosts")):
         listed = hosts if isinstance(hosts, list) else [hosts]
         endpoints["hosts"] = [change(h) if isinstance(h, str) and "/" in h else h for h in listed]
+
+
+def _list_python_reducers(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    listed = data.get("reduce")
+    entries = listed if isinstance(listed, list) else []
+    return [one for one in entries if isinstance(one, dict) and one.get("op") == "python"]
 
 
 def make_portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:

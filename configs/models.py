@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..backends.core.samples import FoldKind, SampleFold
 from ..backends.core.templates import ItemPrompt
-from .aggregators import AgreementConfig, AnyAggregatorConfig, to_aggregator_spec
+from .aggregators import AgreementConfig, AnyAggregatorConfig, list_aggregator_specs
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 from .endpoints import EndpointsConfig, explain_refused_fields
@@ -481,7 +481,7 @@ class RunConfig(Section):
             runs share.
         cache_sampled: Whether answers sampled at a temperature above 0 are reused too.
         reduce: Aggregators of the answers, each a mapping with its ``op``: count, stats,
-            histogram, top_k, collect.
+            histogram, top_k, collect; or a final reducer: sql, python.
         evaluate: Comparisons of answers with known ones, each with ``gold``, a column of the
             input, and ``field``, a field of the answer; None compares nothing.
         stages: The steps of a pipeline, in order; None: a single task.
@@ -539,8 +539,7 @@ class RunConfig(Section):
 
         With samples their agreement is one of them, at the end unless ``reduce`` names it.
         """
-        schema = self.result_schema
-        specs = [to_aggregator_spec(one, schema) for one in self.reduce]
+        specs = list_aggregator_specs(self.reduce, self.result_schema)
         named = any(isinstance(one, AgreementConfig) for one in self.reduce)
         if self.task.samples > 1 and not named:
             specs.append({"op": "agreement"})

@@ -45,8 +45,38 @@ class SummarizeConfig(OperatorConfig):
     system: str = ""
 
 
-AnyOperatorConfig = SummarizeConfig
-"""Settings of any operator: a union by ``op`` once there are several."""
+class RankConfig(OperatorConfig):
+    """The best ``k`` items by a criterion, judged by the model in groups.
+
+    Attributes:
+        op: ``rank``.
+        prompt: The criterion; it precedes the texts, and needs no columns.
+        k: How many of the best items are ranked.
+        text: Text of one item, with its columns in braces; None: the columns as JSON.
+        group: Items that the model compares in one call; fewer if they do not fit its context.
+        repeats: Times that neighbours among the first ranks are compared.
+        reasons: Ask for a reason for each of the best items.
+        seed: Decides which items meet, and in which order they are shown.
+        system: Constant text, sent first.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="op prompt k text group repeats reasons seed system",
+    )
+
+    op: Literal["rank"]
+    prompt: Annotated[str, Field(min_length=1)]
+    k: Annotated[int, Field(ge=1, le=200)] = 10
+    text: Annotated[str, Field(min_length=1)] | None = None
+    group: Annotated[int, Field(ge=2, le=20)] = 10
+    repeats: Annotated[int, Field(ge=1, le=20)] = 1
+    reasons: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    system: str = ""
+
+
+AnyOperatorConfig = Annotated[SummarizeConfig | RankConfig, Field(discriminator="op")]
+"""Settings of any operator."""
 
 
 def _list_models(annotation: Any) -> tuple[type[BaseModel], ...]:

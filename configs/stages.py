@@ -61,8 +61,8 @@ class StageConfig(Section):
         where: Conditions that select results of that stage: ``output.score > 0.8``.
         join: ``id`` adds the answers of earlier stages about items with the same id.
         map: A task: prompt, schema, system and so on; top-level ``task`` has the defaults.
-        reduce: An operator, a mapping with its ``op``: summarize; or, beside ``map``, a list of
-            aggregators.
+        reduce: An operator, a mapping with ``op`` (summarize or rank); or, beside ``map``, a list
+            of aggregators.
         model: Changes to the top-level ``model``.
         endpoints: Endpoints in place of the top-level ones.
         limits: Changes to the top-level ``limits``.

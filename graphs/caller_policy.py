@@ -24,6 +24,7 @@ from ..backends.core.request_urls import REQUEST_KINDS
 from ..backends.core.secrets import is_secret, mask_command, mask_data
 from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern, open_source
+from ..configs.aggregators import FinalReducerConfig
 from ..configs.base import Access, expand_home
 from ..configs.describe import iter_access, split_settings
 from ..configs.loader import (
@@ -411,6 +412,17 @@ class CallerPolicy:
         """
         before, after = owner.model_dump(by_alias=True), asked.model_dump(by_alias=True)
         given_task = request.preset is not None or request.config
+        code = [
+            f"reduce.{n} ({stage.op})"
+            for n, stage in enumerate(asked.reduce)
+            if isinstance(stage, FinalReducerConfig) and stage not in owner.reduce
+        ]
+        if code:
+            msg = (
+                f"context: {', '.join(code)}: a request may not contain queries or functions; only "
+                "those bound to the graph run"
+            )
+            raise ConfigurationError(msg)
         closed = [
             f"reduce.{n}.{key}"
             for n, stage in enumerate(asked.reduce)

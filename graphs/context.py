@@ -49,8 +49,9 @@ from .invocation import (
     get_claims,
 )
 from .run.accounting import OpenRun
+from .run.final_reducers import add_final_results
 from .run.items import make_item_context, make_item_engine, plan_shards
-from .run.open_run import OpenOptions, open_run, write_results
+from .run.open_run import OpenOptions, open_run, write_aggregate, write_results
 from .run.pipeline import EndpointPool, Pipeline, list_stages, prepare_pipeline
 from .run.pipeline_report import read_stage_end
 from .run.prepare import (
@@ -663,19 +664,23 @@ class RunContext(SettingsForm):
 
     async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Write the result files and return references to them."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Write the result files; return the whole aggregate, and references to the files."""
         folder = await asyncio.to_thread(self.find_folder, run)
         run_folder = RunFolder(folder)
         async with self._open_at(folder) as tools:
+            loaded = self._get_settings(folder)
+            extents = tools.item_journal.extents()
+            source = await asyncio.to_thread(write_results, run_folder, loaded, tools)
+            aggregate = await add_final_results(loaded.config.reduce, aggregate, run_folder, source)
             results = await asyncio.to_thread(
-                write_results, run_folder, self._get_settings(folder), tools, aggregate, progress
+                write_aggregate, run_folder, tools, aggregate, progress, extents
             )
             if self.embedded:
                 await asyncio.to_thread(end_session, run_folder)
         self._progress_streams.pop(folder, None)
         self._loaded_by_folder.pop(folder, None)
-        return results
+        return aggregate, results
 
     @asynccontextmanager
     async def open_item_context(self) -> AsyncIterator[ItemContext]:

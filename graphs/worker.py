@@ -466,21 +466,26 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
         return result
     result = replace(result, parts=None, timeline=None)
     records, dropped = list(result.records or ()), 0
-    if json_size(result.to_json()) <= most or len(records) <= 1:
-        return result
-    note = "{} records did not fit in the result"
-    noted = replace(result, dropped=len(records), stopped=note.format(len(records)))
-    size = json_size(noted.to_json())  # the note takes room too
+    size = json_size(result.to_json())
+    if size > most:  # the message about what was dropped needs room as well
+        said = replace(result, dropped=len(records), stopped=_describe_dropped(len(records)))
+        size = max(size, json_size(said.to_json()))
     while size > most and len(records) > 1:
         size -= json_size(records.pop()) + len(", ")
         dropped += 1
+    if not dropped:
+        return result
     return replace(
         result,
         records=records,
         dropped=dropped,
         tally={status: sum(r["status"] == status for r in records) for status in STATUSES},
-        stopped=note.format(dropped),
+        stopped=_describe_dropped(dropped),
     )
+
+
+def _describe_dropped(count: int) -> str:
+    return f"{count} records did not fit in the result"
 
 
 def _make_error_result(task: Any, error: FanfoldError) -> ShardResult:

@@ -284,5 +284,14 @@ class Context(ABC):
     @abstractmethod
     async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Write the result files and return references to them."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Run the final reducers and write the result files.
+
+        Args:
+            run: The run's key.
+            aggregate: The results of the aggregators.
+            progress: The counts of the run.
+
+        Returns:
+            The results of all entries of ``reduce``, and references to the files.
+        """

@@ -13,6 +13,7 @@ import orjson
 from ..core.errors import ConfigurationError, MissingExtraError
 from ..core.parsing import read_message_text
 from .json_schema import follow_reference, merge_schemas
+from .judging import answer_operator
 from .requests import Question, SchemaCache
 from .spec import SimulationSpec
 from .values import (
@@ -265,6 +266,8 @@ class SchemaResponder:
         """Generate an answer; see `Responder`."""
         form, dice = question.form, SeededRandom(question.key)
         if form.schema is not None:
+            if (answer := answer_operator(question)) is not None:
+                return dump_compact(answer)
             return dump_compact(form.schema.draw(question.key))
         if form.choices:
             return form.choices[dice.below(len(form.choices))]

@@ -483,14 +483,8 @@ def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes], layout: ResultL
     Raises:
         JournalError: The stream cannot be written.
     """
-    target = get_stream_name(stream)
-    head, names, tail, lines = layout.head, layout.input_names(), layout.tail, 0
-    for record in records:
-        row = {name: record.get(name) for name in head}
-        for source, value in (record.get(INPUT_ROW) or {}).items():
-            if source in names:
-                row[names[source]] = value
-        row |= {name: record.get(name) for name in tail}
+    target, lines = get_stream_name(stream), 0
+    for row in iter_json_rows(records, layout):
         with explain_write_errors(target):
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         lines += 1
@@ -499,10 +493,27 @@ def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes], layout: ResultL
     return lines
 
 
+def iter_json_rows(records: Iterable[ResultRow], layout: ResultLayout) -> Iterator[dict[str, Json]]:
+    """Yield the rows as lines of JSON have them: with the columns that their items have.
+
+    Args:
+        records: Rows from :func:`make_rows`.
+        layout: The columns.
+    """
+    head, names, tail = layout.head, layout.input_names(), layout.tail
+    for record in records:
+        row = {name: record.get(name) for name in head}
+        for source, value in (record.get(INPUT_ROW) or {}).items():
+            if source in names:
+                row[names[source]] = value
+        yield row | {name: record.get(name) for name in tail}
+
+
 __all__ = [
     "RESULT_COLUMNS",
     "ResultLayout",
     "iter_batches",
+    "iter_json_rows",
     "make_layout",
     "make_rows",
     "write_csv",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -231,6 +231,9 @@ def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Co
         for word, key in (("of", "field"), ("by", "group_by")):
             if name := format_cell(stage.get(key)).plain:
                 title += f" {word} {name}"
+        for key in ("query", "function"):
+            if name := format_cell(stage.get(key)).plain:
+                title += f": {name}"
         mark = "   simulated: true" if simulated else ""
         console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
         for part in _tables(stage, console.width):
@@ -238,7 +241,11 @@ def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Co
 
 
 def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
-    if isinstance(stage.get("groups"), list):
+    if "error" in stage:
+        yield Text(f"failed: {format_cell(stage['error'], most=None).plain}", style="red")
+    elif stage["op"] in ("sql", "python"):
+        yield from _final_result(stage, width)
+    elif isinstance(stage.get("groups"), list):
         yield from _groups(stage, width)
     elif not isinstance(stage.get("rows"), list):
         yield _facts(stage)
@@ -246,6 +253,31 @@ def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
         yield from _ranking(stage, width)
     else:
         yield Text("no rows", style="italic")
+
+
+def _final_result(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
+    """Yield the rows of a query or a function, or what else the function returned."""
+    found = stage["rows"] if stage["op"] == "sql" else stage["result"]
+    if isinstance(found, Mapping) and found:
+        yield _facts(found, hidden=())
+    elif isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found):
+        names = dict.fromkeys(name for row in found for name in row)
+        yield from make_table(
+            [
+                Column(
+                    name,
+                    [row.get(name) for row in found],
+                    is_key=n == 0,
+                    is_number=all(isinstance(row.get(name, 0), int | float) for row in found),
+                )
+                for n, name in enumerate(names)
+            ],
+            width,
+        )
+    else:
+        yield format_cell(found) if found else Text("no rows", style="italic")
+    if stage.get("more"):
+        yield Text(f"the first {len(found):,} rows (limit)", style="italic")
 
 
 def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
@@ -280,19 +312,21 @@ def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
         yield Text(f"and {others:,} items in further groups (max_groups)", style="italic")
 
 
-def _facts(stage: Mapping[str, Any]) -> Table:
+def _facts(stage: Mapping[str, Any], hidden: Collection[str] = _HIDDEN) -> Table:
     """Return a table with one name and value per row."""
     table = Table(show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
-    for name, value in _pairs(stage):
+    for name, value in _pairs(stage, hidden):
         table.add_row(format_cell(name), format_cell(value))
     return table
 
 
-def _pairs(stage: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _pairs(
+    stage: Mapping[str, Any], hidden: Collection[str] = _HIDDEN
+) -> Iterator[tuple[str, Any]]:
     for key, value in stage.items():
-        if key in _HIDDEN:
+        if key in hidden:
             continue
         if isinstance(value, Mapping):
             yield from ((f"{key} {name}", inner) for name, inner in value.items())

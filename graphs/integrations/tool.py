@@ -449,7 +449,7 @@ def _description(loaded: LoadedConfig) -> str:
         " ".join(
             [stage.op]
             + [f"of {field}" for field in [getattr(stage, "field", None)] if field]
-            + [f"by {stage.group_by}" for _ in [0] if stage.group_by]
+            + [f"by {field}" for field in [getattr(stage, "group_by", None)] if field]
         )
         for stage in loaded.config.reduce
     )

@@ -82,6 +82,8 @@ class FindingMaker:
             groups = entry.get("groups")
             if "group_by" in entry and isinstance(groups, list):
                 yield self._make_groups(entry, groups)
+            elif (listed := _list_rows(entry)) is not None:
+                yield self._make_table(entry, listed)
             else:
                 yield self._make_entry(entry)
             if entry.get("op") in {"histogram", "stats"}:
@@ -111,6 +113,13 @@ class FindingMaker:
                 return self._make_stats(entry)
         rows = [[shorten(name), _format(value)] for name, value in _flatten(entry)][:_MOST_ROWS]
         return Finding(_title(entry), head=("", "value"), rows=rows, numbers=(False, True))
+
+    def _make_table(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
+        note = "the first rows" if entry.get("more") else ""
+        head = list(dict.fromkeys(str(name) for row in rows for name in row))
+        numbers = [all(_is_number(row.get(name, 0)) for row in rows) for name in head]
+        cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
+        return Finding(_title(entry), note, None, (), list(map(shorten, head)), cells, numbers)
 
     def _make_ranking(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
         cards = list[Card]()
@@ -276,6 +285,16 @@ def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"  # noqa: PLR2004
     return shorten(to_text(shorten_json(value)))
+
+
+def _list_rows(entry: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """Return the rows of a query or of a function; None for other entries."""
+    match entry:
+        case {"op": "sql", "rows": [*rows]} | {"op": "python", "result": [*rows]} if all(
+            isinstance(row, Mapping) for row in rows
+        ):
+            return rows
+    return None
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -52,13 +52,16 @@ from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.journal import Journal
+from ...backends.storage.results import ResultLayout
 from ...backends.storage.run_folder import get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
+from .final_reducers import check_final_reducers
 from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
 from .items import check_item_graph
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
+from .result_rows import make_result_layout
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
@@ -90,6 +93,7 @@ class Sample:
         problem: Why that item is not valid, or None.
         max_tokens: Limit of an answer in tokens; of requests, the mean of those that have one.
         unlimited: Requests without such a limit.
+        layout: Columns of the results.
         evaluated: Lines about the gold values of the section evaluate.
     """
 
@@ -100,6 +104,7 @@ class Sample:
     problem: str | None
     max_tokens: int
     unlimited: int
+    layout: ResultLayout
     evaluated: tuple[str, ...] = ()
 
 
@@ -126,8 +131,11 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
             problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
+            layout = make_result_layout(config.task.answer_schema, store, fold=config.make_fold())
             evaluated = _check_gold_values(config, store)
-    return Sample(summary, rendered, first[0].id, first[1], problem, longest, unlimited, evaluated)
+    return Sample(
+        summary, rendered, first[0].id, first[1], problem, longest, unlimited, layout, evaluated
+    )
 
 
 def _check_gold_values(config: RunConfig, store: ItemStore) -> tuple[str, ...]:
@@ -295,6 +303,7 @@ async def estimate_run(
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
         sampled = await asyncio.to_thread(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
+        await check_final_reducers(loaded, sampled.layout)
         counted = await _count_prompts(config, ready, sampled, like)
     valid = sampled.summary.items - sampled.summary.invalid
     policy = make_fleet_policy(config, ready.endpoint_set)

@@ -494,27 +494,42 @@ async def _refuse_item(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
 
 
-def write_results(
-    folder: RunFolder,
-    loaded: LoadedConfig,
-    tools: OpenRun,
-    aggregate: list[dict[str, Any]],
-    progress: dict[str, Any],
-) -> dict[str, Any]:
-    """Write results, failures and aggregate; return references to them.
+def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> ResultSource:
+    """Write results and failures; return what they were read from.
 
     Raises:
         JournalError: A file cannot be written.
     """
-    extents = tools.item_journal.extents()
     schema, fold = loaded.config.task.answer_schema, tools.fold
     layout = make_result_layout(schema, tools.store, fold=fold)
     source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
     _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
     layout = make_result_layout(schema, tools.store)  # each failed sample has a row
-    source = replace(source, layout=layout, fold=None)
+    samples = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
-        write_jsonl(source.iter_rows("failed"), file, layout)
+        write_jsonl(samples.iter_rows("failed"), file, layout)
+    return source
+
+
+def write_aggregate(
+    folder: RunFolder,
+    tools: OpenRun,
+    aggregate: list[dict[str, Any]],
+    progress: dict[str, Any],
+    extents: Mapping[str, int],
+) -> dict[str, Any]:
+    """Write the aggregate; return references to all results.
+
+    Args:
+        folder: The run's folder.
+        tools: The open run.
+        aggregate: The results of all entries of ``reduce``.
+        progress: The counts of the run.
+        extents: How far the journal was read for them.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
     write_json(

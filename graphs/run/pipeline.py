@@ -258,7 +258,13 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
                     schema["properties"] = {**schema["properties"], earlier: found}
         _check_names(stage, schema["properties"])
         operator = None if stage.config.operator is None else stage.make_operator()
-        answer = stage.loaded.config.task.answer_schema
+        answer = stage.loaded.config.result_schema
+        if operator is not None and stage.loaded.config.task.samples > 1:
+            msg = (
+                f"stages: {stage.name}: an operator asks each of its questions once; set "
+                "samples in the map of other stages, not in the common task"
+            )
+            raise ConfigurationError(f"{loaded.source}: {msg}")
         if operator is not None:
             answer = dict(operator.result_schema)
             schema = {"type": "object", "properties": {}}

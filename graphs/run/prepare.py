@@ -62,7 +62,7 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
-from ...configs.aggregators import check_aggregators
+from ...configs.aggregators import FinalReducerConfig, check_aggregators
 from ...configs.base import expand_home
 from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
@@ -312,6 +312,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
                 load_input, given, folder.items, columns, items, only=only, samples=samples
             )
         check_fields(loaded, summary)
+        await _check_final_reducers(loaded, folder)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if loaded.config.backend.is_batch and ready is not None:
             get_deployment(ready)
@@ -562,6 +563,8 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     changed = before.plain["reduce"] != after.plain["reduce"] or _get_fold(before) != _get_fold(
         after
     )
+    if changed:
+        await _check_final_reducers(after, folder)
     if after.plain != before.plain:
         await asyncio.to_thread(_write_changed, folder, about, after)
     if about.get("place") != await asyncio.to_thread(get_folder_identity, folder.path):
@@ -654,6 +657,18 @@ def _check_stored_requests(config: RunConfig, ready: ReadyEndpoints | None, item
     if ready is not None:
         with ItemStore(items) as store:
             check_requests(config, ready, store)
+
+
+async def _check_final_reducers(loaded: LoadedConfig, folder: RunFolder) -> None:
+    """Check queries and functions in ``reduce`` against the columns of the results."""
+    if not any(isinstance(one, FinalReducerConfig) for one in loaded.config.reduce):
+        return
+    from .final_reducers import (  # noqa: PLC0415 - pyarrow is slow to import
+        check_final_reducers,
+        read_layout,
+    )
+
+    await check_final_reducers(loaded, await asyncio.to_thread(read_layout, loaded, folder))
 
 
 def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:

@@ -238,7 +238,8 @@ def open_result_source(
             raise ConfigurationError(msg)
         schema = get_at_path(settings, ("task", "schema"))
         schema = schema if isinstance(schema, dict) else None
-        fold = None if samples else SampleFold.from_task(settings.get("task") or {})
+        is_folded = store.samples > 1 and not samples
+        fold = SampleFold.from_task(settings.get("task") or {}) if is_folded else None
         layout = make_result_layout(schema, store, optional, fold)
         priced = journal.total_usage().nano_usd > 0
         yield ResultSource(journal, store, layout, priced, prompts, fold)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.samples import SampleFold
 from ...backends.core.selection import Selection
 from ...backends.core.types import Json, Row
 from ...backends.inputs.column_types import describe_columns
@@ -55,8 +56,12 @@ class StageReader:
                 Journal(folder.journal, get_run_ids(about), len(self.store))
             )
             self._stack = stack.pop_all()
-        schema = get_at_path(read_settings(folder.settings).data, ("task", "schema"))
-        self.answer_schema = schema if isinstance(schema, Mapping) else None
+        task = get_at_path(read_settings(folder.settings).data, ("task",))
+        task = task if isinstance(task, Mapping) else {}
+        schema = task.get("schema")
+        self._fold = SampleFold.from_task(task) if self.store.samples > 1 else None
+        schema = schema if isinstance(schema, Mapping) else None
+        self.answer_schema = schema if self._fold is None else self._fold.fold_schema(schema)
         self._indices: dict[str, int] | None = None
 
     def close(self) -> None:
@@ -68,9 +73,31 @@ class StageReader:
         if self._indices is None:
             self._indices = {name: index for index, name in enumerate(self.store.iter_ids())}
         index = self._indices.get(item)
-        if index is None or not self.journal.is_finished(index):
-            return None
-        return self.journal.read_record(index).get("output")
+        return None if index is None else self.read_result(index)[2]
+
+    def list_ended(self) -> list[int]:
+        """Return the indices of the items that have ended; of samples, the first ones of rows."""
+        rows = range(0, len(self.store), self.store.samples)
+        return [index for index in rows if self._is_ended(index)]
+
+    def _is_ended(self, index: int) -> bool:
+        return all(map(self.journal.is_finished, range(index, index + self.store.samples)))
+
+    def read_result(self, index: int) -> tuple[str, str, Json]:
+        """Return id, status and answer of an item; with samples, of its row, whose first it is.
+
+        An item that has not ended counts as failed.
+        """
+        if not self._is_ended(index):
+            return "", "failed", None
+        records = [self.journal.read_record(index + n) for n in range(self.store.samples)]
+        name, outputs = (
+            str(records[0]["id"]),
+            [record["output"] for record in records if record["status"] == "done"],
+        )
+        if not outputs:
+            return name, "failed", None
+        return name, "done", outputs[0] if self._fold is None else self._fold.fold(outputs).output
 
 
 @dataclass(frozen=True)
@@ -138,18 +165,17 @@ class StageRows:
             others = [StageReader(name, stages / name) for name in joined]
             for other in others:
                 stack.callback(other.close)
-            ended = [n for n in range(len(source.store)) if source.journal.is_finished(n)]
+            ended = source.list_ended()
             for index, (row, _) in zip(ended, source.store.iter_rows(ended), strict=True):
-                record = source.journal.read_record(index)
-                if record["status"] != "done":
+                name, status, output = source.read_result(index)
+                if status != "done":
                     self.counts.failed += 1
                     continue
-                if selection is not None and not selection.holds("done", record["output"], row):
+                if selection is not None and not selection.holds("done", output, row):
                     self.counts.unselected += 1
                     continue
                 self.counts.passed += 1
-                name = str(record["id"])
-                row[self.source] = record["output"]
+                row[self.source] = output
                 row |= {other.name: other.find_output(name) for other in others}
                 yield name, row
 

@@ -36,7 +36,7 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> dict[str, Any]:
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),
         }
-        results = await context.finish_run(state["run"], aggregate, progress)
+        aggregate, results = await context.finish_run(state["run"], aggregate, progress)
     # The aggregate was presented from the parts, and a checkpoint need not contain both.
     done: dict[str, Any] = {"aggregate": aggregate, "progress": progress, "results": results}
     return done | {"parts": Overwrite({})}

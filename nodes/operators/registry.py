@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .base import Operator
+from .rank import Rank
 from .summarize import Summarize
 
 OPERATORS: Final[dict[str, type[Operator]]] = {
+    "rank": Rank,
     "summarize": Summarize,
 }
 """The operators, by their name in ``reduce``."""

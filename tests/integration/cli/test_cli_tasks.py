@@ -196,3 +196,25 @@ def test_images_of_the_page(shell: Shell) -> None:
     assert re.fullmatch(r"\[image f1\.png, [\d,]+ bytes, sha256 [0-9a-f]{16}\]", image)
     assert first["output"] in {"plot", "micrograph", "structure"}
     assert second["prompt_tokens"] > 256
+
+
+def test_a_stage_passes_on_folded_answers(shell: Shell) -> None:
+    kind = {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": ["a", "b"]}}}
+    stages = [
+        {"name": "first", "map": {"prompt": "Label {text}", "samples": 3, "schema": kind}},
+        {"name": "second", "map": {"prompt": "Is it {first.kind}?"}},
+    ]
+    model = {"temperature": 0.7, "seed": 3}
+    shell.write(task=None, reduce=None, model=model, stages=stages)
+    said = shell("run", "c.yaml", "--out", "r", "--quiet")
+    assert said.code == 0, said.err
+    folded = {row["id"]: row["output"] for row in read_lines(shell, "r", "--stage", "first")}
+    second = read_lines(shell, "r", "--stage", "second")
+    assert {row["id"]: row["first"] for row in second} == folded
+    assert len(read_lines(shell, "r", "--stage", "first", "--samples")) == 3 * len(folded)
+    operator = {"name": "second", "reduce": {"op": "summarize", "prompt": "What is there?"}}
+    task = {"samples": 3}
+    shell.write(task=task, reduce=None, model=model, stages=[stages[0], operator])
+    refused = shell("run", "c.yaml", "--out", "other", "--quiet")
+    assert refused.code == 2
+    assert "asks each of its questions once" in " ".join(refused.err.split()), refused.err

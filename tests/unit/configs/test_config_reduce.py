@@ -7,13 +7,12 @@ from pydantic import TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.aggregators import (
-    AggregatorConfig,
     AnyAggregatorConfig,
     check_aggregators,
     to_aggregator_spec,
 )
 
-ADAPTER: TypeAdapter[AggregatorConfig] = TypeAdapter(AnyAggregatorConfig)
+ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyAggregatorConfig)
 SCHEMA: dict[str, Any] = {
     "$defs": {
         "unit": {"type": "number", "minimum": 0, "maximum": 2},

@@ -283,6 +283,20 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
     assert drawn == (pictures if is_drawn else [])
 
 
+def test_queries_and_functions_are_tables() -> None:
+    aggregate: list[dict[str, Any]] = [
+        {"op": "sql", "query": "SELECT 1", "columns": [], "rows": [{"n": 1}], "more": True},
+        {"op": "python", "function": "a:b", "result": [{"x": 1}, {"y": EVIL}]},
+        {"op": "python", "function": "a:b", "result": {"x": 1}},
+        {"op": "sql", "query": "SELECT", "error": "boom"},
+    ]
+    found = list(FindingMaker(None, None).make(aggregate))
+    assert list(found[0].head) == ["n"]
+    assert list(found[1].head) == ["x", "y"]
+    assert found[0].note == "the first rows"
+    assert "boom" in [cell for row in found[3].rows for cell in row]
+
+
 def make_timeline(path: Path, rows: list[dict[str, Any]]) -> Path:
     kinds: list[tuple[str, pa.DataType]] = [
         ("start", pa.timestamp("ms", "UTC")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,26 @@ def test_a_request_sets_what_is_asked_and_how_it_is_sampled() -> None:
     assert config.model.extra_body == {"priority": 3, "top_k": 50, "top_p": 0.5}
     assert config.endpoints.urls == OWN["endpoints"]["urls"]
     assert config.budget.usd == 2
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"op": "sql", "query": "SELECT 1"}, {"op": "python", "function": "os:getcwd"}],
+    ids=str,
+)
+def test_code_in_reduce_is_never_taken_from_a_request(entry: dict[str, Any]) -> None:
+    for policy in (None, CallerPolicy(allowed=frozenset({"reduce"}))):
+        for context in (
+            {"reduce": [{"op": "count"}, entry]},
+            {"overrides": [f"reduce={json.dumps([entry])}"]},
+            {"config": {"task": {"prompt": "Why {smiles}?"}, "reduce": [entry]}},
+        ):
+            said = refused(context, policy)
+            assert f"({entry['op']})" in said or "reduce" in said
+    bound = loaded({"temperature": 0.5}, reduce=[entry]).config.reduce
+    assert [one.op for one in bound] == [entry["op"]]
+    again = loaded({"reduce": [{"op": "count"}, entry]}, reduce=[entry]).config.reduce
+    assert again[1] == bound[0]
 
 
 @pytest.mark.parametrize("name", ["huge", "served-large", "''", "null"])

@@ -16,7 +16,7 @@ from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
 from fanfold.backends.storage.results_schema import OPTIONAL_COLUMNS, UNFIT_COLUMN
 from fanfold.backends.storage.timeline import SCHEMA
-from fanfold.nodes.aggregators.registry import AGGREGATORS
+from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()
 ERROR = re.compile(r"`(\w+Error)`")
@@ -57,7 +57,7 @@ def test_every_column_of_the_timeline_is_listed() -> None:
 
 
 def test_every_aggregator_is_listed() -> None:
-    assert AGGREGATORS.keys() <= set(first_cells("aggregate.json"))
+    assert AGGREGATOR_CONFIGS.keys() <= set(first_cells("aggregate.json"))
 
 
 def test_every_error_class_is_listed_and_no_other() -> None:
