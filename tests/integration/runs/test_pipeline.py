@@ -143,7 +143,7 @@ async def test_three_stages_end_to_end(lab_of: LabMaker) -> None:
     "backend",
     [
         pytest.param({"kind": "local"}, id="local"),
-        pytest.param({"kind": "local", "processes": 2}, id="processes"),
+        pytest.param({"kind": "local", "processes": 2}, id="processes", marks=pytest.mark.long),
     ],
 )
 async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[str, Any]) -> None:
@@ -161,7 +161,6 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
                 process.kill()
                 assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
-            assert lines_of(folder) < RunFolder(folder).read_provenance()["input"]["items"]
             assert all((lab.out / done / "results.parquet").exists() for done in RUNS[:number])
             arguments = ("resume", str(lab.out))
         moved = lab.home / "moved"
