@@ -146,7 +146,7 @@ class RunFolder:
             found: Any = orjson.loads(self.place.read_bytes())
             key, kept = found["key"], found["kept"]
             check_counts(kept, kept, "kept")
-            limits = {str(name): float(cap) for name, cap in found["limits"].items()}
+            limits = {str(name): _read_limit(cap) for name, cap in found["limits"].items()}
             if not _PART.fullmatch(key):
                 raise ValueError(f"key is {key!r}")
         except (FileNotFoundError, NotADirectoryError):
@@ -632,6 +632,13 @@ def read_requested_limits(path: Path) -> set[str]:
         JournalError: The file is damaged.
     """
     return set(_read(path)["requested"])
+
+
+def _read_limit(value: object) -> float:
+    """Return a limit of a budget; a whole number stays one, because requests are counted."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no limit")
+    return value
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -483,12 +483,10 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
     stage: Stage = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    from ..run.stage_folder import find_run
     from .status import export_results
 
-    folder = find_run(folder, stage)
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
-    export_results(folder, form, target, safe_csv, optional, samples=samples)
+    export_results(folder, form, target, safe_csv, optional, samples=samples, stage=stage)
 
 
 @app.command()

@@ -49,6 +49,7 @@ from ..run.console import (
 from ..run.next_steps import FINISHED, continue_lines, find_next_command, retry_command
 from ..run.open_run import describe_lost_files
 from ..run.result_rows import ResultSource, open_result_source
+from ..run.stage_folder import find_run
 from .evaluate import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
@@ -332,16 +333,18 @@ def export_results(  # noqa: PLR0913 - one for each option of the command
     optional: Sequence[str] = (),
     *,
     samples: bool = False,
+    stage: str | None = None,
 ) -> None:
     """Write one row per finished item.
 
     Args:
-        path: The run folder.
+        path: The run folder, or that of a pipeline.
         given: The format; None follows the suffix of ``target``.
         target: The file; None is stdout.
         safe_csv: Whether cells that start a formula are quoted.
         optional: Names of optional columns.
         samples: Write one row per sample, in place of one for all samples of a row.
+        stage: Of a pipeline, the stage (``NAME`` or ``NAME/LEVEL``); None is the last with results.
 
     Raises:
         ConfigurationError: The format is unknown or does not fit, the file cannot be written, or
@@ -352,7 +355,7 @@ def export_results(  # noqa: PLR0913 - one for each option of the command
         raise ConfigurationError("--format parquet is binary; give a file with -o FILE")
     if safe_csv and form != "csv":
         raise ConfigurationError(f"--safe-csv requires --format csv, not {form}")
-    folder = open_folder(path)
+    folder = open_folder(find_run(path, stage))
     if target is not None:
         _check_target(target)
     with open_result_source(folder, optional, samples=samples) as source:

@@ -24,7 +24,7 @@ def plain(shell: Shell, *arguments: str) -> dict[str, Any]:
 
 
 def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    example = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
     (shell.folder / "review.yaml").write_text(example)
     checked = shell("check", "review.yaml")
     assert checked.code == 0
@@ -65,7 +65,7 @@ def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
     ],
 )
 def test_mistakes_name_the_way_out(shell: Shell, arguments: tuple[str, ...], text: str) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    example = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
     (shell.folder / "review.yaml").write_text(example)
     assert shell("run", "review.yaml", "--out", "review", "--quiet").code == 0
     said = shell(*arguments)
@@ -74,7 +74,7 @@ def test_mistakes_name_the_way_out(shell: Shell, arguments: tuple[str, ...], tex
 
 
 def test_a_column_that_no_stage_provides_is_named_before_any_call(shell: Shell) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    example = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
     (shell.folder / "review.yaml").write_text(example.replace("{screen.topic}?", "{topic}?"))
     said = shell("run", "review.yaml", "--out", "review")
     assert said.code == 2

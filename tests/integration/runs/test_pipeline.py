@@ -161,6 +161,7 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
                 process.kill()
                 assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
+            assert not (folder / "results.parquet").exists()  # it was at work
             assert all((lab.out / done / "results.parquet").exists() for done in RUNS[:number])
             arguments = ("resume", str(lab.out))
         moved = lab.home / "moved"
@@ -197,6 +198,48 @@ async def test_the_budget_ends_in_the_second_stage(lab_of: LabMaker) -> None:
         assert logs.total_spent({}).requests == total
         counted = sum(int(o["asked"]) for o in lab.fleet.stats(prompts=True)["prompts"].values())
         assert counted == total
+
+
+async def test_a_stage_has_limits_of_its_own(lab_of: LabMaker) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.0, tpot_s=0.0) as lab:
+        staged(lab, budget={"requests": 1000})
+        lab.config["stages"][1]["budget"] = {"requests": 6}
+        said = await begin(lab, lab.out, code=4)
+        assert [one["state"] for one in said["stages"]] == ["finished", "begun", "waiting"]
+        assert 0 < said["stages"][1]["requests"] <= 6
+
+
+async def test_the_map_leaves_what_the_reduce_needs(lab_of: LabMaker) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.0, tpot_s=0.0) as lab:
+        staged(lab, budget={"requests": ITEMS + 8})
+        del lab.config["stages"][1]  # 60 items, then a summary of all of them
+        lab.config["stages"][1]["reduce"] = SUMMARIZE | {"group_by": None}
+        said = await begin(lab, lab.out, code=4)
+        screen, summary = said["stages"]
+        assert (screen["state"], summary["state"]) == ("begun", "waiting")
+        assert screen["requests"] < ITEMS  # the rest of the limit is kept for the summary
+        raised = await command(lab, "resume", str(lab.out), "--budget-requests", "1000")
+        assert [one["state"] for one in raised["stages"]] == ["finished"] * 2
+
+
+async def test_levels_that_ask_other_questions_are_refused(lab_of: LabMaker) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.1) as lab:
+        staged(lab)
+        level = lab.out / "stages/summary/levels/1"
+        async with lab.process() as process:
+            await lab.until(partial(has_lines, level))
+            process.kill()
+            await asyncio.wait_for(process.wait(), 60)
+        about = level / "provenance.json"
+        changed = json.loads(about.read_text())
+        changed["input"]["digest"] = "0" * len(changed["input"]["digest"])
+        about.write_text(json.dumps(changed))
+        lab.fleet.reset()
+        async with lab.process("resume", str(lab.out)) as process:
+            said, complaint = await asyncio.wait_for(process.communicate(), 600)
+        assert process.returncode == 2, said
+        assert b"differ from those that an earlier session has asked" in complaint
+        assert not lab.fleet.stats(prompts=True)["prompts"]
 
 
 async def test_failed_items_are_counted_and_not_passed_on(lab_of: LabMaker) -> None:
