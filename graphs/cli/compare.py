@@ -201,7 +201,12 @@ def gold_columns(one: dict[str, Any]) -> list[Column]:
     return [
         Column("figure", [METRICS[name] for name in names], is_key=True),
         *(
-            Column(head, [_figure_with_interval(side[name]) for name in names], is_number=True)
+            Column(
+                head,
+                [_figure_with_interval(side[name]) for name in names],
+                is_key=True,
+                is_number=True,
+            )
             for head, side in (("A", one["a"]), ("B", one["b"]))
         ),
     ]
