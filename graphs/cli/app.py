@@ -522,7 +522,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = 0,
     addressing: Annotated[str, typer.Option(help="path, port or addr.")] = "port",
     model: Annotated[str, typer.Option(help="Model name.")] = "simulated-8b",
-    responder: Annotated[str, typer.Option(help="schema or esol.")] = "schema",
+    responder: Annotated[str, typer.Option(help="schema, esol or agent.")] = "schema",
     file: Annotated[
         Path,
         typer.Option(

@@ -18,7 +18,8 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
 from ..run.console import Terminal, open_data_stream, print_messages
-from .evaluate import METRICS, format_figure, format_interval
+from ..run.evaluation import METRICS
+from .evaluate import format_figure, format_interval
 from .format import Column, format_cell, format_duration, format_usd_amount, make_table
 
 _FORMATS: Final = ("text", "json", "html")
@@ -201,7 +202,12 @@ def gold_columns(one: dict[str, Any]) -> list[Column]:
     return [
         Column("figure", [METRICS[name] for name in names], is_key=True),
         *(
-            Column(head, [_figure_with_interval(side[name]) for name in names], is_number=True)
+            Column(
+                head,
+                [_figure_with_interval(side[name]) for name in names],
+                is_key=True,
+                is_number=True,
+            )
             for head, side in (("A", one["a"]), ("B", one["b"]))
         ),
     ]

@@ -29,32 +29,10 @@ from ...configs.evaluation import (
 from ...configs.loader import read_settings
 from ...configs.raw_settings import expand_variables, get_at_path
 from ..run.console import Terminal, print_json, print_messages
+from ..run.evaluation import METRICS, MISSING_CAUSES
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
 from .format import Column, format_cell, make_table
 
-METRICS: Final[Mapping[str, str]] = {
-    "accuracy": "accuracy",
-    "accuracy_missing_wrong": "accuracy, missing as wrong",
-    "precision_macro": "precision, macro",
-    "recall_macro": "recall, macro",
-    "f1_macro": "F1, macro",
-    "precision_weighted": "precision, weighted",
-    "recall_weighted": "recall, weighted",
-    "f1_weighted": "F1, weighted",
-    "kappa": "Cohen's kappa",
-    "mae": "mean absolute error",
-    "rmse": "root mean squared error",
-    "spearman": "Spearman's rho",
-    "alpha": "Krippendorff's alpha",
-    "agreement": "share of equal values",
-}
-"""Names of figures, in the order in which they are shown."""
-
-_CAUSES: Final = {
-    "failed": "failed",
-    "no_value": "answered without a value",
-    "unfinished": "not ended",
-}
 _IN_STATUS: Final = ("accuracy", "f1_macro", "kappa", "mae", "rmse", "spearman")
 _MOST_SHOWN: Final = 12
 """Labels of a confusion matrix that a terminal shows."""
@@ -232,7 +210,8 @@ def show_evaluations(evaluations: list[dict[str, Any]], console: Console) -> Non
 def _head(one: Mapping[str, Any]) -> str:
     parts = [f"{one['answered']:,} of {one['items']:,} items answered"]
     causes = [
-        f"{count:,} {_CAUSES.get(cause, cause)}" for cause, count in one["missing_by_cause"].items()
+        f"{count:,} {MISSING_CAUSES.get(cause, cause)}"
+        for cause, count in one["missing_by_cause"].items()
     ]
     if one["missing"]:
         parts.append(f"{one['missing']:,} missing ({', '.join(causes)})")

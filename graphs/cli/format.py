@@ -382,8 +382,8 @@ def make_table(
 ) -> Iterator[Table | Text]:
     """Yield a table that fits a width, and a line that names the columns without room.
 
-    Columns of text are shortened to some extent. What does not fit even then is left out, the last
-    columns first.
+    Columns of text are shortened to some extent, and long names are wrapped. What does not fit
+    even then is left out, the last columns first.
 
     Args:
         columns: The columns, the most important first.
@@ -397,8 +397,8 @@ def make_table(
     ]
     wide = [max(map(len, (head, *texts))) for head, texts in zip(heads, cells, strict=True)]
     least = [
-        most if column.is_key or column.is_number else max(len(head), min(most, _LEAST_TEXT))
-        for column, head, most in zip(columns, heads, wide, strict=True)
+        most if column.is_key else max(_least_head(head), _least_cells(column, texts))
+        for column, head, texts, most in zip(columns, heads, cells, wide, strict=True)
     ]
     keys = [column.is_key for column in columns]
     gap, edge = (_FRAME, 1) if framed else (_GAP, -_GAP)
@@ -406,8 +406,10 @@ def make_table(
     shown = [n for n, most in enumerate(widths) if most]
     table = Table() if framed else Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for n in shown:
+        head = heads[n].copy()
+        head.no_wrap = False
         table.add_column(
-            heads[n],
+            head,
             width=widths[n],
             no_wrap=not keys[n],
             overflow="fold" if keys[n] else "ellipsis",
@@ -419,6 +421,16 @@ def make_table(
     if len(shown) < len(columns):
         names = ", ".join(head.plain for n, head in enumerate(heads) if n not in shown)
         yield Text(f"columns not shown: {names}")
+
+
+def _least_head(head: Text) -> int:
+    """Return the width that the name of a column needs; a long one is wrapped at its blanks."""
+    return len(head) if len(head) <= _LEAST_TEXT else max(map(len, head.plain.split()), default=0)
+
+
+def _least_cells(column: Column, texts: Sequence[Text]) -> int:
+    most = max(map(len, texts), default=0)
+    return most if column.is_number else min(most, _LEAST_TEXT)
 
 
 def fit_columns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ...backends.core.errors import JournalError
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.storage.run_folder import RunFolder, open_folder, read_state
 from ..run.console import Terminal, fill_lines, format_count, print_json
 from .format import Column, format_cell, format_duration, make_table
@@ -115,10 +116,18 @@ def watch_run(path: Path, as_json: bool) -> None:
     A run that no process works on is shown once; so is any run if standard output is no terminal.
 
     Raises:
-        ConfigurationError: The folder is no run folder.
+        ConfigurationError: The folder is no run folder, or that of a pipeline.
         JournalError: The timeline or the journal is damaged.
     """
     folder, console = open_folder(path), Terminal()
+    if folder.is_pipeline:
+        shown = shlex.quote(str(path))
+        msg = (
+            f"{path}: a pipeline has no timeline of its own; fanfold status {shown} "
+            "shows its stages. Watch a stage, or a level of an operator, by its folder: fanfold "
+            f"watch {shlex.quote(str(path / 'stages'))}/NAME, or …/NAME/levels/1"
+        )
+        raise ConfigurationError(msg)
     if as_json:
         print_json(_to_json(_read_view(folder)))
     elif not console.is_terminal or console.is_dumb_terminal:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, Final
 
+from ..run.evaluation import METRICS, MISSING_CAUSES
 from .charts import Charts
 from .findings import Finding
 from .texts import NONE, shorten
@@ -29,11 +30,11 @@ def make_evaluations(
 def _make_metrics(entry: Mapping[str, Any], names: str, charts: Charts | None) -> Finding:
     metrics: Mapping[str, Mapping[str, Any]] = entry.get("metrics") or {}
     rows = [
-        [shorten(name), _number(one.get("value")), _range(one), f"{one.get('n') or 0:,}"]
+        [_name(name), _number(one.get("value")), _range(one), f"{one.get('n') or 0:,}"]
         for name, one in metrics.items()
     ]
     bounded = [
-        (name, one["value"], one.get("low"), one.get("high"))
+        (_name(name), one["value"], one.get("low"), one.get("high"))
         for name, one in metrics.items()
         if _is_share(one)
     ]
@@ -42,11 +43,18 @@ def _make_metrics(entry: Mapping[str, Any], names: str, charts: Charts | None) -
     note = f"{entry.get('answered') or 0:,} of {entry.get('items') or 0:,} items with a gold value"
     if missing:
         causes = entry.get("missing_by_cause") or {}
-        words = ", ".join(f"{count:,} {shorten(str(name))}" for name, count in causes.items())
+        words = ", ".join(
+            f"{count:,} {shorten(MISSING_CAUSES.get(name, str(name)))}"
+            for name, count in causes.items()
+        )
         note += f"; {missing:,} without an answer count as missing" + f" ({words})" * bool(words)
-    head = ("metric", "value", "95 % interval", "n")
+    head = ("figure", "value", "95 % interval", "n")
     title = f"Evaluation: {names}"
     return Finding(title, note, svg, (), head, rows, (False, True, True, True), svg is None)
+
+
+def _name(metric: str) -> str:
+    return shorten(METRICS.get(metric, metric))
 
 
 def _is_share(one: Mapping[str, Any]) -> bool:

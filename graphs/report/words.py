@@ -129,7 +129,7 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
             else (shorten(str(shots))),
         )
     yield "Model", shorten(str(data.about["model"]))
-    for key, name in (("temperature", "Temperature"), ("max_tokens", "Longest answer")):
+    for key, name in (("temperature", "Temperature"), ("max_tokens", "Limit of an answer")):
         if model.get(key) is not None:
             yield name, f"{model[key]} tokens" if key == "max_tokens" else str(model[key])
     endpoints = [str(one["endpoint"]) for one in data.endpoints]

@@ -92,7 +92,8 @@ async def add_final_results(
 
     Args:
         entries: The entries of ``reduce``.
-        aggregate: The results of the aggregators among them.
+        aggregate: The results of the aggregators among them, then of those that no entry names
+            (the agreement of samples).
         folder: The run's folder, in which the table of results is written.
         source: The results.
 
@@ -115,7 +116,7 @@ async def add_final_results(
                 n,
             )
         found.append(result)
-    return found
+    return [*found, *known]
 
 
 async def _run_entry(entry: ReduceEntry, folder: RunFolder, source: ResultSource) -> dict[str, Any]:

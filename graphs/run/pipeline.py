@@ -267,7 +267,8 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
             raise ConfigurationError(f"{loaded.source}: {msg}")
         if operator is not None:
             answer = dict(operator.result_schema)
-            schema = {"type": "object", "properties": {}}
+            if not operator.passes_columns:
+                schema = {"type": "object", "properties": {}}
         if stage.name in schema["properties"]:
             msg = f"stages: the items have a column {stage.name!r}; rename the stage of this name"
             raise ConfigurationError(f"{loaded.source}: {msg}")

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -620,14 +621,19 @@ def _check_unchanged(
     ):
         lines.append("task or model: the value of a ${VAR} changed")
     if lines:
-        raise ConfigurationError(_difference_message(folder, lines))
+        raise ConfigurationError(_difference_message(folder, after, lines))
     _check_columns(folder, after)
 
 
-def _difference_message(folder: RunFolder, lines: list[str]) -> str:
+def _difference_message(folder: RunFolder, after: LoadedConfig, lines: list[str]) -> str:
     shown = "\n  ".join(lines)
+    kept = ""
+    mixed = any(line.startswith("endpoints:") for line in lines)
+    if not mixed and after.config.input.format != "openai_batch" and folder.read_place() is None:
+        source = shlex.quote(str(folder.path))
+        kept = f" (with --from {source} it takes over the answers that are still valid)"
     return (
-        f"{folder.path}: the settings differ from those of this run; use a new run folder. "
+        f"{folder.path}: the settings differ from those of this run; use a new run folder{kept}. "
         f"Differences (run → now):\n  {shown}"
     )
 
@@ -747,7 +753,7 @@ async def _check_simulated(
             kinds = ("real", "simulated")
             change = f"{kinds[about['simulated']]} → {kinds[ready.simulated]}"
             line = f"endpoints: {change}; a run cannot mix their answers"
-            raise ConfigurationError(_difference_message(folder, [line]))
+            raise ConfigurationError(_difference_message(folder, after, [line]))
         return ready
 
 

@@ -132,8 +132,10 @@ def estimate_stages(
             sizes[stage.name] = count, per_item + min(answer, _LIKELY_ANSWER)
         else:
             size = SizeEstimate(count, per_item, model.context, answer)
-            yield StageEstimate(stage, count, stage.make_operator().plan(size), prices)
-            sizes[stage.name] = count, float(min(answer, _LIKELY_ANSWER))
+            operator = stage.make_operator()
+            yield StageEstimate(stage, count, operator.plan(size), prices)
+            columns = per_item if operator.passes_columns else 0.0
+            sizes[stage.name] = operator.count_results(count), columns + min(answer, _LIKELY_ANSWER)
 
 
 def make_reserve(loaded: LoadedConfig, stages: Sequence[Stage]) -> Callable[[Stage, Path], Amount]:

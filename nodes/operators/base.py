@@ -208,10 +208,17 @@ class Operator(ABC):
     result_schema: ClassVar[Mapping[str, Any]]
     """JSON Schema of its results."""
 
+    passes_columns: ClassVar[bool] = False
+    """Whether its results are items of the stage, with their columns."""
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns, or fields inside columns, that it reads by name."""
         return ()
+
+    def count_results(self, items: int) -> int:
+        """Return the most results of a number of items."""
+        return items
 
     @abstractmethod
     async def run(self, tools: StageTools) -> OperatorEnd:

@@ -70,6 +70,7 @@ class Rank(Operator):
     """Rank the items of a stage; see ``RankConfig`` for the settings."""
 
     op: ClassVar[str] = "rank"
+    passes_columns: ClassVar[bool] = True
     result_schema: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
@@ -97,6 +98,10 @@ class Rank(Operator):
     def columns(self) -> tuple[str, ...]:
         """Return the columns of ``text``."""
         return list_text_columns(self.text)
+
+    def count_results(self, items: int) -> int:
+        """Return the number of ranks."""
+        return min(self.k, items)
 
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Compare groups of items in rounds until the best k are settled, then give reasons."""

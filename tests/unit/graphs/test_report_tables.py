@@ -47,6 +47,23 @@ def test_columns_without_room_are_named() -> None:
     assert "field_29" in text
 
 
+def test_long_names_are_wrapped_at_blanks() -> None:
+    name = "measured log solubility in mols per litre"
+    file = io.StringIO()
+    console = Console(file=file, width=50)
+    columns = [
+        Column("id", ["a"], is_key=True),
+        Column("smiles", ["C" * 60]),
+        Column(name, [-0.77]),
+    ]
+    for part in make_table(columns, console.width):
+        console.print(part)
+    text = file.getvalue()
+    assert "columns not shown" not in text
+    assert all(word in text for word in (*name.split(), "-0.77", "CCC"))
+    assert all(len(line) <= 50 for line in text.splitlines())
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_groups_are_rows(width: int) -> None:
     facts = {"size": 2, "count": 2, "mean": 0.5, "quantiles": {"0.5": 0.25}}

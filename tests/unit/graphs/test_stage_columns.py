@@ -1,0 +1,51 @@
+"""What later stages of a pipeline can read, and how many results they are estimated to have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.types import Item
+from fanfold.backends.inputs.base import InputSummary
+from fanfold.configs.loader import LoadedConfig, load_config
+from fanfold.graphs.run.pipeline import check_columns, list_stages
+from fanfold.graphs.run.stage_estimate import ServedModel, estimate_stages
+
+RANK = {"op": "rank", "prompt": "The best.", "text": "{x}", "k": 5}
+SUMMARY = {"op": "summarize", "prompt": "Summarize.", "text": "{x}"}
+INPUT = InputSummary(
+    items=300,
+    columns=("x",),
+    row_schema={"type": "object", "properties": {"x": {"type": "string"}}},
+    digest="0" * 32,
+    skipped=(),
+    skipped_total=0,
+    invalid=0,
+    source="x.csv",
+    first=Item(0, "1", {"x": "a"}),
+)
+
+
+def load(*reduce: dict[str, Any]) -> LoadedConfig:
+    stages = [{"name": f"s{n}", "reduce": one} for n, one in enumerate(reduce)]
+    return load_config({"input": {"dataset": "topics"}, "stages": stages, "endpoints": "auto"})
+
+
+def test_ranked_items_keep_their_columns() -> None:
+    check_columns(load(RANK, SUMMARY), INPUT)
+    check_columns(load(RANK, {**SUMMARY, "text": "{s0.rank}: {x}"}), INPUT)
+
+
+def test_summaries_have_no_columns_of_the_items() -> None:
+    with pytest.raises(ConfigurationError, match="there is no column 'x'"):
+        check_columns(load(SUMMARY, RANK), INPUT)
+
+
+def test_no_more_results_are_passed_on_than_there_are_ranks() -> None:
+    loaded = load(RANK, SUMMARY)
+    served = dict.fromkeys(("s0", "s1"), ServedModel("m", simulated=True))
+    stages = list_stages(loaded, Path("run"))
+    assert [one.items for one in estimate_stages(stages, 300, 20.0, served)] == [300, 5]
