@@ -118,6 +118,8 @@ class Budget:
         spent = self.total_spent()
         for name, cap in _limits(self.settings.limits):
             value = getattr(spent, name)
+            if not cap:  # later stages need all of it
+                continue
             passed = {(name, share) for share in self.settings.warn_at if value >= share * cap}
             if passed - self._warned:
                 self._warned |= passed

@@ -50,6 +50,8 @@ REQUEST_KINDS: Final[Mapping[str, RequestKind]] = {
 REQUEST_URLS: Final = (CHAT_URL, *REQUEST_KINDS)
 """All URLs to which fanfold sends requests."""
 
+_LISTS: Final = ("data", "results")
+"""Members that only answers to other requests than completions have."""
 _TEMPLATE: Final = 64
 """Tokens that a server may add around a text: markers, a fixed instruction."""
 _DEFAULT_ANSWER: Final = 16
@@ -123,7 +125,8 @@ def read_kind_usage(document: Mapping[str, Any], usage: Usage) -> Usage:
         usage: What was read of it as of a chat completion.
     """
     reported = document.get("usage")
-    if usage.completion is not None or not isinstance(reported, dict):
+    has_list = any(isinstance(document.get(name), list) for name in _LISTS)
+    if not has_list or usage.completion is not None or not isinstance(reported, dict):
         return usage
     total = reported.get("total_tokens")
     prompt = usage.prompt if usage.prompt is not None else total

@@ -671,7 +671,7 @@ def read_usage(document: Mapping[str, Any]) -> Usage:
     cached = parse_token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     read = Usage(parse_token_count(prompt), parse_token_count(completion), cached)
-    return read if "choices" in document else read_kind_usage(document, read)
+    return read_kind_usage(document, read)
 
 
 def make_reply(document: dict[str, Any], endpoint: str) -> Reply:

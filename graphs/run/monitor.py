@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -144,7 +144,7 @@ class ProgressLine:
         progress, budget = self._tools.progress, self._tools.budget
         limits = {} if budget is None else budget.report()
         if limits:
-            name = max(limits, key=lambda limit: limits[limit]["spent"] / limits[limit]["cap"])
+            name = max(limits, key=lambda limit: _share(limits[limit]))
             spent, cap = limits[name]["spent"], limits[name]["cap"]
             return f"{_amount(spent)}/{_amount(cap)} {_UNITS[name]}"
         nano = progress.usage.nano_usd + progress.node_time.nano_usd
@@ -429,3 +429,8 @@ def _quantiles(report: EndpointReport) -> tuple[tuple[str, float | None], ...]:
         ("0.9", report.latency_p90_s),
         ("0.99", report.latency_p99_s),
     )
+
+
+def _share(limit: Mapping[str, Any]) -> float:
+    """Return the share of a limit that is spent; all of one that later stages need as a whole."""
+    return float(limit["spent"] / limit["cap"]) if limit["cap"] else 1.0

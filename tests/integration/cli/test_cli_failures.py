@@ -121,7 +121,7 @@ def test_an_item_without_a_request_shows_its_row(shell: Shell) -> None:
     line = {"method": "POST", "body": body}
     lines = [
         line | {"custom_id": "a", "url": "/v1/chat/completions"},
-        line | {"custom_id": "b", "url": "/v1/embeddings"},
+        line | {"custom_id": "b", "url": "/v1/audio/speech"},
     ]
     (shell.folder / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", "simulated", "--quiet")
@@ -130,9 +130,9 @@ def test_an_item_without_a_request_shows_its_row(shell: Shell) -> None:
     assert row["class"] == "InvalidItemError"
     example = row["example"]
     assert (example["id"], example["messages"], example["response"]) == ("b", None, None)
-    assert example["row"]["url"] == "/v1/embeddings"
+    assert example["row"]["url"] == "/v1/audio/speech"
     text = shell("failures", "out.jsonl.fanfold").out
-    assert "/v1/embeddings" in text
+    assert "/v1/audio/speech" in text
     assert "response: none was recorded" in text
 
 
