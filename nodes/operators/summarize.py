@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar, Final
 
 import orjson
 
 from ...backends.core.fields import split_column
-from ...backends.core.templates import Template
 from ...backends.core.types import Item, Json, Row
 from .base import (
     Answer,
@@ -24,6 +22,7 @@ from .base import (
     StageResult,
     StageTools,
 )
+from .item_text import escape_braces, list_text_columns, read_items, render_item
 
 SHOWN_IDS: Final = 5
 """Ids of items that a statement shows; ``sources`` has all."""
@@ -136,8 +135,10 @@ class Summarize(Operator):
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns of ``text`` and ``group_by``."""
-        named = () if self.text is None else Template.parse(self.text, "reduce.text").columns
-        return (*named, *((self.group_by,) if self.group_by is not None else ()))
+        return (
+            *list_text_columns(self.text),
+            *((self.group_by,) if self.group_by is not None else ()),
+        )
 
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Summarize groups of items, then merge the summaries until each group has one."""
@@ -195,7 +196,7 @@ class Summarize(Operator):
     def _task(self, template: str) -> LevelTask:
         task = {
             "system": self.system,
-            "prompt": template.replace("{instruction}", _escape(self.prompt)).replace(
+            "prompt": template.replace("{instruction}", escape_braces(self.prompt)).replace(
                 "{statements}", str(self.statements)
             ),
             "schema": _answer_schema(self.statements),
@@ -240,17 +241,13 @@ class Summarize(Operator):
         return value if isinstance(value, str) else orjson.dumps(value).decode()
 
     def _render(self, item: Item) -> str:
-        if self.text is None:
-            body = orjson.dumps(item.row).decode()
-        else:
-            body = Template.parse(self.text, "reduce.text").render(item.row)
-        return f"[{item.id}] {body}"
+        return f"[{item.id}] {render_item(item, self.text)}"
 
     def _ask_items(
         self, tools: StageTools, leaves: Sequence[tuple[str, list[int]]]
     ) -> Iterator[Question]:
         for number, (_, indices) in enumerate(leaves, start=1):
-            texts = [self._render(item) for item in _read_items(tools, indices)]
+            texts = [self._render(item) for item in read_items(tools, indices)]
             yield Question(f"leaf {number}", {"texts": "\n\n".join(texts)})
 
     def _read_leaves(
@@ -261,7 +258,7 @@ class Summarize(Operator):
     ) -> list[_Node]:
         nodes = list[_Node]()
         for (group, indices), answer in zip(leaves, answers, strict=True):
-            ids = {item.id: (item.id,) for item in _read_items(tools, indices)}
+            ids = {item.id: (item.id,) for item in read_items(tools, indices)}
             nodes.append(_make_node(group, answer, ids))
         return nodes
 
@@ -327,13 +324,6 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
     return node
 
 
-def _read_items(tools: StageTools, indices: Sequence[int]) -> Iterator[Item]:
-    """Yield items by rising indices; each run of consecutive ones is read together."""
-    starts = [0, *(at for at, (a, b) in enumerate(pairwise(indices), 1) if b != a + 1)]
-    for lo, hi in pairwise([*starts, len(indices)]):
-        yield from tools.items.read(indices[lo], indices[hi - 1] + 1)
-
-
 def _pick(row: Row, name: str) -> Json:
     found = split_column(name, row)
     if found is None:
@@ -342,8 +332,3 @@ def _pick(row: Row, name: str) -> Json:
     for key in found[1]:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _escape(text: str) -> str:
-    """Return a text with its braces doubled: it is no template."""
-    return text.replace("{", "{{").replace("}", "}}")
