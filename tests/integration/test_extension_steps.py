@@ -147,7 +147,7 @@ def add_aggregator(copy: Copy) -> None:
 
 """
     copy.add(kind, settings, model, at="AnyAggregatorConfig = Annotated[\n")
-    copy.add(kind, settings, "LongestConfig | ", at="CountConfig | StatsConfig")
+    copy.add(kind, settings, "LongestConfig | ", at="CountConfig\n    | StatsConfig")
 
 
 def add_backend(copy: Copy) -> None:
