@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -15,7 +16,7 @@ import orjson
 
 from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.disk import sync_folder
-from ...backends.core.errors import ConfigurationError, InputError, JournalError
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
 from ...backends.core.types import Json
@@ -49,6 +50,7 @@ from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
     Answer,
+    Cascade,
     LevelTask,
     Operator,
     OperatorEnd,
@@ -90,6 +92,7 @@ class Stage:
         loaded: The same as the settings of a run.
         source: Name of the stage whose results are its items; None for the input.
         folder: Its folder.
+        small: The settings of the small model's levels, if the stage is a cascade.
     """
 
     number: int
@@ -97,6 +100,7 @@ class Stage:
     loaded: LoadedConfig
     source: str | None
     folder: RunFolder
+    small: LoadedConfig | None = None
 
     @property
     def name(self) -> str:
@@ -125,7 +129,16 @@ class Stage:
     def make_operator(self) -> Operator:
         """Return the operator."""
         assert self.config.operator is not None, "the stage has an operator"
-        return make_operator(self.config.operator.model_dump())
+        settings = self.config.operator.model_dump()
+        if self.config.cascade is not None:
+            settings |= {"task": self.loaded.raw["task"], "names": list_columns(self.loaded)}
+        return make_operator(settings)
+
+
+def list_columns(loaded: LoadedConfig) -> tuple[str, ...]:
+    """Return the columns that a task uses: those of its prompt and its images."""
+    images = loaded.config.task.images
+    return (*loaded.config.parse_prompt().columns, *(images.columns if images else ()))
 
 
 def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
@@ -135,17 +148,17 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
         loaded: Its settings.
         root: Its folder.
     """
-    stages = loaded.config.stages or []
-    return [
-        Stage(
-            number,
-            config,
-            load_stage(loaded, number),
-            find_source(stages, number),
-            RunFolder(root / "stages" / config.name),
-        )
-        for number, config in enumerate(stages)
-    ]
+    stages, found = loaded.config.stages or [], list[Stage]()
+    for number, config in enumerate(stages):
+        folder = RunFolder(root / "stages" / config.name)
+        source = find_source(stages, number)
+        stage = Stage(number, config, load_stage(loaded, number), source, folder)
+        operator = None if config.cascade is None else stage.make_operator()
+        if isinstance(operator, Cascade):
+            changes = _level_settings(stage, operator.make_small_task())
+            stage = replace(stage, small=load_stage(loaded, number, changes))
+        found.append(stage)
+    return found
 
 
 def is_finished(folder: RunFolder) -> bool:
@@ -179,7 +192,9 @@ async def prepare_pipeline(
     """
     check_input_setting(loaded, items)
     for stage in list_stages(loaded, path):
-        check_endpoints(stage.loaded)
+        for one in (stage.loaded, stage.small):
+            if one is not None:
+                check_endpoints(one)
     making = create_folder(path)
     folder = await asyncio.to_thread(making.__enter__)
     try:
@@ -266,7 +281,7 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
             )
             raise ConfigurationError(f"{loaded.source}: {msg}")
         if operator is not None:
-            answer = dict(operator.result_schema)
+            answer = operator.result_schema
             if not operator.passes_columns:
                 schema = {"type": "object", "properties": {}}
         if stage.name in schema["properties"]:
@@ -479,6 +494,7 @@ class _OperatorRun:
             lengths = (spec.max_model_len for spec in ready.specs if spec.max_model_len)
             found = {
                 "context": min(lengths, default=None),
+                "streams": stage.loaded.config.limits.streams,
                 "model": ready.model,
                 "simulated": ready.simulated,
             }
@@ -494,10 +510,11 @@ class _OperatorRun:
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
+                streams=kept["streams"],
             )
             try:
                 end = await stage.make_operator().run(tools)
-                await self._finish(kept, end)
+                await self._finish(kept, end, store)
             finally:
                 for answers in self._open:
                     answers.close()
@@ -549,16 +566,20 @@ class _OperatorRun:
             raise ConfigurationError(msg)
         await pipeline.resume(folder, loaded, place, self._run)
 
-    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd) -> None:
+    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
-        stage, folder = self._stage, self._stage.folder
-        outputs = list[StageResult](end.results)
-        if not outputs:
-            raise InputError(f"stage {stage.name!r}: the operator has no results")
-        settings = {"schema": dict(stage.make_operator().result_schema)}
-        task = stage.loaded.raw["task"] | settings
+        stage, folder, operator = self._stage, self._stage.folder, self._stage.make_operator()
+        task = stage.loaded.raw["task"] | {"schema": operator.result_schema}
+        if isinstance(operator, Cascade):
+            task["certainty"] = operator.field
         loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
-        rows = NamedRows(f"results of stage {stage.name!r}", ((one.id, one.row) for one in outputs))
+        of_items = operator.passes_columns
+        rows = NamedRows(
+            f"results of stage {stage.name!r}",
+            ((one.id, one.row) for one in end.results),
+            {one.name: one.type for one in store.types} if of_items else None,
+            store.id_column if of_items else None,
+        )
         summary = await asyncio.to_thread(load_rows, folder.items, rows)
         model, simulated = str(kept["model"]), bool(kept["simulated"])
         about: dict[str, Any] = {
@@ -576,23 +597,26 @@ class _OperatorRun:
             "passed_on": kept["passed_on"],
             "sessions": [{"started": utc_timestamp(), "ended": utc_timestamp()}],
         }
-        failed = await self._write_records(outputs, about, loaded)
-        last = {"outcome": FINISHED, "done": len(outputs) - failed, "failed": failed, "usd": None}
+        failed = await self._write_records(end.results, about, loaded)
+        done = summary.items - failed
+        last = {"outcome": FINISHED, "done": done, "failed": failed, "usd": None}
         about["sessions"][0] |= last
         await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
 
     async def _write_records(
-        self, outputs: Sequence[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
+        self, results: Iterable[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
     ) -> int:
         """Write the journal; return the number of failed results."""
         path = self._stage.folder.journal / TAKEN_OVER_FILE
         await asyncio.to_thread(path.unlink, missing_ok=True)
         header = {"run": about["run"], "session": f"results of the operator {self._stage.name}"}
         writer, failed = JournalWriter(path, header, loaded.config.journal.fsync_s), 0
+        outputs = enumerate(results)
         try:
-            for index, one in enumerate(outputs):
-                failed += one.error_class is not None
-                writer.write(_make_record(self._stage.name, index, one, about))
+            while some := await asyncio.to_thread(list, islice(outputs, _SLICE)):
+                for index, one in some:
+                    failed += one.error_class is not None
+                    writer.write(_make_record(self._stage.name, index, one, about))
         finally:
             await writer.close()
         return failed
@@ -717,7 +741,8 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
     changes["task"] = {"repairs": repairs} | dict(task.task)
     changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
     if task.endpoints is not None:
-        changes["endpoints"] = dict(task.endpoints)
+        given = task.endpoints
+        changes["endpoints"] = given if isinstance(given, str) else dict(given)
     return changes
 
 
@@ -765,6 +790,7 @@ def _make_record(
         "simulated": about["simulated"],
         "fingerprint": "",
         "origin": None,
+        **one.record,
     }
 
 
@@ -776,7 +802,9 @@ def _write_result_files(
         ItemStore(folder.items) as store,
         Journal(folder.journal, get_run_ids(about), len(store)) as journal,
     ):
-        layout = make_result_layout(loaded.config.task.answer_schema, store)
+        task = loaded.config.task
+        certain = task.certainty is not None
+        layout = make_result_layout(task.answer_schema, store, certain=certain)
         source = ResultSource(journal, store, layout, priced=False)
         write_parquet(source.iter_rows(), folder.results, layout)
         with replace_file(folder.failures) as file:

@@ -16,6 +16,7 @@ from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
+from ...nodes.operators import STATEMENTS
 from .pipeline import Stage, is_finished, list_stages
 
 
@@ -114,8 +115,8 @@ class StageState:
 
     @property
     def failed_questions(self) -> int:
-        """Return the failed items of all runs that asked the model."""
-        return sum(run.failed for run in self.runs)
+        """Return the failed questions of an operator that reduces; other failures are items."""
+        return sum(run.failed for run in self.runs) if self.stage.config.reduces else 0
 
     def to_json(self) -> dict[str, Json]:
         """Return the state as plain data."""
@@ -164,10 +165,7 @@ class PipelineState:
     @property
     def failed(self) -> int:
         """Return the failed items and results of all stages, and failed questions of levels."""
-        return sum(
-            one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
-            for one in self.stages
-        )
+        return sum(one.failed + one.failed_questions for one in self.stages)
 
 
 def read_pipeline(folder: RunFolder, loaded: LoadedConfig) -> PipelineState:
@@ -261,7 +259,7 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
         passed = f" ({', '.join(left)})" if left else ""
         many = "" if len(one.runs) == 1 else "s"
         levels = f" in {len(one.runs)} level{many}" if one.stage.config.operator is not None else ""
-        failed = one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
+        failed = one.failed + one.failed_questions
         items = "?" if one.items is None else f"{one.items:,}"
         yield (
             f"stage {one.stage.name}: {items} items{passed}, {one.results:,} {what}{levels}, "
@@ -269,3 +267,6 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + ("" if one.state == "finished" else "; not finished")
         )
+        for name in STATEMENTS:
+            if text := one.report.get(name):
+                yield f"stage {one.stage.name}: {text}"

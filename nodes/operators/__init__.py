@@ -4,6 +4,7 @@
 """
 
 from .base import (
+    STATEMENTS,
     Answer,
     Ask,
     LevelPlan,
@@ -15,12 +16,15 @@ from .base import (
     StageResult,
     StageTools,
 )
+from .cascade import Cascade
 from .registry import OPERATORS, make_operator
 
 __all__ = [
     "OPERATORS",
+    "STATEMENTS",
     "Answer",
     "Ask",
+    "Cascade",
     "LevelPlan",
     "LevelTask",
     "Operator",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from ...backends.core.types import Item, Json, Row
 
@@ -26,13 +26,13 @@ class LevelTask:
         task: Section ``task``: prompt, system, schema and so on; what it lacks has the default of
             that section, not the value of the stage.
         model: Changes to the section ``model`` of the stage, such as a name or a temperature.
-        endpoints: Endpoints in place of those of the stage, or None.
+        endpoints: Endpoints in place of those of the stage, as in the settings, or None.
         reduce: Aggregators of the answers, as in the settings.
     """
 
     task: Mapping[str, Json]
     model: Mapping[str, Json] = field(default_factory=dict)
-    endpoints: Mapping[str, Json] | None = None
+    endpoints: Mapping[str, Json] | str | None = None
     reduce: Sequence[Mapping[str, Json]] = ()
 
 
@@ -123,6 +123,8 @@ class StageTools:
             that tends to be too high; one stage counts in one way in all of its sessions.
         context_tokens: The model's context in tokens, or None if no endpoint says it.
         answer_tokens: Most tokens of one answer (``model.max_tokens``).
+        streams: Questions that are asked at the same time (``limits.streams``); the same in all
+            sessions of the stage.
     """
 
     items: Items
@@ -131,6 +133,7 @@ class StageTools:
     count_tokens: Callable[[Sequence[str]], Awaitable[list[int]]]
     context_tokens: int | None
     answer_tokens: int
+    streams: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ class StageResult:
         row: Columns beside it.
         error_class: Class of the error, or None.
         error: Its text, or None.
+        record: Further fields of its record, such as the model that answered.
     """
 
     id: str
@@ -150,6 +154,11 @@ class StageResult:
     row: Row = field(default_factory=dict)
     error_class: str | None = None
     error: str | None = None
+    record: Mapping[str, Json] = field(default_factory=dict)
+
+
+STATEMENTS: Final = ("statement", "savings")
+"""Facts of a report that are sentences for people; the others are figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +166,9 @@ class OperatorEnd:
     """What an operator has found.
 
     Attributes:
-        results: The results, in order.
-        report: Facts for the report and ``aggregate.json``, such as the number of levels.
+        results: The results, in order; they can be iterated several times, in a thread.
+        report: Facts for the report and ``aggregate.json``, such as the number of levels;
+            `STATEMENTS` are printed at the end of a stage.
     """
 
     results: Iterable[StageResult]
@@ -174,12 +184,14 @@ class LevelPlan:
         calls: Number of questions.
         prompt_tokens: Tokens of all prompts.
         answer_tokens: Most tokens of all answers.
+        is_small: Whether the small model of a cascade answers.
     """
 
     level: str
     calls: int
     prompt_tokens: int
     answer_tokens: int
+    is_small: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +217,13 @@ class Operator(ABC):
     op: ClassVar[str]
     """Its name in ``reduce``."""
 
-    result_schema: ClassVar[Mapping[str, Any]]
-    """JSON Schema of its results."""
-
     passes_columns: ClassVar[bool] = False
     """Whether its results are items of the stage, with their columns."""
+
+    @property
+    @abstractmethod
+    def result_schema(self) -> Mapping[str, Any] | None:
+        """Return the JSON Schema of its results; None for free text."""
 
     @property
     def columns(self) -> tuple[str, ...]:
