@@ -75,7 +75,26 @@ class RankConfig(OperatorConfig):
     system: str = ""
 
 
-AnyOperatorConfig = Annotated[SummarizeConfig | RankConfig, Field(discriminator="op")]
+class ExtractConfig(OperatorConfig):
+    """An item for each element of a list; the model is not asked.
+
+    Attributes:
+        op: ``extract``.
+        path: The list in the columns: ``read.findings[]``; ``read.papers[].doi`` takes a field of
+            each element.
+        limit: Most elements of one item.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="op path limit")
+
+    op: Literal["extract"]
+    path: Annotated[str, Field(pattern=r"^[^\[\]]+(\[\][^\[\]]*)+$")]
+    limit: Annotated[int, Field(ge=1, le=100_000)] = 1000
+
+
+AnyOperatorConfig = Annotated[
+    SummarizeConfig | RankConfig | ExtractConfig, Field(discriminator="op")
+]
 """Settings of any operator."""
 
 

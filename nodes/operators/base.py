@@ -157,8 +157,9 @@ class OperatorEnd:
     """What an operator has found.
 
     Attributes:
-        results: The results, in order.
-        report: Facts for the report and ``aggregate.json``, such as the number of levels.
+        results: The results, in order; they are iterated twice, in a thread.
+        report: Facts for the report and ``aggregate.json``, such as the number of levels; ``lines``
+            are sentences that the command line prints.
     """
 
     results: Iterable[StageResult]
@@ -206,7 +207,7 @@ class Operator(ABC):
     """Its name in ``reduce``."""
 
     result_schema: ClassVar[Mapping[str, Any]]
-    """JSON Schema of its results."""
+    """JSON Schema of its results, if it does not depend on its items."""
 
     passes_columns: ClassVar[bool] = False
     """Whether its results are items of the stage, with their columns."""
@@ -215,6 +216,26 @@ class Operator(ABC):
     def columns(self) -> tuple[str, ...]:
         """Return the columns, or fields inside columns, that it reads by name."""
         return ()
+
+    def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the JSON Schema of its results.
+
+        Args:
+            rows: JSON Schema of its items.
+
+        Raises:
+            ConfigurationError: The items do not have what it needs.
+        """
+        del rows
+        return self.result_schema
+
+    def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the JSON Schema of the columns beside its results.
+
+        Args:
+            rows: JSON Schema of its items.
+        """
+        return rows if self.passes_columns else {"type": "object", "properties": {}}
 
     def count_results(self, items: int) -> int:
         """Return the most results of a number of items."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .base import Operator
+from .extract import Extract
 from .rank import Rank
 from .summarize import Summarize
 
 OPERATORS: Final[dict[str, type[Operator]]] = {
+    "extract": Extract,
     "rank": Rank,
     "summarize": Summarize,
 }
