@@ -542,6 +542,14 @@ def check(
 
 
 @app.command()
+def schema(output: setup.Output = None) -> None:
+    """Write the JSON Schema of a configuration file, for editors."""
+    from ...configs.loader import read_settings_schema
+
+    setup.write_text(read_settings_schema(), output)
+
+
+@app.command()
 def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     nodes: Annotated[int, typer.Option(min=1, help="Number of simulated servers.")] = 8,
     port: Annotated[

@@ -330,7 +330,8 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
         ]
         passed = f" ({', '.join(left)})" if left else ""
         many = "" if len(one.runs) == 1 else "s"
-        levels = f" in {len(one.runs)} level{many}" if one.stage.config.operator is not None else ""
+        is_asked = one.stage.config.operator is not None and one.runs
+        levels = f" in {len(one.runs)} level{many}" if is_asked else ""
         failed = one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
         items = "?" if one.items is None else f"{one.items:,}"
         yield (
@@ -339,3 +340,5 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + ("" if one.state == "finished" else "; not finished")
         )
+        for line in one.report.get("lines", ()):
+            yield f"  {line}"
