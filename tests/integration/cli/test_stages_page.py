@@ -35,15 +35,16 @@ def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
     assert len(shown) == 3
     for line in shown:
         assert line in said.err
-    finding = re.findall(r"^stage screen   simulated.*?^$", PAGE, re.MULTILINE | re.DOTALL)
+    findings = re.findall(r"^stage screen   simulated.*?^$", PAGE, re.MULTILINE | re.DOTALL)
     printed = [line.rstrip() for line in said.out.splitlines()]
-    assert finding[0].splitlines() == printed[: len(finding[0].splitlines())]
+    expected = findings[0].splitlines()
+    assert expected == printed[: len(expected)]
     assert "claims  SIMULATED  6/6" in said.err
     status = plain(shell, "status", "review")
     assert (status["items"], status["done"], status["failed"]) == (20, 20, 0)
-    shown = shell("status", "review").out
+    whole = shell("status", "review").out
     for part in ("histogram of topic", "biology: 4 items", "summary/1 (leaves)", "[A01, A09]"):
-        assert part in shown
+        assert part in whole
     only = shell("status", "review", "--stage", "summary").out
     assert "biology: 4 items" in only
     assert "histogram" not in only
