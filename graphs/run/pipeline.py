@@ -46,6 +46,7 @@ from ...backends.storage.run_folder import (
     write_json,
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
+from ...configs.models import BATCH_PROMPT
 from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
@@ -497,6 +498,7 @@ class _OperatorRun:
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
+                folder=folder.path,
             )
             try:
                 end = await stage.make_operator().run(tools)
@@ -734,6 +736,11 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    if task.is_requests:  # each request says all but the model
+        changes["input"] = {"format": "openai_batch"}
+        changes["task"] = {"prompt": BATCH_PROMPT}
+        kept = ("name", "price")
+        changes["model"] = {k: v for k, v in changes["model"].items() if k in kept}
     if task.endpoints is not None:
         changes["endpoints"] = dict(task.endpoints)
     return changes
