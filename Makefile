@@ -19,8 +19,6 @@ help:
 	$(PIP) -e '.[dev]' && touch $@
 .venv/.studio: pyproject.toml | .venv/.run
 	$(PIP) -e '.[studio]' && touch $@
-.venv/.docs: pyproject.toml | .venv/.run
-	$(PIP) -e '.[docs]' && touch $@
 run: .venv/.run
 	$(BIN)/fanfold run molecular_screening
 test: .venv/.dev
@@ -41,7 +39,7 @@ reference: .venv/.dev
 	$(BIN)/python -m fanfold.tests.documentation.reference
 pictures: .venv/.dev
 	$(BIN)/python -m fanfold.tests.documentation.pictures
-docs: .venv/.docs
+docs: .venv/.dev
 	$(BIN)/python -m fanfold.tests.documentation.site
 	$(BIN)/zensical build --strict --clean
 bench: .venv/.dev
