@@ -23,7 +23,6 @@ from ...backends.storage.run_folder import RunFolder, get_run_ids, read_evaluati
 from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
-from ...nodes.operators import STATEMENTS
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
@@ -229,8 +228,8 @@ def _make_operator_findings(report: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield what the operator of a stage has found out about its results."""
     if not report:
         return
-    notes = [str(report[name]) for name in STATEMENTS if report.get(name)]
-    facts = {name: value for name, value in report.items() if name not in ("op", *STATEMENTS)}
+    notes = [str(line) for line in report.get("lines") or ()]
+    facts = {name: value for name, value in report.items() if name not in ("op", "lines")}
     yield Finding(
         f"Operator {report.get('op')}",
         "; ".join(notes),

@@ -16,7 +16,7 @@ import orjson
 
 from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.disk import sync_folder
-from ...backends.core.errors import ConfigurationError, JournalError
+from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
 from ...backends.core.types import Json
@@ -46,6 +46,7 @@ from ...backends.storage.run_folder import (
     write_json,
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
+from ...configs.models import BATCH_PROMPT
 from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
@@ -281,9 +282,11 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
             )
             raise ConfigurationError(f"{loaded.source}: {msg}")
         if operator is not None:
-            answer = operator.result_schema
-            if not operator.passes_columns:
-                schema = {"type": "object", "properties": {}}
+            try:
+                answer = operator.describe_results(schema)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{stage.loaded.source}: {error.message}") from None
+            schema = dict(operator.describe_columns(schema))
         if stage.name in schema["properties"]:
             msg = f"stages: the items have a column {stage.name!r}; rename the stage of this name"
             raise ConfigurationError(f"{loaded.source}: {msg}")
@@ -511,6 +514,7 @@ class _OperatorRun:
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
                 streams=kept["streams"],
+                folder=folder.path,
             )
             try:
                 end = await stage.make_operator().run(tools)
@@ -568,19 +572,23 @@ class _OperatorRun:
 
     async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
-        stage, folder, operator = self._stage, self._stage.folder, self._stage.make_operator()
-        task = stage.loaded.raw["task"] | {"schema": operator.result_schema}
+        stage, folder = self._stage, self._stage.folder
+        schema = await asyncio.to_thread(self._describe_results)
+        task = stage.loaded.raw["task"] | {"schema": dict(schema)}
+        operator = stage.make_operator()
         if isinstance(operator, Cascade):
             task["certainty"] = operator.field
         loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
-        of_items = operator.passes_columns
-        rows = NamedRows(
-            f"results of stage {stage.name!r}",
-            ((one.id, one.row) for one in end.results),
-            {one.name: one.type for one in store.types} if of_items else None,
-            store.id_column if of_items else None,
-        )
-        summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        named = ((one.id, one.row) for one in end.results)
+        types = {one.name: one.type for one in store.types} if operator.passes_columns else None
+        id_column = store.id_column if operator.passes_columns else None
+        rows = NamedRows(f"results of stage {stage.name!r}", named, types, id_column)
+        try:
+            summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        except InputError:
+            found = "; ".join(end.report.get("lines", ()))
+            msg = f"stage {stage.name!r} ({end.report.get('op')}) has no results"
+            raise InputError(f"{msg}: {found}" if found else msg) from None
         model, simulated = str(kept["model"]), bool(kept["simulated"])
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
@@ -598,10 +606,19 @@ class _OperatorRun:
             "sessions": [{"started": utc_timestamp(), "ended": utc_timestamp()}],
         }
         failed = await self._write_records(end.results, about, loaded)
-        done = summary.items - failed
-        last = {"outcome": FINISHED, "done": done, "failed": failed, "usd": None}
+        last = {"outcome": FINISHED, "done": summary.items - failed, "failed": failed, "usd": None}
         about["sessions"][0] |= last
         await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
+
+    def _describe_results(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the results; blocks."""
+        stage = self._stage
+        if stage.source is not None:
+            rows = self._pipeline.open_rows(stage).describe()
+        else:
+            with ItemStore(stage.folder.path / _INPUT_FILE) as store:
+                rows = store.summary().row_schema
+        return stage.make_operator().describe_results(rows)
 
     async def _write_records(
         self, results: Iterable[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
@@ -611,9 +628,9 @@ class _OperatorRun:
         await asyncio.to_thread(path.unlink, missing_ok=True)
         header = {"run": about["run"], "session": f"results of the operator {self._stage.name}"}
         writer, failed = JournalWriter(path, header, loaded.config.journal.fsync_s), 0
-        outputs = enumerate(results)
         try:
-            while some := await asyncio.to_thread(list, islice(outputs, _SLICE)):
+            numbered = enumerate(results)
+            while some := await asyncio.to_thread(list, islice(numbered, _SLICE)):
                 for index, one in some:
                     failed += one.error_class is not None
                     writer.write(_make_record(self._stage.name, index, one, about))
@@ -740,6 +757,11 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    if task.is_requests:  # each request says all but the model
+        changes["input"] = {"format": "openai_batch"}
+        changes["task"] = {"prompt": BATCH_PROMPT}
+        kept = ("name", "price")
+        changes["model"] = {k: v for k, v in changes["model"].items() if k in kept}
     if task.endpoints is not None:
         given = task.endpoints
         changes["endpoints"] = given if isinstance(given, str) else dict(given)

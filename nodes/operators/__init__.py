@@ -4,7 +4,6 @@
 """
 
 from .base import (
-    STATEMENTS,
     Answer,
     Ask,
     LevelPlan,
@@ -21,7 +20,6 @@ from .registry import OPERATORS, make_operator
 
 __all__ = [
     "OPERATORS",
-    "STATEMENTS",
     "Answer",
     "Ask",
     "Cascade",

@@ -58,15 +58,15 @@ class Cascade(Operator):
     names: tuple[str, ...] = ()
 
     @property
-    def result_schema(self) -> Mapping[str, Any] | None:
-        """Return the schema of the task."""
-        schema = self.task.get("schema")
-        return schema if isinstance(schema, Mapping) else None
-
-    @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns that the prompt names."""
         return self.names
+
+    def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the schema of the task."""
+        del rows
+        schema: Mapping[str, Any] = self.task["schema"]
+        return schema
 
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Ask the small model about all items, then the large one about samples and the rest."""
@@ -241,11 +241,11 @@ class _Work:
         return {
             "op": cascade.op,
             "items": items,
-            "statement": (
+            "lines": [
                 f"agrees with {name} in {cascade.field} on at least {100 * cascade.target:g} % of "
-                f"the items, with probability {1 - cascade.delta:g}"
-            ),
-            "savings": _describe_savings(found, items, saved),
+                f"the items, with probability {1 - cascade.delta:g}",
+                _describe_savings(found, items, saved),
+            ],
             "field": cascade.field,
             "target": cascade.target,
             "delta": cascade.delta,

@@ -65,28 +65,25 @@ _ADDRESSED: Final = re.compile(
 """Texts that speak to a judge rather than about their subject."""
 
 
-_RESULTS: Final[Mapping[str, Any]] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["rank", "tied", "comparisons", "wins", "reason", "flagged"],
-    "properties": {
-        "rank": {"type": "integer"},
-        "tied": {"type": "integer"},
-        "comparisons": {"type": "integer"},
-        "wins": {"type": "number"},
-        "reason": {"type": ["string", "null"]},
-        "flagged": {"type": "boolean"},
-    },
-}
-"""JSON Schema of the results."""
-
-
 @dataclass(frozen=True)
 class Rank(Operator):
     """Rank the items of a stage; see ``RankConfig`` for the settings."""
 
     op: ClassVar[str] = "rank"
     passes_columns: ClassVar[bool] = True
+    result_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["rank", "tied", "comparisons", "wins", "reason", "flagged"],
+        "properties": {
+            "rank": {"type": "integer"},
+            "tied": {"type": "integer"},
+            "comparisons": {"type": "integer"},
+            "wins": {"type": "number"},
+            "reason": {"type": ["string", "null"]},
+            "flagged": {"type": "boolean"},
+        },
+    }
 
     prompt: str = ""
     k: int = 10
@@ -96,11 +93,6 @@ class Rank(Operator):
     reasons: bool = True
     seed: int = 0
     system: str = ""
-
-    @property
-    def result_schema(self) -> Mapping[str, Any]:
-        """Return the JSON Schema of the results."""
-        return _RESULTS
 
     @property
     def columns(self) -> tuple[str, ...]:

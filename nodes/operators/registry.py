@@ -7,11 +7,15 @@ from typing import Any, Final
 
 from .base import Operator
 from .cascade import Cascade
+from .dedup import Dedup
+from .extract import Extract
 from .rank import Rank
 from .summarize import Summarize
 
 OPERATORS: Final[dict[str, type[Operator]]] = {
     "cascade": Cascade,
+    "dedup": Dedup,
+    "extract": Extract,
     "rank": Rank,
     "summarize": Summarize,
 }

@@ -96,37 +96,34 @@ class _Node:
     unknown: int = 0
 
 
-_RESULTS: Final[Mapping[str, Any]] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["statements", "items", "failed", "unknown_ids"],
-    "properties": {
-        "statements": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["text", "ids", "sources"],
-                "properties": {
-                    "text": {"type": "string"},
-                    "ids": {"type": "array", "items": {"type": "string"}},
-                    "sources": {"type": "array", "items": {"type": "string"}},
-                },
-            },
-        },
-        "items": {"type": "integer"},
-        "failed": {"type": "array", "items": {"type": "string"}},
-        "unknown_ids": {"type": "integer"},
-    },
-}
-"""JSON Schema of the results."""
-
-
 @dataclass(frozen=True)
 class Summarize(Operator):
     """Summarize all items, or each group of them; see ``SummarizeConfig`` for the settings."""
 
     op: ClassVar[str] = "summarize"
+    result_schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["statements", "items", "failed", "unknown_ids"],
+        "properties": {
+            "statements": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["text", "ids", "sources"],
+                    "properties": {
+                        "text": {"type": "string"},
+                        "ids": {"type": "array", "items": {"type": "string"}},
+                        "sources": {"type": "array", "items": {"type": "string"}},
+                    },
+                },
+            },
+            "items": {"type": "integer"},
+            "failed": {"type": "array", "items": {"type": "string"}},
+            "unknown_ids": {"type": "integer"},
+        },
+    }
 
     prompt: str = ""
     text: str | None = None
@@ -134,11 +131,6 @@ class Summarize(Operator):
     group_tokens: int | None = None
     statements: int = 10
     system: str = ""
-
-    @property
-    def result_schema(self) -> Mapping[str, Any]:
-        """Return the JSON Schema of the results."""
-        return _RESULTS
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ async def test_killed_in_each_kind_of_level_it_gives_the_same_answers(lab_of: La
             report["large"],
         )
         assert report["small"] > 20
-        assert report["statement"].startswith("agrees with simulated-8b in kind on at least 90 %")
+        assert report["lines"][0].startswith("agrees with simulated-8b in kind on at least 90 %")
         assert all(0 < row["certainty"] <= 1 for row in rows)
         assert [row["id"] for row in rows] == [f"i{n}" for n in range(ITEMS)]
         levels = [level["level"] for level in label["levels"]]

@@ -99,7 +99,7 @@ async def run(models: Models, count: int = 600, **settings: Any) -> OperatorEnd:
     async def count_tokens(texts: Sequence[str]) -> list[int]:
         return [len(text) // 4 for text in texts]
 
-    tools = StageTools(Rows(count), ["text"], models.ask, count_tokens, None, 100, 32)
+    tools = StageTools(Rows(count), ["text"], models.ask, count_tokens, None, 100, streams=32)
     return await make_operator(SETTINGS | settings).run(tools)
 
 
@@ -125,12 +125,14 @@ async def test_each_item_has_the_answer_of_one_model() -> None:
     assert wrong <= 60
     assert results[3].row == {"text": "3", "year": 2003}
     assert list(end.results) == results  # they can be read again
-    assert report["statement"] == (
+    assert report["lines"][0] == (
         "agrees with large in label on at least 90 % of the items, with probability 0.9"
     )
     kept, large = report["small"], report["large"]
     assert report["saved_usd"] == pytest.approx((1000 * kept - 601 * 10) / 1e9, abs=1e-6)
-    assert report["savings"].startswith(f"{large} of 600 items ({100 * large / 600:.0f} %) went to")
+    assert report["lines"][1].startswith(
+        f"{large} of 600 items ({100 * large / 600:.0f} %) went to"
+    )
 
 
 async def test_the_levels_and_what_they_ask() -> None:
