@@ -20,6 +20,7 @@ from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
 from .pipeline import Stage, is_finished, list_stages
+from .stage_folder import OPERATOR_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ def _read_stage(stage: Stage) -> StageState:
         return StageState(
             stage, state, run.items, run.done, run.failed, about.get("passed_on"), runs
         )
-    kept = _read_json(stage.folder, "operator.json")
+    kept = _read_json(stage.folder, OPERATOR_FILE)
     items = kept.get("items")
     found = StageState(stage, state, items, 0, 0, kept.get("passed_on"), runs)
     if state != "finished":
