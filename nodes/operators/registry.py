@@ -8,12 +8,14 @@ from typing import Any, Final
 from .base import Operator
 from .dedup import Dedup
 from .extract import Extract
+from .merge import Merge
 from .rank import Rank
 from .summarize import Summarize
 
 OPERATORS: Final[dict[str, type[Operator]]] = {
     "dedup": Dedup,
     "extract": Extract,
+    "merge": Merge,
     "rank": Rank,
     "summarize": Summarize,
 }
