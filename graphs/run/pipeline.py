@@ -46,6 +46,7 @@ from ...backends.storage.run_folder import (
     write_json,
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
+from ...configs.models import BATCH_PROMPT
 from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
@@ -69,14 +70,13 @@ from .prepare import (
     resume_run,
 )
 from .result_rows import ResultSource, make_result_layout
-from .stage_folder import list_levels
+from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
 
 FINISHED: Final = "finished"
-_OPERATOR_FILE: Final = "operator.json"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 
@@ -486,7 +486,7 @@ class _OperatorRun:
                 "simulated": ready.simulated,
             }
             kept |= found
-            await asyncio.to_thread(write_json, folder.path / _OPERATOR_FILE, kept)
+            await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
         place = self._pipeline.make_place(stage, folder)
         await asyncio.to_thread(folder.write_place, place)
         with ItemStore(folder.path / _INPUT_FILE) as store:
@@ -497,6 +497,7 @@ class _OperatorRun:
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
+                folder=folder.path,
             )
             try:
                 end = await stage.make_operator().run(tools)
@@ -699,7 +700,7 @@ def _write_operator(
         "items": items,
         "passed_on": None if counts is None else dict(counts),
     }
-    write_json(folder.path / _OPERATOR_FILE, data)
+    write_json(folder.path / OPERATOR_FILE, data)
 
 
 def _read_operator(stage: Stage) -> dict[str, Any]:
@@ -710,7 +711,7 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
         JournalError: The file is damaged.
     """
     assert stage.config.operator is not None, "the stage has an operator"
-    path = stage.folder.path / _OPERATOR_FILE
+    path = stage.folder.path / OPERATOR_FILE
     try:
         kept: Any = orjson.loads(path.read_bytes())
         known, selection = dict(kept["reduce"]), dict(kept["selection"])
@@ -734,6 +735,11 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    if task.is_requests:  # each request says all but the model
+        changes["input"] = {"format": "openai_batch"}
+        changes["task"] = {"prompt": BATCH_PROMPT}
+        kept = ("name", "price")
+        changes["model"] = {k: v for k, v in changes["model"].items() if k in kept}
     if task.endpoints is not None:
         changes["endpoints"] = dict(task.endpoints)
     return changes

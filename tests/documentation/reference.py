@@ -1,10 +1,13 @@
 """``make reference``: write the pages and the schema that follow from the code.
 
-The pages list every setting (``docs/settings.md``) and every command (``docs/cli.md``).
+The pages list every setting (``docs/settings.md``), every command (``docs/cli.md``)
+and the public names of the package (``docs/api.md``).
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +17,7 @@ import typer.main
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
+import fanfold
 from fanfold.configs.aggregators import AGGREGATOR_CONFIGS
 from fanfold.configs.describe import describe_section, find_section
 from fanfold.configs.evaluation import EvaluationConfig
@@ -184,7 +188,7 @@ def _iter_page(root: Any) -> Iterator[str]:
 
 {NOTICE}
 Every command with its arguments and options, from the code; `fanfold COMMAND --help` prints the same. The
-[README](../README.md#your-own-data-and-model) shows the order of use, and [results.md](results.md#exit-codes) explains
+[Quick start](quickstart.md) shows the order of use, and [results.md](results.md#exit-codes) explains
 exit codes. Options of `fanfold` itself stand before the name of the command:
 
 """
@@ -235,9 +239,92 @@ def _parameters(command: Any) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
+WITH_METHODS: Final = frozenset({"MapReduceAgent", "ResultTable", "RunResults"})
+"""Classes whose methods users call; the others are made and handed on."""
+
+
+def write_api() -> str:
+    """Return the page with the public names of the package."""
+    return "".join(_iter_api())
+
+
+def _iter_api() -> Iterator[str]:
+    yield f"""# Python API
+
+{NOTICE}
+The public names of the package, from the code; everything else may change without notice. Import them from `fanfold`:
+`from fanfold import build_graph`. [embedding.md](embedding.md) explains graphs and tools, and
+[results.md](results.md#in-python) the results.
+"""
+    for name in fanfold.__all__:
+        found = getattr(fanfold, name)
+        yield f"\n## {name}\n\n"
+        if not inspect.isclass(found):
+            yield f"```python\n{_show_signature(name, found)}\n```\n\n"
+        yield f"{_show_docstring(found)}\n"
+        if name in WITH_METHODS:
+            yield from _methods(name, found)
+
+
+def _methods(name: str, found: type[Any]) -> Iterator[str]:
+    for key, member in vars(found).items():
+        if key.startswith("_") or key in getattr(found, "model_fields", {}):
+            continue
+        inner = getattr(member, "__func__", member)
+        about = getattr(member, "fget", inner)
+        if not (inspect.isfunction(about) and about.__doc__):
+            continue
+        if isinstance(member, property):
+            yield f"\n### {name}.{key}\n\n"
+        else:
+            yield f"\n### {name}.{key}\n\n```python\n{_show_signature(key, inner)}\n```\n\n"
+        yield f"{_show_docstring(about)}\n"
+
+
+def _show_signature(name: str, found: Any) -> str:
+    word = "async def" if inspect.iscoroutinefunction(found) else "def"
+    signature = inspect.signature(found)
+    parameters = [one for one in signature.parameters.values() if one.name not in ("self", "cls")]
+    shown = str(signature.replace(parameters=parameters)).replace("'", "")
+    line = f"{word} {name}{shown}: ..."
+    if len(line) <= 100:
+        return line
+    listed = [str(one).replace("'", "") for one in parameters]
+    if (
+        first := next((n for n, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY), None)
+    ) is not None:
+        listed.insert(first, "*")
+    returned = str(signature.return_annotation).replace("'", "")
+    return "\n".join(
+        [f"{word} {name}(", *(f"    {one}," for one in listed), f") -> {returned}: ..."]
+    )
+
+
+def _show_docstring(found: Any) -> str:
+    """Return a docstring as Markdown: each section a list."""
+    shown = list[str]()
+    for line in (inspect.getdoc(found) or "").splitlines():
+        text = _ROLE.sub(r"`\1`", line).replace("``", "`")
+        if _SECTION.fullmatch(line):
+            shown.append(f"**{line.removesuffix(':')}**\n")
+        elif entry := _PART.match(text):
+            shown.append(f"- `{entry[1]}`: {entry[2]}")
+        elif text.startswith("    ") and shown and shown[-1].endswith("**\n"):
+            shown.append(text.strip())
+        else:
+            shown.append("  " + text.strip() if text.startswith("     ") else text)
+    return "\n".join(shown)
+
+
+_SECTION: Final = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Note|Example):")
+_PART: Final = re.compile(r" {4}\*{0,2}(\w+): (.*)")
+_ROLE: Final = re.compile(r":\w+:`([^`]+)`")
+
+
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "docs/settings.md": write_settings,
     "docs/cli.md": write_commands,
+    "docs/api.md": write_api,
     "configs/presets/fanfold.schema.json": write_schema,
 }
 """The files that follow from the code, and what writes each."""
