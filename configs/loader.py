@@ -38,6 +38,9 @@ from .serialize import check_plain, to_plain
 from .stages import make_stage_settings
 from .task_check import check_task
 
+SETTINGS_SCHEMA: Final = "fanfold.schema.json"
+"""The file with the JSON Schema of configurations, which each preset names for editors."""
+
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 
 _TO_FILL = """\
@@ -73,11 +76,22 @@ def read_preset(name: str) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         msg = f"no preset {name!r} (there are {', '.join(names)}){hint}"
         raise ConfigurationError(msg)
-    return (files("fanfold.configs") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return _read_shipped(f"{name}.yaml")
+
+
+def read_settings_schema() -> str:
+    """Return the JSON Schema of a configuration file."""
+    return _read_shipped(SETTINGS_SCHEMA)
+
+
+def _read_shipped(name: str) -> str:
+    return (files("fanfold.configs") / "presets" / name).read_text(encoding="utf-8")
 
 
 def copy_preset(name: str, target: Path) -> None:
     """Write a preset to a file for editing, with ``endpoints`` for the user to fill in.
+
+    The schema that the preset names for editors is written beside it, unless it is there already.
 
     Raises:
         ConfigurationError: No such preset, or the file exists or cannot be written.
@@ -86,6 +100,8 @@ def copy_preset(name: str, target: Path) -> None:
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
+        with suppress(FileExistsError), (target.parent / SETTINGS_SCHEMA).open("x") as file:
+            file.write(read_settings_schema())
     except FileExistsError:
         msg = f"{target}: exists already; choose another name"
         raise ConfigurationError(msg) from None

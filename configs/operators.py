@@ -75,7 +75,49 @@ class RankConfig(OperatorConfig):
     system: str = ""
 
 
-AnyOperatorConfig = Annotated[SummarizeConfig | RankConfig, Field(discriminator="op")]
+class ExtractConfig(OperatorConfig):
+    """An item for each element of a list; the model is not asked.
+
+    Attributes:
+        op: ``extract``.
+        path: The list in the columns: ``read.findings[]``; ``read.papers[].doi`` takes a field of
+            each element.
+        limit: Most elements of one item.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="op path limit")
+
+    op: Literal["extract"]
+    path: Annotated[str, Field(pattern=r"^[^\[\]]+(\[\][^\[\]]*)+$")]
+    limit: Annotated[int, Field(ge=1, le=100_000)] = 1000
+
+
+class DedupConfig(OperatorConfig):
+    """The items without those that say the same as an earlier one.
+
+    Attributes:
+        op: ``dedup``.
+        by: ``text``: equal texts, apart from case and blanks; ``embeddings``: also texts whose
+            embeddings by the model of the stage are similar.
+        text: Text of one item, with its columns in braces; None: the columns as JSON.
+        threshold: Least cosine similarity of the embeddings of texts that say the same.
+        ignore_case: Whether texts are equal that differ in case only.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="op by text threshold ignore_case",
+    )
+
+    op: Literal["dedup"]
+    by: Literal["text", "embeddings"] = "text"
+    text: Annotated[str, Field(min_length=1)] | None = None
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    ignore_case: bool = True
+
+
+AnyOperatorConfig = Annotated[
+    SummarizeConfig | RankConfig | ExtractConfig | DedupConfig, Field(discriminator="op")
+]
 """Settings of any operator."""
 
 

@@ -58,7 +58,7 @@ from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
 from .final_reducers import check_final_reducers
-from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
+from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
 from .result_rows import make_result_layout
 
@@ -302,7 +302,8 @@ async def estimate_run(
         if cost is None and config.budget.usd is not None:
             problem = describe_missing_price(config, ready.model, ready.simulated)
         if like is not None:
-            seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
+            limit = AnswerLimit(config.model.max_tokens)
+            seen = await asyncio.to_thread(read_item_stats, like, ready.simulated, limit)
         sampled = await asyncio.to_thread(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
         await check_final_reducers(loaded, sampled.layout)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -45,6 +46,7 @@ from ...backends.storage.run_folder import (
     write_json,
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
+from ...configs.models import BATCH_PROMPT
 from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
@@ -68,14 +70,13 @@ from .prepare import (
     resume_run,
 )
 from .result_rows import ResultSource, make_result_layout
-from .stage_folder import list_levels
+from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
 
 FINISHED: Final = "finished"
-_OPERATOR_FILE: Final = "operator.json"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 
@@ -266,9 +267,11 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
             )
             raise ConfigurationError(f"{loaded.source}: {msg}")
         if operator is not None:
-            answer = dict(operator.result_schema)
-            if not operator.passes_columns:
-                schema = {"type": "object", "properties": {}}
+            try:
+                answer = operator.describe_results(schema)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{stage.loaded.source}: {error.message}") from None
+            schema = dict(operator.describe_columns(schema))
         if stage.name in schema["properties"]:
             msg = f"stages: the items have a column {stage.name!r}; rename the stage of this name"
             raise ConfigurationError(f"{loaded.source}: {msg}")
@@ -483,7 +486,7 @@ class _OperatorRun:
                 "simulated": ready.simulated,
             }
             kept |= found
-            await asyncio.to_thread(write_json, folder.path / _OPERATOR_FILE, kept)
+            await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
         place = self._pipeline.make_place(stage, folder)
         await asyncio.to_thread(folder.write_place, place)
         with ItemStore(folder.path / _INPUT_FILE) as store:
@@ -494,6 +497,7 @@ class _OperatorRun:
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
+                folder=folder.path,
             )
             try:
                 end = await stage.make_operator().run(tools)
@@ -552,14 +556,17 @@ class _OperatorRun:
     async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd) -> None:
         """Write the results as those of a run whose items are the results."""
         stage, folder = self._stage, self._stage.folder
-        outputs = list[StageResult](end.results)
-        if not outputs:
-            raise InputError(f"stage {stage.name!r}: the operator has no results")
-        settings = {"schema": dict(stage.make_operator().result_schema)}
-        task = stage.loaded.raw["task"] | settings
+        schema = await asyncio.to_thread(self._describe_results)
+        task = stage.loaded.raw["task"] | {"schema": dict(schema)}
         loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
-        rows = NamedRows(f"results of stage {stage.name!r}", ((one.id, one.row) for one in outputs))
-        summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        named = ((one.id, one.row) for one in end.results)
+        rows = NamedRows(f"results of stage {stage.name!r}", named)
+        try:
+            summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        except InputError:
+            found = "; ".join(end.report.get("lines", ()))
+            msg = f"stage {stage.name!r} ({end.report.get('op')}) has no results"
+            raise InputError(f"{msg}: {found}" if found else msg) from None
         model, simulated = str(kept["model"]), bool(kept["simulated"])
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
@@ -576,13 +583,23 @@ class _OperatorRun:
             "passed_on": kept["passed_on"],
             "sessions": [{"started": utc_timestamp(), "ended": utc_timestamp()}],
         }
-        failed = await self._write_records(outputs, about, loaded)
-        last = {"outcome": FINISHED, "done": len(outputs) - failed, "failed": failed, "usd": None}
+        failed = await self._write_records(end.results, about, loaded)
+        last = {"outcome": FINISHED, "done": summary.items - failed, "failed": failed, "usd": None}
         about["sessions"][0] |= last
         await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
 
+    def _describe_results(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the results; blocks."""
+        stage = self._stage
+        if stage.source is not None:
+            rows = self._pipeline.open_rows(stage).describe()
+        else:
+            with ItemStore(stage.folder.path / _INPUT_FILE) as store:
+                rows = store.summary().row_schema
+        return stage.make_operator().describe_results(rows)
+
     async def _write_records(
-        self, outputs: Sequence[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
+        self, results: Iterable[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
     ) -> int:
         """Write the journal; return the number of failed results."""
         path = self._stage.folder.journal / TAKEN_OVER_FILE
@@ -590,9 +607,11 @@ class _OperatorRun:
         header = {"run": about["run"], "session": f"results of the operator {self._stage.name}"}
         writer, failed = JournalWriter(path, header, loaded.config.journal.fsync_s), 0
         try:
-            for index, one in enumerate(outputs):
-                failed += one.error_class is not None
-                writer.write(_make_record(self._stage.name, index, one, about))
+            numbered = enumerate(results)
+            while some := await asyncio.to_thread(lambda: list(islice(numbered, _SLICE))):
+                for index, one in some:
+                    failed += one.error_class is not None
+                    writer.write(_make_record(self._stage.name, index, one, about))
         finally:
             await writer.close()
         return failed
@@ -681,7 +700,7 @@ def _write_operator(
         "items": items,
         "passed_on": None if counts is None else dict(counts),
     }
-    write_json(folder.path / _OPERATOR_FILE, data)
+    write_json(folder.path / OPERATOR_FILE, data)
 
 
 def _read_operator(stage: Stage) -> dict[str, Any]:
@@ -692,7 +711,7 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
         JournalError: The file is damaged.
     """
     assert stage.config.operator is not None, "the stage has an operator"
-    path = stage.folder.path / _OPERATOR_FILE
+    path = stage.folder.path / OPERATOR_FILE
     try:
         kept: Any = orjson.loads(path.read_bytes())
         known, selection = dict(kept["reduce"]), dict(kept["selection"])
@@ -716,6 +735,11 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    if task.is_requests:  # each request says all but the model
+        changes["input"] = {"format": "openai_batch"}
+        changes["task"] = {"prompt": BATCH_PROMPT}
+        kept = ("name", "price")
+        changes["model"] = {k: v for k, v in changes["model"].items() if k in kept}
     if task.endpoints is not None:
         changes["endpoints"] = dict(task.endpoints)
     return changes

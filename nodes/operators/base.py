@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ...backends.core.types import Item, Json, Row
@@ -28,12 +29,15 @@ class LevelTask:
         model: Changes to the section ``model`` of the stage, such as a name or a temperature.
         endpoints: Endpoints in place of those of the stage, or None.
         reduce: Aggregators of the answers, as in the settings.
+        is_requests: The questions are requests in OpenAI's batch format (columns ``url`` and
+            ``body``), and ``task`` is empty.
     """
 
     task: Mapping[str, Json]
     model: Mapping[str, Json] = field(default_factory=dict)
     endpoints: Mapping[str, Json] | None = None
     reduce: Sequence[Mapping[str, Json]] = ()
+    is_requests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class StageTools:
             that tends to be too high; one stage counts in one way in all of its sessions.
         context_tokens: The model's context in tokens, or None if no endpoint says it.
         answer_tokens: Most tokens of one answer (``model.max_tokens``).
+        folder: Folder of the stage, for files that the operator adds; a later session finds them.
     """
 
     items: Items
@@ -131,6 +136,7 @@ class StageTools:
     count_tokens: Callable[[Sequence[str]], Awaitable[list[int]]]
     context_tokens: int | None
     answer_tokens: int
+    folder: Path = field(default_factory=Path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +163,9 @@ class OperatorEnd:
     """What an operator has found.
 
     Attributes:
-        results: The results, in order.
-        report: Facts for the report and ``aggregate.json``, such as the number of levels.
+        results: The results, in order; they are iterated twice, in a thread.
+        report: Facts for the report and ``aggregate.json``, such as the number of levels; ``lines``
+            are sentences that the command line prints.
     """
 
     results: Iterable[StageResult]
@@ -206,7 +213,7 @@ class Operator(ABC):
     """Its name in ``reduce``."""
 
     result_schema: ClassVar[Mapping[str, Any]]
-    """JSON Schema of its results."""
+    """JSON Schema of its results, if it does not depend on its items."""
 
     passes_columns: ClassVar[bool] = False
     """Whether its results are items of the stage, with their columns."""
@@ -215,6 +222,26 @@ class Operator(ABC):
     def columns(self) -> tuple[str, ...]:
         """Return the columns, or fields inside columns, that it reads by name."""
         return ()
+
+    def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the JSON Schema of its results.
+
+        Args:
+            rows: JSON Schema of its items.
+
+        Raises:
+            ConfigurationError: The items do not have what it needs.
+        """
+        del rows
+        return self.result_schema
+
+    def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the JSON Schema of the columns beside its results.
+
+        Args:
+            rows: JSON Schema of its items.
+        """
+        return rows if self.passes_columns else {"type": "object", "properties": {}}
 
     def count_results(self, items: int) -> int:
         """Return the most results of a number of items."""

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .base import Operator
+from .dedup import Dedup
+from .extract import Extract
 from .rank import Rank
 from .summarize import Summarize
 
 OPERATORS: Final[dict[str, type[Operator]]] = {
+    "dedup": Dedup,
+    "extract": Extract,
     "rank": Rank,
     "summarize": Summarize,
 }

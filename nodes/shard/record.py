@@ -30,6 +30,9 @@ _MOST_RAW: Final = 16_000
 _CUT: Final = "…"
 
 
+_REPAIR_MESSAGES: Final = 2
+"""Messages by which a repair extends the question: the answer, and what is wrong with it."""
+
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
 
@@ -95,6 +98,8 @@ class RecordBuilder:
         tools, error = self._tools, state.get("error")
         calls.close(done=error is None)
         usage = calls.usage
+        messages = state.get("messages") or []
+        sent_back = _REPAIR_MESSAGES * state.get("repairs", 0)
         raw = state.get("raw") if error is not None or tools.keep_raw else None
         record = {
             "stage": tools.stage,
@@ -103,7 +108,7 @@ class RecordBuilder:
             "sample": item.sample,
             "status": "failed" if error else "done",
             "question": self._digests.compute_question(
-                state.get("messages"), item.sample, state.get("images") or ()
+                messages[: len(messages) - sent_back], item.sample, state.get("images") or ()
             ),
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,

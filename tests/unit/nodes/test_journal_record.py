@@ -203,6 +203,15 @@ async def record_of(folder: Path, script: Script, *, keep_raw: bool = False) -> 
 GOOD = '{"a": 1}'
 
 
+async def test_repairs_leave_the_question_as_it_was(tmp_path: Path) -> None:
+    """Else an item that was repaired would be paid again by a run that extends this one."""
+    asked = [
+        (await record_of(tmp_path, Script(*replies)))["question"]
+        for replies in ([GOOD], ["no", GOOD], ["first", "second"])
+    ]
+    assert asked[0] == asked[1] == asked[2] is not None
+
+
 @pytest.mark.parametrize(
     ("replies", "keep_raw", "raw"),
     [
