@@ -36,13 +36,8 @@ from .raw_settings import (
     set_path,
 )
 from .serialize import check_plain, to_plain
-<<<<<<< HEAD
 from .stages import expand_merge, make_stage_settings
-from .task_check import check_task
-=======
-from .stages import make_stage_settings
 from .task_check import check_cascade, check_task
->>>>>>> main
 
 SETTINGS_SCHEMA: Final = "fanfold.schema.json"
 """The file with the JSON Schema of configurations, which each preset names for editors."""
