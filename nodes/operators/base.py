@@ -135,6 +135,7 @@ class StageTools:
         folder: Folder of the stage, for files that the operator adds; a later session finds them.
         count_exact: Counts the tokens of a text as the model does, None where no endpoint offers
             it; asked for the same texts in the same order, it returns the same in all sessions.
+        row_schema: JSON Schema of the rows of the items.
         streams: Questions that are asked at the same time (``limits.streams``); the same in all
             sessions of the stage.
     """
@@ -146,6 +147,7 @@ class StageTools:
     context_tokens: int | None
     answer_tokens: int
     folder: Path = field(default_factory=Path)
+    row_schema: Mapping[str, Any] = field(default_factory=dict)
     streams: int = 256
     count_exact: Callable[[str], Awaitable[int | None]] = cannot_count
 
