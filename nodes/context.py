@@ -48,6 +48,7 @@ class ItemContext:
         repairs: How often an invalid answer is sent back.
         delegate: A user's item graph, called with the columns and the messages.
         images: Reads the images that are sent after the prompt; None if there are none.
+        certainty: Keys down to the field whose certainty is recorded; None records none.
         completions: The client that sends an item's own request in place of the prompt, if items
             are requests.
     """
@@ -59,6 +60,7 @@ class ItemContext:
     delegate: Delegate | None = None
     completions: CompletionClient | None = None
     images: ImageSource | None = None
+    certainty: tuple[str, ...] | None = None
 
 
 class ItemSequence(Protocol):

@@ -24,13 +24,15 @@ class ItemState(TypedDict, total=False):
         messages: The conversation so far.
         images: What its record says of its images.
         reply: The last reply: content, finish_reason, refusal; its reasoning, if the server sent it
-            apart; unless it ended regularly, also its completion_tokens and the max_tokens that
-            were sent, or None where unknown.
+            apart; its logprobs, if the task asks for a certainty; unless it ended regularly, also
+            its completion_tokens and the max_tokens that were sent, or None where unknown.
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.
         raw: Text of the last rejected answer, or of the last answer, without its reasoning.
         reasoning: The reasoning before the last answer, or None.
+        certainty: The probability that the server gave to the value of a field, if the task asks
+            for it; None if the server said none.
     """
 
     id: str
@@ -44,6 +46,7 @@ class ItemState(TypedDict, total=False):
     error: dict[str, str]
     raw: str
     reasoning: str | None
+    certainty: float | None
 
 
 class ItemInput(TypedDict):

@@ -110,6 +110,7 @@ class Reply:
         simulated: Whether a simulated fleet answered.
         cached: Whether it is the answer to an earlier request, at no cost.
         reasoning: The reasoning that the server sent apart from the text, or None.
+        logprobs: The log probabilities of the tokens as the server sent them, or None.
     """
 
     content: str
@@ -121,6 +122,7 @@ class Reply:
     simulated: bool
     cached: bool = False
     reasoning: str | None = None
+    logprobs: Json = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,16 +301,25 @@ def show(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         typer.Option("--columns", metavar="A,B,…", help="Columns, e.g. id,output.score,smiles."),
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show failed items only.")] = False,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort",
+            metavar="[-]COLUMN",
+            parser=nonempty,
+            help="Rows by a column, e.g. output.score; -output.score has the highest first.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Number of rows.")] = 20,
     stage: Stage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the first rows of the results so far."""
+    """Show rows of the results so far."""
     from ..run.stage_folder import find_run
     from .show import show_rows
 
     folder = find_run(folder, stage)
-    show_rows(folder, columns, "failed" if failed else None, limit, as_json)
+    show_rows(folder, columns, "failed" if failed else None, limit, as_json, sort)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from ...backends.core.values import is_count
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..run.console import Terminal, print_json, print_messages
-from ..run.stage_folder import describe_stage, find_models, list_levels, list_stage_runs
+from ..run.stage_folder import describe_stage, find_models, is_operator, list_stage_runs
 from .format import Column, format_usd_amount, make_table
 
 _MOST_READ: Final = 4 << 20
@@ -194,7 +194,7 @@ def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str
     from ..run.pipeline import is_finished
 
     first = RunFolder(folder.stages / about["stages"][0])
-    if found and not any(list_levels(first.path)):
+    if found and not is_operator(first.path):
         return _Counts(found[0].done, failed, found[0].ended, usd)
     ended = about["input"]["items"] if is_finished(first) else 0  # the items of an operator
     return _Counts(ended, failed, ended, usd)

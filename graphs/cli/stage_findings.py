@@ -39,18 +39,19 @@ def show_pipeline_findings(state: PipelineState, simulated: bool, console: Conso
 def _show_stage(stage: StageState, simulated: bool, console: Console) -> None:
     aggregate = read_aggregate(stage.stage.folder)
     operator = stage.stage.config.operator
-    if not aggregate and operator is None:
+    list_results = None if operator is None else _RESULTS.get(operator.op)
+    if not aggregate and list_results is None:
         return
     mark = "   simulated: true" if simulated else ""
     head = stage.stage.name if operator is None else f"{stage.stage.name} ({operator.op})"
     console.print(Text(f"stage {head}{mark}", style="bold"))
     show_aggregate(aggregate, simulated=False, console=console)
-    if operator is None:
+    if list_results is None:
         return
     with open_result_source(stage.stage.folder) as source:
         rows = list(islice(source.iter_rows(), _MOST_RESULTS))
         total = len(source.store)
-    for part in _RESULTS[operator.op](rows, console.width):
+    for part in list_results(rows, console.width):
         console.print(part)
     if total > len(rows):
         folder = stage.stage.folder.path
@@ -111,3 +112,4 @@ def _list_ranks(rows: Sequence[ResultRow], width: int) -> Iterator[RenderableTyp
 _List: TypeAlias = Callable[[Sequence[ResultRow], int], Iterator[RenderableType]]
 
 _RESULTS: Final[Mapping[str, _List]] = {"summarize": _list_summaries, "rank": _list_ranks}
+"""By the name of the operator; results of the others are items for the next stage."""

@@ -131,7 +131,12 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
             problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-            layout = make_result_layout(config.task.answer_schema, store, fold=config.make_fold())
+            layout = make_result_layout(
+                config.task.answer_schema,
+                store,
+                fold=config.make_fold(),
+                certain=config.task.certainty is not None,
+            )
             evaluated = _check_gold_values(config, store)
     return Sample(
         summary, rendered, first[0].id, first[1], problem, longest, unlimited, layout, evaluated

@@ -23,6 +23,7 @@ from ...backends.core.errors import (
     ItemTimeoutError,
     TooManyStepsError,
 )
+from ...backends.core.fields import FieldPath
 from ...backends.core.types import Item
 from ...backends.discovery.connect import make_chat_client, make_chat_fleet, make_model_params
 from ...backends.fleet.fleet import Fleet, FleetClient
@@ -151,7 +152,7 @@ def make_item_context(
 ) -> ItemContext:
     """Return the context of the item graph."""
     config = loaded.config
-    params = make_model_params(config, model)
+    params, field = make_model_params(config, model), config.task.certainty
     delegate = None
     if config.task.graph is not None:
         graph = load_item_graph(config.task.graph)(make_chat_fleet(fleet, params))
@@ -164,6 +165,7 @@ def make_item_context(
         delegate=delegate,
         completions=FleetClient(fleet, params) if config.input.is_batch else None,
         images=images,
+        certainty=None if field is None else FieldPath.parse(field).keys,
     )
 
 

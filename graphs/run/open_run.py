@@ -501,10 +501,13 @@ def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> Re
         JournalError: A file cannot be written.
     """
     schema, fold = loaded.config.task.answer_schema, tools.fold
-    layout = make_result_layout(schema, tools.store, fold=fold)
+    certain = loaded.config.task.certainty is not None
+    layout = make_result_layout(schema, tools.store, fold=fold, certain=certain)
     source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
     _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
-    layout = make_result_layout(schema, tools.store)  # each failed sample has a row
+    layout = make_result_layout(
+        schema, tools.store, certain=certain
+    )  # each failed sample has a row
     samples = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
         write_jsonl(samples.iter_rows("failed"), file, layout)

@@ -10,6 +10,9 @@ from typing import Any, Final
 from ...backends.core.errors import ConfigurationError
 from ...backends.storage.run_folder import RunFolder, open_folder
 
+OPERATOR_FILE: Final = "operator.json"
+"""File in the folder of a stage that is an operator."""
+
 _LEVEL: Final = re.compile(r"([a-z][a-z0-9_]{0,31})(?:/([1-9][0-9]{0,8}))?")
 
 
@@ -51,7 +54,7 @@ def find_run(path: Path, stage: str | None) -> Path:
 
 def is_operator(path: Path) -> bool:
     """Return True if a folder is that of an operator in its pipeline; blocks."""
-    return any(list_levels(path)) and RunFolder(path).read_place() is not None
+    return (path / OPERATOR_FILE).exists() and RunFolder(path).read_place() is not None
 
 
 def list_levels(stage: Path) -> Iterator[RunFolder]:
@@ -83,11 +86,8 @@ def list_stage_runs(folder: RunFolder) -> list[RunFolder]:
     found = list[RunFolder]()
     for name in folder.read_provenance()["stages"]:
         stage = RunFolder(folder.stages / name)
-        levels = [one for one in list_levels(stage.path) if one.provenance.exists()]
-        if levels:
-            found += levels
-        elif stage.provenance.exists():
-            found.append(stage)
+        runs = list_levels(stage.path) if is_operator(stage.path) else [stage]
+        found += [run for run in runs if run.provenance.exists()]
     return found
 
 

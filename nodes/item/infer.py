@@ -28,6 +28,8 @@ async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
         "finish_reason": reply.finish_reason,
         "refusal": reply.refusal,
     }
+    if runtime.context.certainty is not None:
+        said["logprobs"] = reply.logprobs
     if reply.reasoning:
         said["reasoning"] = reply.reasoning
     if reply.finish_reason != "stop":  # why it was cut

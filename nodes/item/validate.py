@@ -8,6 +8,7 @@ from ...backends.core.errors import AnswerError, InvalidAnswerError
 from ...backends.core.parsing import split_reasoning
 from ..context import ItemContext
 from ..state import ItemState
+from .certainty import read_certainty
 from .prepare import make_item_error
 
 
@@ -22,6 +23,8 @@ async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         text = context.answer_check.check_finish(content, reply, has_reasoning=bool(reasoning))
         found["output"] = context.answer_check.check_value(text)
         found["raw"] = text
+        if context.certainty is not None:
+            found["certainty"] = read_certainty(text, reply.get("logprobs"), context.certainty)
     except InvalidAnswerError as error:
         if state["repairs"] < context.repairs:
             return found | _send_back(state, error)

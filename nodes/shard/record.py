@@ -137,6 +137,8 @@ class RecordBuilder:
             record |= _make_text_fields("raw", raw)
         if (reasoning := state.get("reasoning")) is not None:
             record |= _make_text_fields("reasoning", reasoning)
+        if "certainty" in state:
+            record["certainty"] = state["certainty"]
         if images := state.get("images"):
             _leave_out_images(record)
             record["images"] = images

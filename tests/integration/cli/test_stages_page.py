@@ -31,7 +31,8 @@ def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
     assert "stage summary (summarize), at most 12 items" in checked.out
     said = shell("run", "review.yaml", "--out", "review")
     assert said.code == 0
-    shown = re.findall(r"^stage .*tokens$", PAGE, re.MULTILINE)
+    example = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)[0]
+    shown = re.findall(r"^stage .*tokens$", example, re.MULTILINE)
     assert len(shown) == 3
     for line in shown:
         assert line in said.err
