@@ -165,8 +165,28 @@ class DedupConfig(OperatorConfig):
     ignore_case: bool = True
 
 
+class MergeConfig(OperatorConfig):
+    """The answers about the parts of each document (``input.split``), put together.
+
+    Attributes:
+        op: ``merge``.
+        field: The answers: the name of the stage that asked about the parts.
+        how: ``concat``: lists and texts follow each other, all else is folded as by ``vote``;
+            ``vote``: as the answers to several samples are folded.
+        text: Column with the texts of the parts, which documents do not have; None: none.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="op field how text")
+
+    op: Literal["merge"]
+    field: Annotated[str, Field(min_length=1)]
+    how: Literal["concat", "vote"] = "concat"
+    text: str | None = None
+
+
 AnyOperatorConfig = Annotated[
-    SummarizeConfig | RankConfig | ExtractConfig | DedupConfig, Field(discriminator="op")
+    SummarizeConfig | RankConfig | ExtractConfig | DedupConfig | MergeConfig,
+    Field(discriminator="op"),
 ]
 """Settings of any operator."""
 

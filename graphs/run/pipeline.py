@@ -14,11 +14,11 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
+from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
 from ...backends.discovery.connect import ReadyEndpoints
 from ...backends.discovery.node_local import ready_endpoints
@@ -514,6 +514,7 @@ class _OperatorRun:
                 answer_tokens=stage.loaded.config.model.max_tokens,
                 streams=kept["streams"],
                 folder=folder.path,
+                row_schema=await asyncio.to_thread(self._describe_rows),
             )
             try:
                 end = await stage.make_operator().run(tools)
@@ -572,7 +573,8 @@ class _OperatorRun:
     async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
         stage, folder = self._stage, self._stage.folder
-        schema = await asyncio.to_thread(self._describe_results)
+        rows_schema = await asyncio.to_thread(self._describe_rows)
+        schema = stage.make_operator().describe_results(rows_schema)
         task = stage.loaded.raw["task"] | {"schema": dict(schema)}
         operator = stage.make_operator()
         if isinstance(operator, Cascade):
@@ -609,15 +611,13 @@ class _OperatorRun:
         about["sessions"][0] |= last
         await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
 
-    def _describe_results(self) -> Mapping[str, Any]:
-        """Return the JSON Schema of the results; blocks."""
+    def _describe_rows(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the items; blocks."""
         stage = self._stage
         if stage.source is not None:
-            rows = self._pipeline.open_rows(stage).describe()
-        else:
-            with ItemStore(stage.folder.path / _INPUT_FILE) as store:
-                rows = store.summary().row_schema
-        return stage.make_operator().describe_results(rows)
+            return self._pipeline.open_rows(stage).describe()
+        with ItemStore(stage.folder.path / _INPUT_FILE) as store:
+            return store.summary().row_schema
 
     async def _write_records(
         self, results: Iterable[StageResult], about: Mapping[str, Any], loaded: LoadedConfig

@@ -128,6 +128,7 @@ class StageTools:
         context_tokens: The model's context in tokens, or None if no endpoint says it.
         answer_tokens: Most tokens of one answer (``model.max_tokens``).
         folder: Folder of the stage, for files that the operator adds; a later session finds them.
+        row_schema: JSON Schema of the rows of the items.
         streams: Questions that are asked at the same time (``limits.streams``); the same in all
             sessions of the stage.
     """
@@ -139,6 +140,7 @@ class StageTools:
     context_tokens: int | None
     answer_tokens: int
     folder: Path = field(default_factory=Path)
+    row_schema: Mapping[str, Any] = field(default_factory=dict)
     streams: int = 256
 
 
