@@ -109,7 +109,7 @@ def test_python_compiles_and_its_imports_exist(page: str) -> None:
         if block.language == "python":
             tree = ast.parse(block.text)
             found = [one for one in tree.body if isinstance(one, ast.Import | ast.ImportFrom)]
-            exec(compile(ast.Module(found, []), page, "exec"), {})
+            exec(compile(ast.Module([*found], []), page, "exec"), {})
 
 
 def run_python(block: Block) -> None:
