@@ -64,6 +64,21 @@ def test_long_names_are_wrapped_at_blanks() -> None:
     assert all(len(line) <= 50 for line in text.splitlines())
 
 
+@pytest.mark.parametrize("width", [50, 80])
+def test_figures_of_groups_are_never_left_out(width: int) -> None:
+    """What does not fit follows in another table, below the names of the groups."""
+    quantiles = {str(q): 0.125 for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    facts = {"size": 2, "count": 2, "missing": 0, "mean": 0.5, "sd": 0.25, "min": 0.1, "max": 0.9}
+    groups = [{"group": "organic compound", **facts, "quantiles": quantiles}]
+    stage = {"op": "stats", "field": "score", "group_by": "kind", "groups": groups, "others": 0}
+    text = shown([stage], width)
+    assert "columns not shown" not in text
+    for word in ("sd", "max", "q 0.05", "q 0.95"):
+        assert f" {word} " in text
+    assert text.count("organic compound") == text.count("┏") > 1
+    assert all(len(line) <= width for line in text.splitlines())
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_groups_are_rows(width: int) -> None:
     facts = {"size": 2, "count": 2, "mean": 0.5, "quantiles": {"0.5": 0.25}}
