@@ -414,9 +414,11 @@ def _make_part(columns: Sequence[Column], width: int, framed: bool) -> tuple[Tab
         [format_cell(value, None if column.is_key else _CELL) for value in column.cells]
         for column in columns
     ]
-    wide = [max(map(len, (head, *texts))) for head, texts in zip(heads, cells, strict=True)]
+    wide = [  # a column without a name and cells has a width too
+        max(1, *map(len, (head, *texts))) for head, texts in zip(heads, cells, strict=True)
+    ]
     least = [
-        most if column.is_key else max(_least_head(head), _least_cells(column, texts))
+        most if column.is_key else max(1, _least_head(head), _least_cells(column, texts))
         for column, head, texts, most in zip(columns, heads, cells, wide, strict=True)
     ]
     keys = [column.is_key for column in columns]

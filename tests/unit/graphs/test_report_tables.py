@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 
 from fanfold.graphs.cli.format import Column, fit_columns, format_cell, make_table, show_aggregate
 
@@ -45,6 +46,11 @@ def test_columns_without_room_are_named() -> None:
     text = shown([{"op": "top_k", "field": "v", "rows": [row]}])
     assert "columns not shown: field_" in text
     assert "field_29" in text
+
+
+def test_an_empty_column_without_a_name_is_no_column_without_room() -> None:
+    (table,) = make_table([Column("id", [], is_key=True), Column("", [])], 80)
+    assert isinstance(table, Table)
 
 
 def test_long_names_are_wrapped_at_blanks() -> None:
