@@ -67,8 +67,10 @@ class SimulatedConfig(Section):
 
     Attributes:
         nodes: Number of simulated servers.
-        responder: How answers are made: ``schema`` (random but valid), ``esol``, or ``agent``
-            (calls each tool once, then as ``schema``).
+        responder: How answers are made: ``schema`` (random but valid), ``labels`` (the same truth
+            for all models, and errors of each model's own), ``esol``, or ``agent`` (calls each tool
+            once, then as ``schema``).
+        accuracy: Share of right answers of ``labels``; probability that ``esol`` knows a molecule.
         seed: Seed of answers, latencies and faults.
         max_num_seqs: Number of requests that one node runs at a time.
         ttft_s: Seconds to the first token of an idle node.
@@ -79,11 +81,12 @@ class SimulatedConfig(Section):
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="nodes responder seed max_num_seqs ttft_s tpot_s jitter time_scale faults",
+        closed="nodes responder accuracy seed max_num_seqs ttft_s tpot_s jitter time_scale faults",
     )
 
     nodes: Annotated[int, Field(ge=1, le=10_000)] = 8
     responder: str = "schema"
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int = 0
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     ttft_s: Duration | None = None

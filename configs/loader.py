@@ -26,6 +26,7 @@ from .base import expand_home
 from .describe import explain_validation
 from .evaluation import resolve_evaluations
 from .models import RunConfig
+from .operators import CascadeConfig
 from .raw_settings import (
     apply_override,
     check_overrides,
@@ -36,7 +37,7 @@ from .raw_settings import (
 )
 from .serialize import check_plain, to_plain
 from .stages import make_stage_settings
-from .task_check import check_task
+from .task_check import check_cascade, check_task
 
 SETTINGS_SCHEMA: Final = "fanfold.schema.json"
 """The file with the JSON Schema of configurations, which each preset names for editors."""
@@ -216,9 +217,18 @@ def check_settings(
     checked = _validate(data, expand_variables(data, environment, source), source)
     _check(checked, source)
     loaded = LoadedConfig(checked, to_plain(checked, data), source, raw.preset, data)
-    for number in range(len(checked.stages or ())):
-        load_stage(loaded, number, environment=environment)
+    for number, stage in enumerate(checked.stages or ()):
+        staged = load_stage(loaded, number, environment=environment)
+        if stage.cascade is not None:
+            _check_cascade(staged, stage.cascade)
     return loaded
+
+
+def _check_cascade(staged: LoadedConfig, cascade: CascadeConfig) -> None:
+    try:
+        check_cascade(cascade, staged.config.task)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{staged.source}: {error.message}") from None
 
 
 def load_stage(
@@ -338,6 +348,9 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
     """Change, in place, all settings that are paths of files or folders."""
     for stage in _list_stages(data):
         _change_paths(stage, change)
+        cascade = stage.get("cascade")
+        if isinstance(cascade, dict) and isinstance(cascade.get("small"), dict):
+            _change_paths(cascade["small"], change)
     for section, key in (
         ("input", "path"),
         ("batch", "output"),

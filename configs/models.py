@@ -277,6 +277,8 @@ class TaskConfig(Section):
         samples: How often each row is asked; each sample is an item.
         fold: How the answers of the samples become one: ``vote``, ``mean``, or one of them by
             field; None averages numbers (``type: number``) and lets all else vote.
+        certainty: Field of the answer for whose value the server's probability is recorded; None
+            asks for none. The server must return log probabilities (``logprobs``).
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
             which replaces fanfold's item graph; or such a Runnable with its own model, whose
             calls are not counted.
@@ -285,7 +287,7 @@ class TaskConfig(Section):
     access: ClassVar[dict[str, Access]] = declare_access(
         open="system prompt messages examples schema repairs fold",
         lower="samples",
-        closed="graph",
+        closed="graph certainty",
     )
 
     system: str = ""
@@ -297,6 +299,7 @@ class TaskConfig(Section):
     images: ImagesConfig | None = None
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     fold: FoldKind | dict[str, FoldKind] | None = None
+    certainty: Annotated[str, Field(min_length=1)] | None = None
     graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
 
     @field_validator("images", mode="before")

@@ -1,10 +1,10 @@
-"""Operators: entries of ``reduce`` that ask the model, as a stage of a pipeline."""
+"""Operators: entries of ``reduce`` that ask the model, and ``cascade``, in stages."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from .base import Access, Section, declare_access
 
@@ -73,6 +73,56 @@ class RankConfig(OperatorConfig):
     reasons: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     system: str = ""
+
+
+class SmallModelConfig(Section):
+    """The small model of a cascade.
+
+    Attributes:
+        model: Its section ``model``; what is missing has the value of the stage, but for name and
+            price.
+        endpoints: The endpoints that serve it; None: those of the stage.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="model endpoints")
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    endpoints: dict[str, Any] | Literal["auto"] | None = None
+
+    @model_validator(mode="after")
+    def _is_another_model(self) -> SmallModelConfig:
+        if not self.model.get("name") and self.endpoints is None:
+            raise ValueError("give model.name, or the endpoints that serve the small model")
+        return self
+
+
+class CascadeConfig(OperatorConfig):
+    """A small model answers all items, and the model of the stage those that are uncertain.
+
+    Attributes:
+        op: ``cascade``.
+        field: Field of the answer in which the models shall agree: an enum, a boolean or a number.
+        small: The small model.
+        target: Share of the items on which the answers shall agree with the model of the stage.
+        delta: Probability with which that share may be missed.
+        tolerance: Largest difference of two numbers that agree.
+        samples: Answers of the small model to each item, whose agreement is the certainty; None:
+            the certainty is the probability of the field's tokens.
+        seed: Decides which items the model of the stage answers to measure the agreement.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="op field small target delta tolerance samples seed",
+    )
+
+    op: Literal["cascade"] = "cascade"
+    field: Annotated[str, Field(min_length=1)]
+    small: SmallModelConfig
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    samples: Annotated[int, Field(ge=2, le=100)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class ExtractConfig(OperatorConfig):

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .aggregators import AnyAggregatorConfig
 from .base import Access, Section, declare_access
-from .operators import AnyOperatorConfig, OperatorConfig
+from .operators import AnyOperatorConfig, CascadeConfig, OperatorConfig
 
 STAGE_NAME: Final = r"^[a-z][a-z0-9_]{0,31}$"
 
@@ -63,6 +63,8 @@ class StageConfig(Section):
         map: A task: prompt, schema, system and so on; top-level ``task`` has the defaults.
         reduce: An operator, a mapping with ``op`` (summarize or rank); or, beside ``map``, a list
             of aggregators.
+        cascade: Beside ``map``: a small model answers all items, and the model of the stage those
+            that are uncertain.
         model: Changes to the top-level ``model``.
         endpoints: Endpoints in place of the top-level ones.
         limits: Changes to the top-level ``limits``.
@@ -70,7 +72,7 @@ class StageConfig(Section):
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="name from where join map reduce model endpoints limits budget",
+        closed="name from where join map reduce cascade model endpoints limits budget",
     )
 
     name: Annotated[str, Field(pattern=STAGE_NAME)]
@@ -79,6 +81,7 @@ class StageConfig(Section):
     join: Literal["id"] | None = None
     map: dict[str, Any] | None = None
     reduce: AnyReduce | None = None
+    cascade: CascadeConfig | None = None
     model: dict[str, Any] | None = None
     endpoints: dict[str, Any] | Literal["auto"] | None = None
     limits: dict[str, Any] | None = None
@@ -102,12 +105,25 @@ class StageConfig(Section):
                 "stages, or give reduce a list of aggregators"
             )
             raise ValueError(msg)
+        if self.cascade is not None and (self.map is None or self.reduce):
+            msg = (
+                f"stage {self.name!r}: cascade needs map beside it, and no reduce; aggregate its "
+                "answers in a later stage"
+            )
+            raise ValueError(msg)
         return self
 
     @property
-    def operator(self) -> AnyOperatorConfig | None:
-        """Return the operator of the stage, or None if it asks about each item."""
+    def operator(self) -> AnyOperatorConfig | CascadeConfig | None:
+        """Return the operator of the stage, or None if one model answers each item."""
+        if self.cascade is not None:
+            return self.cascade
         return self.reduce if isinstance(self.reduce, OperatorConfig) else None
+
+    @property
+    def reduces(self) -> bool:
+        """Return True if the stage has an operator that reduces its items."""
+        return isinstance(self.reduce, OperatorConfig)
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:

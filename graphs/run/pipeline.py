@@ -51,6 +51,7 @@ from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
     Answer,
+    Cascade,
     LevelTask,
     Operator,
     OperatorEnd,
@@ -91,6 +92,7 @@ class Stage:
         loaded: The same as the settings of a run.
         source: Name of the stage whose results are its items; None for the input.
         folder: Its folder.
+        small: The settings of the small model's levels, if the stage is a cascade.
     """
 
     number: int
@@ -98,6 +100,7 @@ class Stage:
     loaded: LoadedConfig
     source: str | None
     folder: RunFolder
+    small: LoadedConfig | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +129,16 @@ class Stage:
     def make_operator(self) -> Operator:
         """Return the operator."""
         assert self.config.operator is not None, "the stage has an operator"
-        return make_operator(self.config.operator.model_dump())
+        settings = self.config.operator.model_dump()
+        if self.config.cascade is not None:
+            settings |= {"task": self.loaded.raw["task"], "names": list_columns(self.loaded)}
+        return make_operator(settings)
+
+
+def list_columns(loaded: LoadedConfig) -> tuple[str, ...]:
+    """Return the columns that a task uses: those of its prompt and its images."""
+    images = loaded.config.task.images
+    return (*loaded.config.parse_prompt().columns, *(images.columns if images else ()))
 
 
 def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
@@ -136,17 +148,17 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
         loaded: Its settings.
         root: Its folder.
     """
-    stages = loaded.config.stages or []
-    return [
-        Stage(
-            number,
-            config,
-            load_stage(loaded, number),
-            find_source(stages, number),
-            RunFolder(root / "stages" / config.name),
-        )
-        for number, config in enumerate(stages)
-    ]
+    stages, found = loaded.config.stages or [], list[Stage]()
+    for number, config in enumerate(stages):
+        folder = RunFolder(root / "stages" / config.name)
+        source = find_source(stages, number)
+        stage = Stage(number, config, load_stage(loaded, number), source, folder)
+        operator = None if config.cascade is None else stage.make_operator()
+        if isinstance(operator, Cascade):
+            changes = _level_settings(stage, operator.make_small_task())
+            stage = replace(stage, small=load_stage(loaded, number, changes))
+        found.append(stage)
+    return found
 
 
 def is_finished(folder: RunFolder) -> bool:
@@ -180,7 +192,9 @@ async def prepare_pipeline(
     """
     check_input_setting(loaded, items)
     for stage in list_stages(loaded, path):
-        check_endpoints(stage.loaded)
+        for one in (stage.loaded, stage.small):
+            if one is not None:
+                check_endpoints(one)
     making = create_folder(path)
     folder = await asyncio.to_thread(making.__enter__)
     try:
@@ -482,6 +496,7 @@ class _OperatorRun:
             lengths = (spec.max_model_len for spec in ready.specs if spec.max_model_len)
             found = {
                 "context": min(lengths, default=None),
+                "streams": stage.loaded.config.limits.streams,
                 "model": ready.model,
                 "simulated": ready.simulated,
             }
@@ -497,11 +512,12 @@ class _OperatorRun:
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
+                streams=kept["streams"],
                 folder=folder.path,
             )
             try:
                 end = await stage.make_operator().run(tools)
-                await self._finish(kept, end)
+                await self._finish(kept, end, store)
             finally:
                 for answers in self._open:
                     answers.close()
@@ -553,14 +569,19 @@ class _OperatorRun:
             raise ConfigurationError(msg)
         await pipeline.resume(folder, loaded, place, self._run)
 
-    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd) -> None:
+    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
         stage, folder = self._stage, self._stage.folder
         schema = await asyncio.to_thread(self._describe_results)
         task = stage.loaded.raw["task"] | {"schema": dict(schema)}
+        operator = stage.make_operator()
+        if isinstance(operator, Cascade):
+            task["certainty"] = operator.field
         loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
         named = ((one.id, one.row) for one in end.results)
-        rows = NamedRows(f"results of stage {stage.name!r}", named)
+        types = {one.name: one.type for one in store.types} if operator.passes_columns else None
+        id_column = store.id_column if operator.passes_columns else None
+        rows = NamedRows(f"results of stage {stage.name!r}", named, types, id_column)
         try:
             summary = await asyncio.to_thread(load_rows, folder.items, rows)
         except InputError:
@@ -608,7 +629,7 @@ class _OperatorRun:
         writer, failed = JournalWriter(path, header, loaded.config.journal.fsync_s), 0
         try:
             numbered = enumerate(results)
-            while some := await asyncio.to_thread(lambda: list(islice(numbered, _SLICE))):
+            while some := await asyncio.to_thread(list, islice(numbered, _SLICE)):
                 for index, one in some:
                     failed += one.error_class is not None
                     writer.write(_make_record(self._stage.name, index, one, about))
@@ -741,7 +762,8 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
         kept = ("name", "price")
         changes["model"] = {k: v for k, v in changes["model"].items() if k in kept}
     if task.endpoints is not None:
-        changes["endpoints"] = dict(task.endpoints)
+        given = task.endpoints
+        changes["endpoints"] = given if isinstance(given, str) else dict(given)
     return changes
 
 
@@ -789,6 +811,7 @@ def _make_record(
         "simulated": about["simulated"],
         "fingerprint": "",
         "origin": None,
+        **one.record,
     }
 
 
@@ -800,7 +823,9 @@ def _write_result_files(
         ItemStore(folder.items) as store,
         Journal(folder.journal, get_run_ids(about), len(store)) as journal,
     ):
-        layout = make_result_layout(loaded.config.task.answer_schema, store)
+        task = loaded.config.task
+        certain = task.certainty is not None
+        layout = make_result_layout(task.answer_schema, store, certain=certain)
         source = ResultSource(journal, store, layout, priced=False)
         write_parquet(source.iter_rows(), folder.results, layout)
         with replace_file(folder.failures) as file:

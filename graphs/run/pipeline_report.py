@@ -118,8 +118,8 @@ class StageState:
 
     @property
     def failed_questions(self) -> int:
-        """Return the failed items of all runs that asked the model."""
-        return sum(run.failed for run in self.runs)
+        """Return the failed questions of an operator that reduces; other failures are items."""
+        return sum(run.failed for run in self.runs) if self.stage.config.reduces else 0
 
     def to_json(self) -> dict[str, Json]:
         """Return the state as plain data."""
@@ -175,10 +175,7 @@ class PipelineState:
     @property
     def failed(self) -> int:
         """Return the failed items and results of all stages, and failed questions of levels."""
-        return sum(
-            one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
-            for one in self.stages
-        )
+        return sum(one.failed + one.failed_questions for one in self.stages)
 
 
 def read_pipeline(folder: RunFolder, loaded: LoadedConfig) -> PipelineState:
@@ -333,7 +330,7 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
         many = "" if len(one.runs) == 1 else "s"
         is_asked = one.stage.config.operator is not None and one.runs
         levels = f" in {len(one.runs)} level{many}" if is_asked else ""
-        failed = one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
+        failed = one.failed + one.failed_questions
         items = "?" if one.items is None else f"{one.items:,}"
         yield (
             f"stage {one.stage.name}: {items} items{passed}, {one.results:,} {what}{levels}, "

@@ -27,7 +27,7 @@ class LevelTask:
         task: Section ``task``: prompt, system, schema and so on; what it lacks has the default of
             that section, not the value of the stage.
         model: Changes to the section ``model`` of the stage, such as a name or a temperature.
-        endpoints: Endpoints in place of those of the stage, or None.
+        endpoints: Endpoints in place of those of the stage, as in the settings, or None.
         reduce: Aggregators of the answers, as in the settings.
         is_requests: The questions are requests in OpenAI's batch format (columns ``url`` and
             ``body``), and ``task`` is empty.
@@ -35,7 +35,7 @@ class LevelTask:
 
     task: Mapping[str, Json]
     model: Mapping[str, Json] = field(default_factory=dict)
-    endpoints: Mapping[str, Json] | None = None
+    endpoints: Mapping[str, Json] | str | None = None
     reduce: Sequence[Mapping[str, Json]] = ()
     is_requests: bool = False
 
@@ -128,6 +128,8 @@ class StageTools:
         context_tokens: The model's context in tokens, or None if no endpoint says it.
         answer_tokens: Most tokens of one answer (``model.max_tokens``).
         folder: Folder of the stage, for files that the operator adds; a later session finds them.
+        streams: Questions that are asked at the same time (``limits.streams``); the same in all
+            sessions of the stage.
     """
 
     items: Items
@@ -137,6 +139,7 @@ class StageTools:
     context_tokens: int | None
     answer_tokens: int
     folder: Path = field(default_factory=Path)
+    streams: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ class StageResult:
         row: Columns beside it.
         error_class: Class of the error, or None.
         error: Its text, or None.
+        record: Further fields of its record, such as the model that answered.
     """
 
     id: str
@@ -156,6 +160,7 @@ class StageResult:
     row: Row = field(default_factory=dict)
     error_class: str | None = None
     error: str | None = None
+    record: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +186,14 @@ class LevelPlan:
         calls: Number of questions.
         prompt_tokens: Tokens of all prompts.
         answer_tokens: Most tokens of all answers.
+        is_small: Whether the small model of a cascade answers.
     """
 
     level: str
     calls: int
     prompt_tokens: int
     answer_tokens: int
+    is_small: bool = False
 
 
 @dataclass(frozen=True, slots=True)
