@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles")
+_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles", "split")
 
 
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
