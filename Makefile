@@ -2,10 +2,10 @@ PY ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit integration_tests test-long check lint fix format bench studio clean
+.PHONY: help run test test-unit integration_tests test-long check lint fix format reference pictures docs bench studio clean
 
 help:
-	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | bench | studio | clean'
+	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | reference | docs | bench | studio | clean'
 	@echo 'PY=python3.12 chooses the Python of .venv'
 .venv/pyvenv.cfg:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11+; try: make PY=python3.12'; exit 1; }
@@ -35,6 +35,13 @@ lint: check
 fix: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 format: fix
+reference: .venv/.dev
+	$(BIN)/python -m fanfold.tests.documentation.reference
+pictures: .venv/.dev
+	$(BIN)/python -m fanfold.tests.documentation.pictures
+docs: .venv/.dev
+	$(BIN)/python -m fanfold.tests.documentation.site
+	$(BIN)/zensical build --strict --clean
 bench: .venv/.dev
 	$(BIN)/python -m fanfold.tests.benchmarks
 studio: .venv/.studio

@@ -28,7 +28,15 @@ class FinalReducerConfig(ReduceEntry):
 
 
 class SqlConfig(FinalReducerConfig):
-    """A query over the results of all items; requires the extra ``analysis``."""
+    """A query over the results of all items; requires the extra ``analysis``.
+
+    Attributes:
+        op: ``sql``.
+        query: The query, over the table ``results``.
+        limit: Maximum rows of the result.
+        memory_mb: Memory for the query in MB.
+        timeout_s: Maximum seconds for the query.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         closed="op query limit memory_mb timeout_s",
@@ -42,7 +50,13 @@ class SqlConfig(FinalReducerConfig):
 
 
 class PythonConfig(FinalReducerConfig):
-    """A function of yours over the rows of the results, in ``folder`` or on the import path."""
+    """A function of yours over the rows of the results, in ``folder`` or on the import path.
+
+    Attributes:
+        op: ``python``.
+        function: ``package.module:function``.
+        folder: Folder of the module; None: the folder of the configuration.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         closed="op function folder",
@@ -69,7 +83,13 @@ class AggregatorConfig(ReduceEntry):
 
 
 class CountConfig(AggregatorConfig):
-    """Numbers of done and failed items, the failed ones by error class."""
+    """Numbers of done and failed items, the failed ones by error class.
+
+    Attributes:
+        op: ``count``.
+        group_by: Field of the answer or the input; there is a result for each of its values.
+        max_groups: Maximum number of such values; items with further ones are only counted.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op group_by max_groups",
@@ -79,7 +99,15 @@ class CountConfig(AggregatorConfig):
 
 
 class StatsConfig(AggregatorConfig):
-    """Mean, deviation, extremes and quantiles of a number."""
+    """Mean, deviation, extremes and quantiles of a number.
+
+    Attributes:
+        op: ``stats``.
+        field: Field of the answer or the input.
+        quantiles: Quantiles, each from 0 to 1.
+        group_by: Field of the answer or the input; there is a result for each of its values.
+        max_groups: Maximum number of such values; items with further ones are only counted.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op field quantiles group_by max_groups",
@@ -91,7 +119,17 @@ class StatsConfig(AggregatorConfig):
 
 
 class HistogramConfig(AggregatorConfig):
-    """Counts of each value; ``bins`` groups numbers (a number of bins, or the edges)."""
+    """Counts of each value; ``bins`` groups numbers (a number of bins, or the edges).
+
+    Attributes:
+        op: ``histogram``.
+        field: Field of the answer or the input.
+        bins: Number of bins of equal width, or a list of their edges; None counts each value.
+        low: Lower end of the bins; None: ``minimum`` in the schema.
+        high: Upper end of the bins; None: ``maximum`` in the schema.
+        group_by: Field of the answer or the input; there is a result for each of its values.
+        max_groups: Maximum number of such values; items with further ones are only counted.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op field bins low high group_by max_groups",
@@ -105,7 +143,17 @@ class HistogramConfig(AggregatorConfig):
 
 
 class TopKConfig(AggregatorConfig):
-    """The k items with the largest (or smallest) value, with the columns in ``show``."""
+    """The k items with the largest (or smallest) value, with the columns in ``show``.
+
+    Attributes:
+        op: ``top_k``.
+        field: Field of the answer or the input.
+        k: Number of items.
+        order: Whether the largest or the smallest values come first.
+        show: Columns and fields to show beside the value.
+        group_by: Field of the answer or the input; there is a result for each of its values.
+        max_groups: Maximum number of such values; items with further ones are only counted.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op field k order show group_by max_groups",
@@ -119,7 +167,15 @@ class TopKConfig(AggregatorConfig):
 
 
 class CollectConfig(AggregatorConfig):
-    """The answers (or one field) of the first ``limit`` items in input order."""
+    """The answers (or one field) of the first ``limit`` items in input order.
+
+    Attributes:
+        op: ``collect``.
+        limit: Maximum number of answers.
+        field: Field of the answer or the input; None: the whole answer.
+        group_by: Field of the answer or the input; there is a result for each of its values.
+        max_groups: Maximum number of such values; items with further ones are only counted.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op limit field group_by max_groups",
@@ -131,7 +187,13 @@ class CollectConfig(AggregatorConfig):
 
 
 class AgreementConfig(AggregatorConfig):
-    """How far the samples of a row agree; every run with samples has it."""
+    """How far the samples of a row agree; every run with samples has it.
+
+    Attributes:
+        op: ``agreement``.
+        group_by: Field of the answer or the input; there is a result for each of its values.
+        max_groups: Maximum number of such values; items with further ones are only counted.
+    """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op group_by max_groups",

@@ -375,7 +375,8 @@ class NodeConfig(Section):
             accelerators of this server). None: fanfold starts no servers.
         instances: Number of servers on a node.
         ports: Port of the first server; the others follow.
-        address: Address of this node for other nodes; ``{host}`` is its name.
+        address: Address of this node for other nodes, e.g. ``{host}.hsn.cm.example``. ``{host}`` is
+            ``FANFOLD_HOST`` on the node, else ``SLURMD_NODENAME``, else the name of the node.
         env: Environment variables of the servers; write secrets as ``${VAR}``.
         accelerators: The node's accelerators, divided among the servers.
         ready: Path that answers 200 when a server is ready.

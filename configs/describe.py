@@ -20,6 +20,8 @@ from .operators import OPERATOR_CONFIGS
 from .raw_settings import get_at_path
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
+_NONE: Final = re.compile(r"\bNone\b")
+"""In a file None is null."""
 _QUALIFIER: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
 
 
@@ -42,8 +44,19 @@ def describe_setting(key: str) -> str:
         KeyError: There is no such setting, or its section does not describe it.
     """
     section, _, name = _find(key)
-    entries = dict(_ENTRY.findall(inspect.getdoc(section) or ""))
-    return _QUALIFIER.sub("", " ".join(entries[name].split()).replace("``", ""))
+    return describe_section(section)[1][name].replace("`", "")
+
+
+def describe_section(section: type[BaseModel]) -> tuple[str, dict[str, str]]:
+    """Return the summary of a section, and the description of each setting, code in backticks."""
+    about = inspect.getdoc(section) or ""
+    summary, _, rest = about.partition("Attributes:")
+    settings = {name: _QUALIFIER.sub("", _join_lines(text)) for name, text in _ENTRY.findall(rest)}
+    return _join_lines(summary), settings
+
+
+def _join_lines(text: str) -> str:
+    return _NONE.sub("null", " ".join(text.split()).replace("``", "`"))
 
 
 def setting_schema(key: str) -> dict[str, Any]:
@@ -107,7 +120,7 @@ def iter_access(
     declared: Mapping[str, Access] = getattr(model, "access", {})
     for name, about in model.model_fields.items():
         key = about.alias or name
-        section = _find_section(about.annotation)
+        section = find_section(about.annotation)
         if section is None:
             yield f"{before}{key}", declared.get(key)
         else:
@@ -134,7 +147,7 @@ def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
             close = get_close_matches(part, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigurationError(f"{key}: there is no setting {part!r} here{hint}")
-        inner = _find_section(fields[part].annotation)
+        inner = find_section(fields[part].annotation)
         if inner is None:
             access: dict[str, Access] = getattr(section, "access", {})
             yield key, value, access.get(part, Access.CLOSED)
@@ -150,7 +163,8 @@ def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
         raise ConfigurationError(msg)
 
 
-def _find_section(annotation: Any) -> type[BaseModel] | None:
+def find_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a setting is, or None if it has a plain value."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -167,7 +181,7 @@ def _find(key: str) -> tuple[type[BaseModel], FieldInfo, str]:
 
 
 def _require_section(annotation: Any, key: str) -> type[BaseModel]:
-    if (found := _find_section(annotation)) is None:
+    if (found := find_section(annotation)) is None:
         raise KeyError(key)
     return found
 

@@ -67,8 +67,10 @@ class SimulatedConfig(Section):
 
     Attributes:
         nodes: Number of simulated servers.
-        responder: How answers are made: ``schema`` (random but valid), ``esol``, or ``agent``
-            (calls each tool once, then as ``schema``).
+        responder: How answers are made: ``schema`` (random but valid), ``labels`` (the same truth
+            for all models, and errors of each model's own), ``esol``, or ``agent`` (calls each tool
+            once, then as ``schema``).
+        accuracy: Share of right answers of ``labels``; probability that ``esol`` knows a molecule.
         seed: Seed of answers, latencies and faults.
         max_num_seqs: Number of requests that one node runs at a time.
         ttft_s: Seconds to the first token of an idle node.
@@ -79,11 +81,12 @@ class SimulatedConfig(Section):
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="nodes responder seed max_num_seqs ttft_s tpot_s jitter time_scale faults",
+        closed="nodes responder accuracy seed max_num_seqs ttft_s tpot_s jitter time_scale faults",
     )
 
     nodes: Annotated[int, Field(ge=1, le=10_000)] = 8
     responder: str = "schema"
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: int = 0
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     ttft_s: Duration | None = None
@@ -144,24 +147,30 @@ class EndpointsConfig(Section):
     """Where the model is served: exactly one of the kinds, and its settings.
 
     Attributes:
-        urls: Base URLs, e.g. ``http://node17:8000/v1``.
+        urls: Base URLs, with or without ``/v1``, which is appended to a path without a version
+            (``/v1beta/openai`` has one). ``/chat/completions`` at the end is dropped, with a
+            warning.
         file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), the folder that
             Aegis writes to, or a folder with such a file per host; read again when they change.
-        aegis_registry: URL of Aegis' registry, polled repeatedly.
+        aegis_registry: URL of Aegis' registry, e.g. ``http://head:8471``, polled repeatedly.
         hosts: Host names, a Slurm list, the path of a file, or a variable (``$PBS_NODEFILE``) that
             contains one of these.
-        port: (hosts) Port of a host's first server.
-        per_host: (hosts) Number of servers on each host, on consecutive ports.
+        port: (hosts) Port of a host's first server; None: 8000.
+        per_host: (hosts) Number of servers on each host, on consecutive ports; None: 1.
         suffix: (hosts) Domain to append to short host names.
-        first: A FIRST gateway.
+        first: A FIRST gateway; ``{}`` is enough if ``model.name`` is set.
         simulated: A simulated fleet.
-        auto: Whether fanfold finds the endpoints, and logs its choice.
-        api_key: Key of the endpoints; write it as ``${VAR}``.
+        auto: Whether fanfold finds the endpoints, and logs its choice; ``endpoints: auto`` does the
+            same.
+        api_key: Key of the endpoints; write it as ``${VAR}``. It is not sent to endpoints from
+            files that others can write.
         models: Served id to ``model.name``, for servers that use another name for the model.
         refresh_s: Seconds between two reads of a file or a registry.
         least: Number of endpoints that must be ready before the first call.
-        wait_s: Maximum seconds to wait for them; 0 does not wait.
-        proxy: Whether to use the proxy variables of the environment; None: for gateways only.
+        wait_s: Maximum seconds to wait for them, after which the run ends with exit code 5; 0 does
+            not wait. With ``node_endpoints`` each worker waits for its own node instead.
+        proxy: Whether to use ``http_proxy``, ``https_proxy`` and ``no_proxy``; None: for ``first``
+            only, never for nodes.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(

@@ -26,6 +26,7 @@ from .base import expand_home
 from .describe import explain_validation
 from .evaluation import resolve_evaluations
 from .models import RunConfig
+from .operators import CascadeConfig
 from .raw_settings import (
     apply_override,
     check_overrides,
@@ -35,8 +36,11 @@ from .raw_settings import (
     set_path,
 )
 from .serialize import check_plain, to_plain
-from .stages import make_stage_settings
-from .task_check import check_task
+from .stages import expand_merge, make_stage_settings
+from .task_check import check_cascade, check_task
+
+SETTINGS_SCHEMA: Final = "fanfold.schema.json"
+"""The file with the JSON Schema of configurations, which each preset names for editors."""
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 
@@ -73,11 +77,22 @@ def read_preset(name: str) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         msg = f"no preset {name!r} (there are {', '.join(names)}){hint}"
         raise ConfigurationError(msg)
-    return (files("fanfold.configs") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return _read_shipped(f"{name}.yaml")
+
+
+def read_settings_schema() -> str:
+    """Return the JSON Schema of a configuration file."""
+    return _read_shipped(SETTINGS_SCHEMA)
+
+
+def _read_shipped(name: str) -> str:
+    return (files("fanfold.configs") / "presets" / name).read_text(encoding="utf-8")
 
 
 def copy_preset(name: str, target: Path) -> None:
     """Write a preset to a file for editing, with ``endpoints`` for the user to fill in.
+
+    The schema that the preset names for editors is written beside it, unless it is there already.
 
     Raises:
         ConfigurationError: No such preset, or the file exists or cannot be written.
@@ -86,6 +101,8 @@ def copy_preset(name: str, target: Path) -> None:
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
+        with suppress(FileExistsError), (target.parent / SETTINGS_SCHEMA).open("x") as file:
+            file.write(read_settings_schema())
     except FileExistsError:
         msg = f"{target}: exists already; choose another name"
         raise ConfigurationError(msg) from None
@@ -195,14 +212,24 @@ def check_settings(
     check_plain(data, source)
     if isinstance(data.get("evaluate"), dict):
         data["evaluate"] = [data["evaluate"]]
+    expand_merge(data)
     _resolve_files(data, source, raw.folder)
     environment = os.environ if environment is None else environment
     checked = _validate(data, expand_variables(data, environment, source), source)
     _check(checked, source)
     loaded = LoadedConfig(checked, to_plain(checked, data), source, raw.preset, data)
-    for number in range(len(checked.stages or ())):
-        load_stage(loaded, number, environment=environment)
+    for number, stage in enumerate(checked.stages or ()):
+        staged = load_stage(loaded, number, environment=environment)
+        if stage.cascade is not None:
+            _check_cascade(staged, stage.cascade)
     return loaded
+
+
+def _check_cascade(staged: LoadedConfig, cascade: CascadeConfig) -> None:
+    try:
+        check_cascade(cascade, staged.config.task)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{staged.source}: {error.message}") from None
 
 
 def load_stage(
@@ -322,6 +349,9 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
     """Change, in place, all settings that are paths of files or folders."""
     for stage in _list_stages(data):
         _change_paths(stage, change)
+        cascade = stage.get("cascade")
+        if isinstance(cascade, dict) and isinstance(cascade.get("small"), dict):
+            _change_paths(cascade["small"], change)
     for section, key in (
         ("input", "path"),
         ("batch", "output"),

@@ -135,20 +135,61 @@ BATCH_PROMPT: Final = "{body}"
 """``task.prompt`` of a batch in OpenAI's format; its text counts in estimates and digests."""
 
 
+PART_COLUMN: Final = "part"
+"""Column of the parts of documents: document, number, of, start, end."""
+
+
+class SplitConfig(Section):
+    """Long texts as parts, each of which is an item.
+
+    Attributes:
+        tokens: Most tokens of a part, by an estimate that tends to be too high.
+        overlap: Tokens of the end of a part that the next one repeats.
+        column: Column with the text.
+        merge: Adds a stage ``documents`` that puts the answers about the parts of a document
+            together: ``concat``, ``vote`` or ``summarize``; None leaves the parts as they are.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="tokens overlap column merge")
+
+    tokens: Annotated[int, Field(ge=20, le=10_000_000)] = 3000
+    overlap: Annotated[int, Field(ge=0)] = 200
+    column: Annotated[str, Field(min_length=1)] = "text"
+    merge: Literal["concat", "vote", "summarize"] | None = None
+
+    @model_validator(mode="after")
+    def _parts_advance(self) -> SplitConfig:
+        if 2 * self.overlap >= self.tokens:
+            msg = (
+                f"overlap ({self.overlap:,}) must be less than half of tokens ({self.tokens:,}), "
+                "because each part repeats it"
+            )
+            raise ValueError(msg)
+        if self.column == PART_COLUMN:
+            raise ValueError(f"column: {PART_COLUMN!r} is the column that says which part it is")
+        return self
+
+
 class InputConfig(Section):
     """Where the items come from.
 
     Attributes:
-        path: A csv, tsv, smi, jsonl, json or parquet file, a folder or a pattern (``*.csv``) of
-            such files of one kind, or of .txt and .md files; all but parquet also with .gz.
-        dataset: Name of a data set that fanfold provides, instead of a path.
-        id: Column with the names of the items; None numbers the rows.
+        path: A csv, tsv, smi, jsonl, json (an array of objects) or parquet file; a folder or a
+            pattern (``parts/*.csv``) of such files of one kind, or of .txt and .md files. All but
+            parquet may be packed (``.csv.gz``). An array in a json file is read as a whole: prefer
+            jsonl above some 100 MB.
+        dataset: Instead of a path, a data set that fanfold provides: ``rdkit-nci5k``,
+            ``molecules``, ``abstracts``, ``topics`` or ``records``.
+        id: Column with the ids of the items; None: row numbers, or file names for a folder of
+            texts.
         limit: Number of items to take from the beginning.
-        on_duplicate: What to do with an id that occurs twice.
+        on_duplicate: What to do with an id that occurs twice: ``error``; ``first`` keeps the first
+            item; ``suffix`` renames the others, to ``x#2``.
         format: What a row is: ``auto``, columns for the prompt; or ``openai_batch``, a request in
             OpenAI's batch format, which is sent as it is.
-        smiles: Column that RDKit checks before any request.
-        quotes: Whether quotes enclose cells of csv and tsv files; ``auto``: of csv files only.
+        smiles: Column with SMILES; items that RDKit cannot parse fail without a call.
+        quotes: Whether quotes enclose cells; ``auto``: in csv files, while in tsv files they are
+            text.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -165,6 +206,7 @@ class InputConfig(Section):
     on_duplicate: Literal["error", "first", "suffix"] = "error"
     smiles: str | None = None
     quotes: Literal["auto"] | bool = "auto"
+    split: SplitConfig | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:
@@ -178,6 +220,8 @@ class InputConfig(Section):
         if self.is_batch and (self.id, self.smiles, self.dataset) != (None, None, None):
             msg = "format openai_batch: custom_id names the items; leave out id, smiles and dataset"
             raise ValueError(msg)
+        if self.is_batch and self.split is not None:
+            raise ValueError("format openai_batch: requests are sent as they are; leave out split")
         if self.is_batch and self.on_duplicate != "error":
             msg = "format openai_batch: each custom_id must be unique; leave out on_duplicate"
             raise ValueError(msg)
@@ -253,19 +297,26 @@ class TaskConfig(Section):
     """What is asked of each item.
 
     Attributes:
-        system: Constant text, sent first so that prefix caches work.
-        prompt: Text with the item's columns in braces: ``"… {smiles} …"``.
+        system: Constant text, sent first, so that prefix caches reuse it; columns are not replaced
+            in it.
+        prompt: Text with the item's columns in braces, ``{smiles}``, or fields inside columns,
+            ``{output.score}``; ``{{`` and ``}}`` are literal braces.
         messages: Messages in place of ``system`` and ``prompt``, each with role and content; the
             last one is the user's.
         examples: Examples that precede the prompt: objects with the columns of the prompt and
             ``output``, the answer; or a jsonl or csv file of them.
-        answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
-        repairs: How often an answer that does not parse or validate is sent back.
+        answer_schema: (key ``schema``) JSON Schema of the answer, inline or the path of a file;
+            None for free text. Put ``yes``, ``no``, ``on`` and ``off`` in quotes: YAML reads them
+            as booleans. A value outside its ``type``, a required property that is not defined, and
+            a misspelt keyword are errors.
+        repairs: How often an answer that does not parse or validate is sent back with the error.
         images: Images that are sent after the prompt: a list of columns that name them, or a
             section with ``columns``, ``urls`` and ``folder``.
         samples: How often each row is asked; each sample is an item.
         fold: How the answers of the samples become one: ``vote``, ``mean``, or one of them by
             field; None averages numbers (``type: number``) and lets all else vote.
+        certainty: Field of the answer for whose value the server's probability is recorded; None
+            asks for none. The server must return log probabilities (``logprobs``).
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
             which replaces fanfold's item graph; or such a Runnable with its own model, whose
             calls are not counted.
@@ -274,7 +325,7 @@ class TaskConfig(Section):
     access: ClassVar[dict[str, Access]] = declare_access(
         open="system prompt messages examples schema repairs fold",
         lower="samples",
-        closed="graph",
+        closed="graph certainty",
     )
 
     system: str = ""
@@ -286,6 +337,7 @@ class TaskConfig(Section):
     images: ImagesConfig | None = None
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     fold: FoldKind | dict[str, FoldKind] | None = None
+    certainty: Annotated[str, Field(min_length=1)] | None = None
     graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
 
     @field_validator("images", mode="before")
@@ -318,12 +370,13 @@ class ModelConfig(Section):
     Attributes:
         name: The model's id; None takes the only model that the endpoints serve.
         temperature: Sampling temperature; None sends none, for servers that refuse it.
-        max_tokens: Maximum number of tokens of one answer.
-        max_tokens_field: Field of the request that carries it; auto: max_completion_tokens.
+        max_tokens: Maximum tokens of an answer; a longer one fails as truncated.
+        max_tokens_field: Field of the request that carries it; ``auto``: ``max_completion_tokens``.
+            May change when a run is resumed.
         system_role: Role of task.system; ``user`` puts it at the beginning of the prompt, for
             models without such a role.
         seed: Sampling seed, or None.
-        extra_body: Further fields of the request's body, passed on unchanged.
+        extra_body: Further fields of the request, passed on unchanged, e.g. vLLM's ``top_k``.
         price: Prices of the model; None takes the price list that ships with fanfold.
     """
 
@@ -358,23 +411,33 @@ class LimitsConfig(Section):
         streams: Maximum number of items in flight.
         attempts: Maximum failures of one call; refusals and failed connections do not count.
         request_timeout_s: Seconds after which a request counts as lost.
-        item_timeout_s: Maximum seconds for one item with all of its calls; None: no limit.
-        steps_per_item: Maximum steps (supersteps) of a ``task.graph`` for one item; None: the
-            limit of the graph.
-        drain_s: Seconds that a stop waits for items in flight.
-        fleet_wait_s: Seconds to wait for an endpoint if none is healthy.
-        hedge: Whether the slowest requests at the end of a run are sent a second time.
+        item_timeout_s: Maximum seconds for one item with all of its calls and waits, after which it
+            fails (``ItemTimeoutError``); None: no limit.
+        steps_per_item: Maximum steps of a ``task.graph`` for one item (LangGraph's recursion
+            limit), after which it fails (``TooManyStepsError``); None: the limit of the graph.
+        drain_s: Seconds that a stop waits for items in flight; it does not wait for items without a
+            request in flight while no endpoint is alive.
+        fleet_wait_s: Seconds to wait when no endpoint is alive; at their end each is probed once
+            more. In jobs that serve the model the default is ``node.timeout_s``.
+        hedge: Whether the slowest requests at the end of a run are sent again, each at most twice;
+            the first answer counts.
         requests_per_s: Maximum requests per second over all endpoints.
         tokens_per_min: Maximum tokens per minute over all endpoints, prompt and answer.
-        endpoint_streams: Maximum requests in flight to one endpoint.
+        endpoint_streams: Maximum requests in flight to one endpoint; None adapts it while the run
+            goes on.
         endpoint_requests_per_s: Maximum requests per second to one endpoint.
         endpoint_tokens_per_min: Maximum tokens per minute of one endpoint.
-        retry_budget: Maximum share of repeated calls; when it is used up, the run stops.
-        affinity: Number of equal leading characters that send items to the same endpoint.
-        load: Source of the load of endpoints that other clients use too.
+        retry_budget: Maximum number of retries as a share of all calls (0.2: one retry per five
+            calls); a run with more retries stops.
+        affinity: Number of characters: requests whose messages begin with the same characters, so
+            many of them, go to the same endpoint, which has them in its prefix cache.
+        load: Where the load of endpoints that others use too is read: vLLM's ``/metrics``
+            (``metrics``) or ``/load`` (``load``).
         walltime_s: Maximum seconds of one session of a run; the end of a batch job limits it too.
-        body_bytes: Maximum bytes of one answer after decompression; a larger one fails its item.
-        margin_s: Seconds before that end, besides ``drain_s``, for closing everything.
+        body_bytes: Maximum bytes of one answer after decompression; a larger one fails its item
+            (``EndpointReplyError``).
+        margin_s: Seconds that are kept at the end of that time, besides ``drain_s``, for closing
+            everything.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -593,6 +656,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_are_merged_after_a_map(self) -> RunConfig:
+        if self.input.split is not None and self.input.split.merge is not None:
+            msg = (
+                "input.split.merge puts the answers about parts together, but the first stage asks "
+                "about none (map); leave it out, and add a stage with reduce: {op: merge} later"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _batch_is_sent_as_it_is(self) -> RunConfig:
         if not self.input.is_batch:
             if self.batch.output is not None:
@@ -607,7 +680,8 @@ class RunConfig(Section):
         if self.evaluate:
             msg = (
                 "evaluate compares fields of answers, but answers to requests in OpenAI's format "
-                "are whole responses (input.format); leave it out"
+                "are whole responses (input.format); leave it out, or ask by task.prompt over a "
+                "table of rows"
             )
             raise ValueError(msg)
         model = self.model

@@ -154,8 +154,10 @@ _TEXTS: Final = frozenset({"task", "stages"})
 
 
 def _mask_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage in which secrets of its endpoints are masked."""
+    """Return a stage, or the small model of a cascade, with masked secrets of its endpoints."""
     masked = dict(stage)
+    if (cascade := stage.get("cascade")) is not None:
+        masked["cascade"] = {**cascade, "small": _mask_stage(cascade["small"])}
     endpoints = stage.get("endpoints")
     if isinstance(endpoints, Mapping):
         masked["endpoints"] = mask_data(_mask_secrets(endpoints), "endpoints", mask_command)

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .aggregators import AnyAggregatorConfig
 from .base import Access, Section, declare_access
-from .operators import AnyOperatorConfig, OperatorConfig
+from .operators import AnyOperatorConfig, CascadeConfig, OperatorConfig
 
 STAGE_NAME: Final = r"^[a-z][a-z0-9_]{0,31}$"
 
@@ -63,6 +63,8 @@ class StageConfig(Section):
         map: A task: prompt, schema, system and so on; top-level ``task`` has the defaults.
         reduce: An operator, a mapping with ``op`` (summarize or rank); or, beside ``map``, a list
             of aggregators.
+        cascade: Beside ``map``: a small model answers all items, and the model of the stage those
+            that are uncertain.
         model: Changes to the top-level ``model``.
         endpoints: Endpoints in place of the top-level ones.
         limits: Changes to the top-level ``limits``.
@@ -70,7 +72,7 @@ class StageConfig(Section):
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="name from where join map reduce model endpoints limits budget",
+        closed="name from where join map reduce cascade model endpoints limits budget",
     )
 
     name: Annotated[str, Field(pattern=STAGE_NAME)]
@@ -79,6 +81,7 @@ class StageConfig(Section):
     join: Literal["id"] | None = None
     map: dict[str, Any] | None = None
     reduce: AnyReduce | None = None
+    cascade: CascadeConfig | None = None
     model: dict[str, Any] | None = None
     endpoints: dict[str, Any] | Literal["auto"] | None = None
     limits: dict[str, Any] | None = None
@@ -102,12 +105,25 @@ class StageConfig(Section):
                 "stages, or give reduce a list of aggregators"
             )
             raise ValueError(msg)
+        if self.cascade is not None and (self.map is None or self.reduce):
+            msg = (
+                f"stage {self.name!r}: cascade needs map beside it, and no reduce; aggregate its "
+                "answers in a later stage"
+            )
+            raise ValueError(msg)
         return self
 
     @property
-    def operator(self) -> AnyOperatorConfig | None:
-        """Return the operator of the stage, or None if it asks about each item."""
+    def operator(self) -> AnyOperatorConfig | CascadeConfig | None:
+        """Return the operator of the stage, or None if one model answers each item."""
+        if self.cascade is not None:
+            return self.cascade
         return self.reduce if isinstance(self.reduce, OperatorConfig) else None
+
+    @property
+    def reduces(self) -> bool:
+        """Return True if the stage has an operator that reduces its items."""
+        return isinstance(self.reduce, OperatorConfig)
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:
@@ -172,3 +188,39 @@ def make_stage_settings(data: Mapping[str, Any], number: int) -> dict[str, Any]:
         settings["input"] = {}
     settings.pop("batch", None)
     return settings
+
+
+MERGED_STAGE: Final = "documents"
+"""Name of the stage that ``input.split.merge`` adds."""
+_SUMMARIZE: Final = "Summarize what these answers say about the document."
+
+
+def expand_merge(data: dict[str, Any]) -> None:
+    """Replace ``input.split.merge`` by a stage that merges the answers, in place.
+
+    A single task becomes the stage ``parts``. Settings that are not as they should be are left for
+    the check that follows.
+    """
+    given = data.get("input")
+    split = given.get("split") if isinstance(given, dict) else None
+    how = split.get("merge") if isinstance(split, dict) else None
+    if not isinstance(split, dict) or how not in ("concat", "vote", "summarize"):
+        return
+    stages = data.get("stages")
+    if stages is None:
+        first: Any = {"name": "parts", "map": data.pop("task", None)}
+        if aggregators := data.pop("reduce", None):
+            first["reduce"] = aggregators
+        stages = [first]
+    first = stages[0] if isinstance(stages, list) and stages else None
+    if not isinstance(first, dict) or not isinstance(first.get("map"), dict):
+        return
+    name = str(first.get("name"))
+    reduce: dict[str, Any] = {"op": "merge", "field": name, "how": how}
+    reduce["text"] = split.get("column", "text")
+    if how == "summarize":
+        reduce = {"op": "summarize", "prompt": _SUMMARIZE, "text": f"{{{name}}}"}
+        reduce["group_by"] = "part.document"
+    merged = {"name": MERGED_STAGE, "from": name, "reduce": reduce}
+    split["merge"] = None
+    data["stages"] = [first, merged, *stages[1:]]

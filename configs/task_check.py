@@ -9,10 +9,12 @@ from typing import Any, Final
 import orjson
 
 from ..backends.core.errors import ConfigurationError
+from ..backends.core.fields import FieldPath, list_types, resolve_field
 from ..backends.core.samples import SampleFold, list_free_texts
 from ..backends.core.schemas import open_validator
 from ..backends.core.templates import EXAMPLE_OUTPUT, ItemPrompt, find_names
 from .models import RunConfig, TaskConfig
+from .operators import CascadeConfig
 
 
 def _split(words: str) -> frozenset[str]:
@@ -50,8 +52,9 @@ def check_task(task: TaskConfig) -> None:
 
     Raises:
         ConfigurationError: A template has an unmatched brace; or the schema is invalid, contradicts
-            itself or has a misspelt keyword; or the fold of samples does not fit the schema; or an
-            example lacks a column or an answer that fits the schema; the message names the place.
+            itself or has a misspelt keyword; or the fold of samples or the field of certainty does
+            not fit the schema; or an example lacks a column or an answer that fits the schema; the
+            message names the place.
     """
     ItemPrompt.parse(task.model_dump(by_alias=True) | {"examples": None})
     if task.answer_schema is not None:
@@ -61,7 +64,59 @@ def check_task(task: TaskConfig) -> None:
             _check_required(schema, where)
             _check_keywords(schema, where)
     SampleFold.from_task(task.model_dump(by_alias=True))
+    if task.certainty is not None:
+        _check_certainty(task, task.certainty)
     _check_examples(task)
+
+
+def check_cascade(cascade: CascadeConfig, task: TaskConfig) -> None:
+    """Check that the answers of two models to a task can be compared.
+
+    Args:
+        cascade: The settings of the cascade.
+        task: The task of its stage.
+
+    Raises:
+        ConfigurationError: The field is no enum, boolean or number, or the task does not allow it.
+    """
+    if task.graph is not None:
+        raise ConfigurationError("cascade needs fanfold's own item graph; leave out task.graph")
+    if task.images is not None and task.images.folder is None and not task.images.urls:
+        raise ConfigurationError("cascade: set task.images.folder, or task.images.urls: true")
+    field = cascade.field
+    schema = _find_answer_field("cascade.field", field, task)
+    types = list_types(schema) - {"null"}
+    is_number = bool(types) and types <= {"number", "integer"} and "enum" not in schema
+    if not ("enum" in schema or types == {"boolean"} or is_number):
+        msg = (
+            f"cascade.field: {field!r} is no enum, boolean or number of the answer, so that two "
+            "models cannot be compared by it; name one that is, or leave out cascade"
+        )
+        raise ConfigurationError(msg)
+    if is_number and cascade.tolerance is None:
+        msg = f"cascade: {field!r} is a number; set tolerance, the largest difference that agrees"
+        raise ConfigurationError(msg)
+    if not is_number and cascade.tolerance is not None:
+        raise ConfigurationError(f"cascade: {field!r} is no number; leave out tolerance")
+
+
+def _check_certainty(task: TaskConfig, field: str) -> None:
+    """Check that the certainty of a field can be read from its answers."""
+    if task.graph is not None:
+        msg = "task.certainty needs fanfold's own item graph; leave out task.graph"
+        raise ConfigurationError(msg)
+    _find_answer_field("task.certainty", field, task)
+
+
+def _find_answer_field(setting: str, field: str, task: TaskConfig) -> Mapping[str, Any]:
+    """Return the schema of a field of the answer, which a setting names."""
+    if FieldPath.parse(field).source != "output":
+        raise ConfigurationError(f"{setting}: {field!r} is no field of the answer")
+    try:
+        _, schema = resolve_field(field, task.answer_schema, {})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{setting}: {error.message}") from None
+    return schema
 
 
 def _check_examples(task: TaskConfig) -> None:

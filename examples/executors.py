@@ -1,4 +1,6 @@
-"""Executors for ``backend: {kind: executor, factory: executors:on_dask}``: Dask, MPI and Ray.
+"""Executors for ``backend: {kind: executor, factory: executors:on_dask}``.
+
+There is one each for Dask, MPI, Ray and ensemble_launcher.
 
 Copy what you need into your own module on ``PYTHONPATH``. Each function makes an executor for two
 workers on this machine; to use a cluster, give Dask's ``Client`` or ``ray.init`` its address.
@@ -10,6 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from itertools import count
+from socket import gethostname
+from tempfile import TemporaryDirectory
 from typing import Any
 
 WORKERS = 2
@@ -87,3 +92,62 @@ class RayExecutor(Executor):
 def on_ray() -> Executor:
     """Return an executor on a Ray that this process starts."""
     return RayExecutor(num_cpus=WORKERS, logging_level=logging.WARNING)
+
+
+class EnsembleExecutor(Executor):
+    """ensemble_launcher's cluster mode as an executor: one task for each call, on one node.
+
+    Its orchestrator starts with this executor, and ends with it.
+
+    Args:
+        nodes: Names of the nodes; None: this machine.
+        system: The orchestrator's name of the machine, ``local`` or e.g. ``aurora``.
+    """
+
+    def __init__(self, nodes: list[str] | None = None, system: str = "local") -> None:
+        from ensemble_launcher import EnsembleLauncher  # noqa: PLC0415 - an optional engine
+        from ensemble_launcher.config import (  # noqa: PLC0415 - an optional engine
+            LauncherConfig,
+            SystemConfig,
+        )
+        from ensemble_launcher.orchestrator import ClusterClient  # noqa: PLC0415
+
+        self._folder = TemporaryDirectory(prefix="fanfold-ensemble-")
+        self._launcher = EnsembleLauncher(
+            ensemble_file={},
+            system_config=SystemConfig(name=system, ncpus=WORKERS),
+            launcher_config=LauncherConfig(cluster=True, checkpoint_dir=self._folder.name),
+            Nodes=nodes or [gethostname()],
+        )
+        self._launcher.start()
+        self._client = ClusterClient(self._folder.name, log_level=logging.WARNING)
+        self._client.start()
+        self._number = count(1)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Submit one call."""
+        from ensemble_launcher.ensemble import Task  # noqa: PLC0415 - an optional engine
+
+        name = f"shard-{next(self._number)}"
+        task = Task(
+            task_id=name,
+            nnodes=1,
+            ppn=1,
+            executable=fn,
+            args=args,
+            kwargs=kwargs,
+            serialize_executable_by_value=False,
+        )
+        future: Future[Any] = self._client.submit(task)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        """End the client and the orchestrator."""
+        self._client.teardown()
+        self._launcher.stop()
+        self._folder.cleanup()
+
+
+def on_ensemble() -> Executor:
+    """Return an executor on an ensemble_launcher of this machine."""
+    return EnsembleExecutor()

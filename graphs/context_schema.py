@@ -92,6 +92,7 @@ class SettingsForm(Context):
     repairs: int = _setting_field("task.repairs")
     samples: int = _setting_field("task.samples")
     fold: str | dict[str, str] | None = _setting_field("task.fold")
+    certainty: str | None = _setting_field("task.certainty")
     images: list[str] | dict[str, Any] | None = _setting_field("task.images")
     reduce: list[dict[str, Any]] = _setting_field("reduce", items={"type": "object"})
     evaluate: list[dict[str, Any]] | None = _setting_field("evaluate")

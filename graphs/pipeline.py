@@ -153,6 +153,7 @@ async def execute_pipeline(
                 exit_code=code,
                 done=first.results if first.stage.config.operator is None else first.items,
                 failed=first.failed,
+                failed_in_stages=state.count_questions()["failed"],
                 usd=None if nano is None else nano / NANO_PER_USD,
             )
     last = session.last

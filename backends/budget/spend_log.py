@@ -448,9 +448,11 @@ class SpendLogs:
         Raises:
             JournalError: A spend log is damaged.
         """
-        states = self.read_own_sessions() if own else self.read_sessions()
+        every = self.read_sessions()
+        states = self.read_own_sessions() if own else every
+        others = every.keys() - states.keys()
         lent, total = self.unreturned_leases(now), Amount()
-        for session in states.keys() | recorded.keys():
+        for session in (states.keys() | recorded.keys()) - others:
             journal = recorded.get(session, Amount())
             state = states.get(session)
             total = total.plus(journal if state is None else _sum_session(state, journal, lent))

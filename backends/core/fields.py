@@ -258,6 +258,77 @@ def resolve_field(
     return known[0]
 
 
+def split_elements(name: str, columns: Container[str]) -> tuple[str, tuple[str, ...]]:
+    """Return the column that a name into lists begins with, and the keys inside the column.
+
+    Args:
+        name: The name, ``read.findings[]``.
+        columns: The columns that exist.
+
+    Raises:
+        ConfigurationError: There is no such column.
+    """
+    found = _split_elements(tuple(_split_keys(name)), columns)
+    if found is None:
+        raise ConfigurationError(f"there is no column for {name!r}")
+    return found
+
+
+def pick_elements(name: str, row: Row) -> list[Json] | None:
+    """Return the values in the elements of the lists that a name leads into.
+
+    A missing or null list has none; a missing field of an element is None.
+
+    Args:
+        name: The name, ``read.findings[]``.
+        row: The columns.
+
+    Returns:
+        The values; None if another value is where a list belongs.
+    """
+    found = _split_elements(tuple(_split_keys(name)), row)
+    if found is None:
+        return []
+    column, keys = found
+    at = keys.index(ELEMENTS)
+    value = row[column]
+    for key in keys[:at]:
+        if value is not None and not isinstance(value, dict):
+            return None
+        value = None if value is None else value.get(key)
+    if value is None:
+        return []
+    return list(_walk_all(value, keys[at:])) if isinstance(value, list) else None
+
+
+def describe_elements(name: str, rows: Schema) -> Schema:
+    """Return the JSON Schema of the values in the elements of lists.
+
+    Args:
+        name: The name, ``read.findings[]``.
+        rows: JSON Schema of the rows; the schema of a column is complete in itself.
+
+    Raises:
+        ConfigurationError: The name does not lead into a list; says what there is.
+    """
+    path, columns = FieldPath("input", tuple(_split_keys(name))), find_properties(rows)
+    found = _split_elements(path.keys, columns)
+    if found is None:
+        raise ConfigurationError(_describe_missing(path, rows))
+    column, keys = found
+    root = columns[column]
+    schema, at = root, column
+    for key in keys:
+        step = _step(schema, key, root)
+        if step is None:
+            there = _list(find_properties(schema, root))
+            what = f"{at!r} is not a list" if key == ELEMENTS else f"{at!r} has {there}"
+            raise ConfigurationError(f"{name!r} leads to no list: {what}")
+        schema, at = step[0], at + (key if key == ELEMENTS else f".{key}")
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return shared | dict(follow_references(schema, root))
+
+
 def _find(path: FieldPath, root: Schema | None) -> Schema | None:
     """Return the schema of a field, or None if there is no such field."""
     if root is None:  # of an input that is not known yet

@@ -351,6 +351,11 @@ choice_logger = logging.getLogger(f"{__name__}.choice")
 """Logs what ``auto`` chose and what fanfold waits for; the command line always shows it."""
 
 
+def _ask_certainty(config: RunConfig) -> dict[str, bool]:
+    """Return the field of a request that asks for the log probabilities of the tokens."""
+    return {"logprobs": True} if config.task.certainty is not None else {}
+
+
 def make_model_params(config: RunConfig, name: str) -> ModelParams:
     """Return the constant part of every request."""
     return ModelParams(
@@ -363,7 +368,7 @@ def make_model_params(config: RunConfig, name: str) -> ModelParams:
             else "max_completion_tokens"
         ),
         seed=config.model.seed,
-        extra_body=config.model.extra_body,
+        extra_body={**config.model.extra_body, **_ask_certainty(config)},
         schema=config.task.answer_schema,
     )
 

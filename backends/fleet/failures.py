@@ -627,6 +627,10 @@ _ADVICE: Final[Mapping[str, str]] = {
     ),
     "seed": f"set model.seed: null{_NEW_RUN}",
     "response_format": _SCHEMA_ADVICE,
+    "logprobs": (
+        "this server returns no log probabilities: set cascade.samples in a stage with cascade, "
+        f"or leave out task.certainty{_NEW_RUN}"
+    ),
 }
 """What to set if a server refuses a field of the request, and how a run goes on with it."""
 _ROLE_ADVICE: Final = f"set model.system_role: user or developer{_NEW_RUN}"

@@ -15,7 +15,6 @@ from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
 from ..core.types import Message, Reply, Usage
-from . import transport
 from .balancer import Affinity
 from .cache import RequestCache
 from .endpoint import (
@@ -33,7 +32,7 @@ from .request import RequestSender
 from .retry import Hedger, Retrier, SendFunction
 from .server_load import LoadPoller
 from .stats import QUANTILES, EndpointReport, EndpointStats, FleetHealth
-from .transport import OpenStream, Transport
+from .transport import OpenStream, Transport, make_reply
 
 _LOG: Final = logging.getLogger(__name__)
 _WARNED: Final = 5
@@ -63,6 +62,7 @@ class Fleet:
             be either, as the first answer shows (None).
         limiter: Quotas that several fleets share, or None for the policy's own.
         cache: Answers that equal requests share, or None: each request is sent.
+        transport: Sends the requests of this loop; None opens HTTP connections.
 
     Attributes:
         policy: Limits, retries and timeouts.
@@ -76,7 +76,7 @@ class Fleet:
             allows open files.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - most are given by one kind of caller
         self,
         endpoints: Sequence[EndpointSpec],
         policy: FleetPolicy | None = None,
@@ -84,6 +84,7 @@ class Fleet:
         simulated: bool | None = None,
         limiter: RateLimiter | None = None,
         cache: RequestCache | None = None,
+        transport: Transport | None = None,
     ) -> None:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
@@ -93,7 +94,7 @@ class Fleet:
         self.limiter = limiter or RateLimiter(self.policy.rate_limit)
         self.endpoints = [self._make_endpoint(spec) for spec in self._specs]
         _warn_spellings(self._specs)
-        self._transport = Transport(self.policy)
+        self._transport = transport or Transport(self.policy)
         self._monitor = HealthMonitor(
             self.endpoints, self.policy, self._transport, self.limiter.quota
         )
@@ -414,8 +415,8 @@ class FleetClient:
     async def _post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Reply]:
         document, endpoint = await self._fleet.post(body)
         if endpoint is None:
-            return document, replace(transport.make_reply(document, ""), cached=True)
-        return document, transport.make_reply(document, endpoint.label)
+            return document, replace(make_reply(document, ""), cached=True)
+        return document, make_reply(document, endpoint.label)
 
 
 class StatsReporter:

@@ -507,6 +507,7 @@ def _reply(answer: AIMessage) -> Reply:
         simulated=about.get("system_fingerprint") == SIMULATED_FINGERPRINT,
         cached=about.get("endpoint") is None,
         reasoning=about.get("reasoning"),
+        logprobs=about.get("logprobs"),
     )
 
 

@@ -692,6 +692,7 @@ def make_reply(document: dict[str, Any], endpoint: str) -> Reply:
         model=document.get("model") or "",
         simulated=is_simulated(document),
         reasoning=message.get("reasoning"),
+        logprobs=choice.get("logprobs"),
     )
 
 

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from ..core.errors import ConfigurationError
 from ..core.process import raise_file_limit
+from .engine import Engine
 from .faults import FaultInjector, FaultRule
-from .node import CompletionJob, Node, NodeCounts, QuestionLog
+from .node import CompletionJob, EngineNode, Node, NodeCounts, QuestionLog
 from .pooling import PoolingService
 from .responders import RESPONDERS, ResponderFactory, make_responder
 from .routes import CompletionService, NodeRoutes, Router
@@ -199,6 +200,9 @@ class SimulatedFleet:
 
 
 def _node(spec: SimulationSpec, index: int) -> Node:
+    if spec.engine is not None:
+        speed = spec.speeds.get(index, 1.0) * spec.time_scale
+        return EngineNode(index, Engine(spec.engine), spec.max_num_queued_reqs, speed)
     return Node(
         index=index,
         slots=spec.capacities.get(index, spec.max_num_seqs),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import orjson
 
+from ..core.parsing import read_message_text
+from .engine import BLOCK_TOKENS, Engine, EngineDriver, EngineRequest, hash_blocks
 from .requests import Question
 from .responders import Answer, halve_answer
 from .responses import (
@@ -26,7 +28,7 @@ from .responses import (
 )
 from .server import Exchange
 from .spec import SimulationSpec
-from .values import ApiError, draw_normal, error_body
+from .values import BYTES_PER_TOKEN, ApiError, draw_normal, error_body
 
 
 @dataclass(slots=True)
@@ -142,11 +144,23 @@ class QuestionLog:
         self._wasted = 0
 
 
+def _make_queue_error(limit: int) -> ApiError:
+    text = (
+        "The engine is currently busy and cannot accept new requests: the limit of "
+        f"{limit} queued requests is reached. Please try again later."
+    )
+    return ApiError(text, 503, "Service Unavailable")
+
+
 class NodeWork(Protocol):
     """Request that a node processes."""
 
     def start(self) -> None:
         """Start processing: a slot is free."""
+        ...
+
+    def make_engine_request(self) -> EngineRequest:
+        """Return the request as an engine processes it, which reports its progress to it."""
         ...
 
 
@@ -196,14 +210,20 @@ class Node:
         if len(self._running) < self.slots:
             self._start(work)
         elif self._queue_limit is not None and len(self._waiting) >= self._queue_limit:
-            text = (
-                "The engine is currently busy and cannot accept new requests: the limit of "
-                f"{self._queue_limit} queued requests is reached. Please try again later."
-            )
-            raise ApiError(text, 503, "Service Unavailable")
+            raise _make_queue_error(self._queue_limit)
         else:
             self._waiting.append(work)
             self.counts.waiting_max = max(self.counts.waiting_max, len(self._waiting))
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache in use."""
+        return self.running / self.slots
+
+    @property
+    def cache_hits(self) -> tuple[int, int] | None:
+        """Prompt tokens looked up in the prefix cache, and those found; None without a cache."""
+        return None
 
     def release(self, work: NodeWork) -> None:
         """Free the slot or queue position of a request that ended; start the next one."""
@@ -218,6 +238,67 @@ class Node:
         self._running[work] = None
         self.counts.running_max = max(self.counts.running_max, len(self._running))
         work.start()
+
+
+class EngineNode(Node):
+    """Model server whose engine has a queue, a batch, KV blocks and a prefix cache.
+
+    Args:
+        index: The node's number.
+        engine: Its engine.
+        queue_limit: Longest queue, or None.
+        speed: Seconds of the engine in one second.
+    """
+
+    def __init__(self, index: int, engine: Engine, queue_limit: int | None, speed: float) -> None:
+        super().__init__(index, engine.spec.max_num_seqs, queue_limit, speed)
+        self._engine = engine
+        self._driver = EngineDriver(engine, speed)
+        self._requests: dict[NodeWork, EngineRequest] = {}
+
+    @property
+    def running(self) -> int:
+        """Number of requests in the batch."""
+        return self._engine.running
+
+    @property
+    def waiting(self) -> int:
+        """Number of queued requests."""
+        return self._engine.waiting
+
+    @property
+    def work(self) -> tuple[NodeWork, ...]:
+        """All requests, oldest first."""
+        return tuple(self._requests)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache in use."""
+        return self._engine.cache.in_use / self._engine.cache.blocks
+
+    @property
+    def cache_hits(self) -> tuple[int, int] | None:
+        """Prompt tokens looked up in the prefix cache, and those found."""
+        cache = self._engine.cache
+        return BLOCK_TOKENS * cache.queries, BLOCK_TOKENS * cache.hits
+
+    def admit(self, work: NodeWork) -> None:
+        """Accept a request: its engine starts or queues it.
+
+        Raises:
+            ApiError: 503: the queue is full.
+        """
+        limit = self._queue_limit
+        if limit is not None and self.running + self.waiting >= self.slots + limit:
+            raise _make_queue_error(limit)
+        request = self._requests[work] = work.make_engine_request()
+        self._driver.submit(request)
+        self.counts.running_max = max(self.counts.running_max, self.running)
+        self.counts.waiting_max = max(self.counts.waiting_max, self.waiting)
+
+    def release(self, work: NodeWork) -> None:
+        """Remove a request that ended or is cancelled."""
+        self._driver.cancel(self._requests.pop(work))
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +362,10 @@ class CompletionJob:
         answer: The answer to send.
         envelope: Metadata of the answer.
         fault: Kind of the injected fault, or ``""``.
-        compute_timing: Returns the times once processing starts.
+        compute_timing: Returns the times once processing starts; None on a node with an engine.
         on_finished: Called with the job when the answer is sent; not if the client disconnected.
+        speed: Factor on the speed of this request on a node with an engine, 1 at most: its answer
+            is held back.
     """
 
     exchange: Exchange
@@ -291,11 +374,13 @@ class CompletionJob:
     answer: Answer
     envelope: Envelope
     fault: str
-    compute_timing: Callable[[], Timing]
+    compute_timing: Callable[[], Timing] | None
     on_finished: Callable[[CompletionJob], None]
+    speed: float = 1.0
     _timer: asyncio.TimerHandle | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
     _timing: Timing | None = field(default=None, init=False)
+    _request: EngineRequest | None = field(default=None, init=False)
     _started: float = field(default=0.0, init=False)
 
     def submit(self) -> None:
@@ -309,12 +394,41 @@ class CompletionJob:
 
     def start(self) -> None:
         """Start processing; see `NodeWork`."""
+        assert self.compute_timing is not None, "a node with an engine starts no timers"
         timing, loop = self.compute_timing(), asyncio.get_running_loop()
         self._timing, self._started = timing, loop.time()
         if self.question.stream and self.fault not in DISTORTIONS:
             self._timer = loop.call_later(timing.first_s, self._first, timing)
         else:
             self._timer = loop.call_later(timing.total_s, self._whole)
+
+    def make_engine_request(self) -> EngineRequest:
+        """Return the request for an engine; see `NodeWork`."""
+        self._started = asyncio.get_running_loop().time()
+        self._request = EngineRequest(
+            hash_prompt(self.question.messages),
+            self.question.prompt_tokens,
+            max(1, self.answer.tokens),
+            on_progress=self._on_progress,
+        )
+        return self._request
+
+    def _on_progress(self, request: EngineRequest) -> None:
+        """Send the beginning of a stream after the first token, and the rest after the last."""
+        streamed = self.question.stream and self.fault not in DISTORTIONS
+        if request.ended_at is None:
+            if streamed:
+                self._begin()
+            return
+        usage = self.envelope.usage
+        if usage is not None and usage["prompt_tokens_details"] is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": request.cached_tokens}
+        loop, end = asyncio.get_running_loop(), self._last if streamed else self._whole
+        if self.speed < 1:
+            held_s = (1 / self.speed - 1) * (loop.time() - self._started)
+            self._timer = loop.call_later(held_s, end)
+        else:
+            end()
 
     def abort(self) -> None:
         """End early, as a server during shutdown: half an answer, marked ``abort``."""
@@ -345,6 +459,8 @@ class CompletionJob:
 
     def _count_tokens_so_far(self) -> int:
         """Return the tokens processed so far; none while the request is queued."""
+        if self._request is not None:
+            return self.question.prompt_tokens if self._request.is_running else 0
         if self._timing is None:
             return 0
         seconds = asyncio.get_running_loop().time() - self._started - self._timing.first_s
@@ -356,17 +472,19 @@ class CompletionJob:
         send_distorted(self.exchange, completion_body(self.envelope, self.answer), self.fault)
         self._end()
 
-    def _first(self, timing: Timing) -> None:
+    def _begin(self) -> None:
         self._begun = True
         self.exchange.begin()
         self.exchange.write(stream_start(self.envelope, self.answer))
+
+    def _first(self, timing: Timing) -> None:
+        self._begin()
         rest = timing.total_s - timing.first_s
         self._timer = asyncio.get_running_loop().call_later(rest, self._last)
 
     def _last(self) -> None:
         if not self._begun:
-            self.exchange.begin()
-            self.exchange.write(stream_start(self.envelope, self.answer))
+            self._begin()
         body = stream_middle(self.envelope, self.answer)
         match self.fault:
             case "stream_cut":
@@ -392,6 +510,12 @@ class CompletionJob:
         self.exchange.on_lost = None
         self.on_finished(self)
         self.node.release(self)
+
+
+def hash_prompt(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the keys of the full KV blocks of a conversation."""
+    parts = (f"{message.get('role')}:{read_message_text(message)}" for message in messages)
+    return hash_blocks("\n".join(parts), BLOCK_TOKENS * BYTES_PER_TOKEN)
 
 
 def _gateway_error(envelope: Envelope) -> bytes:

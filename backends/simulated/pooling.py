@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import math
+import re
 import struct
 import time
 from collections.abc import Callable, Mapping
+from random import Random
 from typing import Any, Final
 
 import orjson
@@ -17,8 +20,11 @@ from .server import Exchange
 from .spec import SimulationSpec
 from .values import ApiError, count_text_tokens, draw_uniform, hash_parts
 
-_DIMENSIONS: Final = 8
+_DIMENSIONS: Final = 64
 _MOST_DIMENSIONS: Final = 4096
+_WORD: Final = re.compile(r"\w+")
+_LONG_WORD: Final = 8
+"""Letters of a word above which its weight does not grow."""
 
 
 class PoolingService:
@@ -90,9 +96,7 @@ class PoolingService:
         form = data.get("encoding_format") or "float"
         if form not in ("float", "base64"):
             raise ApiError(f"unknown encoding_format {form!r}", param="encoding_format")
-        vectors = [
-            [2 * draw_uniform(self._spec.seed, text, n) - 1 for n in range(size)] for text in texts
-        ]
+        vectors = [embed_text(text, size, self._spec.seed) for text in texts]
         found = [
             {
                 "index": index,
@@ -128,6 +132,28 @@ class PoolingService:
         ]
         tokens = _count_pairs([(query, text) for text in documents])
         return {"results": found[: data.get("top_n") or None]}, tokens
+
+
+def embed_text(text: Any, size: int, seed: int) -> list[float]:
+    """Return the unit vector of a text, or of a list of token numbers.
+
+    It is the sum of a random direction for each word, longer words counting more, so that texts
+    with many words in common are near to each other, as those of a real model are.
+
+    Args:
+        text: The text, or token numbers.
+        size: Dimensions.
+        seed: Seed of the fleet.
+    """
+    words = _WORD.findall(text.casefold()) if isinstance(text, str) else list(map(str, text))
+    total = [0.0] * size
+    for word in words or [""]:
+        weight = min(len(word), _LONG_WORD)
+        bits = Random(int.from_bytes(hash_parts(seed, "word", word))).getrandbits(size)
+        for n in range(size):
+            total[n] += weight if bits >> n & 1 else -weight
+    length = math.hypot(*total) or 1.0
+    return [value / length for value in total]
 
 
 def _read_inputs(value: Any) -> list[Any]:

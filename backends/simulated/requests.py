@@ -155,6 +155,7 @@ class Question:
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with a usage chunk.
         tools: The functions that may be called, as described in the request.
+        logprobs: Whether the log probabilities of the answer's tokens are asked for.
         sampled: Whether equal questions get different answers: a temperature above 0 and no seed.
     """
 
@@ -168,6 +169,7 @@ class Question:
     stream: bool
     include_usage: bool
     tools: tuple[Mapping[str, Any], ...] = ()
+    logprobs: bool = False
     sampled: bool = False
 
     def draw(self, number: int) -> Question:
@@ -227,6 +229,7 @@ class QuestionReader:
             stream=bool(data.get("stream")),
             include_usage=bool((data.get("stream_options") or {}).get("include_usage")),
             tools=_offered_tools(data) if chat else (),
+            logprobs=chat and data.get("logprobs") is True,
             sampled=bool(data.get("temperature")) and data.get("seed") is None,
         )
 

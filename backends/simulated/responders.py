@@ -1,10 +1,10 @@
-"""Generators of answers: schema, agent, ESOL."""
+"""Generators of answers: schema, labels, agent, ESOL."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -234,17 +234,31 @@ class ToolCall:
     arguments: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class GradedText:
+    """Answer of a model with the probability that it gives to each value in it.
+
+    Attributes:
+        text: The whole text.
+        certainty: The probability.
+    """
+
+    text: str
+    certainty: float
+
+
 class Responder(Protocol):
     """Generator of the answer to one question."""
 
-    def __call__(self, question: Question) -> str | ToolCall:
+    def __call__(self, question: Question) -> str | ToolCall | GradedText:
         """Generate an answer.
 
         Args:
             question: The question; ``question.key`` seeds all random draws.
 
         Returns:
-            The whole text (JSON if the form requires it), or a function call.
+            The whole text (JSON if the form requires it), with a certainty if the responder has
+            one, or a function call.
 
         Raises:
             ApiError: The question cannot be answered.
@@ -276,11 +290,43 @@ class SchemaResponder:
         return draw_prose(dice, dice.between(*self._output_tokens))
 
 
+class LabelResponder:
+    """Answer with a truth that all models share, and with errors of each model's own.
+
+    The truth follows from messages and schema alone. Questions differ in difficulty: the share of
+    right answers falls from 1 for the easiest one so far that its mean is the accuracy. That share
+    is the certainty of the answer.
+
+    Args:
+        fallback: Answers questions without a schema.
+        accuracy: Share of right answers.
+    """
+
+    def __init__(self, fallback: SchemaResponder, accuracy: float) -> None:
+        self._fallback = fallback
+        self._accuracy = accuracy
+
+    def __call__(self, question: Question) -> str | GradedText:
+        """Generate an answer; see `Responder`."""
+        schema = question.form.schema
+        if schema is None or answer_operator(question) is not None:
+            return self._fallback(question)
+        truth = hash_parts("truth", orjson.dumps([question.messages, schema.schema]))
+        certainty = max(0.0, 1 - 2 * (1 - self._accuracy) * draw_uniform(truth, "difficulty"))
+        is_right = draw_uniform(question.key, "right") < certainty
+        drawn = schema.draw(truth if is_right else hash_parts(question.key, "wrong"))
+        return GradedText(dump_compact(drawn), certainty)
+
+
 ResponderFactory: TypeAlias = Callable[[SimulationSpec], Responder]
 
 
 def _esol(spec: SimulationSpec) -> Responder:
     return EsolResponder(SchemaResponder(spec.output_tokens), spec.noise, spec.accuracy)
+
+
+def _label(spec: SimulationSpec) -> Responder:
+    return LabelResponder(SchemaResponder(spec.output_tokens), spec.accuracy)
 
 
 class AgentResponder:
@@ -324,6 +370,7 @@ def _called_functions(messages: list[dict[str, Any]]) -> set[str]:
 
 RESPONDERS: Final[Mapping[str, ResponderFactory]] = {
     "schema": lambda spec: SchemaResponder(spec.output_tokens),
+    "labels": _label,
     "esol": _esol,
     "agent": lambda spec: AgentResponder(SchemaResponder(spec.output_tokens)),
 }
@@ -367,6 +414,7 @@ class Answer:
         tokens: Output tokens, those of a tool call included.
         tool: Name of the called function, or None.
         refusal: The model's refusal, or None.
+        logprobs: The tokens of the text with their log probabilities, or None.
     """
 
     text: str
@@ -374,6 +422,7 @@ class Answer:
     tokens: int
     tool: str | None = None
     refusal: str | None = None
+    logprobs: tuple[tuple[str, float], ...] | None = None
 
 
 def answer_question(question: Question, responder: Responder) -> Answer:
@@ -384,7 +433,12 @@ def answer_question(question: Question, responder: Responder) -> Answer:
     """
     reply = responder(question)
     if not isinstance(reply, ToolCall):
-        return limit_answer(question, reply)
+        if isinstance(reply, str):
+            reply = GradedText(reply, draw_uniform(question.key, "certainty"))
+        answer = limit_answer(question, reply.text)
+        if question.logprobs:
+            answer = replace(answer, logprobs=tuple(grade_tokens(answer.text, reply.certainty)))
+        return answer
     if reply.name not in {tool.get("name") for tool in question.tools}:
         raise ApiError(f"the responder calls {reply.name!r}, which is not a function of tools")
     return limit_answer(question, dump_compact(reply.arguments), reply.name)
@@ -410,6 +464,30 @@ def limit_answer(question: Question, text: str, tool: str | None = None) -> Answ
     if tool:
         whole = f'<tool_call>\n{{"name": "{tool}", "arguments": {whole}'
     return Answer(truncate_tokens(whole, question.max_tokens), "length", question.max_tokens)
+
+
+_VALUE_START: Final = re.compile(r'(?:^|[:\[])"?-?$')
+"""The end of compact JSON text after which a value begins."""
+_BEFORE: Final = 3
+"""Characters that it takes at most."""
+
+
+def grade_tokens(text: str, certainty: float) -> Iterator[tuple[str, float]]:
+    """Yield the tokens of a text with their log probabilities.
+
+    The first token of each value in JSON has the certainty, all others are nearly sure.
+
+    Args:
+        text: The text.
+        certainty: Probability of a value.
+    """
+    at, value = 0, math.log(max(certainty, 1e-9))
+    while at < len(text):
+        token = truncate_tokens(text[at:], 1)
+        starts = (at + n for n, char in enumerate(token) if char.isalnum())
+        begins = any(_VALUE_START.search(text[max(0, n - _BEFORE) : n]) for n in starts)
+        yield token, value if begins else -1e-6
+        at += len(token)
 
 
 def spoil_answer(answer: Answer, kind: str, question: Question) -> Answer:

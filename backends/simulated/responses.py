@@ -104,11 +104,21 @@ def _chat_choice(envelope: Envelope, answer: Answer) -> dict[str, Any]:
             "tool_calls": calls,
             "reasoning": None,
         },
-        "logprobs": None,
+        "logprobs": _logprobs(answer),
         "finish_reason": answer.finish_reason,
         "stop_reason": None,
         "token_ids": None,
     }
+
+
+def _logprobs(answer: Answer) -> dict[str, Any] | None:
+    if answer.logprobs is None or answer.refusal is not None:
+        return None
+    content = [
+        {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+        for token, value in answer.logprobs
+    ]
+    return {"content": content}
 
 
 def _tool_call(envelope: Envelope, answer: Answer) -> dict[str, Any]:

@@ -98,8 +98,17 @@ class CompletionService:
                 question.prompt_tokens, answer.tokens, load, speed, key
             )
 
+        has_engine = self._spec.engine is not None
         CompletionJob(
-            exchange, node, question, answer, envelope, kind, clock, self._record_finished
+            exchange,
+            node,
+            question,
+            answer,
+            envelope,
+            kind,
+            None if has_engine else clock,
+            self._record_finished,
+            strike.speed if has_engine else 1.0,
         ).submit()
 
     def _decide_fault(
@@ -153,17 +162,18 @@ class CompletionService:
 def metrics_text(node: Node, model: str) -> bytes:
     """Return a node's metrics as Prometheus text, labelled with the model's name."""
     counts = node.counts
+    queries, hits = node.cache_hits or (counts.prompt_tokens, 0)
     gauges = {
         "num_requests_running": node.running,
         "num_requests_waiting": node.waiting,
-        "kv_cache_usage_perc": node.running / node.slots,
+        "kv_cache_usage_perc": node.kv_usage,
     }
     counters = {
         "prompt_tokens": counts.prompt_tokens,
         "generation_tokens": counts.completion_tokens,
         "num_preemptions": 0,
-        "prefix_cache_queries": counts.prompt_tokens,
-        "prefix_cache_hits": 0,
+        "prefix_cache_queries": queries,
+        "prefix_cache_hits": hits,
     }
     label = model.replace("\\", "\\\\").replace('"', '\\"')
     base = f'engine="0",model_name="{label}"'

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 from ..core.errors import ConfigurationError
+from .engine import EngineSpec
 from .faults import FaultRule
 
 Addressing: TypeAlias = Literal["path", "port", "addr"]
@@ -48,6 +49,9 @@ class SimulationSpec:
         usage: ``full`` (five keys), ``details`` (with cached tokens), ``null`` or ``omit``.
         api_key: Key that ``/v1`` requires, or None for no key. Never shown in ``repr``.
         faults: Fault rules.
+        engine: Size and speed of an engine with a prefix cache (`EngineSpec`), which takes the
+            place of the settings from ``max_num_seqs`` to ``jitter``; None: each request takes the
+            time that these settings give.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -77,6 +81,7 @@ class SimulationSpec:
     usage: UsageMode = "full"
     api_key: str | None = field(default=None, repr=False)
     faults: tuple[FaultRule, ...] = ()
+    engine: EngineSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse values of a wrong type or out of range; the message names the field."""
@@ -184,6 +189,8 @@ class SimulationSpec:
             for name, number in (("speeds", float), ("capacities", int)):
                 if name in plain:
                     plain[name] = {int(k): number(v) for k, v in plain[name].items()}
+            if isinstance(plain.get("engine"), Mapping):
+                plain["engine"] = EngineSpec(**plain["engine"])
             if "faults" in plain:
                 plain["faults"] = tuple(map(_rule, plain["faults"]))
             return cls(**plain)

@@ -266,7 +266,7 @@ def _one_of(characters: str) -> TextMaker:
     return lambda dice: characters[dice.below(len(characters))]
 
 
-_BYTES: Final = 4
+BYTES_PER_TOKEN: Final = 4
 _PER_MESSAGE: Final = 4
 _PER_CONVERSATION: Final = 3
 
@@ -274,7 +274,7 @@ _PER_CONVERSATION: Final = 3
 def count_text_tokens(text: str) -> int:
     """Return the tokens of a text: a quarter of its UTF-8 bytes, rounded up."""
     size = len(text) if text.isascii() else len(text.encode())
-    return -(-size // _BYTES)
+    return -(-size // BYTES_PER_TOKEN)
 
 
 def count_chat_tokens(messages: Sequence[dict[str, Any]]) -> int:
@@ -286,7 +286,7 @@ def count_chat_tokens(messages: Sequence[dict[str, Any]]) -> int:
 
 def truncate_tokens(text: str, tokens: int) -> str:
     """Return the first tokens of a text, never cut inside a character."""
-    return text.encode()[: tokens * _BYTES].decode(errors="ignore")
+    return text.encode()[: tokens * BYTES_PER_TOKEN].decode(errors="ignore")
 
 
 _LEXICON: Final = (

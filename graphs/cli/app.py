@@ -213,7 +213,7 @@ def batch(  # noqa: PLR0913 - typer wants one parameter per option
 
 
 @app.command()
-def status(
+def status(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     folder: Folder,
     as_json: AsJson = False,
     endpoints: Annotated[
@@ -226,20 +226,36 @@ def status(
         int | None,
         typer.Option("--batch", min=1, help="With --usage: concurrent items per server."),
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            "--stage",
+            metavar="NAME[/LEVEL]",
+            parser=nonempty,
+            help="Of a pipeline: only this stage, or a level of its operator.",
+        ),
+    ] = None,
 ) -> None:
     """Show the progress of a run."""
+    from ..run.stage_folder import find_run, is_operator
+
+    run = folder if stage is None else find_run(folder, stage)
     if endpoints:
         from .endpoints import show_past_endpoints
 
-        show_past_endpoints(folder, as_json)
-    else:
+        show_past_endpoints(run, as_json)
+    elif folder_is_pipeline(run):
         from .stage_status import show_pipeline_status
+
+        show_pipeline_status(run, as_json)
+    elif is_operator(run):
+        from .stage_status import show_pipeline_status
+
+        show_pipeline_status(folder, as_json, stage)
+    else:
         from .status import show_status
 
-        if folder_is_pipeline(folder):
-            show_pipeline_status(folder, as_json)
-        else:
-            show_status(folder, as_json, usage or batch is not None, batch)
+        show_status(run, as_json, usage or batch is not None, batch)
 
 
 @app.command()
@@ -259,11 +275,24 @@ def ls(
 
 
 @app.command()
-def watch(folder: Folder, as_json: AsJson = False) -> None:
+def watch(
+    folder: Folder,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            "--stage",
+            metavar="NAME[/LEVEL]",
+            parser=nonempty,
+            help="Of a pipeline: this stage or level; default: the one that is worked on.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what the endpoints of a run do over time; Ctrl-C leaves, and the run goes on."""
+    from ..run.stage_folder import find_run
     from .watch import watch_run
 
-    watch_run(folder, as_json)
+    watch_run(folder if stage is None else find_run(folder, stage), as_json)
 
 
 @app.command()
@@ -274,16 +303,25 @@ def show(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         typer.Option("--columns", metavar="A,B,…", help="Columns, e.g. id,output.score,smiles."),
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show failed items only.")] = False,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort",
+            metavar="[-]COLUMN",
+            parser=nonempty,
+            help="Rows by a column, e.g. output.score; -output.score has the highest first.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Number of rows.")] = 20,
     stage: Stage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the first rows of the results so far."""
+    """Show rows of the results so far."""
     from ..run.stage_folder import find_run
     from .show import show_rows
 
     folder = find_run(folder, stage)
-    show_rows(folder, columns, "failed" if failed else None, limit, as_json)
+    show_rows(folder, columns, "failed" if failed else None, limit, as_json, sort)
 
 
 @app.command()
@@ -299,12 +337,13 @@ def failures(
     as_json: AsJson = False,
 ) -> None:
     """Show the error classes of a run, each with a remedy and an example."""
-    from .failures import show_failures
-    from .stage_status import show_stage_failures
-
     if folder_is_pipeline(folder):
+        from .stage_status import show_stage_failures
+
         show_stage_failures(folder, stage, error_class, as_json)
     else:
+        from .failures import show_failures
+
         show_failures(folder, error_class, as_json)
 
 
@@ -427,12 +466,13 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Show the cost of a run over all its sessions: tokens, dollars, node-hours."""
-    from .stage_status import show_pipeline_cost
-    from .status import show_cost
-
     if folder_is_pipeline(folder):
+        from .stage_status import show_pipeline_cost
+
         show_pipeline_cost(folder, by, as_json)
     else:
+        from .status import show_cost
+
         show_cost(folder, by, as_json)
 
 
@@ -483,7 +523,7 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
     stage: Stage = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    from .status import export_results
+    from .export import export_results
 
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
     export_results(folder, form, target, safe_csv, optional, samples=samples, stage=stage)
@@ -512,6 +552,14 @@ def check(
     from .check import check_config
 
     check_config(config, changes, sample, like, as_json)
+
+
+@app.command()
+def schema(output: setup.Output = None) -> None:
+    """Write the JSON Schema of a configuration file, for editors."""
+    from ...configs.loader import read_settings_schema
+
+    setup.write_text(read_settings_schema(), output)
 
 
 @app.command()

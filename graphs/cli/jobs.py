@@ -38,9 +38,15 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         str, typer.Option("--site", metavar="NAME|FILE", help="Cluster: a name or a site file.")
     ],
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes per job.")],
-    walltime: Annotated[str, typer.Option("--walltime", help="Time limit per job: 2h, 90m.")],
-    queue: Annotated[str | None, typer.Option("--queue", help="Queue, partition or QOS.")] = None,
-    account: Annotated[str | None, typer.Option("--account", help="Allocation to charge.")] = None,
+    walltime: Annotated[
+        str, typer.Option("--walltime", metavar="TIME", help="Time limit per job: 2h, 90m.")
+    ],
+    queue: Annotated[
+        str | None, typer.Option("--queue", metavar="NAME", help="Queue, partition or QOS.")
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option("--account", metavar="NAME", help="Allocation to charge.")
+    ] = None,
     out: Out = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Maximum jobs in the chain.")

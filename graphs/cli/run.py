@@ -28,12 +28,13 @@ from ..jobs.usage import job_report_offline
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, open_message_console, print_json, print_messages
 from ..run.extend import Extension
+from ..run.next_steps import truncated_notice
 from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..run.stage_folder import check_single_run
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
-from .evaluate import (
+from .evaluation_text import (
     describe_evaluation,
     evaluation_facts,
     get_evaluations,
@@ -257,6 +258,9 @@ async def _prepare_session(
         run = await with_deadline(resume_run(folder, loaded), end)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(run.folder.raised_limits.unlink, missing_ok=True)
+        if overrides.retry_failed:
+            notice = await asyncio.to_thread(truncated_notice, run.folder)
+            print_messages([] if notice is None else [notice])
     options = RunOptions(
         overrides.checkpointer,
         overrides.trace,

@@ -14,6 +14,7 @@ from ...backends.core.values import is_count
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..run.console import Terminal, print_json, print_messages
+from ..run.stage_folder import describe_stage, find_models, is_operator, list_stage_runs
 from .format import Column, format_usd_amount, make_table
 
 _MOST_READ: Final = 4 << 20
@@ -32,9 +33,11 @@ class _Run:
         name: Its name in the settings.
         run: Its id.
         state: Running, or how its last session ended.
-        items: Items in all.
-        done: Items with an answer.
-        failed: Items that failed.
+        stage: Of a running pipeline, the stage or level that was begun last; else None.
+        items: Items in all; of a pipeline, those of its input.
+        done: Items with an answer; of a pipeline, in its first stage.
+        failed: Items that failed; of a pipeline, in all of its stages.
+        ended: Items that have ended; of a pipeline, in its first stage.
         usd: Dollars so far.
         model: Name of the model.
         date: When the last session ended, or began.
@@ -45,9 +48,11 @@ class _Run:
     name: str
     run: str
     state: str
+    stage: str | None
     items: int
     done: int | None
     failed: int | None
+    ended: int | None
     usd: float | None
     model: str
     date: str
@@ -115,17 +120,22 @@ def _read_run(path: Path) -> _Run:
     try:
         state = read_state(folder, about)
         last = about["sessions"][-1] if about["sessions"] else {}
-        done, failed, usd = read_counts(folder, about, last if state != "running" else {})
+        is_running = state == "running"
+        runs = list_stage_runs(folder) if folder.is_pipeline and is_running else []
+        read = _count_stages if folder.is_pipeline else _count_items
+        counts = read(folder, about, {} if is_running else last)
         return _Run(
             folder=str(path),
             name=str(about["name"]),
             run=str(about["run"]),
             state=str(state),
+            stage=describe_stage(runs[-1]) if runs else None,
             items=int(about["input"]["items"]),
-            done=done,
-            failed=failed,
-            usd=usd,
-            model=str(about["model"]),
+            done=counts.done,
+            failed=counts.failed,
+            ended=counts.ended,
+            usd=counts.usd,
+            model=find_models(folder, about),
             date=str(last.get("ended") or last.get("started") or ""),
             simulated=None if about["simulated"] is None else bool(about["simulated"]),
         )
@@ -145,8 +155,6 @@ def read_counts(
     if is_count(last.get("done")) and is_count(last.get("failed")):
         usd = last.get("usd")
         return last["done"], last["failed"], usd if isinstance(usd, int | float) else None
-    if folder.is_pipeline:
-        return None, None, None
     if sum(file.stat().st_size for file in folder.journal.glob("*.jsonl")) > _MOST_READ:
         return None, None, None
     ids = get_run_ids(about)
@@ -156,11 +164,47 @@ def read_counts(
     return counts.done, counts.failed, usd
 
 
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Items by state, and dollars; None if unknown."""
+
+    done: int | None = None
+    failed: int | None = None
+    ended: int | None = None
+    usd: float | None = None
+
+
+def _count_items(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]) -> _Counts:
+    done, failed, usd = read_counts(folder, about, last)
+    if done is None or failed is None:
+        return _Counts()
+    return _Counts(done, failed, done + failed, usd)
+
+
+def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]) -> _Counts:
+    """Return the done and ended items of the first stage, the failed ones of all, and dollars."""
+    if all(is_count(last.get(key)) for key in ("done", "failed", "failed_in_stages")):
+        ended = last["done"] + last["failed"]
+        return _Counts(last["done"], last["failed_in_stages"], ended, last.get("usd"))
+    found = [_count_items(run, run.read_provenance(), {}) for run in list_stage_runs(folder)]
+    if any(one.done is None for one in found):
+        return _Counts()
+    usd = sum(one.usd or 0.0 for one in found) or None
+    failed = sum(one.failed or 0 for one in found)
+    from ..run.pipeline import is_finished
+
+    first = RunFolder(folder.stages / about["stages"][0])
+    if found and not is_operator(first.path):
+        return _Counts(found[0].done, failed, found[0].ended, usd)
+    ended = about["input"]["items"] if is_finished(first) else 0  # the items of an operator
+    return _Counts(ended, failed, ended, usd)
+
+
 def _columns(runs: list[_Run]) -> list[Column]:
     """Return the columns, the most important first."""
     return [
         Column("run", [run.folder for run in runs], is_key=True),
-        Column("state", [run.state for run in runs]),
+        Column("state", [_format_state(run) for run in runs]),
         Column("items", [_format_items(run) for run in runs], is_number=True),
         Column("failed", [_format_count(run.failed) for run in runs], is_number=True),
         Column("cost", [_format_cost(run) for run in runs], is_number=True),
@@ -171,12 +215,15 @@ def _columns(runs: list[_Run]) -> list[Column]:
     ]
 
 
+def _format_state(run: _Run) -> str:
+    return run.state if run.stage is None else f"{run.state}: {run.stage}"
+
+
 def _format_items(run: _Run) -> str:
     """Return the number of items, and how many of them have ended if not all have."""
-    if run.done is None or run.failed is None:
+    if run.ended is None:
         return f"{_UNKNOWN}/{run.items:,}"
-    ended = run.done + run.failed
-    return f"{run.items:,}" if ended == run.items else f"{ended:,}/{run.items:,}"
+    return f"{run.items:,}" if run.ended == run.items else f"{run.ended:,}/{run.items:,}"
 
 
 def _format_count(count: int | None) -> str:

@@ -53,6 +53,20 @@ def register(client: Client = None) -> None:
 def template(output: Output = None, schema: Schema = False) -> None:
     """Write an endpoint configuration template for this version of fanfold."""
     text = schema_text() if schema else template_text(own_version(), str(Path(sys.prefix) / "bin"))
+    write_text(text, output, "" if schema else "; its first lines say where to install it")
+
+
+def write_text(text: str, output: Path | None, hint: str = "") -> None:
+    """Print a text, or write it to a file and say so.
+
+    Args:
+        text: The text.
+        output: The file; None: standard output.
+        hint: What the message adds to the name of the file.
+
+    Raises:
+        ConfigurationError: The file cannot be written.
+    """
     if output is None:
         print(text, end="")
         return
@@ -60,8 +74,7 @@ def template(output: Output = None, schema: Schema = False) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{output}: cannot be written: {error.strerror}") from None
-    where = "" if schema else "; its first lines say where to install it"
-    print(f"{output} written{where}")
+    print(f"{output} written{hint}")
 
 
 def template_text(version: str, programs: str) -> str:
@@ -90,6 +103,11 @@ def _shipped(name: str) -> str:
 presets = typer.Typer(help="Ready-made configurations, one per use case.", no_args_is_help=True)
 
 
+Preset = Annotated[
+    str, typer.Argument(metavar="NAME", help="A preset; 'fanfold presets list' lists them.")
+]
+
+
 @presets.command("list")
 def presets_list() -> None:
     """List the presets."""
@@ -100,7 +118,7 @@ def presets_list() -> None:
 
 
 @presets.command("show")
-def presets_show(name: str) -> None:
+def presets_show(name: Preset) -> None:
     """Print a preset."""
     from ...configs.loader import read_preset
 
@@ -109,7 +127,13 @@ def presets_show(name: str) -> None:
 
 @presets.command("copy")
 def presets_copy(
-    name: str, target: Annotated[Path | None, typer.Argument(parser=nonempty_path)] = None
+    name: Preset,
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", parser=nonempty_path, help="File to write; default: NAME.yaml."
+        ),
+    ] = None,
 ) -> None:
     """Copy a preset to a file for editing; its endpoints are left blank."""
     from ...configs.loader import copy_preset

@@ -1,12 +1,16 @@
-"""``fanfold show``: the first rows of the results as a table, with selected columns."""
+"""``fanfold show``: rows of the results as a table, with selected columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from heapq import nlargest, nsmallest
 from itertools import islice
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
+
+import orjson
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import FieldPath, split_column
@@ -14,6 +18,7 @@ from ...backends.core.types import Json
 from ...backends.storage.results import ResultLayout
 from ...backends.storage.results_schema import INPUT_ROW, ResultRow
 from ...backends.storage.run_folder import open_folder
+from ...configs.evaluation import read_number
 from ..run.console import Terminal, print_json, print_messages
 from ..run.result_rows import open_result_source
 from .format import Column, make_table
@@ -23,13 +28,21 @@ _OPTIONAL: Final = ("prompt",)
 _MOST_NAMES: Final = 40
 """Names that a message lists."""
 
+_GENERATED: Final = re.compile(r"(?:input\.)?(?:unnamed_\d+|Unnamed: \d+|__index_level_\d+__)")
+"""Names of columns without a name: of fanfold's reader of CSV files, and of pandas."""
+
 _Cell: TypeAlias = Callable[[ResultRow], Json]
 
 
-def show_rows(
-    path: Path, columns: str | None, status: str | None, limit: int, as_json: bool
+def show_rows(  # noqa: PLR0913, PLR0917 - one for each option of the command
+    path: Path,
+    columns: str | None,
+    status: str | None,
+    limit: int,
+    as_json: bool,
+    sort: str | None = None,
 ) -> None:
-    """Show the first rows of the results so far.
+    """Show rows of the results so far.
 
     Args:
         path: The run folder.
@@ -37,6 +50,8 @@ def show_rows(
         status: ``done`` or ``failed``; None for both.
         limit: Number of rows.
         as_json: Print JSON instead of a table.
+        sort: Column by which the rows are sorted, with ``-`` before it from the highest value to
+            the lowest; None keeps the order of the input.
 
     Raises:
         ConfigurationError: The folder is no run folder, or has no such column.
@@ -49,8 +64,19 @@ def show_rows(
     with open_result_source(folder, optional) as source:
         chosen = names or _default_names(source.layout, status)
         cells = {name: _find_column(name, source.layout) for name in (_ID, *chosen)}
-        found = list(islice(source.iter_rows(status), limit + 1))
+        ordered: Iterable[ResultRow] = source.iter_rows(status)
+        if sort is not None:
+            key = sort.removeprefix("-")
+            by = _find_column(key, source.layout, "--sort")
+            same = key.removeprefix("output.") if names is None else key
+            others = {name: cell for name, cell in cells.items() if name != same}
+            cells = {_ID: cells[_ID], key: by} | others
+            ordered = _sort_rows(ordered, by, limit + 1, descending=sort != key)
+        found = list(islice(ordered, limit + 1))
     rows = [{name: cell(row) for name, cell in cells.items()} for row in found[:limit]]
+    if names is None and not as_json:
+        shown = [name for name in cells if name == _ID or not _is_repeated(name, rows)]
+        cells = {name: cells[name] for name in shown}
     if as_json:
         print_json({"run": about["run"], "simulated": about["simulated"], "rows": rows})
         return
@@ -85,8 +111,38 @@ def _default_names(layout: ResultLayout, status: str | None) -> list[str]:
     return ["status", *(answer or ["output"]), *agreement, *layout.input_names().values()]
 
 
-def _find_column(name: str, layout: ResultLayout) -> _Cell:
+def _is_repeated(name: str, rows: Sequence[dict[str, Json]]) -> bool:
+    """Return True for a column whose name the reader made up, or that repeats the ids."""
+    if _GENERATED.fullmatch(name):
+        return True
+    return bool(rows) and all(str(row[name]) == row[_ID] for row in rows)
+
+
+def _sort_rows(
+    rows: Iterable[ResultRow], by: _Cell, count: int, *, descending: bool
+) -> list[ResultRow]:
+    """Return the first rows by a column: numbers, texts, other values, and last what is missing."""
+    sign = -1 if descending else 1
+
+    def rank(row: ResultRow) -> tuple[int, Any]:
+        value = by(row)
+        number = float(value) if isinstance(value, bool) else read_number(value)
+        if number is not None:
+            return 0, number
+        if value is None or value == "" or isinstance(value, float):  # not a finite number
+            return 3 * sign, 0
+        return (sign, value) if isinstance(value, str) else (2 * sign, orjson.dumps(value))
+
+    return (nlargest if descending else nsmallest)(count, rows, rank)
+
+
+def _find_column(name: str, layout: ResultLayout, option: str = "--columns") -> _Cell:
     """Return the function that reads a column from a row.
+
+    Args:
+        name: Its name.
+        layout: The columns of the results.
+        option: The option that names it, for messages.
 
     Raises:
         ConfigurationError: The results have no such column.
@@ -122,4 +178,4 @@ def _find_column(name: str, layout: ResultLayout) -> _Cell:
     close = get_close_matches(name, [*known, *short], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(known[:_MOST_NAMES]) + (", …" if len(known) > _MOST_NAMES else "")
-    raise ConfigurationError(f"--columns: no column {name!r} (there are {listed}){hint}")
+    raise ConfigurationError(f"{option}: no column {name!r} (there are {listed}){hint}")

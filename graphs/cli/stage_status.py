@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from rich.text import Text
 
 from ...backends.budget.cost import describe_cost, group_usage, read_budget
-from ...backends.core.errors import EXIT_BUDGET, ConfigurationError
+from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import UsageTotals
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ...configs.loader import load_config
 from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
-from ..run.pipeline_report import LevelState, PipelineState, StageState, read_pipeline
-from ..run.stage_folder import find_run, list_runs
+from ..run.pipeline import FINISHED
+from ..run.pipeline_report import (
+    LevelState,
+    PipelineState,
+    StageState,
+    find_next_command,
+    read_pipeline,
+    read_stage_budget,
+)
+from ..run.stage_folder import find_models, find_run, list_stage_runs
 from .failures import show_failures
 from .format import Column, make_table
 from .options import COST_BY
+from .stage_findings import show_pipeline_findings
 from .status import grouped_columns, row_json, total_table
 
 _BY_STAGE: Final = "stage"
-_FINISHED: Final = "finished"
 
 
-def show_pipeline_status(path: Path, as_json: bool) -> None:
+def show_pipeline_status(path: Path, as_json: bool, stage: str | None = None) -> None:
     """Show the progress of a pipeline, one row for each stage.
+
+    Args:
+        path: Its folder.
+        as_json: Print JSON.
+        stage: Show only this stage.
 
     Raises:
         ConfigurationError: The settings cannot be read, e.g. because a variable is not set.
@@ -35,10 +49,13 @@ def show_pipeline_status(path: Path, as_json: bool) -> None:
     """
     folder = open_folder(path)
     about = folder.read_provenance()
-    found = read_pipeline(folder, load_config(folder.settings))
+    found = whole = read_pipeline(folder, load_config(folder.settings))
+    if stage is not None:
+        found = replace(whole, stages=tuple(s for s in whole.stages if s.stage.name == stage))
     state = read_state(folder, about)
     budget = read_budget(folder, found.cost)
-    command = _next_command(folder, about, found, budget)
+    command = find_next_command(folder, about, whole, budget)
+    counts = found.count_questions()
     if as_json:
         print_json(
             {
@@ -46,6 +63,8 @@ def show_pipeline_status(path: Path, as_json: bool) -> None:
                 "name": about["name"],
                 "state": state,
                 "simulated": about["simulated"],
+                "model": find_models(folder, about),
+                **counts,
                 "stages": [stage.to_json() for stage in found.stages],
                 **found.cost.to_json(),
                 "budget": budget,
@@ -59,29 +78,35 @@ def show_pipeline_status(path: Path, as_json: bool) -> None:
         console.print(Text("simulated: true", style="bold"))
     for part in make_table(_columns(found), console.width):
         console.print(part)
+    show_pipeline_findings(found, bool(about["simulated"]), console)
     print_messages([f"state: {state}", *describe_cost(found.cost, budget)])
-    for name, limit in budget.items():
-        print_messages([f"budget.{name}: {limit['spent']:,g} of {limit['cap']:,g}"])
+    print_messages(
+        f"{where}budget.{name}: {limit['spent']:,g} of {limit['cap']:,g}"
+        for where, limits in _list_budgets(found, budget)
+        for name, limit in limits.items()
+    )
     if found.failed:
         print_messages([f"failures with examples: fanfold failures {shlex.quote(str(path))}"])
     if command is not None:
         print_message(console, f"continue with: {command}")
 
 
-def _next_command(
-    folder: RunFolder, about: dict[str, Any], found: PipelineState, budget: dict[str, Any]
-) -> str | None:
-    if folder.is_in_use() or found.is_finished:
-        return None
-    last = about["sessions"][-1] if about["sessions"] else {}
-    options = ""
-    if last.get("exit_code") == EXIT_BUDGET:
-        options = "".join(f" --budget-{name.replace('_', '-')} N" for name in budget)
-    return f"fanfold resume {shlex.quote(str(folder.path))}{options}"
+def _list_budgets(
+    found: PipelineState, budget: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the budget of the pipeline, and those of stages that have begun, with their names."""
+    yield "", budget
+    for one in found.stages:
+        if one.state != "waiting":
+            yield f"stage {one.stage.name}: ", read_stage_budget(one)
 
 
 def _columns(found: PipelineState) -> list[Column]:
     rows = list(_iter_rows(found))
+    counts = found.count_questions()
+    usage = UsageTotals.total(one.usage for one in found.stages)
+    sums = (counts["items"], counts["done"], counts["failed"], usage.requests, usage.tokens)
+    rows.append(("all questions", "", *(f"{number:,}" for number in sums), ""))
     return [
         Column("stage", [row[0] for row in rows], is_key=True),
         Column("state", [row[1] for row in rows]),
@@ -112,8 +137,8 @@ def _iter_rows(found: PipelineState) -> Iterator[tuple[str, ...]]:
         )
         for number, run in enumerate(one.runs if operator is not None else (), start=1):
             yield (
-                f"  {number} {run.level}",
-                _FINISHED if run.is_finished else "begun",
+                f"{one.stage.name}/{number} ({run.level})",
+                FINISHED if run.is_finished else "begun",
                 f"{run.items:,}",
                 f"{run.done:,}",
                 f"{run.failed:,}",
@@ -173,7 +198,7 @@ def show_pipeline_cost(path: Path, by: str | None, as_json: bool) -> None:
 def _group(folder: RunFolder, by: str) -> dict[str, UsageTotals]:
     """Return the usage of all runs of a pipeline by a key."""
     groups = dict[str, UsageTotals]()
-    for run in list_runs(folder):
+    for run in list_stage_runs(folder):
         about = run.read_provenance()
         ids, items = get_run_ids(about), about["input"]["items"]
         for key, spent in group_usage(run.journal, ids, items, by, about["model"]).by_key.items():
@@ -194,7 +219,7 @@ def show_stage_failures(
         show_failures(find_run(path, stage), error_class, as_json)
         return
     folder = open_folder(path)
-    failed = [one for one in list_runs(folder) if _count_failed(one, error_class)]
+    failed = [one for one in list_stage_runs(folder) if _count_failed(one, error_class)]
     if not failed:
         which = "" if error_class is None else f" with {error_class}"
         print_messages([f"{path}: no item failed{which}"])

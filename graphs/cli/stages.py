@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from ...backends.budget.cost import describe_cost, read_budget
 from ...backends.core.errors import (
     EXIT_BUDGET,
     EXIT_INTERRUPTED,
     ConfigurationError,
-    JournalError,
 )
-from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
+from ...backends.storage.run_folder import (
+    RunFolder,
+    is_vacant,
+    open_folder,
+    read_aggregate,
+    write_bytes,
+)
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.resolve import Overrides
 from ...configs.serialize import to_yaml
@@ -26,11 +29,11 @@ from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, open_message_console, print_json, print_messages
 from ..run.pipeline import prepare_pipeline
-from ..run.pipeline_report import StageState, describe_stages
+from ..run.pipeline_report import StageState, describe_stages, list_raise_options
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
-from .format import show_aggregate
 from .options import OutputMode
+from .stage_findings import show_pipeline_findings
 
 
 def check_pipeline_options(overrides: Overrides) -> None:
@@ -120,7 +123,6 @@ def _write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
 def print_pipeline_result(result: PipelineResult, output: OutputMode) -> int:
     """Print how a session of a pipeline ended; return the exit code."""
     last = result.state.last
-    aggregate = _read_aggregate(last)
     budget = read_budget(result.folder, result.state.cost)
     if output.as_json:
         print_json(
@@ -132,13 +134,13 @@ def print_pipeline_result(result: PipelineResult, output: OutputMode) -> int:
                 **result.state.cost.to_json(),
                 "budget": budget,
                 "seconds": result.seconds,
-                "aggregate": aggregate,
+                "aggregate": read_aggregate(last.stage.folder),
                 "exit_code": result.exit_code,
             }
         )
         return result.exit_code
-    if not output.quiet and result.reason is None:
-        show_aggregate(aggregate, result.simulated, Terminal())
+    if not output.quiet:
+        show_pipeline_findings(result.state, result.simulated, Terminal())
     print_messages(list(_last_lines(result, last, budget)))
     return result.exit_code
 
@@ -151,7 +153,7 @@ def _last_lines(result: PipelineResult, last: StageState, budget: dict[str, Any]
     yield from describe_cost(result.state.cost, budget)
     path = shlex.quote(str(result.folder.path))
     if result.exit_code == EXIT_BUDGET:
-        options = " ".join(f"--budget-{name.replace('_', '-')} N" for name in budget)
+        options = " ".join(list_raise_options(result.state, budget))
         yield f"Paused in stage {last.stage.name}: {result.reason}"
         yield f"Resume with a higher limit: fanfold resume {path} {options}".rstrip()
     elif result.exit_code == EXIT_INTERRUPTED:
@@ -161,19 +163,3 @@ def _last_lines(result: PipelineResult, last: StageState, budget: dict[str, Any]
         yield f"Results of stage {last.stage.name}: {last.stage.folder.results}"
         if result.state.failed:
             yield f"Failed items, with remedies and examples: fanfold failures {path}"
-
-
-def _read_aggregate(last: StageState) -> list[dict[str, Any]]:
-    """Return the aggregate of the last stage that has begun; empty before its end.
-
-    Raises:
-        JournalError: The file is damaged.
-    """
-    path = last.stage.folder.aggregate
-    try:
-        found: list[dict[str, Any]] = orjson.loads(path.read_bytes())["aggregate"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JournalError(f"{path}: cannot be read: {error}") from None
-    return found

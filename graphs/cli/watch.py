@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +14,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ...backends.core.errors import ConfigurationError, JournalError
+from ...backends.core.errors import JournalError
 from ...backends.storage.run_folder import RunFolder, open_folder, read_state
 from ..run.console import Terminal, fill_lines, format_count, print_json
+from ..run.stage_folder import describe_stage, list_stage_runs
 from .format import Column, format_cell, format_duration, make_table
 from .runs import read_counts
 
@@ -96,6 +96,7 @@ class _RunView:
     """A run at one moment."""
 
     folder: str
+    stage: str | None
     name: str
     state: str
     model: str
@@ -115,19 +116,13 @@ def watch_run(path: Path, as_json: bool) -> None:
 
     A run that no process works on is shown once; so is any run if standard output is no terminal.
 
+    Of a pipeline, the stage or level that was begun last is shown.
+
     Raises:
-        ConfigurationError: The folder is no run folder, or that of a pipeline.
+        ConfigurationError: The folder is no run folder.
         JournalError: The timeline or the journal is damaged.
     """
     folder, console = open_folder(path), Terminal()
-    if folder.is_pipeline:
-        shown = shlex.quote(str(path))
-        msg = (
-            f"{path}: a pipeline has no timeline of its own; fanfold status {shown} "
-            "shows its stages. Watch a stage, or a level of an operator, by its folder: fanfold "
-            f"watch {shlex.quote(str(path / 'stages'))}/NAME, or …/NAME/levels/1"
-        )
-        raise ConfigurationError(msg)
     if as_json:
         print_json(_to_json(_read_view(folder)))
     elif not console.is_terminal or console.is_dumb_terminal:
@@ -153,14 +148,20 @@ def _follow(folder: RunFolder, console: Console) -> None:
 
 
 def _read_view(folder: RunFolder) -> _RunView:
+    stage, state = None, str(read_state(folder, folder.read_provenance()))
+    if folder.is_pipeline and (runs := list_stage_runs(folder)):
+        folder, shown = runs[-1], folder.path
+        stage = describe_stage(folder)
+    else:
+        shown = folder.path
     about = folder.read_provenance()
-    state = read_state(folder, about)
     last = about["sessions"][-1] if about["sessions"] else {}
-    done, failed, _ = read_counts(folder, about, {} if state == "running" else last)
+    done, failed, _ = read_counts(folder, about, {} if folder.is_in_use() else last)
     return _RunView(
-        folder=str(folder.path),
+        folder=str(shown),
+        stage=stage,
         name=str(about["name"]),
-        state=str(state),
+        state=state,
         model=str(about["model"]),
         simulated=about["simulated"],
         items=int(about["input"]["items"]),
@@ -312,6 +313,7 @@ def _head(view: _RunView, width: int) -> Iterator[Text]:
     words = [
         *(["SIMULATED"] if view.simulated else []),
         format_cell(view.folder, None).plain,
+        *([f"stage {view.stage}"] if view.stage else []),
         format_cell(view.state, None).plain,
         f"{items}/{format_count(view.items)} items",
         *([f"{format_count(view.failed)} failed"] if view.failed else []),

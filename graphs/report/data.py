@@ -17,7 +17,7 @@ from ...backends.budget.cost import Cost, read_cost
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.fields import FieldPath
 from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_sessions
-from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_evaluation, read_state
 from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
@@ -107,15 +107,15 @@ def read_report(folder: RunFolder) -> ReportData:
         evaluation = read_evaluation(folder) or {}
         if refused := evaluation.get("refused"):
             notices.append(f"No evaluation: {refused}")
+        aggregate, report = _read_aggregate(folder)
         findings = [
+            *_make_operator_findings(report),
             *make_evaluations(evaluation.get("evaluations") or (), charts),
-            *maker.make(_read_aggregate(folder)),
+            *maker.make(aggregate),
         ]
         failures = describe_failures(folder, source.journal, source.store)
         cost = read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
         if lost := list_lost_files(folder.journal):
-            from ..run.open_run import describe_lost_files  # noqa: PLC0415 - imports LangGraph
-
             notices.append(describe_lost_files(lost, source.journal))
         prompt = None if source.prompts is None else source.prompts.prompt
     if charts is None:
@@ -210,14 +210,32 @@ def _find_smiles(settings: Mapping[str, Any]) -> frozenset[str]:
     return SMILES_NAMES | ({named.casefold()} if isinstance(named, str) else set())
 
 
-def _read_aggregate(folder: RunFolder) -> list[dict[str, Any]]:
+def _read_aggregate(folder: RunFolder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the aggregate of a run, and the report of its operator if it has one."""
     try:
-        found = orjson.loads(folder.aggregate.read_bytes())["aggregate"]
+        found = orjson.loads(folder.aggregate.read_bytes())
+        aggregate, report = list(found["aggregate"]), dict(found.get("report") or {})
     except FileNotFoundError:  # the run has not ended
-        return []
+        return [], {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JournalError(f"{folder.aggregate}: cannot be read: {error}") from error
-    return [one for one in found if isinstance(one, dict)]
+    return [one for one in aggregate if isinstance(one, dict)], report
+
+
+def _make_operator_findings(report: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what the operator of a stage has found out about its results."""
+    if not report:
+        return
+    notes = [str(line) for line in report.get("lines") or ()]
+    facts = {name: value for name, value in report.items() if name not in ("op", "lines")}
+    yield Finding(
+        f"Operator {report.get('op')}",
+        "; ".join(notes),
+        head=("fact", "value"),
+        rows=[(name.replace("_", " "), to_text(value)) for name, value in facts.items()],
+        numbers=(False, True),
+        is_open=not notes,
+    )
 
 
 def _shorten_failure(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,13 +161,14 @@ def list_endpoints(data: ReportData) -> list[list[str]]:
 def list_commands(data: ReportData) -> list[tuple[str, str]]:
     """Return commands that export, repeat and extend the run."""
     path = shlex.quote(os.fspath(data.folder))
+    settings = shlex.quote(os.fspath(data.folder / "run.yaml"))
     command = data.about["sessions"][0].get("command") if data.about["sessions"] else None
     begun = [("Begun with", shlex.join(map(str, command)))] if command else []
     return [
         *begun,
         ("All results", f"fanfold results {path} -o results.csv"),
-        ("Repeat", f"fanfold run {shlex.quote(str(data.folder / 'run.yaml'))} --out NEW"),
-        ("Extend", f"fanfold run NEW.yaml --from {path}"),
+        ("Repeat", f"fanfold run {settings} --out NEW"),
+        ("Extend", f"fanfold run {settings} --from {path} --out NEW"),
         ("This page", f"fanfold report {path}"),
     ]
 

@@ -58,8 +58,7 @@ from ...configs.loader import LoadedConfig, read_settings
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
 from .final_reducers import check_final_reducers
-from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
-from .items import check_item_graph
+from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
 from .result_rows import make_result_layout
 
@@ -131,7 +130,12 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
             first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
             problem = None if first[1] else _find_problem(config, summary.first)
             longest, unlimited = _find_limits(config, store)
-            layout = make_result_layout(config.task.answer_schema, store, fold=config.make_fold())
+            layout = make_result_layout(
+                config.task.answer_schema,
+                store,
+                fold=config.make_fold(),
+                certain=config.task.certainty is not None,
+            )
             evaluated = _check_gold_values(config, store)
     return Sample(
         summary, rendered, first[0].id, first[1], problem, longest, unlimited, layout, evaluated
@@ -287,7 +291,10 @@ async def estimate_run(
         ConfigurationError: A setting is wrong, or no endpoint serves the model.
     """
     check_input_setting(loaded)
-    check_item_graph(loaded.config)
+    if loaded.config.task.graph is not None:
+        from .item_engine import check_item_graph  # noqa: PLC0415 - imports LangGraph
+
+        check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)
@@ -300,7 +307,8 @@ async def estimate_run(
         if cost is None and config.budget.usd is not None:
             problem = describe_missing_price(config, ready.model, ready.simulated)
         if like is not None:
-            seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
+            limit = AnswerLimit(config.model.max_tokens)
+            seen = await asyncio.to_thread(read_item_stats, like, ready.simulated, limit)
         sampled = await asyncio.to_thread(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
         await check_final_reducers(loaded, sampled.layout)

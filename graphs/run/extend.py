@@ -22,15 +22,15 @@ from ...backends.core.types import Item, Json, Message, Row, find_row_id
 from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
+from ...configs.models import RunConfig
 from ...configs.raw_settings import get_at_path
 from ...nodes.shard.record import ItemDigests
 from .estimate import count_nodes, make_run_plan
-from .forecast import Forecast, Range, RunPlan, forecast, measure_items
-from .open_run import describe_lost_files
+from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, measure_items
 from .prepare import compute_question_digest
 
 logger = logging.getLogger(__name__)
@@ -282,6 +282,10 @@ def _get_deciding(settings: Mapping[str, Any], section: str) -> Any:
     return {key: value for key, value in found.items() if key not in _NO_EFFECT[section]}
 
 
+def _is_truncated(record: Mapping[str, Any]) -> bool:
+    return record.get("error_class") == TruncatedAnswerError.__name__
+
+
 @dataclass(slots=True)
 class _Matcher:
     """Finds the items of a new run among those of another one.
@@ -297,6 +301,7 @@ class _Matcher:
         ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
         plan: What has been found so far.
         prompts: Estimated tokens of the prompts to ask.
+        truncated: Finished items to ask again whose answers were truncated.
     """
 
     items: ItemStore
@@ -309,6 +314,7 @@ class _Matcher:
     ask_again: str | None
     plan: ExtensionPlan
     prompts: array[float] = field(default_factory=lambda: array("d"))
+    truncated: int = 0
 
     def match(self, lo: int) -> list[dict[str, Json]]:
         """Return the records to take over for the items from ``lo``, as many as a batch has."""
@@ -362,6 +368,7 @@ class _Matcher:
             return None
         if self._is_asked_again(record):
             plan.again += 1
+            self.truncated += _is_truncated(record)
             return None
         is_done = record["status"] == "done"
         plan.done, plan.failed = plan.done + is_done, plan.failed + (not is_done)
@@ -370,8 +377,7 @@ class _Matcher:
     def _is_asked_again(self, record: Mapping[str, Any]) -> bool:
         if self.ask_again == "all" or record["status"] == "done":
             return self.ask_again == "all"
-        is_cut = record.get("error_class") == TruncatedAnswerError.__name__
-        return self.ask_again == "failed" or (self.ask_again == "cut" and is_cut)
+        return self.ask_again == "failed" or (self.ask_again == "cut" and _is_truncated(record))
 
     def _adopt(self, record: dict[str, Any], item: Item) -> dict[str, Json]:
         """Return the record of an item that this run did not ask: it cost nothing here."""
@@ -396,5 +402,14 @@ class _Matcher:
             first = Range.from_sample(self.prompts, plan.asked)
             nodes = count_nodes(config, ())
             plan.plan = make_run_plan(config, plan.asked, first, read_price(about), nodes)
-            plan.forecast = forecast(plan.plan, measure_items(self.journal, self.total, plan.path))
+            measured = measure_items(self.journal, self.total, plan.path, self._find_limit(config))
+            plan.forecast = forecast(plan.plan, measured)
         return plan
+
+    def _find_limit(self, config: RunConfig) -> AnswerLimit:
+        """Return the limit of answers, and the share of truncated ones among what is asked."""
+        cut = self.journal.count_failures().get(TruncatedAnswerError.__name__, 0)
+        counts = self.journal.count_items()
+        like_all = (self.plan.asked - self.plan.again) * cut / max(1, counts.done + counts.failed)
+        share = (self.truncated + like_all) / max(1, self.plan.asked)
+        return AnswerLimit(config.model.max_tokens, share)

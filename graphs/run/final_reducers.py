@@ -51,7 +51,9 @@ def read_layout(loaded: LoadedConfig, folder: RunFolder) -> ResultLayout:
     """
     with ItemStore(folder.items) as store:
         fold = loaded.config.make_fold()
-        return make_result_layout(loaded.config.task.answer_schema, store, fold=fold)
+        task = loaded.config.task
+        certain = task.certainty is not None
+        return make_result_layout(task.answer_schema, store, fold=fold, certain=certain)
 
 
 async def check_final_reducers(loaded: LoadedConfig, layout: ResultLayout) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from ...backends.budget.pricing import Price
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import ConfigurationError, TruncatedAnswerError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, BudgetLimits
 from ...backends.core.types import Usage
 from ...backends.storage.journal import Journal
@@ -95,6 +95,51 @@ _READ: Final = 5000
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerLimit:
+    """The limit of answers for which measured items are an estimate.
+
+    Attributes:
+        max_tokens: Most tokens of an answer.
+        truncated: Share of the items to estimate whose answers were truncated when they were
+            measured; None: the same share as of the measured items.
+    """
+
+    max_tokens: int
+    truncated: float | None = None
+
+    def estimate_completion(self, records: Sequence[dict[str, Any]], measured: Range) -> Range:
+        """Return the completion tokens per item under this limit.
+
+        A truncated answer has at least the tokens that it had, and at most those of the limit.
+        Lengths are taken as exponential, because that is the distribution whose mean rest beyond
+        any length is estimated without longer answers: all tokens by the number of whole answers.
+
+        Args:
+            records: The measured items.
+            measured: Their completion tokens per item.
+        """
+        cut, others = list[dict[str, Any]](), list[float]()
+        for one in records:
+            if one["error_class"] == TruncatedAnswerError.__name__:
+                cut.append(one)
+            else:
+                others.append(one["completion_tokens"])
+        share = len(cut) / max(1, len(records)) if self.truncated is None else self.truncated
+        if not cut or not share:
+            return measured
+        whole = [one["completion_tokens"] for one in records if one["status"] == "done"]
+        rest = math.inf
+        if whole:
+            rest = (sum(whole) + sum(one["completion_tokens"] for one in cut)) / len(whole)
+        most = [one["requests"] * self.max_tokens for one in cut]
+        least = [min(one["completion_tokens"], m) for one, m in zip(cut, most, strict=True)]
+        likely = [min(one + rest, m) for one, m in zip(least, most, strict=True)]
+        low, mean, high = (math.fsum(values) / len(cut) for values in (least, likely, most))
+        kept = Range.from_sample(others, sys.maxsize)
+        return Range(low, mean, high) * Range.exact(share) + kept * Range.exact(1 - share)
+
+
+@dataclass(frozen=True, slots=True)
 class ItemStats:
     """Measurements of a number of items.
 
@@ -153,7 +198,12 @@ class ItemStats:
 
     @classmethod
     def from_records(
-        cls, records: Iterable[dict[str, Any]], total: int, source: str, step: int = 1
+        cls,
+        records: Iterable[dict[str, Any]],
+        total: int,
+        source: str,
+        step: int = 1,
+        limit: AnswerLimit | None = None,
     ) -> ItemStats | None:
         """Summarize journal records; return None if none of the items had a request.
 
@@ -162,6 +212,7 @@ class ItemStats:
             total: Size of the population that they are a sample of.
             source: Description of their source.
             step: Number of items that each record represents.
+            limit: The limit of answers to estimate for; None is that of the records.
         """
         called = [record for record in records if record["requests"]]
         if not called:
@@ -172,18 +223,26 @@ class ItemStats:
         def mean(name: str, of: Sequence[dict[str, Any]]) -> Range:
             return Range.from_sample([record.get(name) or 0 for record in of], total)
 
+        completion = mean("completion_tokens", reported)
+        completion = _widen_rare(completion, len(reported), total)
+        latency = Range.from_sample(latencies, total)
+        if limit is not None:
+            measured = completion
+            completion = limit.estimate_completion(reported, measured)
+            if completion != measured and measured.likely:  # a longer answer takes longer
+                latency *= completion.map(lambda tokens: tokens / measured.likely)
         return cls(
             items=len(called),
             failed=dict(Counter(r["error_class"] for r in called if r["status"] == "failed")),
             requests=_widen_rare(mean("requests", called), len(called), total),
             repairs=_widen_rare(mean("repairs", called), len(called), total, 1.0),
             prompt=_widen_rare(mean("prompt_tokens", reported), len(reported), total),
-            completion=_widen_rare(mean("completion_tokens", reported), len(reported), total),
+            completion=completion,
             lost=mean("lost_tokens", called),
             dollars=_widen_rare(
                 mean("nano_usd", called).map(lambda n: n / NANO_PER_USD), len(called), total
             ),
-            latency=Range.from_sample(latencies, total),
+            latency=latency,
             in_flight=step * _flight(called),
             latencies=(_quantile(latencies, 0.5), _quantile(latencies, 0.95)),
             usage=_sum(reported),
@@ -226,12 +285,13 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def read_item_stats(path: Path, simulated: bool) -> ItemStats:
+def read_item_stats(path: Path, simulated: bool, limit: AnswerLimit) -> ItemStats:
     """Return measurements of the finished items of a run; blocks.
 
     Args:
         path: The run's folder; the run need not be finished.
         simulated: Require simulated answers if True, real ones if False.
+        limit: The limit of answers to estimate for.
 
     Raises:
         ConfigurationError: There is no run or no finished item, or the answers are of the other
@@ -248,20 +308,21 @@ def read_item_stats(path: Path, simulated: bool) -> ItemStats:
         raise ConfigurationError(msg)
     total = about["input"]["items"]
     with Journal(folder.journal, get_run_ids(about), total) as journal:
-        found = measure_items(journal, total, path)
+        found = measure_items(journal, total, path, limit)
     if found is None:
         msg = f"--like {path}: no item of this run has a request yet"
         raise ConfigurationError(msg)
     return found
 
 
-def measure_items(journal: Journal, total: int, path: Path) -> ItemStats | None:
+def measure_items(journal: Journal, total: int, path: Path, limit: AnswerLimit) -> ItemStats | None:
     """Return measurements of finished items; None if none of them had a request.
 
     Args:
         journal: The journal of their run.
         total: Number of items of the run.
         path: The run's folder.
+        limit: The limit of answers to estimate for.
 
     Raises:
         JournalError: The journal is damaged.
@@ -269,7 +330,8 @@ def measure_items(journal: Journal, total: int, path: Path) -> ItemStats | None:
     ended = [index for index in range(total) if journal.is_finished(index)]
     step = max(1, len(ended) // _READ)
     records = [journal.read_record(index) for index in ended[::step]]
-    return ItemStats.from_records(records, sys.maxsize, f"{len(ended):,} items of {path}", step)
+    source = f"{len(ended):,} items of {path}"
+    return ItemStats.from_records(records, sys.maxsize, source, step, limit)
 
 
 _REPAIR: Final = 60

@@ -83,14 +83,14 @@ class ProgressLine:
 
     def __str__(self) -> str:
         """Return the current state as one line, however long."""
-        return self._parts().join("SIMULATED" if self._tools.simulated else "")
+        return self._parts().join(self._mark())
 
     def render(self, width: int) -> RenderableType:
         """Return a bar with lines below it; no line is longer than the terminal is wide."""
         progress = self._tools.progress
         ended, total = progress.done + progress.failed, progress.total
         parts = self._parts()
-        mark = f"SIMULATED{_BLANK}" if self._tools.simulated else ""
+        mark = f"{mark}{_BLANK}" if (mark := self._mark()) else ""
         percent = 100 * ended // total if total else 100  # 100 % only if all have ended
         counts = f"{_BLANK}{percent:3} %{_BLANK}{format_count(ended)}/{format_count(total)}"
         room = width - len(mark) - len(counts)
@@ -102,6 +102,11 @@ class ProgressLine:
             row.add_row(Text(f"{mark}{counts.strip()}"))
         lines = [*fill_lines(parts.below(), width), *self._failures(width)]
         return Group(row, *(Text(line, no_wrap=len(line) <= width) for line in lines))
+
+    def _mark(self) -> str:
+        """Return the stage of a pipeline, and whether the answers are simulated."""
+        marks = [self._tools.stage, "SIMULATED" if self._tools.simulated else ""]
+        return _BLANK.join(filter(None, marks))
 
     def _failures(self, width: int) -> list[str]:
         """Return how many items failed, by error class."""

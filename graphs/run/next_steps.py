@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator, Mapping
+from itertools import count
 from typing import Any, Final
 
 from ...backends.budget.cost import Cost, read_budget
-from ...backends.core.errors import EXIT_BUDGET
+from ...backends.core.errors import EXIT_BUDGET, TruncatedAnswerError
 from ...backends.core.remedies import find_remedy
+from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
-from ...backends.storage.run_folder import RunFolder
+from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 
@@ -48,16 +50,69 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
     if any(find_remedy(name).is_retry for name in classes):
         when = "when the run has ended, retry" if running else "retry"
         yield f"{when} failed items with: {retry_command(folder)}"
-    if fixed := [name for name in classes if not find_remedy(name).is_retry]:
+    fixed = [name for name in classes if not find_remedy(name).is_retry]
+    if TruncatedAnswerError.__name__ in fixed and (command := longer_answers_command(folder)):
+        yield f"{TruncatedAnswerError.__name__}: ask again with a higher limit: {command}"
+        fixed.remove(TruncatedAnswerError.__name__)
+    if fixed:
         yield f"{', '.join(fixed)}: {_describe_new_run(folder)}"
 
 
 def _describe_new_run(folder: RunFolder) -> str:
     """Return how a remedy that needs a new run is applied; requests cannot be taken over."""
-    if get_at_path(read_settings(folder.settings).data, ("input", "format")) == "openai_batch":
+    if _read_setting(folder, "input", "format") == "openai_batch":
         return "the remedy needs a new run in another folder"
-    command = f"fanfold run NEW.yaml --from {shlex.quote(str(folder.path))}"
-    return f"change the settings or the input, and extend the run: {command}"
+    options = _extend_options(folder)
+    settings = shlex.quote(str(folder.settings))
+    command = f"fanfold run {settings} {options} --ask-again failed"
+    return (
+        f"correct the input, or change a setting with --set KEY=VALUE or in a copy of {settings}, "
+        f"and extend the run: {command}"
+    )
+
+
+def longer_answers_command(folder: RunFolder) -> str | None:
+    """Return the command that asks truncated answers again with twice the tokens.
+
+    Returns:
+        None if the items are requests, each with a limit of its own, or the limit is unknown.
+    """
+    limit = _read_setting(folder, "model", "max_tokens")
+    if _read_setting(folder, "input", "format") == "openai_batch" or not isinstance(limit, int):
+        return None
+    settings, options = shlex.quote(str(folder.settings)), _extend_options(folder)
+    return f"fanfold run {settings} --set model.max_tokens={2 * limit} {options}"
+
+
+def _extend_options(folder: RunFolder) -> str:
+    """Return the options that extend a run in a folder beside it that does not exist yet."""
+    path = folder.path
+    beside = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    new = next(one for one in beside if not one.exists())
+    return f"--from {shlex.quote(str(path))} --out {shlex.quote(str(new))}"
+
+
+def _read_setting(folder: RunFolder, section: str, name: str) -> Any:
+    return get_at_path(read_settings(folder.settings).data, (section, name))
+
+
+def truncated_notice(folder: RunFolder) -> str | None:
+    """Return a warning if retried items would be truncated at the same limit again; blocks.
+
+    Raises:
+        JournalError: The journal is damaged.
+    """
+    about = folder.read_provenance()
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+        failed = journal.count_failures().get(TruncatedAnswerError.__name__, 0)
+    command = longer_answers_command(folder) if failed else None
+    if command is None:
+        return None
+    limit = _read_setting(folder, "model", "max_tokens")
+    return (
+        f"WARNING: {failed:,} truncated answers are asked again with the same model.max_tokens "
+        f"({limit:,}) and will likely be truncated again; ask them with a higher limit: {command}"
+    )
 
 
 def retry_command(folder: RunFolder) -> str:

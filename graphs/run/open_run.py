@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,12 @@ from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.images import open_images
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal, list_lost_files, write_extents
+from ...backends.storage.journal import (
+    Journal,
+    describe_lost_files,
+    list_lost_files,
+    write_extents,
+)
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -50,24 +55,17 @@ from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
 from ...nodes.context import no_account
-from ...nodes.item.steps import ItemStep
+from ...nodes.item.item_state import ItemState
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
-from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.deployments import follow_deployments
 from ..remote.heartbeat import stop_earlier_workers
 from ..remote.task_template import TaskTemplate, make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .batch_output import write_batch_output
-from .items import (
-    ItemEngine,
-    RunItem,
-    choose_steps,
-    is_run_by_engine,
-    is_small_batch,
-    make_item_runner,
-)
+from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
+from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
 from .prepare import (
     check_requests,
@@ -76,10 +74,9 @@ from .prepare import (
     ensure_run_identity,
 )
 from .result_rows import ResultSource, make_result_layout
+from .shard_plan import is_small_batch
 from .shutdown import close_at_deadline
 from .timeline import record_timeline, write_timeline
-
-_SHOWN_FILES: Final = 3
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +93,6 @@ class OpenOptions:
             that failed in an earlier superstep of the invocation have already been retried. None
             does not retry failed items.
         progress_streams: By run folder, its progress stream; kept between openings.
-        make_engine: Returns a function that runs one item's steps with LangGraph's engine.
         work_shard: The function that workers run.
         deadline: End of the session, or None.
     """
@@ -105,7 +101,6 @@ class OpenOptions:
     embedded: bool
     retry_before: dict[Path, int] | None
     progress_streams: dict[Path, ProgressStream]
-    make_engine: Callable[[Mapping[str, ItemStep]], ItemEngine]
     work_shard: WorkShard
     deadline: Walltime | None = None
 
@@ -233,6 +228,7 @@ async def open_run(
             fleet=fleet,
             batches=batches,
             stage=files.stage,
+            make_item_variables=make_item_variables,
         )
         if journal.count_items().open:
             logs = open_spend_logs(folder, get_run_ids(files.provenance))
@@ -310,7 +306,7 @@ def _make_item_runner(
     """Return the function that runs an item of this process, by LangGraph's engine if watched."""
     config, trace = loaded.config, options.trace
     by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
-    engine = options.make_engine(choose_steps(config)) if by_engine else None
+    engine = make_item_engine(choose_steps(config)) if by_engine else None
     quiet = not is_small_batch(total) and not trace
     images = open_images(config)
     return make_item_runner(loaded, fleet, model, engine, quiet, images=images)
@@ -424,19 +420,6 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
         )
 
 
-def describe_lost_files(lost: Sequence[str], journal: Journal) -> str:
-    """Return what it means for a run that files of its journal are missing, in words."""
-    shown = "; ".join(lost[:_SHOWN_FILES])
-    more = f"; and {len(lost) - _SHOWN_FILES} more" if len(lost) > _SHOWN_FILES else ""
-    counts = journal.count_items()
-    total = counts.done + counts.failed + counts.open
-    return (
-        f"{shown}{more}. Items whose only record was there are asked and paid again: "
-        f"{counts.open:,} of {total:,} items are open. To keep their answers, put the files back "
-        "while no session runs"
-    )
-
-
 def _record_extents(folder: RunFolder, journal: Journal) -> None:
     try:
         write_extents(folder.journal, journal.extents())
@@ -501,10 +484,13 @@ def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> Re
         JournalError: A file cannot be written.
     """
     schema, fold = loaded.config.task.answer_schema, tools.fold
-    layout = make_result_layout(schema, tools.store, fold=fold)
+    certain = loaded.config.task.certainty is not None
+    layout = make_result_layout(schema, tools.store, fold=fold, certain=certain)
     source = ResultSource(tools.item_journal, tools.store, layout, tools.is_priced, fold=fold)
     _write_results_and_evaluation(folder, loaded.config, source, tools.simulated)
-    layout = make_result_layout(schema, tools.store)  # each failed sample has a row
+    layout = make_result_layout(
+        schema, tools.store, certain=certain
+    )  # each failed sample has a row
     samples = replace(source, layout=layout, fold=None)
     with replace_file(folder.failures) as file:
         write_jsonl(samples.iter_rows("failed"), file, layout)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import orjson
 
-from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
+from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
 from ...backends.discovery.connect import ReadyEndpoints
 from ...backends.discovery.node_local import ready_endpoints
@@ -45,10 +47,12 @@ from ...backends.storage.run_folder import (
     write_json,
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
+from ...configs.models import BATCH_PROMPT
 from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
 from ...nodes.operators import (
     Answer,
+    Cascade,
     LevelTask,
     Operator,
     OperatorEnd,
@@ -68,16 +72,18 @@ from .prepare import (
     resume_run,
 )
 from .result_rows import ResultSource, make_result_layout
-from .stage_folder import list_levels
+from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
+from .stage_tokens import StageTokens
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
 
 FINISHED: Final = "finished"
-_OPERATOR_FILE: Final = "operator.json"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
+_CAUTION: Final = 1.15
+"""Factor on estimated tokens, so that texts are seldom longer than their estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ class Stage:
         loaded: The same as the settings of a run.
         source: Name of the stage whose results are its items; None for the input.
         folder: Its folder.
+        small: The settings of the small model's levels, if the stage is a cascade.
     """
 
     number: int
@@ -97,6 +104,7 @@ class Stage:
     loaded: LoadedConfig
     source: str | None
     folder: RunFolder
+    small: LoadedConfig | None = None
 
     @property
     def name(self) -> str:
@@ -125,7 +133,16 @@ class Stage:
     def make_operator(self) -> Operator:
         """Return the operator."""
         assert self.config.operator is not None, "the stage has an operator"
-        return make_operator(self.config.operator.model_dump())
+        settings = self.config.operator.model_dump()
+        if self.config.cascade is not None:
+            settings |= {"task": self.loaded.raw["task"], "names": list_columns(self.loaded)}
+        return make_operator(settings)
+
+
+def list_columns(loaded: LoadedConfig) -> tuple[str, ...]:
+    """Return the columns that a task uses: those of its prompt and its images."""
+    images = loaded.config.task.images
+    return (*loaded.config.parse_prompt().columns, *(images.columns if images else ()))
 
 
 def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
@@ -135,17 +152,17 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
         loaded: Its settings.
         root: Its folder.
     """
-    stages = loaded.config.stages or []
-    return [
-        Stage(
-            number,
-            config,
-            load_stage(loaded, number),
-            find_source(stages, number),
-            RunFolder(root / "stages" / config.name),
-        )
-        for number, config in enumerate(stages)
-    ]
+    stages, found = loaded.config.stages or [], list[Stage]()
+    for number, config in enumerate(stages):
+        folder = RunFolder(root / "stages" / config.name)
+        source = find_source(stages, number)
+        stage = Stage(number, config, load_stage(loaded, number), source, folder)
+        operator = None if config.cascade is None else stage.make_operator()
+        if isinstance(operator, Cascade):
+            changes = _level_settings(stage, operator.make_small_task())
+            stage = replace(stage, small=load_stage(loaded, number, changes))
+        found.append(stage)
+    return found
 
 
 def is_finished(folder: RunFolder) -> bool:
@@ -179,7 +196,9 @@ async def prepare_pipeline(
     """
     check_input_setting(loaded, items)
     for stage in list_stages(loaded, path):
-        check_endpoints(stage.loaded)
+        for one in (stage.loaded, stage.small):
+            if one is not None:
+                check_endpoints(one)
     making = create_folder(path)
     folder = await asyncio.to_thread(making.__enter__)
     try:
@@ -266,9 +285,11 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
             )
             raise ConfigurationError(f"{loaded.source}: {msg}")
         if operator is not None:
-            answer = dict(operator.result_schema)
-            if not operator.passes_columns:
-                schema = {"type": "object", "properties": {}}
+            try:
+                answer = operator.describe_results(schema)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{stage.loaded.source}: {error.message}") from None
+            schema = dict(operator.describe_columns(schema))
         if stage.name in schema["properties"]:
             msg = f"stages: the items have a column {stage.name!r}; rename the stage of this name"
             raise ConfigurationError(f"{loaded.source}: {msg}")
@@ -479,13 +500,17 @@ class _OperatorRun:
             lengths = (spec.max_model_len for spec in ready.specs if spec.max_model_len)
             found = {
                 "context": min(lengths, default=None),
+                "streams": stage.loaded.config.limits.streams,
                 "model": ready.model,
                 "simulated": ready.simulated,
             }
             kept |= found
-            await asyncio.to_thread(write_json, folder.path / _OPERATOR_FILE, kept)
+            await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
         place = self._pipeline.make_place(stage, folder)
         await asyncio.to_thread(folder.write_place, place)
+        tokens = await asyncio.to_thread(
+            StageTokens, folder.path, lambda: self._pipeline.find_endpoints(stage.loaded)
+        )
         with ItemStore(folder.path / _INPUT_FILE) as store:
             tools = StageTools(
                 items=store,
@@ -494,11 +519,16 @@ class _OperatorRun:
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
+                streams=kept["streams"],
+                count_exact=tokens.count,
+                folder=folder.path,
+                row_schema=await asyncio.to_thread(self._describe_rows),
             )
             try:
                 end = await stage.make_operator().run(tools)
-                await self._finish(kept, end)
+                await self._finish(kept, end, store)
             finally:
+                await tokens.aclose()
                 for answers in self._open:
                     answers.close()
 
@@ -549,17 +579,26 @@ class _OperatorRun:
             raise ConfigurationError(msg)
         await pipeline.resume(folder, loaded, place, self._run)
 
-    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd) -> None:
+    async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
         stage, folder = self._stage, self._stage.folder
-        outputs = list[StageResult](end.results)
-        if not outputs:
-            raise InputError(f"stage {stage.name!r}: the operator has no results")
-        settings = {"schema": dict(stage.make_operator().result_schema)}
-        task = stage.loaded.raw["task"] | settings
+        rows_schema = await asyncio.to_thread(self._describe_rows)
+        schema = stage.make_operator().describe_results(rows_schema)
+        task = stage.loaded.raw["task"] | {"schema": dict(schema)}
+        operator = stage.make_operator()
+        if isinstance(operator, Cascade):
+            task["certainty"] = operator.field
         loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
-        rows = NamedRows(f"results of stage {stage.name!r}", ((one.id, one.row) for one in outputs))
-        summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        named = ((one.id, one.row) for one in end.results)
+        types = {one.name: one.type for one in store.types} if operator.passes_columns else None
+        id_column = store.id_column if operator.passes_columns else None
+        rows = NamedRows(f"results of stage {stage.name!r}", named, types, id_column)
+        try:
+            summary = await asyncio.to_thread(load_rows, folder.items, rows)
+        except InputError:
+            found = "; ".join(end.report.get("lines", ()))
+            msg = f"stage {stage.name!r} ({end.report.get('op')}) has no results"
+            raise InputError(f"{msg}: {found}" if found else msg) from None
         model, simulated = str(kept["model"]), bool(kept["simulated"])
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
@@ -576,13 +615,21 @@ class _OperatorRun:
             "passed_on": kept["passed_on"],
             "sessions": [{"started": utc_timestamp(), "ended": utc_timestamp()}],
         }
-        failed = await self._write_records(outputs, about, loaded)
-        last = {"outcome": FINISHED, "done": len(outputs) - failed, "failed": failed, "usd": None}
+        failed = await self._write_records(end.results, about, loaded)
+        last = {"outcome": FINISHED, "done": summary.items - failed, "failed": failed, "usd": None}
         about["sessions"][0] |= last
         await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
 
+    def _describe_rows(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the items; blocks."""
+        stage = self._stage
+        if stage.source is not None:
+            return self._pipeline.open_rows(stage).describe()
+        with ItemStore(stage.folder.path / _INPUT_FILE) as store:
+            return store.summary().row_schema
+
     async def _write_records(
-        self, outputs: Sequence[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
+        self, results: Iterable[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
     ) -> int:
         """Write the journal; return the number of failed results."""
         path = self._stage.folder.journal / TAKEN_OVER_FILE
@@ -590,9 +637,11 @@ class _OperatorRun:
         header = {"run": about["run"], "session": f"results of the operator {self._stage.name}"}
         writer, failed = JournalWriter(path, header, loaded.config.journal.fsync_s), 0
         try:
-            for index, one in enumerate(outputs):
-                failed += one.error_class is not None
-                writer.write(_make_record(self._stage.name, index, one, about))
+            numbered = enumerate(results)
+            while some := await asyncio.to_thread(list, islice(numbered, _SLICE)):
+                for index, one in some:
+                    failed += one.error_class is not None
+                    writer.write(_make_record(self._stage.name, index, one, about))
         finally:
             await writer.close()
         return failed
@@ -681,7 +730,7 @@ def _write_operator(
         "items": items,
         "passed_on": None if counts is None else dict(counts),
     }
-    write_json(folder.path / _OPERATOR_FILE, data)
+    write_json(folder.path / OPERATOR_FILE, data)
 
 
 def _read_operator(stage: Stage) -> dict[str, Any]:
@@ -692,7 +741,7 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
         JournalError: The file is damaged.
     """
     assert stage.config.operator is not None, "the stage has an operator"
-    path = stage.folder.path / _OPERATOR_FILE
+    path = stage.folder.path / OPERATOR_FILE
     try:
         kept: Any = orjson.loads(path.read_bytes())
         known, selection = dict(kept["reduce"]), dict(kept["selection"])
@@ -716,8 +765,14 @@ def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    if task.is_requests:  # each request says all but the model
+        changes["input"] = {"format": "openai_batch"}
+        changes["task"] = {"prompt": BATCH_PROMPT}
+        kept = ("name", "price")
+        changes["model"] = {k: v for k, v in changes["model"].items() if k in kept}
     if task.endpoints is not None:
-        changes["endpoints"] = dict(task.endpoints)
+        given = task.endpoints
+        changes["endpoints"] = given if isinstance(given, str) else dict(given)
     return changes
 
 
@@ -727,7 +782,7 @@ def _iter_questions(questions: Iterable[Question]) -> Iterator[tuple[str, dict[s
 
 
 async def _count_tokens(texts: Sequence[str]) -> list[int]:
-    return [estimate_text_tokens(text) for text in texts]
+    return [math.ceil(_CAUTION * estimate_text_tokens(text)) for text in texts]
 
 
 def _sync(path: Path) -> None:
@@ -765,6 +820,7 @@ def _make_record(
         "simulated": about["simulated"],
         "fingerprint": "",
         "origin": None,
+        **one.record,
     }
 
 
@@ -776,7 +832,9 @@ def _write_result_files(
         ItemStore(folder.items) as store,
         Journal(folder.journal, get_run_ids(about), len(store)) as journal,
     ):
-        layout = make_result_layout(loaded.config.task.answer_schema, store)
+        task = loaded.config.task
+        certain = task.certainty is not None
+        layout = make_result_layout(task.answer_schema, store, certain=certain)
         source = ResultSource(journal, store, layout, priced=False)
         write_parquet(source.iter_rows(), folder.results, layout)
         with replace_file(folder.failures) as file:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from ...backends.budget.budget import SETTING_UNITS
 from ...backends.budget.cost import Cost
 from ...backends.budget.spend_log import SpendLogs
-from ...backends.core.errors import JournalError
+from ...backends.core.errors import EXIT_BUDGET, JournalError
 from ...backends.core.money import NANO_PER_USD, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
 from .pipeline import Stage, is_finished, list_stages
+from .stage_folder import OPERATOR_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +118,13 @@ class StageState:
 
     @property
     def failed_questions(self) -> int:
-        """Return the failed items of all runs that asked the model."""
-        return sum(run.failed for run in self.runs)
+        """Return the failed questions of an operator that reduces; other failures are items.
+
+        Questions that were split because they were too long are asked again in parts.
+        """
+        if not self.stage.config.reduces:
+            return 0
+        return sum(run.failed for run in self.runs) - int(self.report.get("splits", 0))
 
     def to_json(self) -> dict[str, Json]:
         """Return the state as plain data."""
@@ -161,13 +170,17 @@ class PipelineState:
         """Return True if all stages have ended."""
         return all(one.state == "finished" for one in self.stages)
 
+    def count_questions(self) -> dict[str, int]:
+        """Return the items of all runs that ask the model, by state; those to come are unknown."""
+        runs = [run for one in self.stages for run in one.runs]
+        items, done = sum(run.items for run in runs), sum(run.done for run in runs)
+        failed = sum(run.failed for run in runs)
+        return {"items": items, "done": done, "failed": failed, "open": items - done - failed}
+
     @property
     def failed(self) -> int:
         """Return the failed items and results of all stages, and failed questions of levels."""
-        return sum(
-            one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
-            for one in self.stages
-        )
+        return sum(one.failed + one.failed_questions for one in self.stages)
 
 
 def read_pipeline(folder: RunFolder, loaded: LoadedConfig) -> PipelineState:
@@ -202,7 +215,7 @@ def _read_stage(stage: Stage) -> StageState:
         return StageState(
             stage, state, run.items, run.done, run.failed, about.get("passed_on"), runs
         )
-    kept = _read_json(stage.folder, "operator.json")
+    kept = _read_json(stage.folder, OPERATOR_FILE)
     items = kept.get("items")
     found = StageState(stage, state, items, 0, 0, kept.get("passed_on"), runs)
     if state != "finished":
@@ -219,6 +232,66 @@ def _read_json(folder: RunFolder, name: str) -> dict[str, Any]:
         return dict(orjson.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise JournalError(f"{path}: cannot be read: {error}") from None
+
+
+def find_next_command(
+    folder: RunFolder, about: Mapping[str, Any], state: PipelineState, budget: Mapping[str, Any]
+) -> str | None:
+    """Return the command that continues a pipeline, or None if it has ended or a session runs.
+
+    Args:
+        folder: The folder of the pipeline.
+        about: Its provenance.
+        state: What its stages came to.
+        budget: Spending and limit of the pipeline, by limit.
+    """
+    if folder.is_in_use() or state.is_finished:
+        return None
+    last = about["sessions"][-1] if about["sessions"] else {}
+    options = list_raise_options(state, budget) if last.get("exit_code") == EXIT_BUDGET else []
+    return " ".join(["fanfold resume", shlex.quote(str(folder.path)), *options])
+
+
+def list_raise_options(state: PipelineState, budget: Mapping[str, Any]) -> list[str]:
+    """Return the options that raise the limits of the stage that is being worked on.
+
+    Of a limit of the stage itself and that of the pipeline, the one that leaves less is raised.
+
+    Args:
+        state: What the stages came to.
+        budget: Spending and limit of the pipeline, by limit.
+    """
+    last = state.last
+    kept = _read_kept(last)
+    left = {name: one["cap"] - one["spent"] - kept.get(name, 0.0) for name, one in budget.items()}
+    options = list[str]()
+    for name, own in read_stage_budget(last).items():
+        if own["cap"] - own["spent"] <= left.get(name, math.inf):
+            left.pop(name, None)
+            options.append(f"--set stages.{last.stage.number}.budget.{name}=N")
+    return [*(f"--budget-{name.replace('_', '-')} N" for name in left), *options]
+
+
+def _read_kept(state: StageState) -> dict[str, float]:
+    """Return what the budget of the pipeline keeps for stages after this one, by limit."""
+    place = state.runs[-1].folder.read_place() if state.runs else None
+    kept = {} if place is None else place.kept
+    return {key: kept.get(name, 0) / unit for name, (key, unit) in SETTING_UNITS.items()}
+
+
+def read_stage_budget(state: StageState) -> dict[str, dict[str, float]]:
+    """Return spending and limit of a stage, by the limits of its own.
+
+    Node-hours of a stage are not counted apart, so all of them appear as left.
+    """
+    config, usage = state.stage.config.budget, state.usage
+    spent = {
+        "requests": usage.requests,
+        "tokens": usage.tokens,
+        "usd": usage.nano_usd / NANO_PER_USD,
+    }
+    caps: dict[str, float] = {} if config is None else config.model_dump(exclude_none=True)
+    return {name: {"spent": spent.get(name, 0.0), "cap": cap} for name, cap in caps.items()}
 
 
 def read_stage_end(stage: Stage, progress: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -260,8 +333,9 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
         ]
         passed = f" ({', '.join(left)})" if left else ""
         many = "" if len(one.runs) == 1 else "s"
-        levels = f" in {len(one.runs)} level{many}" if one.stage.config.operator is not None else ""
-        failed = one.failed + (one.failed_questions if one.stage.config.operator is not None else 0)
+        is_asked = one.stage.config.operator is not None and one.runs
+        levels = f" in {len(one.runs)} level{many}" if is_asked else ""
+        failed = one.failed + one.failed_questions
         items = "?" if one.items is None else f"{one.items:,}"
         yield (
             f"stage {one.stage.name}: {items} items{passed}, {one.results:,} {what}{levels}, "
@@ -269,3 +343,5 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + ("" if one.state == "finished" else "; not finished")
         )
+        for line in one.report.get("lines", ()):
+            yield f"  {line}"

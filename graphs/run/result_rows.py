@@ -24,6 +24,7 @@ from ...backends.storage.results_schema import (
     INTEGER,
     NUMBER,
     ROW_BYTES,
+    TIES,
     CellType,
     ResultRow,
 )
@@ -139,6 +140,7 @@ def _fold_row(samples: Sequence[ResultRow], fold: SampleFold) -> ResultRow:
         "samples": folded.answers,
         "agreement": folded.agreement,
         "spread": folded.spread,
+        TIES: [vote.field for vote in folded.votes if vote.is_tie],
         "error_class": error_class,
         "error": None if error_class is None or error is None else error["error"],
         "reasoning": None,
@@ -167,6 +169,7 @@ def make_result_layout(
     store: ItemStore,
     optional: Collection[str] = (),
     fold: SampleFold | None = None,
+    certain: bool = False,
 ) -> ResultLayout:
     """Return the columns of a run's results.
 
@@ -175,6 +178,7 @@ def make_result_layout(
         store: The run's items.
         optional: Names of optional columns.
         fold: How the samples of a row are folded; None gives each item a row.
+        certain: Whether records have the certainty of a field.
     """
     if fold is not None:
         return make_layout(
@@ -191,10 +195,9 @@ def make_result_layout(
                 },
             },
         )
-    if store.samples > 1:
-        further = {"row_id": FREE_TEXT, "sample": INTEGER}
-        return make_layout(schema, store.types, store.id_column, tuple(optional), further)
-    return make_layout(schema, store.types, store.id_column, tuple(optional))
+    further = {"row_id": FREE_TEXT, "sample": INTEGER} if store.samples > 1 else {}
+    further |= {"certainty": NUMBER} if certain else {}
+    return make_layout(schema, store.types, store.id_column, tuple(optional), further)
 
 
 def _make_figure_type(rule: FoldRule, kind: str) -> CellType | None:
@@ -240,7 +243,8 @@ def open_result_source(
         schema = schema if isinstance(schema, dict) else None
         is_folded = store.samples > 1 and not samples
         fold = SampleFold.from_task(settings.get("task") or {}) if is_folded else None
-        layout = make_result_layout(schema, store, optional, fold)
+        certain = get_at_path(settings, ("task", "certainty")) is not None
+        layout = make_result_layout(schema, store, optional, fold, certain)
         priced = journal.total_usage().nano_usd > 0
         yield ResultSource(journal, store, layout, priced, prompts, fold)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...backends.budget.pricing import describe_missing_price, look_up_price
-from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.money import NANO_PER_USD, NO_PRICES, Amount, TokenPrices
+from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json, Usage
 from ...backends.core.values import to_json_text
 from ...backends.inputs.base import InputSummary
@@ -36,12 +36,14 @@ class StageEstimate:
         items: Its items.
         levels: Its levels; a stage without an operator has one.
         prices: Prices of tokens; zero where none is known.
+        small_prices: The same of the small model of a cascade.
     """
 
     stage: Stage
     items: int
     levels: Sequence[LevelPlan]
     prices: TokenPrices
+    small_prices: TokenPrices = NO_PRICES
 
     @property
     def amount(self) -> Amount:
@@ -49,7 +51,7 @@ class StageEstimate:
         total = Amount()
         for level in self.levels:
             usage = Usage(level.prompt_tokens, level.answer_tokens)
-            one = self.prices.amount(usage)
+            one = (self.small_prices if level.is_small else self.prices).amount(usage)
             total = total.plus(one._replace(requests=level.calls, node_ms=0))
         return total
 
@@ -114,15 +116,15 @@ def estimate_stages(
         stages: The stages, the first of which has the items.
         items: Number of items; every result of a stage counts as passed on.
         tokens: Mean tokens of the columns of an item.
-        served: What is known of the model of each stage, by its name.
+        served: What is known of the model of each stage, by its name; ``NAME, small`` is that of
+            the small model of a cascade.
     """
     sizes = {stages[0].source: (items, tokens)}
     for stage in stages:
         count, per_item = sizes.get(stage.source, (items, tokens))
         config, model = stage.loaded.config, served[stage.name]
         answer = config.model.max_tokens
-        price = look_up_price(config, config.model.name or model.name, model.simulated)
-        prices = NO_PRICES if price is None else price.token_prices
+        prices = _find_prices(stage.loaded, model)
         if stage.config.operator is None:
             fixed = estimate_text_tokens(f"{config.task.system} {config.task.prompt}")
             prompt = int(count * (fixed + per_item))
@@ -133,9 +135,18 @@ def estimate_stages(
         else:
             size = SizeEstimate(count, per_item, model.context, answer)
             operator = stage.make_operator()
-            yield StageEstimate(stage, count, operator.plan(size), prices)
+            small = NO_PRICES
+            if stage.small is not None:
+                small = _find_prices(stage.small, served.get(f"{stage.name}, small", model))
+            yield StageEstimate(stage, count, operator.plan(size), prices, small)
             columns = per_item if operator.passes_columns else 0.0
             sizes[stage.name] = operator.count_results(count), columns + min(answer, _LIKELY_ANSWER)
+
+
+def _find_prices(loaded: LoadedConfig, served: ServedModel) -> TokenPrices:
+    name = loaded.config.model.name or served.name
+    price = look_up_price(loaded.config, name, served.simulated)
+    return NO_PRICES if price is None else price.token_prices
 
 
 def make_reserve(loaded: LoadedConfig, stages: Sequence[Stage]) -> Callable[[Stage, Path], Amount]:
@@ -152,7 +163,7 @@ def make_reserve(loaded: LoadedConfig, stages: Sequence[Stage]) -> Callable[[Sta
 
     def estimate(stage: Stage, items: Path) -> Amount:
         later = stages[stage.number :]
-        if not any(one.config.operator is not None for one in later[1:]):
+        if not any(one.config.reduces for one in later[1:]):
             return Amount()
         if given != "auto":
             return _read_reserve(given)
@@ -163,7 +174,7 @@ def make_reserve(loaded: LoadedConfig, stages: Sequence[Stage]) -> Callable[[Sta
         found = estimate_stages(later, count, tokens, models)
         kept = Amount()
         for one in found:
-            if one.stage.number > stage.number and one.stage.config.operator is not None:
+            if one.stage.number > stage.number and one.stage.config.reduces:
                 kept = kept.plus(one.amount)
         return kept
 
@@ -216,17 +227,16 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
         check_columns(loaded, summary)
         items, tokens = await asyncio.to_thread(measure_rows, file)
     served, lines, groups = dict[str, ServedModel](), dict[str, Sequence[str]](), {}
-    for stage in stages:
-        check_endpoints(stage.loaded)
-        plain = stage.loaded.plain
-        key = to_json_text([plain["endpoints"], plain["model"]["name"]])
+    for name, one in _list_models(stages):
+        check_endpoints(one)
+        key = to_json_text([one.plain["endpoints"], one.plain["model"]["name"]])
         if key not in groups:
-            async with open_probed(stage.loaded) as (ready, found):
+            async with open_probed(one) as (ready, found):
                 lengths = [spec.max_model_len for spec in ready.specs if spec.max_model_len]
                 context = min(lengths, default=None)
                 groups[key] = ServedModel(ready.model, ready.simulated, context)
-            lines[stage.name] = found
-        served[stage.name] = groups[key]
+            lines[name] = found
+        served[name] = groups[key]
     found_stages = list(estimate_stages(stages, items, tokens, served))
     problem = None
     unpriced = [one for one in found_stages if not one.prices.priced]
@@ -244,9 +254,17 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
     )
 
 
+def _list_models(stages: Sequence[Stage]) -> Iterator[tuple[str, LoadedConfig]]:
+    """Yield the settings of each model that the stages use, with the name of its stage."""
+    for stage in stages:
+        yield stage.name, stage.loaded
+        if stage.small is not None:
+            yield f"{stage.name}, small", stage.small
+
+
 def _sum_reserve(loaded: LoadedConfig, stages: Sequence[StageEstimate]) -> Amount:
     given, kept = loaded.config.budget.reserve_for_reduce, Amount()
-    later = [one for one in stages[1:] if one.stage.config.operator is not None]
+    later = [one for one in stages[1:] if one.stage.config.reduces]
     if given != "auto":
         return _read_reserve(given) if later else kept
     for one in later:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.storage.run_folder import RunFolder, open_folder
+
+OPERATOR_FILE: Final = "operator.json"
+"""File in the folder of a stage that is an operator."""
 
 _LEVEL: Final = re.compile(r"([a-z][a-z0-9_]{0,31})(?:/([1-9][0-9]{0,8}))?")
 
@@ -49,6 +52,11 @@ def find_run(path: Path, stage: str | None) -> Path:
     return run
 
 
+def is_operator(path: Path) -> bool:
+    """Return True if a folder is that of an operator in its pipeline; blocks."""
+    return (path / OPERATOR_FILE).exists() and RunFolder(path).read_place() is not None
+
+
 def list_levels(stage: Path) -> Iterator[RunFolder]:
     """Yield the levels of a stage that were begun, in order; blocks."""
     numbers = (int(one.name) for one in (stage / "levels").glob("[1-9]*") if one.name.isdigit())
@@ -56,19 +64,43 @@ def list_levels(stage: Path) -> Iterator[RunFolder]:
         yield RunFolder(stage / "levels" / str(number))
 
 
-def list_runs(folder: RunFolder) -> Iterator[RunFolder]:
-    """Yield the runs of a pipeline that ask the model, in order; blocks.
+def describe_stage(run: RunFolder) -> str | None:
+    """Return the stage of a run of a pipeline as ``--stage`` takes it, and the level; blocks.
+
+    Returns:
+        None if the run is no part of a pipeline.
+    """
+    place = run.read_place()
+    if place is None:
+        return None
+    level = run.read_provenance().get("level")
+    return place.stage if level is None else f"{place.stage}/{run.path.name} ({level})"
+
+
+def list_stage_runs(folder: RunFolder) -> list[RunFolder]:
+    """Return the runs of a pipeline that ask the model, in order; blocks.
 
     Raises:
         JournalError: Its provenance is damaged.
     """
+    found = list[RunFolder]()
     for name in folder.read_provenance()["stages"]:
         stage = RunFolder(folder.stages / name)
-        levels = list(list_levels(stage.path))
-        if levels:
-            yield from levels
-        elif stage.provenance.exists():
-            yield stage
+        runs = list_levels(stage.path) if is_operator(stage.path) else [stage]
+        found += [run for run in runs if run.provenance.exists()]
+    return found
+
+
+def find_models(folder: RunFolder, about: Mapping[str, Any]) -> str:
+    """Return the models of a run, or those that the stages of a pipeline have used; blocks.
+
+    Args:
+        folder: The folder.
+        about: Its provenance.
+    """
+    runs = list_stage_runs(folder) if folder.is_pipeline else ()
+    found = sorted({str(run.read_provenance()["model"]) for run in runs})
+    return ", ".join(filter(None, found)) or str(about["model"])
 
 
 def check_single_run(folder: RunFolder) -> None:

@@ -146,6 +146,25 @@ class StageRows:
             name += f" where {self.where}"
         return NamedRows(name, self._iter_rows(selection, joined), types, id_column)
 
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON Schema of the rows; blocks.
+
+        Raises:
+            JournalError: An earlier stage is damaged.
+        """
+        stages = self.root / "stages"
+        with ExitStack() as stack:
+            source = StageReader(self.source, stages / self.source)
+            stack.callback(source.close)
+            columns = describe_columns(source.store.types)
+            found = describe_rows(columns, source.name, source.answer_schema)
+            for name in self.joined:
+                if name not in source.store.columns:
+                    other = StageReader(name, stages / name)
+                    stack.callback(other.close)
+                    found = describe_rows(found, name, other.answer_schema)
+        return found
+
     def _parse(self, source: StageReader) -> Selection | None:
         if self.where is None:
             return None

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from langgraph.runtime import Runtime
-
-from ...backends.core.errors import ConfigurationError, EndpointError, InvalidItemError
+from ...backends.core.errors import (
+    AnswerError,
+    ConfigurationError,
+    EndpointError,
+    InvalidItemError,
+)
 from ...backends.core.protocols import CURRENT_CALLS
 from ...backends.core.request_urls import REQUEST_URLS, URL_FIELD
 from ...backends.core.types import CHAT_URL, Row
 from ...backends.core.values import to_json_text
-from ..context import ItemContext
-from ..state import ItemState
+from ...backends.core.vectors import KEEP_FIELD, KEEP_VECTOR, pack_answer
+from ..context import ItemRuntime
+from .item_state import ItemState
 from .prepare import make_item_error
 
 _OWN_FIELDS: Final = frozenset({"model", "stream", "stream_options", URL_FIELD})
@@ -22,8 +26,11 @@ _LEAST_ERROR: Final = 400
 """The least HTTP status that is an error."""
 
 
-async def request(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Send the item's own request; its output is the answer as the server sent it."""
+async def request(state: ItemState, runtime: ItemRuntime) -> ItemState:
+    """Send the item's own request; its output is the answer as the server sent it.
+
+    Of a request of fanfold's own, the output is the part that it names.
+    """
     client = runtime.context.completions
     if client is None:
         msg = "the item graph was built for requests (input.format), but the settings name none"
@@ -37,7 +44,12 @@ async def request(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     calls = CURRENT_CALLS.get()
     if calls is not None:
         calls.useful, calls.useful_endpoint = reply.usage, reply.endpoint
-    return {"output": completion}
+    if state["row"].get(KEEP_FIELD) != KEEP_VECTOR:
+        return {"output": completion}
+    try:
+        return {"output": pack_answer(completion)}
+    except AnswerError as error:
+        return {"error": make_item_error(error)}
 
 
 def _make_body(row: Row, model: str) -> Mapping[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from langgraph.runtime import Runtime
-
 from ...backends.core.errors import AnswerError, InvalidAnswerError
 from ...backends.core.parsing import split_reasoning
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemRuntime
+from .certainty import read_certainty
+from .item_state import ItemState
 from .prepare import make_item_error
 
 
-async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+async def validate(state: ItemState, runtime: ItemRuntime) -> ItemState:
     """Check the reply against the schema; send an invalid one back while repairs remain."""
     context, reply = runtime.context, state["reply"]
     reasoning, content = split_reasoning(reply["content"], reply.get("reasoning"))
@@ -22,6 +21,8 @@ async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         text = context.answer_check.check_finish(content, reply, has_reasoning=bool(reasoning))
         found["output"] = context.answer_check.check_value(text)
         found["raw"] = text
+        if context.certainty is not None:
+            found["certainty"] = read_certainty(text, reply.get("logprobs"), context.certainty)
     except InvalidAnswerError as error:
         if state["repairs"] < context.repairs:
             return found | _send_back(state, error)

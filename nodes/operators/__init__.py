@@ -15,12 +15,14 @@ from .base import (
     StageResult,
     StageTools,
 )
+from .cascade import Cascade
 from .registry import OPERATORS, make_operator
 
 __all__ = [
     "OPERATORS",
     "Answer",
     "Ask",
+    "Cascade",
     "LevelPlan",
     "LevelTask",
     "Operator",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ...backends.core.types import Item, Json, Row
@@ -26,14 +27,17 @@ class LevelTask:
         task: Section ``task``: prompt, system, schema and so on; what it lacks has the default of
             that section, not the value of the stage.
         model: Changes to the section ``model`` of the stage, such as a name or a temperature.
-        endpoints: Endpoints in place of those of the stage, or None.
+        endpoints: Endpoints in place of those of the stage, as in the settings, or None.
         reduce: Aggregators of the answers, as in the settings.
+        is_requests: The questions are requests in OpenAI's batch format (columns ``url`` and
+            ``body``), and ``task`` is empty.
     """
 
     task: Mapping[str, Json]
     model: Mapping[str, Json] = field(default_factory=dict)
-    endpoints: Mapping[str, Json] | None = None
+    endpoints: Mapping[str, Json] | str | None = None
     reduce: Sequence[Mapping[str, Json]] = ()
+    is_requests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,11 @@ class Items(Protocol):
         ...
 
 
+async def cannot_count(_text: str) -> int | None:
+    """Return None: there is no exact count."""
+    return None
+
+
 @dataclass(frozen=True)
 class StageTools:
     """What an operator may use.
@@ -123,6 +132,12 @@ class StageTools:
             that tends to be too high; one stage counts in one way in all of its sessions.
         context_tokens: The model's context in tokens, or None if no endpoint says it.
         answer_tokens: Most tokens of one answer (``model.max_tokens``).
+        folder: Folder of the stage, for files that the operator adds; a later session finds them.
+        count_exact: Counts the tokens of a text as the model does, None where no endpoint offers
+            it; asked for the same texts in the same order, it returns the same in all sessions.
+        row_schema: JSON Schema of the rows of the items.
+        streams: Questions that are asked at the same time (``limits.streams``); the same in all
+            sessions of the stage.
     """
 
     items: Items
@@ -131,6 +146,10 @@ class StageTools:
     count_tokens: Callable[[Sequence[str]], Awaitable[list[int]]]
     context_tokens: int | None
     answer_tokens: int
+    folder: Path = field(default_factory=Path)
+    row_schema: Mapping[str, Any] = field(default_factory=dict)
+    streams: int = 256
+    count_exact: Callable[[str], Awaitable[int | None]] = cannot_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +162,7 @@ class StageResult:
         row: Columns beside it.
         error_class: Class of the error, or None.
         error: Its text, or None.
+        record: Further fields of its record, such as the model that answered.
     """
 
     id: str
@@ -150,6 +170,7 @@ class StageResult:
     row: Row = field(default_factory=dict)
     error_class: str | None = None
     error: str | None = None
+    record: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +178,9 @@ class OperatorEnd:
     """What an operator has found.
 
     Attributes:
-        results: The results, in order.
-        report: Facts for the report and ``aggregate.json``, such as the number of levels.
+        results: The results, in order; they are iterated twice, in a thread.
+        report: Facts for the report and ``aggregate.json``, such as the number of levels; ``lines``
+            are sentences that the command line prints.
     """
 
     results: Iterable[StageResult]
@@ -174,12 +196,14 @@ class LevelPlan:
         calls: Number of questions.
         prompt_tokens: Tokens of all prompts.
         answer_tokens: Most tokens of all answers.
+        is_small: Whether the small model of a cascade answers.
     """
 
     level: str
     calls: int
     prompt_tokens: int
     answer_tokens: int
+    is_small: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +230,7 @@ class Operator(ABC):
     """Its name in ``reduce``."""
 
     result_schema: ClassVar[Mapping[str, Any]]
-    """JSON Schema of its results."""
+    """JSON Schema of its results, if it does not depend on its items."""
 
     passes_columns: ClassVar[bool] = False
     """Whether its results are items of the stage, with their columns."""
@@ -215,6 +239,26 @@ class Operator(ABC):
     def columns(self) -> tuple[str, ...]:
         """Return the columns, or fields inside columns, that it reads by name."""
         return ()
+
+    def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the JSON Schema of its results.
+
+        Args:
+            rows: JSON Schema of its items.
+
+        Raises:
+            ConfigurationError: The items do not have what it needs.
+        """
+        del rows
+        return self.result_schema
+
+    def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the JSON Schema of the columns beside its results.
+
+        Args:
+            rows: JSON Schema of its items.
+        """
+        return rows if self.passes_columns else {"type": "object", "properties": {}}
 
     def count_results(self, items: int) -> int:
         """Return the most results of a number of items."""

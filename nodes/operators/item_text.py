@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Final
 
 import orjson
 
 from ...backends.core.templates import Template
 from ...backends.core.types import Item
 from .base import StageTools
+
+_SLICE: Final = 256
 
 
 def list_text_columns(text: str | None) -> tuple[str, ...]:
@@ -25,12 +28,12 @@ def render_item(item: Item, text: str | None) -> str:
 
 
 def read_items(tools: StageTools, indices: Sequence[int]) -> Iterator[Item]:
-    """Yield items by rising indices, each run of consecutive ones in one read; blocks."""
-    if not indices:
-        return
-    starts = [0, *(at for at, (a, b) in enumerate(pairwise(indices), 1) if b != a + 1)]
-    for lo, hi in pairwise([*starts, len(indices)]):
-        yield from tools.items.read(indices[lo], indices[hi - 1] + 1)
+    """Yield items by rising indices, consecutive ones in reads of some hundred; blocks."""
+    for at in range(0, len(indices), _SLICE):
+        some = indices[at : at + _SLICE]
+        starts = [0, *(n for n, (a, b) in enumerate(pairwise(some), 1) if b != a + 1)]
+        for lo, hi in pairwise([*starts, len(some)]):
+            yield from tools.items.read(some[lo], some[hi - 1] + 1)
 
 
 def escape_braces(text: str) -> str:

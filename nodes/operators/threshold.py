@@ -14,9 +14,10 @@ and the first that fails ends the search, so that several steps need no correcti
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -180,6 +181,7 @@ async def _reaches(  # noqa: PLR0913, PLR0917
 
     The items are sampled in the order of ``turn``, which is a uniform order of any set of them; so
     labels of earlier steps serve again. More labels than the step can gain are not asked for.
+    A round has no more labels than the test needs if all of them agree.
     """
     if bound <= 0:
         return True
@@ -192,8 +194,7 @@ async def _reaches(  # noqa: PLR0913, PLR0917
         if ready == 0:
             if not waiting or (test.seen >= _LEAST_LABELS and test.mean < bound) or spent >= gain:
                 return False
-            asked = [item for item in waiting[:round_size] if item not in agrees]
-            asked = asked[: max(gain - spent, 1)]
+            asked = _list_needed(test, waiting, agrees)[: min(round_size, max(gain - spent, 1))]
             answers = await ask_large(asked)
             for item, answer in zip(asked, answers, strict=True):
                 agrees[item] = bool(answer)
@@ -204,3 +205,17 @@ async def _reaches(  # noqa: PLR0913, PLR0917
             if test.reached:
                 return True
     return True
+
+
+def _list_needed(
+    test: BettingTest, waiting: Sequence[int], agrees: Mapping[int, bool]
+) -> list[int]:
+    """Return the items without a label that the test needs if all of them agree."""
+    bold, needed = copy.copy(test), list[int]()
+    for item in waiting:
+        if bold.reached:
+            break
+        bold.add(agrees.get(item, True))
+        if item not in agrees:
+            needed.append(item)
+    return needed

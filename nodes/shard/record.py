@@ -21,7 +21,7 @@ from ...backends.core.samples import SampleFold, find_row_error
 from ...backends.core.types import Item, Json, Message, Outcome
 from ...backends.core.values import MAX_COUNT, clamp_counts, replace_surrogates
 from ..context import ItemJournal, RunTools
-from ..state import ItemState
+from ..item.item_state import ItemState
 
 _MOST_RAW: Final = 16_000
 """Maximum number of bytes of an answer's text in a record."""
@@ -29,6 +29,9 @@ _MOST_RAW: Final = 16_000
 
 _CUT: Final = "…"
 
+
+_REPAIR_MESSAGES: Final = 2
+"""Messages by which a repair extends the question: the answer, and what is wrong with it."""
 
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
@@ -95,6 +98,8 @@ class RecordBuilder:
         tools, error = self._tools, state.get("error")
         calls.close(done=error is None)
         usage = calls.usage
+        messages = state.get("messages") or []
+        sent_back = _REPAIR_MESSAGES * state.get("repairs", 0)
         raw = state.get("raw") if error is not None or tools.keep_raw else None
         record = {
             "stage": tools.stage,
@@ -103,7 +108,7 @@ class RecordBuilder:
             "sample": item.sample,
             "status": "failed" if error else "done",
             "question": self._digests.compute_question(
-                state.get("messages"), item.sample, state.get("images") or ()
+                messages[: len(messages) - sent_back], item.sample, state.get("images") or ()
             ),
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,
@@ -132,6 +137,8 @@ class RecordBuilder:
             record |= _make_text_fields("raw", raw)
         if (reasoning := state.get("reasoning")) is not None:
             record |= _make_text_fields("reasoning", reasoning)
+        if "certainty" in state:
+            record["certainty"] = state["certainty"]
         if images := state.get("images"):
             _leave_out_images(record)
             record["images"] = images

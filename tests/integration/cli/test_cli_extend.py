@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -181,9 +182,15 @@ def truncated(shell: Shell) -> dict[str, int]:
 
 def test_larger_max_tokens_asks_truncated_answers(shell: Shell, truncated: dict[str, int]) -> None:
     shell.write(**cut(500))
-    shell("run", "c.yaml", "--from", "old", "--out", "new", *YES)
+    said = shell("run", "c.yaml", "--from", "old", "--out", "new", *YES)
     plan = plan_of(shell.folder / "new")
     assert plan["asked"] == truncated["TruncatedAnswerError"]
+    found = re.search(r"completion tokens: ([\d,]+) to ([\d,]+), likely ([\d,]+)", said.err)
+    assert found is not None, said.err
+    low, high, likely = (int(number.replace(",", "")) for number in found.groups())
+    used = json.loads(shell("status", "new", "--json").out)["tokens"]["completion"]
+    assert 100 * plan["asked"] == low <= used <= high == 500 * plan["asked"]
+    assert used < 1.5 * likely
     assert plan["failed"] == truncated["RefusedAnswerError"]
     after = records(shell.folder / "new")
     assert "TruncatedAnswerError" not in failed_classes(shell.folder / "new")
@@ -219,6 +226,23 @@ def test_kept_failures_can_be_retried(shell: Shell, truncated: dict[str, int]) -
     after = records(shell.folder / "new")
     retried = [one for one in after.values() if one["file"] != "0000.jsonl"]
     assert len(retried) == sum(truncated.values())
+
+
+def test_retried_truncated_answers_point_to_a_higher_limit(
+    shell: Shell, truncated: dict[str, int]
+) -> None:
+    """The same limit truncates them again; the command that is named works as it is printed."""
+    failures = shell("failures", "old").out
+    command = "fanfold run old/run.yaml --set model.max_tokens=200 --from old --out old-2"
+    assert f"TruncatedAnswerError: ask again with a higher limit: {command}\n" in failures
+    retried = shell("resume", "old", "--retry-failed", "--quiet")
+    count = truncated["TruncatedAnswerError"]
+    assert f"WARNING: {count} truncated answers are asked again with the same" in retried.err
+    assert retried.err.splitlines()[0].endswith(command)
+    said = shell(*command.split()[1:], *YES)
+    assert f"asked: {count} " in said.err
+    assert "TruncatedAnswerError" not in failed_classes(shell.folder / "old-2")
+    assert "WARNING" not in shell("resume", "old-2", "--retry-failed", "--quiet").err
 
 
 def test_simulated_and_real_never_mix(shell: Shell) -> None:

@@ -60,7 +60,8 @@ def test_classes_remedies_and_examples(shell: Shell) -> None:
         assert f"{row['count']} x {row['class']}" in text
     assert f"  example: item {invalid['id']}" in text
     assert f"    Say text {number}\n" in text
-    assert text.splitlines()[-1].endswith("extend the run: fanfold run NEW.yaml --from run")
+    command = "fanfold run run/run.yaml --from run --out run-2 --ask-again failed"
+    assert text.splitlines()[-1].endswith(f"extend the run: {command}")
     assert all(len(line) <= 60 for line in text.splitlines()[:-1])
     assert all(line == line.rstrip() for line in text.splitlines())
 
@@ -73,6 +74,11 @@ def test_classes_remedies_and_examples(shell: Shell) -> None:
     said = shell("failures", "run", "--class", "Invalid")
     assert said.code == 2
     assert "RefusedAnswerError" in said.err
+
+    extended = shell(*command.split()[1:], "--set", "task.repairs=2", "--yes", "--quiet")
+    assert f"asked: {sum(counts)} " in extended.err
+    again = shell("failures", "run").out
+    assert "--out run-3" in again  # run-2 exists now
 
 
 def test_status_names_the_classes_and_the_next_command(shell: Shell) -> None:

@@ -84,6 +84,37 @@ def test_failed_items(shell: Shell) -> None:
     assert {row["error_class"] for row in found} == {"RefusedAnswerError"}
 
 
+def test_sorted_rows(shell: Shell) -> None:
+    """By a field of the answer or the input, from either end; what is missing comes last."""
+    lines = "".join(f"{n},r{n},text {n},{n * 7 % 5 if n else ''}\n" for n in range(6))
+    (shell.folder / "in.csv").write_text(",id,text,weight\n" + lines)
+    assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 0
+    scores = [row["score"] for row in rows(shell)]
+    by_score = rows(shell, "--sort", "output.score")
+    assert [row["output.score"] for row in by_score] == sorted(scores)
+    best = rows(shell, "--sort", "-output.score", "--limit", "2")
+    assert [row["output.score"] for row in best] == sorted(scores, reverse=True)[:2]
+    by_weight = [row["id"] for row in rows(shell, "--sort", "weight")]
+    assert by_weight == ["r5", "r3", "r1", "r4", "r2", "r0"]
+    assert [row["id"] for row in rows(shell, "--sort", "-weight")] == [*by_weight[-2::-1], "r0"]
+    table = shell("show", "run", "--sort", "-weight").out
+    assert "weight" in table
+    assert "unnamed_0" not in table  # the name that the reader gave to the first column
+    assert str(rows(shell)[1]["unnamed_0"]) == "1"
+    said = shell("show", "run", "--sort", "wieght")
+    assert (said.code, "--sort: no column 'wieght'" in said.err) == (2, True)
+    assert "did you mean 'weight'" in said.err
+
+
+def test_columns_that_repeat_the_ids_take_no_room(shell: Shell) -> None:
+    (shell.folder / "in.csv").write_text("id,key,text\n1,1,one\n2,2,two\n3,3,three\n")
+    assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 0
+    heads = shell("show", "run").out.splitlines()[1].split()
+    assert "text" in heads
+    assert "key" not in heads
+    assert "key" in shell("show", "run", "--columns", "key").out
+
+
 def test_free_text(shell: Shell) -> None:
     shell.write(task={"prompt": "Say {text}"}, reduce=[])
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 0

@@ -31,11 +31,28 @@ def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
     assert "stage summary (summarize), at most 12 items" in checked.out
     said = shell("run", "review.yaml", "--out", "review")
     assert said.code == 0
-    shown = re.findall(r"^stage .*tokens$", PAGE, re.MULTILINE)
+    example = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)[0]
+    shown = re.findall(r"^stage .*tokens$", example, re.MULTILINE)
     assert len(shown) == 3
     for line in shown:
         assert line in said.err
+    findings = re.findall(r"^stage screen   simulated.*?^$", PAGE, re.MULTILINE | re.DOTALL)
+    printed = [line.rstrip() for line in said.out.splitlines()]
+    expected = findings[0].splitlines()
+    assert expected == printed[: len(expected)]
+    assert "claims  SIMULATED  6/6" in said.err
     status = plain(shell, "status", "review")
+    assert (status["items"], status["done"], status["failed"]) == (20, 20, 0)
+    whole = shell("status", "review").out
+    for part in ("histogram of topic", "biology: 4 items", "summary/1 (leaves)", "[A01, A09]"):
+        assert part in whole
+    only = shell("status", "review", "--stage", "summary").out
+    assert "biology: 4 items" in only
+    assert "histogram" not in only
+    assert "histogram of topic" in shell("status", "review", "--stage", "screen").out
+    watched = plain(shell, "watch", "review")
+    assert (watched["stage"], watched["done"]) == ("summary/1 (leaves)", 2)
+    assert plain(shell, "watch", "review", "--stage", "claims")["items"] == 6
     assert [one["state"] for one in status["stages"]] == ["finished"] * 3
     assert status["next_command"] is None
     cost = plain(shell, "cost", "review")
@@ -51,6 +68,14 @@ def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
     assert plain(shell, "show", "review", "--stage", "screen", "--limit", "3")["rows"]
     (listed,) = plain(shell, "ls", "review")["runs"]
     assert (listed["items"], listed["done"], listed["state"]) == (12, 12, "finished")
+    assert listed["model"] == "simulated-8b"
+    about = json.loads((shell.folder / "review" / "provenance.json").read_text())
+    for key in ("done", "failed", "failed_in_stages", "ended"):
+        del about["sessions"][-1][key]  # as while it runs, or after a kill
+    (shell.folder / "review" / "provenance.json").write_text(json.dumps(about | {"model": ""}))
+    (again,) = plain(shell, "ls", "review")["runs"]
+    assert again["model"] == "simulated-8b"
+    assert [again[key] for key in ("done", "failed", "ended")] == [12, 0, 12]
     assert "no item failed" in shell("failures", "review").err
 
 

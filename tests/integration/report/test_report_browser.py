@@ -293,6 +293,6 @@ async def test_a_run_in_which_all_items_failed(tmp_path: Path) -> None:
     async with opened(make_run(tmp_path, config, rows, 3)) as page:
         await page.wait_for(READY)
         text = await page.evaluate("document.body.innerText")
-        for part in ("RefusedAnswerError", "12 items failed", "fanfold run NEW.yaml --from"):
+        for part in ("RefusedAnswerError", "12 items failed", "run.yaml --from "):
             assert part in text
         check_harmless(page)

@@ -16,6 +16,8 @@ import pytest
 
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
@@ -207,6 +209,18 @@ async def test_a_stage_has_limits_of_its_own(lab_of: LabMaker) -> None:
         said = await begin(lab, lab.out, code=4)
         assert [one["state"] for one in said["stages"]] == ["finished", "begun", "waiting"]
         assert 0 < said["stages"][1]["requests"] <= 6
+        spent = said["stages"][1]["requests"]
+        again = await command(lab, "resume", str(lab.out), "--budget-requests", "2000", code=4)
+        assert again["stages"][1]["requests"] == spent  # that is not the limit it has reached
+        state = read_pipeline(RunFolder(lab.out), load_config(lab.out / "run.yaml"))
+        assert list_raise_options(state, again["budget"]) == ["--set stages.1.budget.requests=N"]
+        assert list_raise_options(state, {"requests": {"spent": 10, "cap": 10}}) == [
+            "--budget-requests N"
+        ]
+        raised = await command(
+            lab, "resume", str(lab.out), "--set", "stages.1.budget.requests=1000"
+        )
+        assert [one["state"] for one in raised["stages"]] == ["finished"] * 3
 
 
 async def test_the_map_leaves_what_the_reduce_needs(lab_of: LabMaker) -> None:

@@ -113,3 +113,94 @@ def test_mistakes_are_named(change: Callable[[dict[str, Any]], Any], text: str) 
     with pytest.raises(ConfigurationError) as error:
         load_config(changed(change))
     assert text in error.value.message
+
+
+LABEL = {
+    "prompt": "{title}",
+    "schema": {
+        "type": "object",
+        "properties": {
+            "topic": {"enum": ["a", "b"]},
+            "ok": {"type": ["boolean", "null"]},
+            "score": {"type": "number"},
+            "text": {"type": "string"},
+            "tags": {"type": "array", "items": {"enum": ["x"]}},
+        },
+    },
+}
+CASCADE: dict[str, Any] = {"field": "topic", "small": {"model": {"name": "small"}}}
+
+
+def cascaded(**changes: Any) -> dict[str, Any]:
+    settings = copy.deepcopy(SETTINGS)
+    cascade = copy.deepcopy(CASCADE) | changes
+    settings["stages"] = [{"name": "label", "map": LABEL, "cascade": cascade}]
+    return settings
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"field": "ok"}, {"field": "score", "tolerance": 0.1}, {"samples": 3}]
+)
+def test_a_cascade_compares_enums_booleans_and_numbers(changes: dict[str, Any]) -> None:
+    loaded = load_config(cascaded(**changes))
+    assert loaded.config.stages is not None
+    assert loaded.config.stages[0].operator is not None
+    assert not loaded.config.stages[0].reduces
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"field": "topc"}, "did you mean 'topic'"),
+        ({"field": "text"}, "no enum, boolean or number"),
+        ({"field": "tags[]"}, "outside of lists"),
+        ({"field": "input.title"}, "no field of the answer"),
+        ({"field": "score"}, "set tolerance"),
+        ({"tolerance": 0.5}, "leave out tolerance"),
+        ({"target": 1.0}, "cascade.target"),
+        ({"samples": 1}, "cascade.samples"),
+        ({"small": {}}, "give model.name"),
+        ({"smal": 1}, "did you mean 'small'"),
+    ],
+)
+def test_a_cascade_that_cannot_work_is_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load_config(cascaded(**changes))
+    assert text in error.value.message
+
+
+def test_a_cascade_needs_a_map_of_its_own() -> None:
+    for change in (
+        {"map": None, "reduce": {"op": "rank", "prompt": "x"}},
+        {"reduce": [{"op": "count"}]},
+    ):
+        settings = cascaded()
+        settings["stages"][0] |= change
+        with pytest.raises(ConfigurationError, match="cascade needs map"):
+            load_config(settings)
+
+
+def test_secrets_and_files_of_the_small_model(tmp_path: Path) -> None:
+    own = {"urls": ["http://node1:8000/v1"], "api_key": "sk-secret"}
+    plain = load_config(cascaded(small={"endpoints": own})).plain
+    assert plain["stages"][0]["cascade"]["small"]["endpoints"]["api_key"] == "**********"
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(cascaded(small={"endpoints": {"file": "small.txt"}})))
+    found = load_config(file).plain["stages"][0]["cascade"]["small"]["endpoints"]["file"]
+    assert found == str(tmp_path / "small.txt")
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        ({"prompt": "{title}", "certainty": "topic"}, "task.certainty"),
+        ({**LABEL, "certainty": "topics"}, "did you mean 'topic'"),
+        ({**LABEL, "certainty": "input.title"}, "task.certainty"),
+        ({**LABEL, "certainty": "topic", "graph": "a.b:c"}, "leave out task.graph"),
+    ],
+)
+def test_certainty_needs_a_field_of_the_answer(task: dict[str, Any], text: str) -> None:
+    settings = {name: SETTINGS[name] for name in ("input", "endpoints")} | {"task": task}
+    with pytest.raises(ConfigurationError) as error:
+        load_config(settings)
+    assert text in error.value.message

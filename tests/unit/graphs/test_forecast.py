@@ -17,7 +17,7 @@ from fanfold.graphs.cli.format import (
     format_usd_amount,
 )
 from fanfold.graphs.run.estimate import sample_indices
-from fanfold.graphs.run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
+from fanfold.graphs.run.forecast import AnswerLimit, Forecast, ItemStats, Range, RunPlan, forecast
 
 PRICE = Price(prompt=1.0, cached_prompt=0.1, completion=4.0)
 
@@ -270,3 +270,37 @@ def test_amounts_and_times_have_the_digits_they_deserve() -> None:
         "1 h 40 min",
         "56 h",
     ]
+
+
+CUT = {"status": "failed", "error_class": "TruncatedAnswerError", "completion_tokens": 100}
+
+
+def test_truncated_answers_are_longer_under_a_larger_limit() -> None:
+    """At least what they had, at most the new limit; the rest follows from the whole answers."""
+    records = [record(n, **(CUT if n < 40 else {"completion_tokens": 60})) for n in range(100)]
+
+    def estimate(limit: AnswerLimit | None) -> ItemStats:
+        found = ItemStats.from_records(records, 100, "somewhere", limit=limit)
+        assert found is not None
+        return found
+
+    before = estimate(None)
+    assert before.completion.likely == pytest.approx(76)
+    rest = 7600 / 60
+    only_cut = estimate(AnswerLimit(500, truncated=1.0))
+    assert (only_cut.completion.low, only_cut.completion.high) == (100, 500)
+    assert only_cut.completion.likely == pytest.approx(100 + rest)
+    assert only_cut.latency.likely == pytest.approx(2.0 * (100 + rest) / 76)
+    alike = estimate(AnswerLimit(500))
+    assert alike.completion.likely == pytest.approx(0.4 * (100 + rest) + 0.6 * 60)
+    assert estimate(AnswerLimit(500, truncated=0.0)) == before
+    assert estimate(AnswerLimit(100)).completion.likely == pytest.approx(76)  # cut there again
+    assert estimate(AnswerLimit(120)).completion.high == pytest.approx(0.4 * 120 + 0.6 * 60)
+
+
+def test_without_a_whole_answer_truncated_ones_may_reach_the_limit() -> None:
+    found = ItemStats.from_records(
+        [record(n, **CUT) for n in range(9)], 9, "somewhere", limit=AnswerLimit(300)
+    )
+    assert found is not None
+    assert (found.completion.low, found.completion.likely, found.completion.high) == (100, 300, 300)

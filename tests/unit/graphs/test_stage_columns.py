@@ -49,3 +49,19 @@ def test_no_more_results_are_passed_on_than_there_are_ranks() -> None:
     served = dict.fromkeys(("s0", "s1"), ServedModel("m", simulated=True))
     stages = list_stages(loaded, Path("run"))
     assert [one.items for one in estimate_stages(stages, 300, 20.0, served)] == [300, 5]
+
+
+def test_elements_of_an_answer_have_its_fields() -> None:
+    cited = {"type": "array", "items": {"type": "object", "properties": {"doi": {}}}}
+    schema = {"type": "object", "properties": {"cites": cited}}
+    ask = {"name": "read", "map": {"prompt": "{x}", "schema": schema}}
+    extract = {"name": "cites", "reduce": {"op": "extract", "path": "read.cites[]"}}
+
+    def check(text: str) -> None:
+        last = {"name": "last", "reduce": {**SUMMARY, "text": text}}
+        data = {"input": {"dataset": "topics"}, "stages": [ask, extract, last]}
+        check_columns(load_config({**data, "endpoints": "auto"}), INPUT)
+
+    check("{cites.doi} {x}")
+    with pytest.raises(ConfigurationError, match="no column 'cite'"):
+        check("{cite}")

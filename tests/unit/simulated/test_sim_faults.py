@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fanfold.backends.simulated.engine import EngineRequest
 from fanfold.backends.simulated.faults import FaultContext, FaultInjector, FaultRule
 from fanfold.backends.simulated.node import Node, QuestionLog
 from fanfold.backends.simulated.routes import metrics_text
@@ -147,6 +148,9 @@ class Work:
 
     def start(self) -> None:
         self.started += 1
+
+    def make_engine_request(self) -> EngineRequest:
+        raise AssertionError("the node has no engine")
 
 
 def test_a_node_serves_first_come_first_served() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from fanfold.backends.simulated.responders import (
     Answer,
     SchemaResponder,
     answer_question,
+    grade_tokens,
     halve_answer,
     limit_answer,
     make_responder,
@@ -21,6 +23,7 @@ from fanfold.backends.simulated.responders import (
 )
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.simulated.values import ApiError
+from fanfold.nodes.item.certainty import read_certainty
 
 ASK = {"role": "user", "content": "What?"}
 LENGTH = 1000
@@ -261,3 +264,41 @@ def test_esol_without_rdkit_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "rdkit", None)
     with pytest.raises(MissingExtraError, match=r"fanfold\[chem\]"):
         make_responder(SimulationSpec(responder="esol"))
+
+
+LABELS = {"type": "object", "required": ["label"], "properties": {"label": {"enum": list("abcd")}}}
+
+
+def label(text: str, model: str, **spec: Any) -> Answer:
+    body = {
+        "messages": [{"role": "user", "content": text}],
+        "response_format": schema_form(LABELS),
+        "logprobs": True,
+    }
+    question = QuestionReader(model, 0).read(orjson.dumps(body), chat=True, max_model_len=LENGTH)
+    return answer_question(question, make_responder(SimulationSpec(responder="labels", **spec)))
+
+
+def test_models_share_a_truth_and_err_on_their_own() -> None:
+    texts = [f"text {n}" for n in range(300)]
+    truth = [label(text, "large").text for text in texts]
+    assert [label(text, "huge").text for text in texts] == truth
+    small = [label(text, "small", accuracy=0.6) for text in texts]
+    other = [label(text, "other", accuracy=0.6) for text in texts]
+    assert [one.text for one in small] != [one.text for one in other]
+    right = [a.text == b for a, b in zip(small, truth, strict=True)]
+    assert 0.6 < statistics.mean(right) < 0.8  # an error may hit the truth
+    sure = [read_certainty(one.text, shown(one), ("label",)) or 0.0 for one in small]
+    ranked = [one for _, one in sorted(zip(sure, right, strict=True))]
+    assert statistics.mean(ranked[150:]) > statistics.mean(ranked[:150]) + 0.1
+
+
+def shown(answer: Answer) -> dict[str, Any]:
+    return {"content": [{"token": one, "logprob": two} for one, two in answer.logprobs or ()]}
+
+
+@pytest.mark.parametrize("text", ['{"a":"b","c":[1,-2.5,true],"é":"ü x"}', "a free text", "-1.5"])
+def test_tokens_with_log_probabilities_are_the_text(text: str) -> None:
+    tokens = list(grade_tokens(text, 0.5))
+    assert "".join(token for token, _ in tokens) == text
+    assert min(value for _, value in tokens) == pytest.approx(math.log(0.5))

@@ -77,7 +77,7 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 
 
 def test_unknown_responder() -> None:
-    with pytest.raises(ConfigurationError, match="available: agent, esol, schema"):
+    with pytest.raises(ConfigurationError, match="available: agent, esol, labels, schema"):
         make_responder(SimulationSpec(responder="oracle"))
 
 

@@ -1,0 +1,308 @@
+"""``cascade``: a small model answers all items, and a large one those that are uncertain."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as data_field
+from typing import Any, ClassVar, Final
+
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.fields import FieldPath, split_column
+from ...backends.core.money import NANO_PER_USD
+from ...backends.core.types import Json, Row
+from .base import (
+    Answer,
+    LevelPlan,
+    LevelTask,
+    Operator,
+    OperatorEnd,
+    Question,
+    SizeEstimate,
+    StageResult,
+    StageTools,
+)
+from .item_text import read_items
+from .threshold import Allocation, allocate
+
+_LEAST_TEMPERATURE: Final = 0.7
+"""Temperature of the small model's further answers, unless it has one above 0."""
+_ROUNDING: Final = 1e-9
+"""Difference of numbers that computing with them may cause."""
+_FEW_TOKENS: Final = 100
+"""Tokens of a chat template and of a schema beside the texts of a task."""
+
+
+@dataclass(frozen=True)
+class Cascade(Operator):
+    """Answer each item by one of two models; see ``CascadeConfig`` for the settings.
+
+    Attributes:
+        task: The section ``task`` of the stage.
+        names: Columns that each question has, or fields inside them.
+    """
+
+    op: ClassVar[str] = "cascade"
+    passes_columns: ClassVar[bool] = True
+
+    field: str = ""
+    small: Mapping[str, Any] = data_field(default_factory=dict)
+    target: float = 0.95
+    delta: float = 0.1
+    tolerance: float | None = None
+    samples: int | None = None
+    seed: int = 0
+    task: Mapping[str, Json] = data_field(default_factory=dict)
+    names: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns that the prompt names."""
+        return self.names
+
+    def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the schema of the task."""
+        del rows
+        schema: Mapping[str, Any] = self.task["schema"]
+        return schema
+
+    async def run(self, tools: StageTools) -> OperatorEnd:
+        """Ask the small model about all items, then the large one about samples and the rest."""
+        work = _Work(self, tools)
+        certainties = await work.ask_small()
+        found = await allocate(
+            certainties,
+            work.ask_sample,
+            target=self.target,
+            delta=self.delta,
+            round_size=tools.streams,
+            seed=self.seed,
+        )
+        await work.ask_large([item for item in found.large if item not in work.large])
+        report = await asyncio.to_thread(work.report, found)
+        return OperatorEnd(_Results(work, frozenset(found.small), certainties), report)
+
+    def plan(self, size: SizeEstimate) -> list[LevelPlan]:
+        """Return the calls of both models if the large one answers all items, too."""
+        texts = f"{self.task.get('system') or ''}{self.task.get('prompt') or ''}"
+        prompt = int(size.items * (size.tokens_per_item + len(texts) / 3 + _FEW_TOKENS))
+        answers, more = size.items * size.answer_tokens, self.samples or 1
+        return [
+            LevelPlan("small", more * size.items, more * prompt, more * answers, is_small=True),
+            LevelPlan("large, at most", size.items, prompt, answers),
+        ]
+
+    def make_small_task(self, *, again: bool = False) -> LevelTask:
+        """Return what the small model is asked.
+
+        Args:
+            again: Whether it is asked for its further answers.
+        """
+        task = dict(self.task)
+        model: dict[str, Json] = {"name": None, "price": None, **self.small.get("model", {})}
+        if again:
+            assert self.samples is not None, "only samples are asked for again"
+            task["samples"] = self.samples - 1
+            model["temperature"] = model.get("temperature") or _LEAST_TEMPERATURE
+        elif self.samples is None:
+            task["certainty"] = self.field
+        return LevelTask(task, model, self.small.get("endpoints"))
+
+    def do_agree(self, a: Json, b: Json) -> bool:
+        """Return True if two answers agree in the field."""
+        path = FieldPath.parse(self.field)
+        one, other = path.pick_one(a, {}), path.pick_one(b, {})
+        if _is_number(one) and _is_number(other):
+            return bool(abs(one - other) <= (self.tolerance or 0.0) + _ROUNDING)
+        return type(one) is type(other) and bool(one == other)
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _Work:
+    """The answers of both models.
+
+    Attributes:
+        small: Answers of the small model, by item.
+        large: Where the answers of the large model are, by item: a level and a place in it.
+    """
+
+    def __init__(self, cascade: Cascade, tools: StageTools) -> None:
+        self.cascade, self.tools = cascade, tools
+        self.small: Sequence[Answer] = ()
+        self.large = dict[int, tuple[Sequence[Answer], int]]()
+        self._levels = list[Sequence[Answer]]()
+        self._rounds = self._uncertain = 0
+
+    async def ask_small(self) -> list[float]:
+        """Ask the small model about all items; return its certainty by item."""
+        cascade, items = self.cascade, range(len(self.tools.items))
+        if cascade.samples is None:
+            await self._check_logprobs()
+        self.small = await self._ask("small", cascade.make_small_task(), items)
+        if cascade.samples is None:
+            return await asyncio.to_thread(self._read_certainties)
+        again = await self._ask("small, again", cascade.make_small_task(again=True), items)
+        return await asyncio.to_thread(self._count_agreement, again)
+
+    async def _check_logprobs(self) -> None:
+        """Ask about one item, to find out whether the server tells log probabilities.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+        (answer,) = await self._ask("small, one item", self.cascade.make_small_task(), [0])
+        if answer.is_done and answer.record.get("certainty") is None:
+            msg = (
+                "cascade: the server of the small model returned no log probabilities for "
+                f"{self.cascade.field!r}; set cascade.samples, e.g. 5, to use the agreement of so "
+                "many answers in their place, and start a new run"
+            )
+            raise ConfigurationError(msg)
+
+    async def ask_sample(self, items: Sequence[int]) -> list[bool | None]:
+        """Ask the large model about a sample; return whether the small one agrees."""
+        self._rounds += 1
+        await self._ask_large(f"sample {self._rounds}", items)
+        return await asyncio.to_thread(lambda: [self._is_agreed(item) for item in items])
+
+    async def ask_large(self, items: Sequence[int]) -> None:
+        """Ask the large model about the items that are left for it."""
+        if items:
+            await self._ask_large("large", items)
+
+    async def _ask_large(self, level: str, items: Sequence[int]) -> None:
+        ordered = sorted(items)
+        answers = await self._ask(level, LevelTask(self.cascade.task), ordered)
+        self.large |= {item: (answers, place) for place, item in enumerate(ordered)}
+
+    async def _ask(self, level: str, task: LevelTask, items: Sequence[int]) -> Sequence[Answer]:
+        answers = await self.tools.ask(level, task, self._questions(items))
+        self._levels.append(answers)
+        return answers
+
+    def _questions(self, items: Sequence[int]) -> Iterator[Question]:
+        for item in read_items(self.tools, items):
+            yield Question(item.id, self._pick_columns(item.row))
+
+    def _pick_columns(self, row: Row) -> Row:
+        found = (split_column(name, row) for name in self.cascade.names)
+        columns = {one[0] for one in found if one is not None}
+        return {name: row[name] for name in row if name in columns}
+
+    def read_large(self, item: int) -> Answer:
+        """Return the answer of the large model about an item; blocks."""
+        answers, place = self.large[item]
+        return answers[place]
+
+    def _is_agreed(self, item: int) -> bool | None:
+        answer = self.read_large(item)
+        if not answer.is_done:
+            return None
+        return self.cascade.do_agree(self.small[item].output, answer.output)
+
+    def _read_certainties(self) -> list[float]:
+        found = list[float]()
+        for answer in self.small:
+            certainty = answer.record.get("certainty") if answer.is_done else None
+            self._uncertain += answer.is_done and certainty is None
+            found.append(-math.inf if certainty is None else float(certainty))
+        return found
+
+    def _count_agreement(self, again: Sequence[Answer]) -> list[float]:
+        """Return the share of further answers that agree with the first one, by item."""
+        cascade = self.cascade
+        assert cascade.samples is not None, "there are samples"
+        more, others, found = cascade.samples - 1, iter(again), list[float]()
+        for answer in self.small:
+            same = [
+                one.is_done and cascade.do_agree(answer.output, one.output)
+                for one, _ in zip(others, range(more), strict=False)
+            ]
+            found.append(sum(same) / more if answer.is_done else -math.inf)
+        return found
+
+    def report(self, found: Allocation) -> dict[str, Any]:
+        """Return the guarantee and the savings; blocks."""
+        cascade, items = self.cascade, len(self.tools.items)
+        answers = [self.read_large(item).record for item in sorted(self.large)]
+        models = sorted({str(one["model"]) for one in answers if one.get("model")})
+        usd = sum(one["nano_usd"] for one in answers) / NANO_PER_USD
+        saved = None
+        if usd and answers:
+            small = self._levels[: len(self._levels) - self._count_large_levels()]
+            spent = sum(one.record["nano_usd"] for level in small for one in level) / NANO_PER_USD
+            saved = round(usd / len(answers) * len(found.small) - spent, 6)
+        name = ", ".join(models) or "the large model"
+        return {
+            "op": cascade.op,
+            "items": items,
+            "lines": [
+                f"agrees with {name} in {cascade.field} on at least {100 * cascade.target:g} % of "
+                f"the items, with probability {1 - cascade.delta:g}",
+                _describe_savings(found, items, saved),
+            ],
+            "field": cascade.field,
+            "target": cascade.target,
+            "delta": cascade.delta,
+            "small": len(found.small),
+            "large": len(found.large),
+            "large_share": round(len(found.large) / items, 4),
+            "sampled": len(found.sampled),
+            "agreeing": found.agreeing,
+            "certainty": found.certainty,
+            "without_certainty": self._uncertain,
+            "rounds": self._rounds,
+            "saved_usd": saved,
+        }
+
+    def _count_large_levels(self) -> int:
+        return len({id(answers) for answers, _ in self.large.values()})
+
+
+def _describe_savings(found: Allocation, items: int, saved: float | None) -> str:
+    dollars, share = "", 100 * len(found.large) / items
+    if saved is not None:
+        digits = 2 if abs(saved) >= 1 else 6
+        dollars = (
+            f", {abs(saved):,.{digits}f} USD {'less' if saved >= 0 else 'more'} than with it alone"
+        )
+    return (
+        f"{len(found.large):,} of {items:,} items ({share:.0f} %) went to the "
+        f"large model, {len(found.sampled):,} of them to measure the agreement; "
+        f"{len(found.small):,} of its calls saved{dollars}"
+    )
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The result of each item, read when it is iterated; blocks.
+
+    Attributes:
+        work: The answers.
+        kept: Items that keep the answer of the small model.
+        certainties: Certainty of the small model by item.
+    """
+
+    work: _Work
+    kept: frozenset[int]
+    certainties: Sequence[float]
+
+    def __iter__(self) -> Iterator[StageResult]:
+        work, small = self.work, iter(self.work.small)
+        for item in read_items(work.tools, range(len(work.tools.items))):
+            answer = next(small)
+            if item.index not in self.kept:
+                answer = work.read_large(item.index)
+            certainty = self.certainties[item.index]
+            record = {
+                "certainty": None if certainty == -math.inf else certainty,
+                **{name: answer.record.get(name) for name in ("model", "endpoint", "raw")},
+            }
+            yield StageResult(
+                item.id, answer.output, item.row, answer.error_class, answer.error, record
+            )

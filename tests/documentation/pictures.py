@@ -1,0 +1,54 @@
+"""``make pictures``: run each preset and take the picture of its report for the tutorials.
+
+Needs Chromium, and the extras ``report`` and ``chem``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fanfold.configs.loader import preset_names
+from fanfold.tests.integration.report.browser import find_browser
+
+from .reference import ROOT
+
+WIDTH, HEIGHT = 1100, 900
+
+
+def main() -> None:
+    """Write ``docs/pictures/PRESET.png`` for each preset."""
+    browser = find_browser()
+    if browser is None:
+        sys.exit("no Chromium is installed; install it to take pictures")
+    with TemporaryDirectory() as folder:
+        for name in preset_names():
+            out = Path(folder) / name
+            run = [sys.executable, "-m", "fanfold", "run", name, "--out", str(out), "--quiet"]
+            subprocess.run(run, check=True, cwd=folder)
+            report = [sys.executable, "-m", "fanfold", "report", str(out)]
+            subprocess.run(report, check=True, cwd=folder)
+            picture = ROOT / "docs" / "pictures" / f"{name}.png"
+            picture.parent.mkdir(exist_ok=True)
+            subprocess.run(
+                [
+                    browser,
+                    "--headless",
+                    "--no-sandbox",
+                    "--hide-scrollbars",
+                    "--virtual-time-budget=10000",
+                    f"--user-data-dir={folder}/browser",
+                    f"--window-size={WIDTH},{HEIGHT}",
+                    f"--screenshot={picture}",
+                    (out / "report.html").as_uri(),
+                ],
+                check=True,
+                stderr=subprocess.DEVNULL,
+            )
+            print(f"{picture.relative_to(ROOT)} written")
+
+
+if __name__ == "__main__":
+    main()

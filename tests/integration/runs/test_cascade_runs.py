@@ -1,0 +1,103 @@
+"""``cascade`` over two real fleets whose truth is known: a small model with errors, a large one."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.integration.runs.test_pipeline import STREAMS, begin, command, has_lines, outputs
+
+pytestmark = pytest.mark.integration
+
+ITEMS = 150
+LABEL = {
+    "prompt": "Which kind is {x}?",
+    "schema": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["kind"],
+        "properties": {"kind": {"type": "string", "enum": ["a", "b", "c"]}},
+    },
+}
+
+
+@asynccontextmanager
+async def cascaded(lab: Lab, accuracy: float, **spec: Any) -> AsyncIterator[SimulatedFleet]:
+    """Give the lab a stage with a cascade, whose small model has a fleet of its own."""
+    known = {"model": "small", "responder": "labels", "accuracy": accuracy}
+    async with SimulatedFleet(SimulationSpec.fast(nodes=1, **known, **spec)) as small:
+        for key in ("task", "reduce"):
+            del lab.config[key]
+        cascade = {
+            "field": "kind",
+            "small": {"model": {"name": "small"}, "endpoints": {"urls": list(small.urls)}},
+            "target": 0.9,
+        }
+        lab.config |= {
+            "model": {"max_tokens": 100},
+            "limits": {"streams": STREAMS * 8, "hedge": False},
+            "stages": [{"name": "label", "map": LABEL, "cascade": cascade}],
+        }
+        yield small
+
+
+def read_labels(root: Path) -> list[dict[str, Any]]:
+    return list(pq.read_table(root / "stages/label/results.parquet").to_pylist())
+
+
+def count_asked(fleet: SimulatedFleet) -> tuple[int, int]:
+    """Return the questions that a fleet was asked, and how many of them again."""
+    asked = [int(one["asked"]) for one in fleet.stats(prompts=True)["prompts"].values()]
+    return len(asked), sum(asked) - len(asked)
+
+
+async def test_killed_in_each_kind_of_level_it_gives_the_same_answers(lab_of: LabMaker) -> None:
+    async with (
+        lab_of(items=ITEMS, ttft_s=0.02, responder="labels") as lab,
+        cascaded(lab, accuracy=0.75, ttft_s=0.02) as small,
+    ):
+        said = await begin(lab, lab.home / "undisturbed")
+        expected = outputs(lab.home / "undisturbed")
+        (label,) = said["stages"]
+        report = label["report"]
+        rows = read_labels(lab.home / "undisturbed")
+        models = [row["model"] for row in rows]
+        assert (models.count("small"), models.count("simulated-8b")) == (
+            report["small"],
+            report["large"],
+        )
+        assert report["small"] > 20
+        assert report["lines"][0].startswith("agrees with simulated-8b in kind on at least 90 %")
+        assert all(0 < row["certainty"] <= 1 for row in rows)
+        assert [row["id"] for row in rows] == [f"i{n}" for n in range(ITEMS)]
+        levels = [level["level"] for level in label["levels"]]
+        lab.fleet.reset()
+        small.reset()
+        arguments: tuple[str, ...] = ()
+        kills = ("small", "sample 1", "large")
+        for level in kills:
+            folder = lab.out / f"stages/label/levels/{levels.index(level) + 1}"
+            async with lab.process(*arguments) as process:
+                await lab.until(partial(has_lines, folder))
+                process.kill()
+                assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+            await lab.until(lab.fleet_is_idle)
+            arguments = ("resume", str(lab.out))
+        again = await command(lab, "resume", str(lab.out))
+        assert again["stages"][0]["report"] == report
+        assert outputs(lab.out) == expected
+        assert count_asked(lab.fleet)[0] == report["large"]
+        assert count_asked(lab.fleet)[1] <= 2 * lab.config["limits"]["streams"]
+        assert count_asked(small)[0] == ITEMS
+        assert count_asked(small)[1] <= 1 + lab.config["limits"]["streams"]
