@@ -17,7 +17,7 @@ pytestmark = pytest.mark.integration
 
 BUDGETS: list[Any] = [
     pytest.param({}, id="without a budget"),
-    pytest.param({"tokens": 10**7}, id="tokens"),
+    pytest.param({"tokens": 10**7}, id="tokens", marks=pytest.mark.long),
     pytest.param({"requests": 10**5}, id="requests", marks=pytest.mark.long),
 ]
 
