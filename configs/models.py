@@ -680,7 +680,8 @@ class RunConfig(Section):
         if self.evaluate:
             msg = (
                 "evaluate compares fields of answers, but answers to requests in OpenAI's format "
-                "are whole responses (input.format); leave it out"
+                "are whole responses (input.format); leave it out, or ask by task.prompt over a "
+                "table of rows"
             )
             raise ValueError(msg)
         model = self.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ from .prepare import (
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
+from .stage_tokens import StageTokens
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
@@ -80,6 +82,8 @@ RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 FINISHED: Final = "finished"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
+_CAUTION: Final = 1.15
+"""Factor on estimated tokens, so that texts are seldom longer than their estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,6 +508,9 @@ class _OperatorRun:
             await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
         place = self._pipeline.make_place(stage, folder)
         await asyncio.to_thread(folder.write_place, place)
+        tokens = await asyncio.to_thread(
+            StageTokens, folder.path, lambda: self._pipeline.find_endpoints(stage.loaded)
+        )
         with ItemStore(folder.path / _INPUT_FILE) as store:
             tools = StageTools(
                 items=store,
@@ -513,6 +520,7 @@ class _OperatorRun:
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
                 streams=kept["streams"],
+                count_exact=tokens.count,
                 folder=folder.path,
                 row_schema=await asyncio.to_thread(self._describe_rows),
             )
@@ -520,6 +528,7 @@ class _OperatorRun:
                 end = await stage.make_operator().run(tools)
                 await self._finish(kept, end, store)
             finally:
+                await tokens.aclose()
                 for answers in self._open:
                     answers.close()
 
@@ -773,7 +782,11 @@ def _iter_questions(questions: Iterable[Question]) -> Iterator[tuple[str, dict[s
 
 
 async def _count_tokens(texts: Sequence[str]) -> list[int]:
-    return [estimate_text_tokens(text) for text in texts]
+    return await asyncio.to_thread(_estimate_tokens, texts)
+
+
+def _estimate_tokens(texts: Sequence[str]) -> list[int]:
+    return [math.ceil(_CAUTION * estimate_text_tokens(text)) for text in texts]
 
 
 def _sync(path: Path) -> None:
