@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -89,11 +90,22 @@ class Place:
         command += ["--endpoints", ",".join(self.urls), "--out", out, "--limit", str(items)]
         return [*command, *more]
 
+    def control(self, route: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request to the control plane of the fleet: POST if there is data."""
+        url = f"http://{urlsplit(self.urls[0]).netloc}/_sim/{route}"
+        body = None if data is None else json.dumps(data).encode()
+        with urllib.request.urlopen(url, body) as answer:
+            said: dict[str, Any] = json.loads(answer.read())
+        return said
+
+    def wait_for_requests(self, number: int) -> None:
+        """Wait until the fleet has had so many requests."""
+        while self.count_requests()["requests"] < number:
+            time.sleep(0.05)
+
     def count_requests(self) -> dict[str, int]:
         """Return the fleet's own totals."""
-        place = urlsplit(self.urls[0])
-        with urllib.request.urlopen(f"http://{place.netloc}/_sim/stats") as answer:
-            nodes = json.loads(answer.read())["nodes"]
+        nodes = self.control("stats")["nodes"]
         names = ("requests", "prompt_tokens", "completion_tokens")
         return {name: sum(node.get(name, 0) for node in nodes) for name in names}
 
@@ -256,19 +268,10 @@ def measure_faults(quick: bool) -> list[Table]:
         "storm",
         "What does a failure storm cost, and is the throughput back afterwards?",
         "items/s",
-        "For a third of the time about half of the requests to half of the nodes fail (HTTP 500, "
-        "503, broken connections). The last items of the run do not count.",
+        "In the middle of the run, for a quarter of its time, half of the requests to half of the "
+        "nodes fail (HTTP 500, 503, broken connections). The last items of the run do not count.",
         "more",
     )
-    window = (3 + 0.3 * length_s, 3 + 0.6 * length_s)
-    faults = [
-        FaultRule(kind, nodes=(0, 1, 2, 3), p=0.2, window=window) for kind in ("500", "503", "drop")
-    ]
-    with open_place(_with_faults(spec, faults), items) as place:
-        began = time.time()
-        found = place.run(place.fanfold("storm", items, *_PLAIN))
-        ends = _read_ends(place.folder / "storm")
-        assert found.said["done"] + found.said["failed"] == items, found.said
     lost = Table(
         "storm-failed",
         "How many items does the storm cost?",
@@ -276,11 +279,23 @@ def measure_faults(quick: bool) -> list[Table]:
         "Items of the same run that failed because all of their attempts did "
         "(`limits.attempts`); `resume --retry-failed` asks them again.",
     )
+    with open_place(spec, items) as place, ThreadPoolExecutor(1) as threads:
+        running = threads.submit(place.run, place.fanfold("storm", items, *_PLAIN))
+        place.wait_for_requests(int(0.35 * items))
+        began = time.time()
+        for kind in ("500", "503", "drop"):
+            place.control("fault", {"kind": kind, "nodes": [0, 1, 2, 3], "p": 0.2})
+        time.sleep(length_s / 4)
+        place.control("reset", {})
+        ended = time.time()
+        found = running.result()
+        ends = _read_ends(place.folder / "storm")
+    assert found.said["done"] + found.said["failed"] == items, found.said
     lost.add("failed", 100 * found.said["failed"] / items)
     for name, low, high in (
-        ("before", ends[0] + 1, began + window[0] - 1),
-        ("during", began + window[0], began + window[1]),
-        ("after", began + window[1] + 1, ends[-STREAMS]),
+        ("before", ends[0], began),
+        ("during", began, ended),
+        ("after", ended, ends[-STREAMS]),
     ):
         storm.add(name, sum(low <= one < high for one in ends) / max(high - low, 1e-9))
     return [storm, lost, *_measure_kill(spec, items), *_measure_poison(spec, items)]
@@ -306,8 +321,7 @@ def _measure_kill(spec: SimulationSpec, items: int) -> list[Table]:
         process = subprocess.Popen(
             command, cwd=place.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while place.count_requests()["requests"] < items / 2:
-            time.sleep(0.05)
+        place.wait_for_requests(items // 2)
         process.send_signal(signal.SIGKILL)
         process.wait()
         resumed = place.run([sys.executable, "-P", "-m", "fanfold", "resume", "kill", "--json"])
