@@ -782,6 +782,10 @@ def _iter_questions(questions: Iterable[Question]) -> Iterator[tuple[str, dict[s
 
 
 async def _count_tokens(texts: Sequence[str]) -> list[int]:
+    return await asyncio.to_thread(_estimate_tokens, texts)
+
+
+def _estimate_tokens(texts: Sequence[str]) -> list[int]:
     return [math.ceil(_CAUTION * estimate_text_tokens(text)) for text in texts]
 
 

@@ -76,6 +76,10 @@ _VERDICT: Final = {
 _CAUTION: Final = 1.02
 """Factor by which the ratio of exact to estimated tokens is raised for the next leaf."""
 _LEAST_RATIO: Final = 0.2
+_STEADY: Final = 0.01
+"""Share by which the ratio may change between leaves and still counts as steady."""
+_MOST_SKIPPED: Final = 31
+"""Leaves between two that the tokenizer counts, at most."""
 
 
 def _answer_schema(most: int) -> dict[str, Any]:
@@ -377,7 +381,8 @@ class _Packer:
     """Packs items into leaves that fit, in the order in which they are added.
 
     The estimates of items decide, corrected by the ratio that the model's own tokenizer has shown.
-    A leaf that the tokenizer finds too long leaves its last items to the next one.
+    A leaf that the tokenizer finds too long leaves its last items to the next one. While the ratio
+    is steady, the tokenizer counts only some of the leaves.
     """
 
     def __init__(self, summarize: Summarize, tools: StageTools, most: int) -> None:
@@ -385,6 +390,8 @@ class _Packer:
         self._open = dict[str, list[tuple[int, int]]]()
         self._closed = dict[str, list[list[int]]]()
         self._ratio: float | None = None
+        self._raw = 0.0
+        self._steady = self._skip = 0
 
     async def add(self, group: str, index: int, tokens: int) -> None:
         """Add an item with its estimated tokens."""
@@ -406,8 +413,10 @@ class _Packer:
         """Close the leaf of a group; return the next one, which has what did not fit."""
         leaf, kept = self._open[group], len(self._open[group])
         estimate = sum(tokens for _, tokens in leaf)
-        if self._ratio is None or estimate > self._most:
+        if self._ratio is None or (estimate > self._most and not self._skip):
             kept = await self._count_fitting(leaf)
+        else:
+            self._skip = max(0, self._skip - 1)
         self._closed[group].append([index for index, _ in leaf[:kept]])
         self._open[group] = leaf[kept:]
         return self._open[group]
@@ -422,12 +431,18 @@ class _Packer:
             if exact is None:
                 self._ratio = self._ratio or 1.0
                 break
-            estimate = sum(tokens for _, tokens in leaf[:kept])
-            self._ratio = max(_LEAST_RATIO, _CAUTION * exact / max(1, estimate))
+            self._learn(exact / max(1, sum(tokens for _, tokens in leaf[:kept])))
             if exact <= self._most or kept == 1:
                 break
             kept = max(1, min(kept - 1, int(kept * self._most / exact)))
         return kept
+
+    def _learn(self, ratio: float) -> None:
+        """Use the ratio of exact to estimated tokens; count more seldom while it is steady."""
+        is_steady = abs(ratio - self._raw) <= _STEADY * ratio
+        self._steady = min(_MOST_SKIPPED, 2 * self._steady + 1) if is_steady else 0
+        self._raw, self._skip = ratio, self._steady
+        self._ratio = max(_LEAST_RATIO, _CAUTION * ratio)
 
 
 class _Tree:

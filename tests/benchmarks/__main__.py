@@ -2,8 +2,8 @@
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards``, ``start``, ``budget`` and ``limits`` take minutes and run only
-when they are named.
+``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``budget`` and ``limits`` take minutes
+and run only when they are named.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import budget, calls, end_to_end, limits, parts, reuse, shards, start, storm, streams
+from . import (
+    budget,
+    calls,
+    end_to_end,
+    limits,
+    parts,
+    reuse,
+    shards,
+    stages,
+    start,
+    storm,
+    streams,
+)
 
 NAMES = (
     "end_to_end",
@@ -19,6 +31,7 @@ NAMES = (
     "parts",
     "reuse",
     "shards",
+    "stages",
     "start",
     "storm",
     "streams",
@@ -52,6 +65,8 @@ def main() -> None:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "shards" in names:
         shards.measure(given.backends)
+    if "stages" in names:
+        stages.measure(30_000)
     if "start" in names:
         start.measure(5)
     if "streams" in names:
