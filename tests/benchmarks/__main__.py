@@ -1,4 +1,4 @@
-"""``make bench``: what a run costs, measured in separate processes.
+"""Single measurements; ``suite.py`` has the published figures (``make bench``).
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
@@ -42,7 +42,7 @@ NAMES = (
 
 def main() -> None:
     """Run the benchmarks that were named, or the short ones."""
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fanfold.tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
     parser.add_argument("--items", type=int, nargs="+", default=[2_000, 50_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
