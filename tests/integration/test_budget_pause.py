@@ -40,7 +40,7 @@ async def test_a_pause_is_an_interrupt_that_is_answered_in_several_steps(
     simulated: SimulatedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong answer is asked again, a low one pauses again; the end is as without a pause."""
-    monkeypatch.setattr("fanfold.graphs.run.items._WINDOW", 3)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._WINDOW", 3)
     whole = await build_graph(limited(simulated)).ainvoke({"items": rows(80)})
     cost, requests = paid(simulated), simulated.stats()["totals"]["requests"]
     simulated.reset()

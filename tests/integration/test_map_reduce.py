@@ -162,7 +162,7 @@ async def test_failed_items_are_asked_again_once(
     simulated: SimulatedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An embedded run is opened anew by each superstep; what failed again stays failed."""
-    monkeypatch.setattr("fanfold.graphs.run.items._WINDOW", 3)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._WINDOW", 3)
     simulated.add_fault(FaultRule("refusal", p=0.3, draw="item"))
     config = settings(simulated, shard={"items": 10})
     first = await build_graph(config).ainvoke({"items": rows(60)})
@@ -228,7 +228,7 @@ async def test_pasted_items_lost_with_the_process_are_not_replaced(
 
 
 async def test_several_supersteps(simulated: SimulatedFleet, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fanfold.graphs.run.items._WINDOW", 3)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._WINDOW", 3)
     whole = await build_graph(settings(simulated)).ainvoke({"items": rows(100)})
     small = settings(simulated, shard={"items": 10}, limits={"streams": 4, "hedge": False})
     end = await build_graph(small).ainvoke({"items": rows(100)})

@@ -132,10 +132,11 @@ class Lab:
                 process.kill()
             await process.communicate()
 
-    async def killed_at(self, lines: int, *arguments: str) -> None:
-        """Run the command line and kill it -9 when the journal holds so many items."""
+    async def killed_at(self, lines: int, *arguments: str, after_s: float = 0) -> None:
+        """Run the command line and kill it -9 some time after the journal holds so many items."""
         async with self.process(*arguments) as process:
             await self.until(lambda: self.journal_lines() >= lines)
+            await asyncio.sleep(after_s)
             process.kill()
             async with asyncio.timeout(DEADLINE_S):
                 assert await process.wait() == -signal.SIGKILL

@@ -20,6 +20,8 @@ BUDGETS: list[Any] = [
     pytest.param({"tokens": 10**7}, id="tokens", marks=pytest.mark.long),
     pytest.param({"requests": 10**5}, id="requests", marks=pytest.mark.long),
 ]
+GROWTH_S = 0.2
+"""Longer than it takes to note that more calls are in flight, as when a worker begins a shard."""
 
 
 def prepare(lab: Lab, budget: dict[str, Any]) -> None:
@@ -157,10 +159,14 @@ async def test_calls_of_a_killed_worker_are_in_doubt(
     async with lab_of(items=300, ttft_s=0.3) as lab:
         prepare(lab, budget)
         lab.config["backend"] = backend
+        lab.fleet.add_fault(FaultRule("slow", nodes=(1,), value=0.1))  # some are always in flight
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lambda: life.done() or (len(begun(lab)) == 2 and lab.journal_lines() > 40))
         assert not life.done()
+        await asyncio.sleep(GROWTH_S)
+        assert not life.done()
         os.kill(begun(lab)[0], signal.SIGKILL)
+        lab.fleet._faults.clear()
         result = await asyncio.wait_for(life, 120)
         assert result.exit_code == 0
         assert await check_bound(lab, exact=False) >= 1
@@ -174,7 +180,7 @@ async def test_calls_of_workers_are_in_doubt_after_a_kill_of_the_coordinator(
         prepare(lab, {})
         lab.config["backend"] = backend
         lab.fleet.add_fault(FaultRule("slow", nodes=(1,), value=0.1))  # some are always in flight
-        await lab.killed_at(40)
+        await lab.killed_at(40, after_s=GROWTH_S)
         assert await check_bound(lab, exact=False) >= 1
         lab.fleet._faults.clear()
         result = await lab.live()
