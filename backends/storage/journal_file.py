@@ -548,15 +548,15 @@ def index_lines(  # noqa: PLR0913 - where to begin, and where to end
                     if found is None or record is None:
                         is_regular = False
                         break
-                    if start >= least:
-                        least = -1
-                        break
                     if number == 1:
                         _check_header(source, record)
                         begin = start + len(line)
-                    else:
+                    elif start < least:
                         lengths.append(len(line))
                         keys.append(_make_checked_key(record))
+                    else:
+                        least = -1
+                        break
                     number, crc, start = number + 1, found, start + len(line)
                 if keys:
                     yield IndexedLines(keys, lengths, begin, start, number - 1, crc)
