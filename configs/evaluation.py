@@ -40,6 +40,7 @@ METRICS: Final[Mapping[str, str]] = {
 MISSING_CAUSES: Final[Mapping[str, str]] = {
     "failed": "failed",
     "no_value": "answered without a value",
+    "tie": "a tie of the samples",
     "unfinished": "not ended",
 }
 """Why an item has no answer to compare, in words."""

@@ -64,6 +64,11 @@ def _sample_suffix(sample: int) -> str:
     return f"~{sample + 1}" if sample else ""
 
 
+def make_part_id(document: str, number: int) -> str:
+    """Return the id of a part of a document, by its number from 1."""
+    return f"{document}/p{number}"
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one or several calls; None means that the server did not report them.

@@ -79,7 +79,10 @@ def evaluate_run(path: Path, options: GoldOptions, as_json: bool) -> None:
         raise ConfigurationError(f"{path}: {EVALUATION_REFUSED}")
     settings = read_settings(folder.settings).data
     if get_at_path(settings, ("input", "format")) == "openai_batch":
-        msg = f"{path}: its answers are whole responses (input.format), not fields to compare"
+        msg = (
+            f"{path}: its answers are whole responses (input.format), not fields to compare; to "
+            "evaluate a model, ask by task.prompt over a table of rows"
+        )
         raise ConfigurationError(msg)
     with open_result_source(folder) as source:
         found = _compute(folder, settings, source, options)

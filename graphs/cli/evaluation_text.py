@@ -24,7 +24,7 @@ def show_evaluations(evaluations: list[dict[str, Any]], console: Console) -> Non
         console.print(Text(_head(one), style="bold"), soft_wrap=True)
         for table in (_metrics(one), _classes(one), _confusion(one)):
             if table and table[0].cells:
-                for part in make_table(table, console.width):
+                for part in make_table(table, console.width, splits=True):
                     console.print(part)
         for note in one["notes"]:
             console.print(Text(f"note: {format_cell(note, None).plain}"), soft_wrap=True)

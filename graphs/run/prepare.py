@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles")
+_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles", "split")
 
 
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
@@ -488,7 +488,7 @@ def describe_session(folder: RunFolder) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: version(name) for name in _PACKAGES},
         "command": [
-            Path(sys.argv[0]).name,
+            "fanfold" if (name := Path(sys.argv[0]).name) == "__main__.py" else name,
             *mask_arguments(_strip_folder(sys.argv[1:], folder.path)),
         ],
         "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
@@ -498,7 +498,10 @@ def describe_session(folder: RunFolder) -> dict[str, Any]:
 def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """Yield the command's arguments, with the path of the folder replaced by a placeholder."""
     own = folder.resolve()
-    for argument in arguments:
+    for number, argument in enumerate(arguments):
+        if number == 0 and argument.isalpha():  # the command, also beside a folder of that name
+            yield argument
+            continue
         *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
         if "://" not in text and _may_be_path(text):
             place = expand_home(text).resolve()

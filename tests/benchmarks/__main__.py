@@ -1,9 +1,9 @@
-"""``make bench``: what a run costs, measured in separate processes.
+"""Single measurements; ``suite.py`` has the published figures (``make bench``).
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards``, ``start``, ``budget`` and ``limits`` take minutes and run only
-when they are named.
+``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``budget`` and ``limits`` take minutes
+and run only when they are named.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import budget, calls, end_to_end, limits, parts, reuse, shards, start, storm, streams
+from . import (
+    budget,
+    calls,
+    end_to_end,
+    limits,
+    parts,
+    reuse,
+    shards,
+    stages,
+    start,
+    storm,
+    streams,
+)
 
 NAMES = (
     "end_to_end",
@@ -19,6 +31,7 @@ NAMES = (
     "parts",
     "reuse",
     "shards",
+    "stages",
     "start",
     "storm",
     "streams",
@@ -29,7 +42,7 @@ NAMES = (
 
 def main() -> None:
     """Run the benchmarks that were named, or the short ones."""
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fanfold.tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
     parser.add_argument("--items", type=int, nargs="+", default=[2_000, 50_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
@@ -52,6 +65,8 @@ def main() -> None:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "shards" in names:
         shards.measure(given.backends)
+    if "stages" in names:
+        stages.measure(30_000)
     if "start" in names:
         start.measure(5)
     if "streams" in names:

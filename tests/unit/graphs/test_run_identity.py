@@ -21,7 +21,7 @@ def changed(*overrides: str) -> dict[str, Any]:
     [
         "task.prompt=x",
         "task.repairs=0",
-        "model.seed=1",
+        "model.seed=2",
         "model.name=b",
         "input.id=null",
         "input.limit=3",
