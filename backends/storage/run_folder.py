@@ -487,6 +487,14 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
+def read_file_stamp(path: Path) -> list[int] | None:
+    """Return size and modification time (ns) of an input file, to detect changes."""
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def get_folder_identity(path: Path) -> dict[str, int]:
     """Return device and inode, which distinguish a folder from its copies under any name.
 

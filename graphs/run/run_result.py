@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...backends.batch.files import BatchFolder, describe_open_batches
 from ...backends.budget.cost import Cost
 from ...backends.budget.spend_log import open_spend_logs
 from ...backends.core.errors import JournalError
-from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal import EXTENTS_FILE, Journal, list_lost_files
 from ...backends.storage.run_folder import (
     RunFolder,
     get_folder_identity,
     get_run_ids,
     read_aggregate_file,
+    read_file_stamp,
 )
 from ...configs.loader import read_settings
 from ...configs.models import BatchConfig
+from ...configs.raw_settings import get_at_path
 from .next_steps import FINISHED
 
 
@@ -69,7 +73,7 @@ def read_finished_run(folder: RunFolder) -> RunResult | None:
     """
     started, about = time.monotonic(), folder.read_provenance()
     last = about["sessions"][-1] if about["sessions"] else {}
-    ids = get_run_ids(about)
+    ids, settings = get_run_ids(about), read_settings(folder.settings).data
     is_same = (
         last.get("outcome") == FINISHED
         and last.get("settings") == folder.digest_settings()
@@ -77,9 +81,12 @@ def read_finished_run(folder: RunFolder) -> RunResult | None:
         and folder.results.exists()
         and folder.failures.exists()
         and not folder.is_in_use()
-        and not any(read_settings(folder.settings).data.get("batch", {}).values())
+        and _is_input_same(about, settings)
+        and not any((settings.get("batch") or {}).values())
     )
-    if not is_same or list_lost_files(folder.journal):
+    if not is_same or not (folder.journal / EXTENTS_FILE).exists():
+        return None
+    if list_lost_files(folder.journal):
         return None
     try:
         kept = read_aggregate_file(folder)
@@ -105,3 +112,11 @@ def read_finished_run(folder: RunFolder) -> RunResult | None:
         cost=Cost(usage, logs.total_node_time(), doubt, is_priced),
         open_batches=tuple(describe_open_batches(BatchFolder(folder.batches).read())),
     )
+
+
+def _is_input_same(about: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Return True if the input file is as it was, or is not there; a session reads one that is."""
+    path, known = get_at_path(settings, ("input", "path")), about["input"].get("stamp")
+    if not isinstance(path, str) or not Path(path).exists():  # also if it contains a ${VAR}
+        return True
+    return known is not None and read_file_stamp(Path(path)) == known
