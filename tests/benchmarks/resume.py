@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -29,4 +28,3 @@ def measure(items: int) -> None:
             read = time.process_time()
         print(f"  index {1e6 * (indexed - began) / items:.2f} us per item")
         print(f"  read back {1e6 * (read - indexed) / items:.2f} us per item")
-        print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
