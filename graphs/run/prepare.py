@@ -59,6 +59,7 @@ from ...backends.storage.run_folder import (
     get_run_ids,
     is_vacant,
     place_to_be,
+    read_file_stamp,
     utc_timestamp,
     write_bytes,
 )
@@ -437,14 +438,6 @@ def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
         "skipped_total": summary.skipped_total,
         "skipped": [{"id": s.id, "reason": s.reason} for s in summary.skipped],
     }
-
-
-def read_file_stamp(path: Path) -> list[int] | None:
-    """Return size and modification time (ns) of an input file, to detect changes."""
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 _BLANK: Final = re.compile(r"\s")
