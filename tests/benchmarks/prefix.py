@@ -21,7 +21,8 @@ from typing import Any
 from fanfold.backends.fleet.balancer import LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy
+from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy, make_prefix_policies
+from fanfold.backends.inputs.item_order import choose_order
 from fanfold.tests.benchmarks.prefix_workloads import (
     SERVERS,
     STREAMS,
@@ -161,11 +162,26 @@ def run_power_of_two(workload: Workload) -> tuple[float, float, float]:
     return run_virtual(lambda: run_items(workload, order, _policy(), PowerOfTwo))
 
 
+def run_auto(workload: Workload) -> tuple[float, float, float]:
+    """Run the items as with ``limits.order: auto``."""
+    items = workload.items
+
+    def read_texts(rows: Sequence[int]) -> list[str]:
+        return [f"user:{items[row].render()}" for row in rows]
+
+    sizes = [4 * item.prompt_tokens for item in items]
+    order, groups = choose_order(len(items), sizes, read_texts, long_first=True)
+    policy = _policy(**make_prefix_policies(None if groups is None else groups.prefix))
+    chosen = range(len(items)) if order is None else order.tolist()
+    return run_virtual(lambda: run_items(workload, chosen, policy))
+
+
 POLICIES: dict[str, Callable[[Workload], tuple[float, float, float]]] = {
     "today": run_today,
     "today, affinity": run_affinity,
     "round robin": run_round_robin,
     "power of two": run_power_of_two,
+    "auto": run_auto,
 }
 
 
