@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.images import drop_images
+from ..core.parsing import join_messages
 from ..core.protocols import CallLog
 from .endpoint import BreakerState, Endpoint
 from .policy import AffinityPolicy
@@ -36,15 +37,7 @@ class Affinity:
 
     def make_key(self, body: Mapping[str, Any]) -> int:
         """Return a hash of a request's prefix, valid in this process."""
-        parts: list[str] = []
-        left = self.policy.prefix
-        for message in drop_images(body["messages"]):
-            text = f"{message.get('role')}:{message.get('content')}"
-            parts.append(text[:left])
-            left -= len(text)
-            if left <= 0:
-                break
-        return hash(tuple(parts))
+        return hash(join_messages(drop_images(body["messages"]), self.policy.prefix))
 
     def find_endpoint(self, key: int) -> Endpoint | None:
         """Return the endpoint that first served a prefix and is still alive, or None."""
@@ -236,7 +229,7 @@ class LoadBalancer:
             and not any(endpoint.resting for endpoint in self.alive)
         )
 
-    async def acquire(
+    async def acquire(  # noqa: PLR0913, PLR0917 - an object for them costs time in each call
         self,
         avoid: Collection[Endpoint] = (),
         prefer: Endpoint | None = None,
@@ -273,7 +266,7 @@ class LoadBalancer:
             if item is not None:
                 item.queued -= 1
 
-    def _enqueue(
+    def _enqueue(  # noqa: PLR0913, PLR0917 - as above
         self,
         avoid: Collection[Endpoint],
         prefer: Endpoint | None,

@@ -231,9 +231,7 @@ class Retrier:
         limiter: All quotas.
     """
 
-    def __init__(
-        self, policy: RetryPolicy, monitor: HealthMonitor, limiter: RateLimiter
-    ) -> None:
+    def __init__(self, policy: RetryPolicy, monitor: HealthMonitor, limiter: RateLimiter) -> None:
         self._policy = policy
         self._stop_retrying = make_stop(policy)
         self._monitor = monitor

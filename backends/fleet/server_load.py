@@ -13,6 +13,7 @@ import orjson
 
 from ..core.parsing import ServerLoad, parse_load_metrics
 from .endpoint import Endpoint, EndpointSpec
+from .failures import HTTPAnswer
 from .policy import FleetPolicy, LoadPolicy
 from .transport import Transport
 
@@ -151,7 +152,7 @@ class LoadPoller:
                 self._policy.timeout_s,
                 endpoint.spec.proxied,
             )
-            load = parse_server_load(answer.body) if answer.status == _OK else None
+            load = read_load(answer)
         except (aiohttp.ClientError, TimeoutError):
             load = None
         if load is not None and self._look_ahead is not None:
@@ -165,7 +166,6 @@ class LoadPoller:
         if foreign != endpoint.foreign_load:
             endpoint.foreign_load = foreign
             self._refresh(endpoint)
-
 
     def _set_queue_width(self, endpoint: Endpoint, load: ServerLoad, look_ahead: float) -> None:
         """Limit the requests in flight to those that the server processes, and a few that wait.
@@ -190,6 +190,11 @@ class LoadPoller:
         if width != endpoint.queue_width:
             endpoint.queue_width = width
             self._refresh(endpoint)
+
+
+def read_load(answer: HTTPAnswer) -> ServerLoad | None:
+    """Return the load that a server reports, or None if it reports none."""
+    return parse_server_load(answer.body) if answer.status == _OK else None
 
 
 def count_requests(load: ServerLoad | None) -> int:

@@ -1,4 +1,4 @@
-"""Order in which a run works on its items: groups that share a prefix, then long prompts first."""
+"""Order in which a run works on its items: those whose prompts share a prefix follow each other."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ _LEAST_SAVED: Final = 0.05
 """Part of the prompts that must be shared for groups to be formed."""
 _LEAST_SAMPLED: Final = 0.005
 """The same in the sample, which has few items of each group."""
-_LEAST_SPREAD: Final = 0.1
-"""Relative standard deviation of the lengths from which long prompts go first."""
 LEAST_ROWS: Final = 256
 """Runs with fewer rows keep the order of the input."""
 _AT_ONCE: Final = 1024
@@ -57,38 +55,31 @@ class PrefixGroups:
     saved: float
 
 
-def choose_order(
-    rows: int, sizes: Sequence[int] | Indices, read_texts: ReadTexts | None, long_first: bool
-) -> tuple[Indices | None, PrefixGroups | None]:
-    """Choose the order of the rows of a run; blocks.
+def find_groups(
+    rows: int, read_texts: ReadTexts, long_first: bool = True
+) -> tuple[PrefixGroups, Indices] | None:
+    """Find groups of items whose prompts share a prefix, and an order by them; blocks.
+
+    Text that all prompts share does not count, nor does a prefix of a large part of them: every
+    server keeps it in its cache anyway. A sample shows whether it is worth while to read all.
 
     Args:
         rows: Number of rows.
-        sizes: Their sizes, by which long ones go first if no prefixes are shared.
-        read_texts: Returns the prompts of rows; None if they are unknown.
-        long_first: Whether long prompts may go first.
+        read_texts: Returns the prompts of rows.
+        long_first: Whether groups with more text go first, and the longer of the items without a
+            group: short ones fill the servers at the end. Otherwise the first in the input.
 
     Returns:
-        The numbers of the rows in the order of work, or None for the order of the input; and the
-        groups, or None if there are none.
+        The groups, and the numbers of the rows in the order of work; None if hardly any text is
+        shared, or there are few rows.
     """
     if rows < LEAST_ROWS:
-        return None, None
-    lengths = np.asarray(sizes, np.int64)
-    found = None if read_texts is None else _find_groups(rows, read_texts)
-    if found is not None:
-        groups, order = found
-        return order, groups
-    if not long_first or lengths.std() <= _LEAST_SPREAD * lengths.mean():
-        return None, None
-    return np.argsort(-lengths, kind="stable").astype(np.int64), None
-
-
-def _find_groups(rows: int, read_texts: ReadTexts) -> tuple[PrefixGroups, Indices] | None:
+        return None
     sample = [text for text in read_texts(_sample_rows(rows)) if text]
     if len(sample) < 2:  # noqa: PLR2004 - a pair
         return None
-    constant = len(os.path.commonprefix([min(sample), max(sample)]))
+    first, last = min(sample), max(sample)
+    constant = len(os.path.commonprefix([first, last]))  # noqa: RUF071 - characters are meant
     levels = [constant + level for level in _LEVELS]
     keys = _hash_prefixes(sample, levels)
     lengths = np.array([len(text) for text in sample], np.int64)
@@ -105,27 +96,29 @@ def _find_groups(rows: int, read_texts: ReadTexts) -> tuple[PrefixGroups, Indice
         texts = list(read_texts(range(lo, hi)))
         columns[:, lo:hi] = _hash_prefixes(texts, levels)
         all_lengths[lo:hi] = [len(text) for text in texts]
-    savings = [_count_saved(column, all_lengths, level, constant)
-               for column, level in zip(columns, levels, strict=True)]
+    savings = [
+        _count_saved(column, all_lengths, level, constant)
+        for column, level in zip(columns, levels, strict=True)
+    ]
     best = int(np.argmax(savings))
     if savings[best] < _LEAST_SAVED * all_lengths.sum():
         return None
-    return _arrange(columns[best:], all_lengths, levels[best], savings[best])
+    return _arrange(columns[best:], all_lengths, levels[best], savings[best], long_first)
 
 
 def _arrange(
-    columns: npt.NDArray[np.uint64], lengths: Indices, prefix: int, saved: int
+    columns: npt.NDArray[np.uint64], lengths: Indices, prefix: int, saved: int, long_first: bool
 ) -> tuple[PrefixGroups, Indices]:
     """Put the items of a group one after the other, and the items without a group at the end.
 
-    Groups with more text go first, and of the items without a group the longer ones: short ones
-    fill the servers at the end. Within a group, items that share more follow each other.
+    Within a group, items that share more follow each other.
     """
-    _, group, counts = np.unique(columns[0], return_inverse=True, return_counts=True)
-    sizes = np.bincount(group, weights=lengths)
+    _, first, group, counts = np.unique(
+        columns[0], return_index=True, return_inverse=True, return_counts=True
+    )
     is_alone = counts[group] == 1
-    weight = np.where(is_alone, lengths, sizes[group])
-    keys = [np.arange(len(lengths)), *columns[:0:-1], group, -weight, is_alone]
+    rank = -np.bincount(group, weights=lengths) if long_first else first
+    keys = [np.arange(len(lengths)), *columns[:0:-1], group, rank[group], is_alone]
     order = np.lexsort(keys).astype(np.int64)
     shared = counts[counts > 1]
     groups = PrefixGroups(
@@ -156,9 +149,7 @@ def _hash_prefixes(texts: Sequence[str], levels: Sequence[int]) -> npt.NDArray[n
     return keys
 
 
-def _count_saved(
-    keys: npt.NDArray[np.uint64], lengths: Indices, level: int, constant: int
-) -> int:
+def _count_saved(keys: npt.NDArray[np.uint64], lengths: Indices, level: int, constant: int) -> int:
     """Return the characters that need not be computed if each group is computed once."""
     long = keys[lengths >= level]
     counts = np.unique(long, return_counts=True)[1]
@@ -231,4 +222,3 @@ class OrderedItems:
     def read(self, lo: int, hi: int) -> list[Item]:
         """Return the items at the positions ``lo`` to ``hi`` (exclusive)."""
         return self._store.read_at(self.indices(lo, hi))
-

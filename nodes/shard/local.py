@@ -290,11 +290,11 @@ class _ShardRunner:
 
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
-    """Return items, each with its record if it has ended; blocks."""
+    """Return the items at positions, each with its record if it has ended; blocks."""
     journal = tools.item_journal
     return [
         (item, journal.read_record(item.index) if journal.is_finished(item.index) else None)
-        for item in tools.store.read(lo, hi)
+        for item in tools.read(lo, hi)
     ]
 
 

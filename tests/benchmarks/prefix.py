@@ -22,7 +22,7 @@ from fanfold.backends.fleet.balancer import LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy, make_prefix_policies
-from fanfold.backends.inputs.item_order import choose_order
+from fanfold.backends.inputs.item_order import find_groups
 from fanfold.tests.benchmarks.prefix_workloads import (
     SERVERS,
     STREAMS,
@@ -169,11 +169,12 @@ def run_auto(workload: Workload) -> tuple[float, float, float]:
     def read_texts(rows: Sequence[int]) -> list[str]:
         return [f"user:{items[row].render()}" for row in rows]
 
-    sizes = [4 * item.prompt_tokens for item in items]
-    order, groups = choose_order(len(items), sizes, read_texts, long_first=True)
-    policy = _policy(**make_prefix_policies(None if groups is None else groups.prefix))
-    chosen = range(len(items)) if order is None else order.tolist()
-    return run_virtual(lambda: run_items(workload, chosen, policy))
+    found = find_groups(len(items), read_texts)
+    if found is None:
+        return run_today(workload)
+    groups, order = found
+    policy = _policy(**make_prefix_policies(groups.prefix))
+    return run_virtual(lambda: run_items(workload, order.tolist(), policy))
 
 
 POLICIES: dict[str, Callable[[Workload], tuple[float, float, float]]] = {
