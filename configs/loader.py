@@ -36,7 +36,7 @@ from .raw_settings import (
     set_path,
 )
 from .serialize import check_plain, to_plain
-from .stages import make_stage_settings
+from .stages import expand_merge, make_stage_settings
 from .task_check import check_cascade, check_task
 
 SETTINGS_SCHEMA: Final = "fanfold.schema.json"
@@ -212,6 +212,7 @@ def check_settings(
     check_plain(data, source)
     if isinstance(data.get("evaluate"), dict):
         data["evaluate"] = [data["evaluate"]]
+    expand_merge(data)
     _resolve_files(data, source, raw.folder)
     environment = os.environ if environment is None else environment
     checked = _validate(data, expand_variables(data, environment, source), source)

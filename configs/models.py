@@ -135,6 +135,41 @@ BATCH_PROMPT: Final = "{body}"
 """``task.prompt`` of a batch in OpenAI's format; its text counts in estimates and digests."""
 
 
+PART_COLUMN: Final = "part"
+"""Column of the parts of documents: document, number, of, start, end."""
+
+
+class SplitConfig(Section):
+    """Long texts as parts, each of which is an item.
+
+    Attributes:
+        tokens: Most tokens of a part, by an estimate that tends to be too high.
+        overlap: Tokens of the end of a part that the next one repeats.
+        column: Column with the text.
+        merge: Adds a stage ``documents`` that puts the answers about the parts of a document
+            together: ``concat``, ``vote`` or ``summarize``; None leaves the parts as they are.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="tokens overlap column merge")
+
+    tokens: Annotated[int, Field(ge=20, le=10_000_000)] = 3000
+    overlap: Annotated[int, Field(ge=0)] = 200
+    column: Annotated[str, Field(min_length=1)] = "text"
+    merge: Literal["concat", "vote", "summarize"] | None = None
+
+    @model_validator(mode="after")
+    def _parts_advance(self) -> SplitConfig:
+        if 2 * self.overlap >= self.tokens:
+            msg = (
+                f"overlap ({self.overlap:,}) must be less than half of tokens ({self.tokens:,}), "
+                "because each part repeats it"
+            )
+            raise ValueError(msg)
+        if self.column == PART_COLUMN:
+            raise ValueError(f"column: {PART_COLUMN!r} is the column that says which part it is")
+        return self
+
+
 class InputConfig(Section):
     """Where the items come from.
 
@@ -171,6 +206,7 @@ class InputConfig(Section):
     on_duplicate: Literal["error", "first", "suffix"] = "error"
     smiles: str | None = None
     quotes: Literal["auto"] | bool = "auto"
+    split: SplitConfig | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:
@@ -184,6 +220,8 @@ class InputConfig(Section):
         if self.is_batch and (self.id, self.smiles, self.dataset) != (None, None, None):
             msg = "format openai_batch: custom_id names the items; leave out id, smiles and dataset"
             raise ValueError(msg)
+        if self.is_batch and self.split is not None:
+            raise ValueError("format openai_batch: requests are sent as they are; leave out split")
         if self.is_batch and self.on_duplicate != "error":
             msg = "format openai_batch: each custom_id must be unique; leave out on_duplicate"
             raise ValueError(msg)
@@ -623,6 +661,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_are_merged_after_a_map(self) -> RunConfig:
+        if self.input.split is not None and self.input.split.merge is not None:
+            msg = (
+                "input.split.merge puts the answers about parts together, but the first stage asks "
+                "about none (map); leave it out, and add a stage with reduce: {op: merge} later"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _batch_is_sent_as_it_is(self) -> RunConfig:
         if not self.input.is_batch:
             if self.batch.output is not None:
@@ -637,7 +685,8 @@ class RunConfig(Section):
         if self.evaluate:
             msg = (
                 "evaluate compares fields of answers, but answers to requests in OpenAI's format "
-                "are whole responses (input.format); leave it out"
+                "are whole responses (input.format); leave it out, or ask by task.prompt over a "
+                "table of rows"
             )
             raise ValueError(msg)
         model = self.model

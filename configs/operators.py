@@ -29,11 +29,12 @@ class SummarizeConfig(OperatorConfig):
         group_tokens: Most tokens of the texts of one group; None: what the model's context leaves,
             at most 6,000.
         statements: Most statements of one summary.
+        verify: How many pairs of a statement and an item that it cites a judge checks at the end.
         system: Constant text, sent first.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
-        closed="op prompt text group_by group_tokens statements system",
+        closed="op prompt text group_by group_tokens statements verify system",
     )
 
     op: Literal["summarize"]
@@ -42,6 +43,7 @@ class SummarizeConfig(OperatorConfig):
     group_by: str | None = None
     group_tokens: Annotated[int, Field(ge=100, le=10_000_000)] | None = None
     statements: Annotated[int, Field(ge=1, le=100)] = 10
+    verify: Annotated[int, Field(ge=0, le=10_000)] = 0
     system: str = ""
 
 
@@ -165,8 +167,28 @@ class DedupConfig(OperatorConfig):
     ignore_case: bool = True
 
 
+class MergeConfig(OperatorConfig):
+    """The answers about the parts of each document (``input.split``), put together.
+
+    Attributes:
+        op: ``merge``.
+        field: The answers: the name of the stage that asked about the parts.
+        how: ``concat``: lists and texts follow each other, all else is folded as by ``vote``;
+            ``vote``: as the answers to several samples are folded.
+        text: Column with the texts of the parts, which documents do not have; None: none.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare_access(closed="op field how text")
+
+    op: Literal["merge"]
+    field: Annotated[str, Field(min_length=1)]
+    how: Literal["concat", "vote"] = "concat"
+    text: str | None = None
+
+
 AnyOperatorConfig = Annotated[
-    SummarizeConfig | RankConfig | ExtractConfig | DedupConfig, Field(discriminator="op")
+    SummarizeConfig | RankConfig | ExtractConfig | DedupConfig | MergeConfig,
+    Field(discriminator="op"),
 ]
 """Settings of any operator."""
 

@@ -188,3 +188,39 @@ def make_stage_settings(data: Mapping[str, Any], number: int) -> dict[str, Any]:
         settings["input"] = {}
     settings.pop("batch", None)
     return settings
+
+
+MERGED_STAGE: Final = "documents"
+"""Name of the stage that ``input.split.merge`` adds."""
+_SUMMARIZE: Final = "Summarize what these answers say about the document."
+
+
+def expand_merge(data: dict[str, Any]) -> None:
+    """Replace ``input.split.merge`` by a stage that merges the answers, in place.
+
+    A single task becomes the stage ``parts``. Settings that are not as they should be are left for
+    the check that follows.
+    """
+    given = data.get("input")
+    split = given.get("split") if isinstance(given, dict) else None
+    how = split.get("merge") if isinstance(split, dict) else None
+    if not isinstance(split, dict) or how not in ("concat", "vote", "summarize"):
+        return
+    stages = data.get("stages")
+    if stages is None:
+        first: Any = {"name": "parts", "map": data.pop("task", None)}
+        if aggregators := data.pop("reduce", None):
+            first["reduce"] = aggregators
+        stages = [first]
+    first = stages[0] if isinstance(stages, list) and stages else None
+    if not isinstance(first, dict) or not isinstance(first.get("map"), dict):
+        return
+    name = str(first.get("name"))
+    reduce: dict[str, Any] = {"op": "merge", "field": name, "how": how}
+    reduce["text"] = split.get("column", "text")
+    if how == "summarize":
+        reduce = {"op": "summarize", "prompt": _SUMMARIZE, "text": f"{{{name}}}"}
+        reduce["group_by"] = "part.document"
+    merged = {"name": MERGED_STAGE, "from": name, "reduce": reduce}
+    split["merge"] = None
+    data["stages"] = [first, merged, *stages[1:]]

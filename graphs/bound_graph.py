@@ -41,7 +41,7 @@ from ..configs.loader import is_preset
 from ..configs.raw_settings import check_overrides
 from ..nodes.batch.load import describe_unknown_keys
 from ..nodes.context import Context
-from ..nodes.item.steps import NO_PAYLOAD, make_untraced
+from ..nodes.item.item_graph import NO_PAYLOAD, make_untraced
 from .caller_policy import CallerPolicy
 from .context import RunContext
 from .context_schema import build_request_form

@@ -412,6 +412,9 @@ class CallerPolicy:
         """
         before, after = owner.model_dump(by_alias=True), asked.model_dump(by_alias=True)
         given_task = request.preset is not None or request.config
+        preset_stages = None
+        if request.preset is not None:
+            preset_stages = resolve_config(request.preset)[0].config.stages
         code = [
             f"reduce.{n} ({stage.op})"
             for n, stage in enumerate(asked.reduce)
@@ -461,7 +464,9 @@ class CallerPolicy:
                 alien = (f"{key}.{name}" for name in sorted(changed - SAMPLING_FIELDS))
                 closed += [name for name in alien if not self.is_open(name)]
             free = given_task and (
-                key == "name" or key.startswith(("input.", "endpoints.simulated."))
+                key == "name"
+                or key.startswith(("input.", "endpoints.simulated."))
+                or (key == "stages" and asked.stages in (None, preset_stages))
             )
             if access in (Access.CLOSED, None) and not free:
                 closed.append(key)
@@ -628,12 +633,15 @@ def _mask(key: str, value: Any) -> Any:
 def _apply_preset(raw: dict[str, Any], owner: LoadedConfig, preset: LoadedConfig) -> None:
     """Replace the bound task by that of a preset; keep the bound endpoints and backend."""
     _clear_task(raw)
-    for key in ("name", "reduce", "evaluate", "task", "model", "input"):
-        given, kept = preset.raw.get(key), raw.get(key)
+    for key in ("name", "reduce", "evaluate", "stages", "task", "model", "input"):
+        given, kept = copy.deepcopy(preset.raw.get(key)), raw.get(key)
         if isinstance(given, dict) and isinstance(kept, dict):
             raw[key] = given | {k: v for k, v in kept.items() if v is not None}
-        else:
+        elif given is not None:
             raw[key] = given
+    samples = min(one.config.task.samples for one in (owner, preset))
+    if raw["task"].get("samples") is not None:
+        raw["task"]["samples"] = samples
     limits = [one.config.input.limit for one in (owner, preset)]
     raw["input"]["limit"] = min((n for n in limits if n is not None), default=None)
     if owner.preset is not None and owner.config.endpoints.simulated is not None:
@@ -646,8 +654,8 @@ def _clear_task(raw: dict[str, Any]) -> None:
     raw["task"] = {"graph": task["graph"]} if task.get("graph") else {}
     raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
     raw["input"] = {"limit": input_["limit"]} if input_.get("limit") else {}
-    raw.pop("reduce", None)
-    raw.pop("evaluate", None)
+    for key in ("reduce", "evaluate", "stages"):
+        raw.pop(key, None)
 
 
 def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import SharedResource
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Amount
+from ..backends.core.types import RunKey
 from ..backends.discovery.connect import (
     ReadyEndpoints,
     open_cache,
@@ -40,7 +41,6 @@ from ..configs.loader import LoadedConfig, load_config, read_preset
 from ..configs.resolve import resolve_config
 from ..nodes.context import ItemContext, PreparedRun
 from ..nodes.shard.progress import ProgressStream
-from ..nodes.state import RunKey
 from .caller_policy import CallerPolicy, CallerSettings
 from .context_schema import SettingsForm
 from .invocation import (
@@ -50,7 +50,7 @@ from .invocation import (
 )
 from .run.accounting import OpenRun
 from .run.final_reducers import add_final_results
-from .run.items import make_item_context, make_item_engine, plan_shards
+from .run.items import make_item_context
 from .run.open_run import OpenOptions, open_run, write_aggregate, write_results
 from .run.pipeline import EndpointPool, Pipeline, list_stages, prepare_pipeline
 from .run.pipeline_report import read_stage_end
@@ -63,6 +63,7 @@ from .run.prepare import (
     prepare_run,
     resume_run,
 )
+from .run.shard_plan import plan_shards
 from .run.shutdown import session_deadline
 from .run.stage_estimate import make_reserve
 from .worker import work_shard
@@ -605,7 +606,6 @@ class RunContext(SettingsForm):
             self.embedded,
             retried,
             self._progress_streams,
-            make_item_engine,
             work_shard,
             self._deadlines[folder],
         )

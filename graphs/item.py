@@ -6,8 +6,9 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
-from ..nodes.item.steps import ITEM_STEPS, ItemNode, add_steps
-from ..nodes.state import ItemInput, ItemOutput, ItemState
+from ..nodes.item.item_graph import add_steps
+from ..nodes.item.item_state import ItemInput, ItemOutput, ItemState
+from ..nodes.item.steps import ITEM_STEPS, ItemNode, StepRuntime
 from .bound_graph import BoundGraph, BoundSettings, check_item_input
 from .caller_policy import CallerPolicy
 from .context import RunContext
@@ -38,7 +39,7 @@ def build_item_alone(
 def _make_node(run: ItemNode, bound: BoundSettings) -> Any:
     async def node(state: ItemState, runtime: Runtime[RunContext]) -> ItemState:
         async with bound.resolve(runtime.context).open_item_context() as context:
-            return await run(state, Runtime(context=context))
+            return await run(state, StepRuntime(context))
 
     node.__doc__ = run.__doc__
     return node

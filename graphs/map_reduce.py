@@ -15,12 +15,12 @@ from ..nodes.batch.load import check_run_input, load, route_after_load, send_inp
 from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
 from ..nodes.context import Context
-from ..nodes.item.steps import NO_PAYLOAD, build_item_graph, make_untraced, node_metadata
+from ..nodes.item.item_graph import NO_PAYLOAD, build_item_graph, make_untraced, node_metadata
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .bound_graph import BoundGraph, BoundSettings
 from .caller_policy import CallerPolicy
 from .context import RunContext
-from .run.items import UNBOUNDED_STEPS
+from .run.shard_plan import UNBOUNDED_STEPS
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 

@@ -48,9 +48,9 @@ from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
 from .run.estimate import count_nodes, limit_rates, make_run_plan, read_messages, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
-from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
 from .run.prepare import ReadyRun, describe_session
+from .run.shard_plan import UNBOUNDED_STEPS
 from .run.shutdown import Shutdown, handle_signals
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ from langgraph.graph import END, START
 from langgraph.runtime import Runtime
 
 from ..backends.core.errors import ConfigurationError, InputError
+from ..backends.core.types import RunKey
 from ..nodes.batch.load import check_run_input, send_input
 from ..nodes.context import Context
-from ..nodes.item.steps import NO_PAYLOAD, make_untraced, node_metadata
-from ..nodes.state import LoadState, RunInput, RunKey, RunOutput
+from ..nodes.item.item_graph import NO_PAYLOAD, make_untraced, node_metadata
+from ..nodes.state import LoadState, RunInput, RunOutput
 from .bound_graph import BoundGraph, BoundSettings
 from .caller_policy import CallerPolicy
 from .context import RunContext

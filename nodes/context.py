@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from contextvars import Context as Variables
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -14,12 +16,12 @@ from ..backends.core.money import NO_PRICES, Amount, TokenPrices
 from ..backends.core.protocols import Account, CallLog, ChatModel, CompletionClient
 from ..backends.core.samples import SampleFold
 from ..backends.core.templates import ItemPrompt
-from ..backends.core.types import Item, Json, Row, Shard
+from ..backends.core.types import Item, Json, Row, RunKey, Shard
 from .aggregators import AggregatorSet
 from .item.answer import AnswerCheck
+from .item.item_state import ItemState
 from .shard.gate import Gate
 from .shard.progress import Progress, ProgressStream
-from .state import ItemState, RunKey
 
 Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -61,6 +63,15 @@ class ItemContext:
     completions: CompletionClient | None = None
     images: ImageSource | None = None
     certainty: tuple[str, ...] | None = None
+
+
+class ItemRuntime(Protocol):
+    """What a step of an item is called with; LangGraph's ``Runtime`` fits."""
+
+    @property
+    def context(self) -> ItemContext:
+        """Return what the step may use."""
+        ...
 
 
 class ItemSequence(Protocol):
@@ -209,6 +220,7 @@ class RunTools:
         progress_stream: Streams the counts to clients of the graph.
         stage: Name of the stage that the run belongs to; empty for a run of its own.
         order: The items in the order of work; None: that of the store.
+        make_item_variables: Returns the context variables of items' tasks.
     """
 
     store: ItemSequence
@@ -230,6 +242,7 @@ class RunTools:
     coordinator: ShardCoordinator | None = None
     progress_stream: ProgressStream = field(default_factory=ProgressStream)
     stage: str = ""
+    make_item_variables: Callable[[], Variables] = copy_context
     order: WorkOrder | None = None
 
     def position(self, index: int) -> int:

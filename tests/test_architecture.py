@@ -177,7 +177,18 @@ def test_public_names() -> None:
         ("fanfold.graphs.cli.app", {"langgraph", "openai", "pyarrow", "pydantic"}),
         ("fanfold.graphs.cli.watch", {"langgraph", "langchain_core", "openai", "pyarrow"}),
         ("fanfold.graphs.cli.runs", {"langgraph", "langchain_core", "openai", "pyarrow"}),
-        ("fanfold.graphs.worker", {"pyarrow", "fanfold.backends.simulated.server"}),
+        (
+            "fanfold.graphs.worker",
+            {
+                "langgraph",
+                "langchain_core",
+                "langsmith",
+                "openai",
+                "pyarrow",
+                "numpy",
+                "fanfold.backends.simulated.server",
+            },
+        ),
     ],
 )
 def test_importing_is_cheap(module: str, heavy: set[str]) -> None:

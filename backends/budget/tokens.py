@@ -22,6 +22,7 @@ from ..core.images import count_image_tokens, drop_images
 from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
 from ..core.request_urls import URL_FIELD
+from ..core.text_tokens import estimate_text_tokens
 from ..discovery.connect import ReadyEndpoints
 from ..fleet.endpoint import Endpoint, EndpointSpec
 from ..fleet.failures import HTTPAnswer
@@ -87,7 +88,6 @@ async def load_encoding(
     return None
 
 
-_RUN: Final = re.compile(r"[A-Za-z]+|\s?[0-9]+|[^\x00-\x7f]+|[^\sA-Za-z0-9]|\n\s*|  +")
 _MESSAGE: Final = 8
 """Tokens that a chat template adds around a message."""
 _CONVERSATION: Final = 8
@@ -99,23 +99,6 @@ LIKELY_SHARE: Final = 0.8
 """Typical token count, as a share of the estimate."""
 LEAST_SHARE: Final = 0.55
 """Lowest token count to expect, as a share of the estimate."""
-
-
-def estimate_text_tokens(text: str) -> int:
-    """Estimate the tokens of a text, with a tendency to be too high."""
-    return sum(map(_weight, _RUN.findall(text)))
-
-
-def _weight(run: str) -> int:
-    if not run.isascii():
-        return -(-9 * len(run.encode(errors="replace")) // 20)
-    if run.isalpha():
-        word = run[1:].islower() or len(run) == 1
-        return 1 + (len(run) - 1) // 4 if word else 1 + 3 * (len(run) - 1) // 4
-    if run[-1].isdigit():
-        digits = len(run) if run[0].isdigit() else len(run) - 1
-        return (digits < len(run)) + -(-digits // 3)
-    return 1
 
 
 def estimate_prompt_tokens(body: Mapping[str, Any], extras: Sequence[str] = _EXTRAS) -> int:

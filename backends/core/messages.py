@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
-from importlib.metadata import version
 from typing import Any, Final, Self
 
 from .errors import BackendError, ConfigurationError
@@ -29,6 +28,8 @@ DUPLICATE_REASON: Final = "this shard task was already started"
 @cache
 def own_version() -> str:
     """Return the version of fanfold that is running; cached: the lookup takes a quarter of a ms."""
+    from importlib.metadata import version  # noqa: PLC0415 - imports the package email
+
     return version("fanfold")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
+from typing_extensions import TypedDict
+
 Json: TypeAlias = Any
 """Any JSON value: None, bool, int, float, str, list or dict of the same."""
 
@@ -60,6 +62,11 @@ def make_sample_id(row_id: str, sample: int) -> str:
 
 def _sample_suffix(sample: int) -> str:
     return f"~{sample + 1}" if sample else ""
+
+
+def make_part_id(document: str, number: int) -> str:
+    """Return the id of a part of a document, by its number from 1."""
+    return f"{document}/p{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +204,15 @@ class Shard:
     def __len__(self) -> int:
         """Return the number of items."""
         return self.hi - self.lo
+
+
+class RunKey(TypedDict):
+    """Identity of a run, without the path of its folder, because folders can be moved.
+
+    Keys:
+        id: The run's id.
+        name: Name of its folder in the default parent folder; None if the caller names the folder.
+    """
+
+    id: str
+    name: str | None

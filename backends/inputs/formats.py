@@ -37,6 +37,7 @@ _SHIPPED: Final = {
     "abstracts": ("abstracts.jsonl", "id"),
     "topics": ("topics.csv", "topic_id"),
     "records": ("records.jsonl", "record_id"),
+    "tables": ("tables.jsonl", "table_id"),
 }
 DATASETS: Final = (*_SHIPPED, NCI_DATASET)
 """Valid names for ``input.dataset``."""

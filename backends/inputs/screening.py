@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from ...configs.models import InputConfig
+from ...configs.models import PART_COLUMN, InputConfig, SplitConfig
 from ..core.errors import InputError
 from ..core.fields import split_column
-from ..core.types import Json, Row
+from ..core.text_tokens import split_text
+from ..core.types import Json, Row, make_part_id
 from ..core.values import MAX_DEPTH, is_too_deep
 from .base import (
     OnDuplicate,
@@ -228,6 +229,8 @@ class RowValidator:
         """
         self._only = only
         self.source = source.name
+        if config.split is not None:
+            self.source += f", split into parts of at most {config.split.tokens:,} tokens"
         self.columns: dict[str, None] = {}
         self.skipped: list[SkippedRow] = []
         self.skipped_total = 0
@@ -238,6 +241,12 @@ class RowValidator:
         self._ids = IdAssigner(source, id_column, config.on_duplicate, samples)
         self.id_column = id_column
         self._needed = dict.fromkeys(columns, _TASK)
+        if config.split is not None:
+            parts = (PART_COLUMN, f"{PART_COLUMN}.")
+            own = [one for one in self._needed if one == parts[0] or one.startswith(parts[1])]
+            for name in own:  # a column that the parts will have
+                del self._needed[name]
+            self._needed[config.split.column] = "input.split.column"
         if config.smiles is not None:
             self._needed[config.smiles] = "input.smiles"
         if id_column is not None:
@@ -259,8 +268,11 @@ class RowValidator:
             for number, (position, row) in enumerate(self._source.rows(), start=1):
                 entry = self._validate_row(number, position, row, check)
                 if entry is not None:
-                    yield entry
-                    count += 1
+                    chosen = 0
+                    for one in self._list_items(entry, position):
+                        yield one
+                        chosen += 1
+                    count += chosen > 0
                     if count == self._config.limit:
                         break
         self._ids.report_problems()
@@ -292,14 +304,33 @@ class RowValidator:
         if unique is None:
             self._skip(name, f"repeated id, {self._source.describe_position(position)}")
             return None
-        if self._only is not None and unique not in self._only:
+        split = self._config.split
+        if split is None and self._only is not None and unique not in self._only:
             return None
         if not row.keys() <= self.columns.keys():
             self.columns.update(dict.fromkeys(row))
-        if self.id_column is not None and row[self.id_column] != unique:
+        if self.id_column is not None and (row[self.id_column] != unique or split is not None):
             self.id_column = None
-        self.invalid += problem is not None
+        self.invalid += problem is not None and split is None
         return ItemEntry(unique, payload, problem, row)
+
+    def _list_items(self, entry: ItemEntry, position: int) -> Iterator[ItemEntry]:
+        """Yield the items of a row: the row itself, or the parts of its text."""
+        split = self._config.split
+        if split is None:
+            yield entry
+            return
+        if PART_COLUMN in entry.values:
+            where = self._source.describe_position(position)
+            raise InputError(
+                f"{where}: there is a column {PART_COLUMN!r} already, where input.split says which "
+                "part of the text an item is; rename it"
+            )
+        self.columns.setdefault(PART_COLUMN)
+        for part in make_parts(entry, split):
+            if self._only is None or part.id in self._only:
+                self.invalid += part.problem is not None
+                yield part
 
     def read_types(self) -> ArrowTypes:
         """Return the types that the input declares for its columns.
@@ -351,6 +382,29 @@ class RowValidator:
             where = self._source.describe_position(position)
             raise InputError(f"{where}: more than {MAX_DEPTH} levels of lists and objects")
         return payload
+
+
+def make_parts(entry: ItemEntry, split: SplitConfig) -> Iterator[ItemEntry]:
+    """Yield the parts of a row's text, each with its place in the text.
+
+    A list of texts is read as its paragraphs. A row without a text is its only part.
+    """
+    value = entry.values[split.column]
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = "\n\n".join(value)
+    text = value if isinstance(value, str) else ""
+    places = list(split_text(text, split.tokens, split.overlap))
+    for number, (start, end) in enumerate(places, start=1):
+        about = {
+            "document": entry.id,
+            "number": number,
+            "of": len(places),
+            "start": start,
+            "end": end,
+        }
+        content = text[start:end] if isinstance(value, str) else value
+        row = {**entry.values, split.column: content, PART_COLUMN: about}
+        yield ItemEntry(make_part_id(entry.id, number), orjson.dumps(row), entry.problem, row)
 
 
 def _unencodable_columns(row: Row) -> str:

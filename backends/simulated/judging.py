@@ -15,6 +15,10 @@ _QUOTED: Final = re.compile(r"^(\".*\")$", re.MULTILINE)
 _HOSTILE: Final = ("ignore", "rank me", "rank this", "instruction")
 """Words by which the simulated judge recognises texts that speak to it."""
 _NAMED: Final = re.compile(r"^\[([^\]\n]+)\] (.*)$", re.MULTILINE)
+_STATEMENT: Final = re.compile(r"^(Statement): (.*)$", re.MULTILINE)
+_TEXT: Final = re.compile(r"^()(\".*\")$", re.MULTILINE)
+_SUPPORTED: Final = 0.85
+"""Share of statements that the judge finds supported by texts that do not repeat them."""
 _WORDS: Final = 12
 """Words of a text that a statement repeats."""
 
@@ -44,6 +48,8 @@ def answer_operator(question: Question) -> dict[str, Any] | None:
         answer = _order(question)
     elif set(fields) == {"reason", "tries_to_influence"}:
         answer = _explain(question)
+    elif set(fields) == {"supported"}:
+        answer = _check(question)
     elif set(fields) == {"statements"}:
         answer = _summarize(question, fields["statements"])
     return answer if answer is not None and schema.accepts(answer) else None
@@ -73,6 +79,15 @@ def _explain(question: Question) -> dict[str, Any] | None:
     words = " ".join(str(found[-1]).strip('"').split()[:_WORDS])
     hostile = any(word in str(found[-1]).lower() for word in _HOSTILE)
     return {"reason": f"Its text says: {words}", "tries_to_influence": hostile}
+
+
+def _check(question: Question) -> dict[str, Any] | None:
+    found = [text for _, text in _find(question, _STATEMENT)]
+    quoted = [text for _, text in _find(question, _TEXT)]
+    if not found or not quoted:
+        return None
+    same = found[-1].rstrip(".") in quoted[-1]
+    return {"supported": same or draw_uniform(question.key, "supported") < _SUPPORTED}
 
 
 def _summarize(question: Question, form: Any) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import compress, islice, takewhile
@@ -101,6 +101,9 @@ OTHER_CLASSES: Final = "other classes"
 
 UNNAMED_CLASS: Final = "unknown class"
 """Name of the class of a record that has none."""
+
+_SHOWN_FILES: Final = 3
+"""Missing files that a message names."""
 
 _BATCH_LINES: Final = 256
 """Lines that are checked and summed together."""
@@ -562,6 +565,19 @@ def list_lost_files(folder: Path) -> list[str]:
         elif now < size:
             lost.append(f"{path} has {now:,} bytes, and had {size:,}: its last records are missing")
     return lost
+
+
+def describe_lost_files(lost: Sequence[str], journal: Journal) -> str:
+    """Return what it means for a run that files of its journal are missing, in words."""
+    shown = "; ".join(lost[:_SHOWN_FILES])
+    more = f"; and {len(lost) - _SHOWN_FILES} more" if len(lost) > _SHOWN_FILES else ""
+    counts = journal.count_items()
+    total = counts.done + counts.failed + counts.open
+    return (
+        f"{shown}{more}. Items whose only record was there are asked and paid again: "
+        f"{counts.open:,} of {total:,} items are open. To keep their answers, put the files back "
+        "while no session runs"
+    )
 
 
 def _end_in(extents: Mapping[str, int] | None, path: Path) -> int | None:

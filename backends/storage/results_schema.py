@@ -187,6 +187,9 @@ columns cannot hold all of it (an undeclared property, an integer beyond 64 bits
 INPUT_ROW: Final = "row"
 """Key of the input's columns in a :data:`ResultRow`."""
 
+TIES: Final = "ties"
+"""Key of the names of the fields on which the samples of a row do not agree, not in results."""
+
 ROW_BYTES: Final = "row_bytes"
 """Key of their size in bytes."""
 

@@ -244,16 +244,18 @@ def status(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         from .endpoints import show_past_endpoints
 
         show_past_endpoints(run, as_json)
-    else:
+    elif folder_is_pipeline(run):
         from .stage_status import show_pipeline_status
+
+        show_pipeline_status(run, as_json)
+    elif is_operator(run):
+        from .stage_status import show_pipeline_status
+
+        show_pipeline_status(folder, as_json, stage)
+    else:
         from .status import show_status
 
-        if folder_is_pipeline(run):
-            show_pipeline_status(run, as_json)
-        elif is_operator(run):
-            show_pipeline_status(folder, as_json, stage)
-        else:
-            show_status(run, as_json, usage or batch is not None, batch)
+        show_status(run, as_json, usage or batch is not None, batch)
 
 
 @app.command()
@@ -335,12 +337,13 @@ def failures(
     as_json: AsJson = False,
 ) -> None:
     """Show the error classes of a run, each with a remedy and an example."""
-    from .failures import show_failures
-    from .stage_status import show_stage_failures
-
     if folder_is_pipeline(folder):
+        from .stage_status import show_stage_failures
+
         show_stage_failures(folder, stage, error_class, as_json)
     else:
+        from .failures import show_failures
+
         show_failures(folder, error_class, as_json)
 
 
@@ -463,12 +466,13 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Show the cost of a run over all its sessions: tokens, dollars, node-hours."""
-    from .stage_status import show_pipeline_cost
-    from .status import show_cost
-
     if folder_is_pipeline(folder):
+        from .stage_status import show_pipeline_cost
+
         show_pipeline_cost(folder, by, as_json)
     else:
+        from .status import show_cost
+
         show_cost(folder, by, as_json)
 
 
@@ -519,7 +523,7 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
     stage: Stage = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    from .status import export_results
+    from .export import export_results
 
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
     export_results(folder, form, target, safe_csv, optional, samples=samples, stage=stage)

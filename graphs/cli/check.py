@@ -23,7 +23,7 @@ from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
-from ..run.items import SHOWN_ITEMS
+from ..run.shard_plan import SHOWN_ITEMS
 from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 

@@ -17,9 +17,9 @@ from rich.text import Text
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
+from ...configs.evaluation import METRICS
 from ..run.console import Terminal, open_data_stream, print_messages
-from ..run.evaluation import METRICS
-from .evaluate import format_figure, format_interval
+from .evaluation_text import format_figure, format_interval
 from .format import Column, format_cell, format_duration, format_usd_amount, make_table
 
 _FORMATS: Final = ("text", "json", "html")
@@ -179,8 +179,12 @@ def field_columns(found: dict[str, Any]) -> list[Column]:
     return [
         Column("field", [field for field, _, _ in rows], is_key=True),
         Column("figure", [name for _, name, _ in rows], is_key=True),
-        Column("value", [format_figure(figure["value"]) for *_, figure in rows], is_number=True),
-        Column("95 % interval", [format_interval(figure) for *_, figure in rows], is_number=True),
+        Column(
+            "value [95 % interval]",
+            [_figure_with_interval(figure) for *_, figure in rows],
+            is_key=True,
+            is_number=True,
+        ),
     ]
 
 
@@ -303,13 +307,15 @@ def render_page(found: dict[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'"
     names = [found[side]["folder"] for side in ("a", "b")]
-    title = f"fanfold: {names[0]} and {names[1]}"
+    title = "Comparison of " + " and ".join(
+        name if name == side else f"{name} ({side})" for name, side in zip(names, "AB", strict=True)
+    )
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{_escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{_escape(f'{names[0]} (A) and {names[1]} (B)')}</h1>"
+        f"<h1>{_escape(title)}</h1>"
     ]
     parts += [f'<p class="w">{_escape(warning)}</p>' for warning in found["warnings"]]
     lines = (*head_lines(found), *field_lines(found))

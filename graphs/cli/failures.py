@@ -12,11 +12,9 @@ from rich.text import Text
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.terminal import escape_controls
-from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
-from ..analysis.failures import describe_failures
 from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
 from ..run.next_steps import continue_lines
 
@@ -35,17 +33,12 @@ def show_failures(path: Path, error_class: str | None, as_json: bool) -> None:
     """
     folder = open_folder(path)
     about = folder.read_provenance()
-    with (
-        Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal,
-        ItemStore(folder.items) as store,
-    ):
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         if error_class is not None:
             _show_ids(journal, error_class, as_json)
             return
-        found = describe_failures(folder, journal, store)
-        rows, counts = found.rows, journal.count_items()
-    if found.notice is not None:
-        print_messages([found.notice])
+        counts = journal.count_items()
+        rows = _describe(folder, journal) if counts.failed else []
     if as_json:
         print_json(
             {
@@ -59,6 +52,18 @@ def show_failures(path: Path, error_class: str | None, as_json: bool) -> None:
         )
         return
     _print(folder, about, counts, rows, Terminal())
+
+
+def _describe(folder: RunFolder, journal: Journal) -> list[dict[str, Any]]:
+    """Return the error classes of a run with examples; print what keeps prompts from them."""
+    from ...backends.inputs.item_store import ItemStore  # pyarrow is slow to import
+    from ..analysis.failures import describe_failures
+
+    with ItemStore(folder.items) as store:
+        found = describe_failures(folder, journal, store)
+    if found.notice is not None:
+        print_messages([found.notice])
+    return found.rows
 
 
 def _show_ids(journal: Journal, error_class: str, as_json: bool) -> None:

@@ -290,9 +290,12 @@ def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
         if isinstance(group.get("rows"), list):
             flat += [{**_flatten_row(row, field), **head} for row in group["rows"]]
         else:
+            if "quantiles" in facts:  # a short name, so that few tables are needed
+                facts["q"] = facts.pop("quantiles")
             pairs = {format_cell(name).plain: value for name, value in _pairs(facts)}
             flat.append({**pairs, **head})
     names = dict.fromkeys([by, "size", *(name for row in flat for name in row)])
+    has_rows = any(isinstance(group.get("rows"), list) for group in stage["groups"])
     if flat:
         yield from make_table(
             [
@@ -305,6 +308,7 @@ def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
                 for name in names
             ],
             width,
+            splits=not has_rows,
         )
     else:
         yield Text("no groups", style="italic")
@@ -378,7 +382,7 @@ class Column:
 
 
 def make_table(
-    columns: Sequence[Column], width: int, *, framed: bool = True
+    columns: Sequence[Column], width: int, *, framed: bool = True, splits: bool = False
 ) -> Iterator[Table | Text]:
     """Yield a table that fits a width, and a line that names the columns without room.
 
@@ -389,15 +393,32 @@ def make_table(
         columns: The columns, the most important first.
         width: Width of the terminal.
         framed: Whether lines are drawn around the cells.
+        splits: Whether columns without room follow in further tables, below the same keys.
     """
+    while True:
+        table, left = _make_part(columns, width, framed)
+        yield table
+        keys = [column for column in columns if column.is_key]
+        if not splits or not left or len(left) + len(keys) == len(columns):
+            break
+        columns = [*keys, *left]
+    if left:
+        names = ", ".join(format_cell(column.head).plain for column in left)
+        yield Text(f"columns not shown: {names}")
+
+
+def _make_part(columns: Sequence[Column], width: int, framed: bool) -> tuple[Table, list[Column]]:
+    """Return a table of the columns that fit, and the other columns."""
     heads = [format_cell(column.head) for column in columns]
     cells = [
         [format_cell(value, None if column.is_key else _CELL) for value in column.cells]
         for column in columns
     ]
-    wide = [max(map(len, (head, *texts))) for head, texts in zip(heads, cells, strict=True)]
+    wide = [  # a column without a name and cells has a width too
+        max(1, *map(len, (head, *texts))) for head, texts in zip(heads, cells, strict=True)
+    ]
     least = [
-        most if column.is_key else max(_least_head(head), _least_cells(column, texts))
+        most if column.is_key else max(1, _least_head(head), _least_cells(column, texts))
         for column, head, texts, most in zip(columns, heads, cells, wide, strict=True)
     ]
     keys = [column.is_key for column in columns]
@@ -417,10 +438,7 @@ def make_table(
         )
     for row in zip(*(cells[n] for n in shown), strict=True):
         table.add_row(*row)
-    yield table
-    if len(shown) < len(columns):
-        names = ", ".join(head.plain for n, head in enumerate(heads) if n not in shown)
-        yield Text(f"columns not shown: {names}")
+    return table, [column for n, column in enumerate(columns) if n not in shown]
 
 
 def _least_head(head: Text) -> int:

@@ -34,7 +34,7 @@ from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..run.stage_folder import check_single_run
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
-from .evaluate import (
+from .evaluation_text import (
     describe_evaluation,
     evaluation_facts,
     get_evaluations,

@@ -36,8 +36,8 @@ from ...configs.models import BudgetConfig, RunConfig
 from ...nodes.state import RunInput
 from ..context import RunContext
 from ..map_reduce import MapReduce, build_bound_graph
-from ..run.items import UNBOUNDED_STEPS
 from ..run.prepare import RUNS_FOLDER, new_folder_name
+from ..run.shard_plan import UNBOUNDED_STEPS
 
 _CAPS: Final = ("usd", "tokens", "requests")
 _REPORT: Final = "Report this to the user: only the tool's owner can allow more."

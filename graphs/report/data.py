@@ -17,7 +17,7 @@ from ...backends.budget.cost import Cost, read_cost
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.fields import FieldPath
 from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_sessions
-from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_evaluation, read_state
 from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
@@ -116,8 +116,6 @@ def read_report(folder: RunFolder) -> ReportData:
         failures = describe_failures(folder, source.journal, source.store)
         cost = read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
         if lost := list_lost_files(folder.journal):
-            from ..run.open_run import describe_lost_files  # noqa: PLC0415 - imports LangGraph
-
             notices.append(describe_lost_files(lost, source.journal))
         prompt = None if source.prompts is None else source.prompts.prompt
     if charts is None:

@@ -59,7 +59,6 @@ from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
 from .final_reducers import check_final_reducers
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
-from .items import check_item_graph
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
 from .result_rows import make_result_layout
 
@@ -292,7 +291,10 @@ async def estimate_run(
         ConfigurationError: A setting is wrong, or no endpoint serves the model.
     """
     check_input_setting(loaded)
-    check_item_graph(loaded.config)
+    if loaded.config.task.graph is not None:
+        from .item_engine import check_item_graph  # noqa: PLC0415 - imports LangGraph
+
+        check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     await asyncio.to_thread(check_batch_settings, loaded.config.backend)

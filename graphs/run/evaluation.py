@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -12,43 +12,19 @@ from typing import Any, Final
 import numpy as np
 
 from ...backends.core.errors import ConfigurationError, InputError
+from ...backends.core.samples import WHOLE
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import Json
 from ...backends.inputs.base import did_you_mean, format_id
 from ...backends.inputs.formats import open_source
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.results_schema import INPUT_ROW, ResultRow
+from ...backends.storage.results_schema import INPUT_ROW, TIES, ResultRow
 from ...configs.evaluation import Evaluation, is_in_prompt, read_number, resolve_evaluations
 from ...configs.models import InputConfig, RunConfig
 from .statistics import Figure, LabelPairs, compare_labels, compare_numbers, f1_scores, share
 
 INPUT: Final = "input"
 """Source of gold values that are in the columns of the input."""
-
-METRICS: Final[Mapping[str, str]] = {
-    "accuracy": "accuracy",
-    "accuracy_missing_wrong": "accuracy, missing as wrong",
-    "precision_macro": "precision, macro",
-    "recall_macro": "recall, macro",
-    "f1_macro": "F1, macro",
-    "precision_weighted": "precision, weighted",
-    "recall_weighted": "recall, weighted",
-    "f1_weighted": "F1, weighted",
-    "kappa": "Cohen's kappa",
-    "mae": "mean absolute error",
-    "rmse": "root mean squared error",
-    "spearman": "Spearman's rho",
-    "alpha": "Krippendorff's alpha",
-    "agreement": "share of equal values",
-}
-"""Names of figures, in the order in which they are shown."""
-
-MISSING_CAUSES: Final[Mapping[str, str]] = {
-    "failed": "failed",
-    "no_value": "answered without a value",
-    "unfinished": "not ended",
-}
-"""Why an item has no answer to compare, in words."""
 
 _MOST_LABELS: Final = 500
 """Labels beyond which a field is no label."""
@@ -130,8 +106,23 @@ class _Comparison:
         self._unusable = 0
         self._unknown: Counter[str] = Counter()
 
-    def add(self, gold: Json, output: Json, row: Mapping[str, Json], cause: str | None) -> None:
-        """Add an item; ``cause`` says why it has no answer."""
+    def add(
+        self,
+        gold: Json,
+        output: Json,
+        row: Mapping[str, Json],
+        cause: str | None,
+        ties: Collection[str] = (),
+    ) -> None:
+        """Add an item.
+
+        Args:
+            gold: Its gold value.
+            output: Its answer.
+            row: Its columns.
+            cause: Why it has no answer, or None.
+            ties: Names of the fields on which its samples do not agree.
+        """
         known = self._pairs.read(gold, is_gold=True)
         if known is None:
             self._unlabelled += 1
@@ -145,11 +136,17 @@ class _Comparison:
         if cause is None:
             value = self._pairs.read(self.evaluation.field.pick(output, dict(row)))
         if value is None:
-            self._missing[cause or "no_value"] += 1
+            self._missing[cause or ("tie" if self._is_tie(ties) else "no_value")] += 1
             if isinstance(known, str) and len(self._missing_labels) <= _MOST_LABELS:
                 self._missing_labels[known] += 1
             return
         self._pairs.add(known, value)
+
+    def _is_tie(self, ties: Collection[str]) -> bool:
+        """Return True if a vote on the field, or on an object around it, has no winner."""
+        path = self.evaluation.field
+        names = {".".join(path.keys[:end]) or WHOLE for end in range(len(path.keys) + 1)}
+        return path.source == "output" and not names.isdisjoint(ties)
 
     def to_json(self) -> dict[str, Any]:
         evaluation = self.evaluation
@@ -278,16 +275,24 @@ class Evaluator:
     def add(self, row: ResultRow) -> None:
         """Add an item that has ended."""
         cause = None if row.get("status") == "done" else "failed"
-        self._add(str(row.get("id")), row.get("output"), row.get(INPUT_ROW) or {}, cause)
+        columns, ties = row.get(INPUT_ROW) or {}, row.get(TIES) or ()
+        self._add(str(row.get("id")), row.get("output"), columns, cause, ties)
 
     def add_open(self, name: str, row: Mapping[str, Json]) -> None:
         """Add an item that has not ended."""
         self._add(name, None, row, "unfinished")
 
-    def _add(self, name: str, output: Json, row: Mapping[str, Json], cause: str | None) -> None:
+    def _add(
+        self,
+        name: str,
+        output: Json,
+        row: Mapping[str, Json],
+        cause: str | None,
+        ties: Collection[str] = (),
+    ) -> None:
         for one in self._comparisons:
             gold = one.evaluation.pick_gold(row) if self._gold is None else self._gold.get(name)
-            one.add(gold, output, row, cause)
+            one.add(gold, output, row, cause, ties)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the comparisons with their figures; takes seconds for a million items."""

@@ -22,7 +22,7 @@ from ...backends.core.types import Item, Json, Message, Row, find_row_id
 from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal, list_lost_files
+from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, read_settings
@@ -31,7 +31,6 @@ from ...configs.raw_settings import get_at_path
 from ...nodes.shard.record import ItemDigests
 from .estimate import count_nodes, make_run_plan
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, measure_items
-from .open_run import describe_lost_files
 from .prepare import compute_question_digest
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,12 @@ from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.images import open_images
 from ...backends.inputs.item_order import OrderedItems
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal, list_lost_files, write_extents
+from ...backends.storage.journal import (
+    Journal,
+    describe_lost_files,
+    list_lost_files,
+    write_extents,
+)
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -52,24 +57,17 @@ from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
 from ...nodes.context import no_account
-from ...nodes.item.steps import ItemStep
+from ...nodes.item.item_state import ItemState
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
-from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.deployments import follow_deployments
 from ..remote.heartbeat import stop_earlier_workers
 from ..remote.task_template import TaskTemplate, make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .batch_output import write_batch_output
-from .items import (
-    ItemEngine,
-    RunItem,
-    choose_steps,
-    is_run_by_engine,
-    is_small_batch,
-    make_item_runner,
-)
+from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
+from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
 from .prepare import (
     check_requests,
@@ -78,10 +76,9 @@ from .prepare import (
     ensure_run_identity,
 )
 from .result_rows import ResultSource, make_result_layout
+from .shard_plan import is_small_batch
 from .shutdown import close_at_deadline
 from .timeline import record_timeline, write_timeline
-
-_SHOWN_FILES: Final = 3
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +95,6 @@ class OpenOptions:
             that failed in an earlier superstep of the invocation have already been retried. None
             does not retry failed items.
         progress_streams: By run folder, its progress stream; kept between openings.
-        make_engine: Returns a function that runs one item's steps with LangGraph's engine.
         work_shard: The function that workers run.
         deadline: End of the session, or None.
     """
@@ -107,7 +103,6 @@ class OpenOptions:
     embedded: bool
     retry_before: dict[Path, int] | None
     progress_streams: dict[Path, ProgressStream]
-    make_engine: Callable[[Mapping[str, ItemStep]], ItemEngine]
     work_shard: WorkShard
     deadline: Walltime | None = None
 
@@ -238,6 +233,7 @@ async def open_run(
             fleet=fleet,
             batches=batches,
             stage=files.stage,
+            make_item_variables=make_item_variables,
         )
         if journal.count_items().open:
             logs = open_spend_logs(folder, get_run_ids(files.provenance))
@@ -316,7 +312,7 @@ def _make_item_runner(
     """Return the function that runs an item of this process, by LangGraph's engine if watched."""
     config, trace = loaded.config, options.trace
     by_engine = is_run_by_engine(config, trace=trace, embedded=options.embedded, total=total)
-    engine = options.make_engine(choose_steps(config)) if by_engine else None
+    engine = make_item_engine(choose_steps(config)) if by_engine else None
     quiet = not is_small_batch(total) and not trace
     images = open_images(config)
     return make_item_runner(loaded, fleet, model, engine, quiet, images=images)
@@ -439,19 +435,6 @@ def _open_order(folder: RunFolder, store: ItemStore) -> OrderedItems | None:
     """Return the items in the order of work; None for the order of the input."""
     path = folder.order
     return OrderedItems(store, path, store.samples) if path.exists() else None
-
-
-def describe_lost_files(lost: Sequence[str], journal: Journal) -> str:
-    """Return what it means for a run that files of its journal are missing, in words."""
-    shown = "; ".join(lost[:_SHOWN_FILES])
-    more = f"; and {len(lost) - _SHOWN_FILES} more" if len(lost) > _SHOWN_FILES else ""
-    counts = journal.count_items()
-    total = counts.done + counts.failed + counts.open
-    return (
-        f"{shown}{more}. Items whose only record was there are asked and paid again: "
-        f"{counts.open:,} of {total:,} items are open. To keep their answers, put the files back "
-        "while no session runs"
-    )
 
 
 def _record_extents(folder: RunFolder, journal: Journal) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +15,11 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
+from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
 from ...backends.discovery.connect import ReadyEndpoints
 from ...backends.discovery.node_local import ready_endpoints
@@ -73,6 +74,7 @@ from .prepare import (
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
+from .stage_tokens import StageTokens
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
@@ -80,6 +82,8 @@ RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 FINISHED: Final = "finished"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
+_CAUTION: Final = 1.15
+"""Factor on estimated tokens, so that texts are seldom longer than their estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,6 +508,9 @@ class _OperatorRun:
             await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
         place = self._pipeline.make_place(stage, folder)
         await asyncio.to_thread(folder.write_place, place)
+        tokens = await asyncio.to_thread(
+            StageTokens, folder.path, lambda: self._pipeline.find_endpoints(stage.loaded)
+        )
         with ItemStore(folder.path / _INPUT_FILE) as store:
             tools = StageTools(
                 items=store,
@@ -513,12 +520,15 @@ class _OperatorRun:
                 context_tokens=kept["context"],
                 answer_tokens=stage.loaded.config.model.max_tokens,
                 streams=kept["streams"],
+                count_exact=tokens.count,
                 folder=folder.path,
+                row_schema=await asyncio.to_thread(self._describe_rows),
             )
             try:
                 end = await stage.make_operator().run(tools)
                 await self._finish(kept, end, store)
             finally:
+                await tokens.aclose()
                 for answers in self._open:
                     answers.close()
 
@@ -572,7 +582,8 @@ class _OperatorRun:
     async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
         stage, folder = self._stage, self._stage.folder
-        schema = await asyncio.to_thread(self._describe_results)
+        rows_schema = await asyncio.to_thread(self._describe_rows)
+        schema = stage.make_operator().describe_results(rows_schema)
         task = stage.loaded.raw["task"] | {"schema": dict(schema)}
         operator = stage.make_operator()
         if isinstance(operator, Cascade):
@@ -609,15 +620,13 @@ class _OperatorRun:
         about["sessions"][0] |= last
         await asyncio.to_thread(_write_result_files, folder, loaded, about, end.report)
 
-    def _describe_results(self) -> Mapping[str, Any]:
-        """Return the JSON Schema of the results; blocks."""
+    def _describe_rows(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the items; blocks."""
         stage = self._stage
         if stage.source is not None:
-            rows = self._pipeline.open_rows(stage).describe()
-        else:
-            with ItemStore(stage.folder.path / _INPUT_FILE) as store:
-                rows = store.summary().row_schema
-        return stage.make_operator().describe_results(rows)
+            return self._pipeline.open_rows(stage).describe()
+        with ItemStore(stage.folder.path / _INPUT_FILE) as store:
+            return store.summary().row_schema
 
     async def _write_records(
         self, results: Iterable[StageResult], about: Mapping[str, Any], loaded: LoadedConfig
@@ -773,7 +782,11 @@ def _iter_questions(questions: Iterable[Question]) -> Iterator[tuple[str, dict[s
 
 
 async def _count_tokens(texts: Sequence[str]) -> list[int]:
-    return [estimate_text_tokens(text) for text in texts]
+    return await asyncio.to_thread(_estimate_tokens, texts)
+
+
+def _estimate_tokens(texts: Sequence[str]) -> list[int]:
+    return [math.ceil(_CAUTION * estimate_text_tokens(text)) for text in texts]
 
 
 def _sync(path: Path) -> None:

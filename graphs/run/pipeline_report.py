@@ -118,8 +118,13 @@ class StageState:
 
     @property
     def failed_questions(self) -> int:
-        """Return the failed questions of an operator that reduces; other failures are items."""
-        return sum(run.failed for run in self.runs) if self.stage.config.reduces else 0
+        """Return the failed questions of an operator that reduces; other failures are items.
+
+        Questions that were split because they were too long are asked again in parts.
+        """
+        if not self.stage.config.reduces:
+            return 0
+        return sum(run.failed for run in self.runs) - int(self.report.get("splits", 0))
 
     def to_json(self) -> dict[str, Json]:
         """Return the state as plain data."""

@@ -69,14 +69,13 @@ from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets, to_yaml
-from .items import check_item_graph
 
 if TYPE_CHECKING:
     from ...backends.inputs.item_store import EntrySource, ItemStore
 
 logger = logging.getLogger(__name__)
 
-_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles")
+_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles", "split")
 
 
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
@@ -299,7 +298,10 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         raise ConfigurationError(msg)
     if source is None:
         check_input_setting(loaded, items)
-    check_item_graph(loaded.config)
+    if loaded.config.task.graph is not None:
+        from .item_engine import check_item_graph  # noqa: PLC0415 - imports LangGraph
+
+        check_item_graph(loaded.config)
     if not defer_endpoints:
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)

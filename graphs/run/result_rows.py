@@ -24,6 +24,7 @@ from ...backends.storage.results_schema import (
     INTEGER,
     NUMBER,
     ROW_BYTES,
+    TIES,
     CellType,
     ResultRow,
 )
@@ -139,6 +140,7 @@ def _fold_row(samples: Sequence[ResultRow], fold: SampleFold) -> ResultRow:
         "samples": folded.answers,
         "agreement": folded.agreement,
         "spread": folded.spread,
+        TIES: [vote.field for vote in folded.votes if vote.is_tie],
         "error_class": error_class,
         "error": None if error_class is None or error is None else error["error"],
         "reasoning": None,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...backends.budget.pricing import describe_missing_price, look_up_price
-from ...backends.budget.tokens import estimate_text_tokens
 from ...backends.core.money import NANO_PER_USD, NO_PRICES, Amount, TokenPrices
+from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json, Usage
 from ...backends.core.values import to_json_text
 from ...backends.inputs.base import InputSummary

@@ -6,20 +6,18 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from langchain_core.messages import BaseMessage
-from langgraph.runtime import Runtime
 from pydantic import BaseModel
 
 from ...backends.core.errors import RUN_ENDING_ERRORS, ConfigurationError, InvalidAnswerError
 from ...backends.core.types import Json
 from ...backends.core.values import replace_surrogates, to_json_text, to_plain_json
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemRuntime
 from .answer import answer_text
+from .item_state import ItemState
 from .prepare import make_item_error
 
 
-async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+async def delegate(state: ItemState, runtime: ItemRuntime) -> ItemState:
     """Call the user's graph with the columns and the messages, and check its output.
 
     Every exception of the graph ends the item here, so that an engine around it sees no exception
@@ -71,6 +69,8 @@ def _plain(value: Any) -> Json:
     Raises:
         InvalidAnswerError: It cannot be written as JSON.
     """
+    from langchain_core.messages import BaseMessage  # noqa: PLC0415 - the graph imports it
+
     try:
         if isinstance(value, BaseMessage):
             value = str(value.text)  # a plain str: orjson accepts no subclass

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from langgraph.runtime import Runtime
-
 from ...backends.core.errors import EndpointError
 from ...backends.core.protocols import CURRENT_CALLS
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemRuntime
+from .item_state import ItemState
 from .prepare import make_item_error
 
 
-async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+async def infer(state: ItemState, runtime: ItemRuntime) -> ItemState:
     """Call the model; a failed endpoint ends the item, an error that ends the run is raised."""
     try:
         reply = await runtime.context.model.ask(state["messages"])

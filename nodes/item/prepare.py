@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from langgraph.runtime import Runtime
-
 from ...backends.core.errors import FanfoldError, InvalidItemError
 from ...backends.core.images import add_images
 from ...backends.core.values import replace_surrogates
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemRuntime
+from .item_state import ItemState
 
 
 def make_item_error(error: BaseException) -> dict[str, str]:
@@ -17,7 +15,7 @@ def make_item_error(error: BaseException) -> dict[str, str]:
     return {"class": type(error).__name__, "text": replace_surrogates(text)}
 
 
-async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+async def prepare(state: ItemState, runtime: ItemRuntime) -> ItemState:
     """Build the messages for the item; an invalid item ends here, without a request."""
     context = runtime.context
     try:

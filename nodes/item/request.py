@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from langgraph.runtime import Runtime
-
 from ...backends.core.errors import (
     AnswerError,
     ConfigurationError,
@@ -18,8 +16,8 @@ from ...backends.core.request_urls import REQUEST_URLS, URL_FIELD
 from ...backends.core.types import CHAT_URL, Row
 from ...backends.core.values import to_json_text
 from ...backends.core.vectors import KEEP_FIELD, KEEP_VECTOR, pack_answer
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemRuntime
+from .item_state import ItemState
 from .prepare import make_item_error
 
 _OWN_FIELDS: Final = frozenset({"model", "stream", "stream_options", URL_FIELD})
@@ -28,7 +26,7 @@ _LEAST_ERROR: Final = 400
 """The least HTTP status that is an error."""
 
 
-async def request(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+async def request(state: ItemState, runtime: ItemRuntime) -> ItemState:
     """Send the item's own request; its output is the answer as the server sent it.
 
     Of a request of fanfold's own, the output is the part that it names.

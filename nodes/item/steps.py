@@ -1,25 +1,34 @@
-"""The item graph as data: its steps, their order, and the StateGraph built from them."""
+"""The item graph as data: its steps and their order."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from langgraph._internal._runnable import RunnableCallable
-from langgraph.graph import END, START, StateGraph
-from langgraph.runtime import Runtime
-from langgraph.types import TracePolicy, omit_payload
-
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemContext, ItemRuntime
 from .delegate import delegate
 from .infer import infer
+from .item_state import ItemState
 from .prepare import prepare
 from .request import request
 from .validate import validate
 
-ItemNode = Callable[[ItemState, Runtime[ItemContext]], Awaitable[ItemState]]
+ItemNode = Callable[[ItemState, ItemRuntime], Awaitable[ItemState]]
+
+ItemEngine = Callable[[ItemState, ItemContext], Awaitable[ItemState]]
+"""Runs the steps of one item and returns its final state."""
+
+END: Final = "__end__"
+"""LangGraph's name of the end of a graph. Importing it would import LangGraph, which a worker does
+not need."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRuntime:
+    """What steps are called with outside LangGraph's engine."""
+
+    context: ItemContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,55 +88,12 @@ REQUEST_STEPS: Final[Mapping[str, ItemStep]] = {
 
 
 async def walk_steps(
-    steps: Mapping[str, ItemStep], state: ItemState, runtime: Runtime[ItemContext]
+    steps: Mapping[str, ItemStep], state: ItemState, context: ItemContext
 ) -> ItemState:
     """Run the steps for one item and return its final state."""
-    name = FIRST_STEP
+    name, runtime = FIRST_STEP, StepRuntime(context)
     while name != END:
         step = steps[name]
         state |= await step.run(state, runtime)
         name = step.next_step(state)
     return state
-
-
-ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
-
-
-def build_item_graph(steps: Mapping[str, ItemStep] = ITEM_STEPS) -> ItemGraph:
-    """Build a StateGraph from the steps; its context is an :class:`ItemContext`."""
-    graph: ItemGraph = StateGraph(ItemState, ItemContext)
-    add_steps(graph, steps, {name: step.run for name, step in steps.items()})
-    return graph
-
-
-def add_steps(graph: Any, steps: Mapping[str, ItemStep], nodes: Mapping[str, Any]) -> None:
-    """Add the steps' nodes and edges to a graph."""
-    for name, step in steps.items():
-        graph.add_node(name, nodes[name], metadata=node_metadata(step.run), trace_policy=NO_PAYLOAD)
-        graph.add_conditional_edges(name, make_untraced(step.next_step), list(step.targets))
-    graph.add_edge(START, FIRST_STEP)
-
-
-NO_PAYLOAD: Final = TracePolicy(process_inputs=omit_payload, process_outputs=omit_payload)
-"""Traces show that a node ran and how long it took. The state would repeat the pasted items in each
-node, and the prompt in each step of an item; the run of the model call has prompt and answer."""
-
-
-def make_untraced(
-    run: Callable[..., Any], run_async: Callable[..., Awaitable[Any]] | None = None
-) -> RunnableCallable:
-    """Return a function as a part of a graph without a run of its own in traces.
-
-    LangGraph traces routing functions, and nodes that are runnables, with the whole state, which
-    no policy of a node changes. This class is the one that LangGraph's own nodes use.
-
-    Args:
-        run: The function.
-        run_async: The same for asynchronous invocations.
-    """
-    return RunnableCallable(run, run_async, trace=False)
-
-
-def node_metadata(node: Callable[..., Any]) -> dict[str, Any]:
-    """Return a node's metadata: its docstring's first line, shown in drawings of the graph."""
-    return {"description": (node.__doc__ or "").partition("\n")[0].replace("``", "")}

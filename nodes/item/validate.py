@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from langgraph.runtime import Runtime
-
 from ...backends.core.errors import AnswerError, InvalidAnswerError
 from ...backends.core.parsing import split_reasoning
-from ..context import ItemContext
-from ..state import ItemState
+from ..context import ItemRuntime
 from .certainty import read_certainty
+from .item_state import ItemState
 from .prepare import make_item_error
 
 
-async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+async def validate(state: ItemState, runtime: ItemRuntime) -> ItemState:
     """Check the reply against the schema; send an invalid one back while repairs remain."""
     context, reply = runtime.context, state["reply"]
     reasoning, content = split_reasoning(reply["content"], reply.get("reasoning"))

@@ -115,6 +115,11 @@ class Items(Protocol):
         ...
 
 
+async def cannot_count(_text: str) -> int | None:
+    """Return None: there is no exact count."""
+    return None
+
+
 @dataclass(frozen=True)
 class StageTools:
     """What an operator may use.
@@ -128,6 +133,9 @@ class StageTools:
         context_tokens: The model's context in tokens, or None if no endpoint says it.
         answer_tokens: Most tokens of one answer (``model.max_tokens``).
         folder: Folder of the stage, for files that the operator adds; a later session finds them.
+        count_exact: Counts the tokens of a text as the model does, None where no endpoint offers
+            it; asked for the same texts in the same order, it returns the same in all sessions.
+        row_schema: JSON Schema of the rows of the items.
         streams: Questions that are asked at the same time (``limits.streams``); the same in all
             sessions of the stage.
     """
@@ -139,7 +147,9 @@ class StageTools:
     context_tokens: int | None
     answer_tokens: int
     folder: Path = field(default_factory=Path)
+    row_schema: Mapping[str, Any] = field(default_factory=dict)
     streams: int = 256
+    count_exact: Callable[[str], Awaitable[int | None]] = cannot_count
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from .base import Operator
 from .cascade import Cascade
 from .dedup import Dedup
 from .extract import Extract
+from .merge import Merge
 from .rank import Rank
 from .summarize import Summarize
 
@@ -16,6 +17,7 @@ OPERATORS: Final[dict[str, type[Operator]]] = {
     "cascade": Cascade,
     "dedup": Dedup,
     "extract": Extract,
+    "merge": Merge,
     "rank": Rank,
     "summarize": Summarize,
 }

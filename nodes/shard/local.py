@@ -5,22 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextvars import Context, copy_context
-from dataclasses import replace
+from contextlib import AsyncExitStack
+from contextvars import Context
 from typing import Any, Final
-
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import var_child_runnable_config
-from langgraph.errors import (
-    EmptyInputError,
-    GraphBubbleUp,
-    GraphRecursionError,
-    InvalidUpdateError,
-    NodeCancelledError,
-    NodeTimeoutError,
-)
-from langgraph.runtime import RunControl, Runtime
-from langgraph.store.base import BaseStore
 
 from ...backends.core.aio import DETACH_TASKS, create_detached_task, detach_task
 from ...backends.core.errors import (
@@ -34,29 +21,13 @@ from ...backends.core.protocols import CURRENT_CALLS, CallLog
 from ...backends.core.types import Item, Outcome, Shard
 from ..aggregators import State, combine_states
 from ..context import RunTools
+from ..item.item_state import ItemState
 from ..item.prepare import make_item_error
-from ..state import ItemState
 from .gate import Gate
 from .record import RecordBuilder, SampleCollector, make_outcome, put_record
 
 _SLICE: Final = 64
 """Number of items read, and of outcomes folded, at a time."""
-
-_NAMING: Final = ("checkpoint_ns", "__pregel_task_id", "__pregel_stream")
-"""Keys of LangGraph's configuration by which streams name graphs that run inside a node."""
-
-_RUNTIME: Final = "__pregel_runtime"
-_SCRATCHPAD: Final = "__pregel_scratchpad"
-
-_ENGINE_ERRORS: Final = (
-    GraphBubbleUp,
-    GraphRecursionError,
-    InvalidUpdateError,
-    EmptyInputError,
-    NodeTimeoutError,
-    NodeCancelledError,
-)
-"""LangGraph's errors. Those of a user's graph end its item before they get here."""
 
 
 class ShardPart:
@@ -220,7 +191,15 @@ class _ShardRunner:
 
     async def start_items(self, group: asyncio.TaskGroup) -> None:
         """Start items as slots become free, until the run is stopped."""
-        context, gate = _item_task_context(), self._tools.gate
+        context, gate = self._tools.make_item_variables(), self._tools.gate
+        context.run(DETACH_TASKS.set, True)
+        async with AsyncExitStack() as stack:
+            await self._start_slices(group, context, gate, stack)
+
+    async def _start_slices(
+        self, group: asyncio.TaskGroup, context: Context, gate: Gate, stack: AsyncExitStack
+    ) -> None:
+        has_turn = self._tools.order is None
         for lo in range(self._shard.lo, self._shard.hi, _SLICE):
             if gate.is_closed:
                 return
@@ -229,6 +208,10 @@ class _ShardRunner:
                 if record is not None:
                     self._fold(record, item)
                     continue
+                if not has_turn:
+                    # Items that share a prefix start one after the other, over all shards.
+                    await stack.enter_async_context(gate.turns.take(self._shard.lo))
+                    has_turn = True
                 if not await self._acquire_slot():
                     return
                 calls = CallLog(index=item.index, sample=item.sample)
@@ -298,49 +281,6 @@ def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, 
     ]
 
 
-def _item_task_context() -> Context:
-    """Return the context for items' tasks, with the configuration of :func:`inherit_config`."""
-    context = copy_context()
-    context.run(DETACH_TASKS.set, True)
-    config = var_child_runnable_config.get()
-    if config is not None:
-        context.run(var_child_runnable_config.set, inherit_config(config))
-    return context
-
-
-def inherit_config(outer: RunnableConfig, store: BaseStore | None = None) -> RunnableConfig:
-    """Return the part of the surrounding configuration that an item inherits.
-
-    Callbacks, metadata and the position in the stream stay. LangGraph would also pass on the
-    recursion limit, concurrency, durability, tags, thread, saver, cache, store, context, the
-    request to drain and the answers to interrupts. None of them may change the result of an item,
-    and an item that runs in another process has none of them.
-
-    Args:
-        outer: The configuration of the node around the item.
-        store: The store of the graph that runs.
-    """
-    given = outer.get("configurable", {})
-    kept: dict[str, Any] = {key: given[key] for key in _NAMING if key in given}
-    if isinstance(runtime := given.get(_RUNTIME), Runtime):
-        kept[_RUNTIME] = Runtime(
-            store=store,
-            stream_writer=runtime.stream_writer,
-            heartbeat=runtime.heartbeat,
-            server_info=runtime.server_info,
-            control=RunControl(),
-        )
-    if (scratchpad := given.get(_SCRATCHPAD)) is not None:
-        # It numbers graphs that run inside the node, and contains the answers to its interrupts.
-        kept[_SCRATCHPAD] = replace(scratchpad, resume=[], get_null_resume=lambda _=False: None)
-    config = RunnableConfig(configurable=kept)
-    if outer.get("callbacks") is not None:
-        config["callbacks"] = outer["callbacks"]
-    if outer.get("metadata"):
-        config["metadata"] = outer["metadata"]
-    return config
-
-
 async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:
     """Run an item; raise an error that is not the item's fault, which stops the run."""
     try:
@@ -353,8 +293,5 @@ async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:
             raise
         msg = f"item {item.id!r}: its work was cancelled from outside the run; resume the run"
         raise RunStoppedError(msg) from error
-    except _ENGINE_ERRORS as error:
-        msg = f"item {item.id!r}: LangGraph stopped it ({type(error).__name__}: {error})"
-        raise RunStoppedError(f"{msg}; the item is not recorded, resume the run") from error
     except Exception as error:  # noqa: BLE001 - the item boundary
         return {"error": make_item_error(error)}

@@ -21,7 +21,7 @@ from ...backends.core.samples import SampleFold, find_row_error
 from ...backends.core.types import Item, Json, Message, Outcome
 from ...backends.core.values import MAX_COUNT, clamp_counts, replace_surrogates
 from ..context import ItemJournal, RunTools
-from ..state import ItemState
+from ..item.item_state import ItemState
 
 _MOST_RAW: Final = 16_000
 """Maximum number of bytes of an answer's text in a record."""

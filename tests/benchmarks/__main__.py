@@ -2,8 +2,8 @@
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards``, ``budget`` and ``limits`` take minutes and run only when they
-are named.
+``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``budget`` and ``limits`` take minutes
+and run only when they are named.
 """
 
 from __future__ import annotations
@@ -11,9 +11,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import budget, calls, end_to_end, limits, parts, reuse, shards, storm, streams
+from . import (
+    budget,
+    calls,
+    end_to_end,
+    limits,
+    parts,
+    reuse,
+    shards,
+    stages,
+    start,
+    storm,
+    streams,
+)
 
-NAMES = ("end_to_end", "calls", "parts", "reuse", "shards", "storm", "streams", "budget", "limits")
+NAMES = (
+    "end_to_end",
+    "calls",
+    "parts",
+    "reuse",
+    "shards",
+    "stages",
+    "start",
+    "storm",
+    "streams",
+    "budget",
+    "limits",
+)
 
 
 def main() -> None:
@@ -41,6 +65,10 @@ def main() -> None:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "shards" in names:
         shards.measure(given.backends)
+    if "stages" in names:
+        stages.measure(30_000)
+    if "start" in names:
+        start.measure(5)
     if "streams" in names:
         asyncio.run(streams.measure(given.streams, given.answer, given.window))
     if "budget" in names:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -83,24 +84,39 @@ def _run(folder: Path, count: int, urls: tuple[str, ...]) -> Cost:
     with (folder / "items.csv").open("w") as file:
         file.write("id,text\n")
         file.writelines(f"i{n},{'some text of a record ' * 9}{n}\n" for n in range(count))
+    cost, result = run_command(folder, "bench.yaml", f"run-{count}", urls)
+    assert result["done"] == count, result
+    return cost
+
+
+def run_command(
+    folder: Path, settings: str, out: str, urls: tuple[str, ...]
+) -> tuple[Cost, dict[str, Any]]:
+    """Run the command line to its end; return what it cost, and what it printed as JSON.
+
+    Args:
+        folder: The working directory.
+        settings: Name of the settings file in it.
+        out: Name of the run folder.
+        urls: The endpoints.
+    """
     counted = folder / "instructions"
-    command = [sys.executable, "-P", "-m", "fanfold", "run", "bench.yaml", "--json"]
-    command += ["--endpoints", ",".join(urls), "--out", f"run-{count}"]
+    command = [sys.executable, "-P", "-m", "fanfold", "run", settings, "--json"]
+    command += ["--endpoints", ",".join(urls), "--out", out]
     if _counts_instructions():
         command = ["perf", "stat", "-x", ",", "-e", "instructions", "-o", str(counted), *command]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE)
     assert process.stdout is not None
-    out = process.stdout.read()
+    said = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    result = orjson.loads(out)
-    assert result["done"] == count, result
+    result: dict[str, Any] = orjson.loads(said)
     instructions = None
     if counted.exists():
         (line,) = [x for x in counted.read_text().splitlines() if "instructions" in x]
         instructions = int(line.split(",")[0])
     cpu = used.ru_utime + used.ru_stime
-    return Cost(cpu, result["seconds"], used.ru_maxrss / 1024, instructions)
+    return Cost(cpu, result["seconds"], used.ru_maxrss / 1024, instructions), result
 
 
 def _counts_instructions() -> bool:

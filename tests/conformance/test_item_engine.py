@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from langgraph.runtime import Runtime
 
 from fanfold.backends.core.errors import (
     EndpointBusyError,
@@ -20,14 +19,14 @@ from fanfold.backends.core.templates import ItemPrompt
 from fanfold.backends.core.types import Message, Reply, Usage
 from fanfold.nodes.context import ItemContext
 from fanfold.nodes.item.answer import AnswerCheck
+from fanfold.nodes.item.item_graph import build_item_graph
+from fanfold.nodes.item.item_state import ItemState
 from fanfold.nodes.item.steps import (
     DELEGATED_STEPS,
     ITEM_STEPS,
     ItemStep,
-    build_item_graph,
     walk_steps,
 )
-from fanfold.nodes.state import ItemState
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 Event = tuple[str, str | None, str | None] | Exception
@@ -85,7 +84,7 @@ async def both_ways(
                 graph = build_item_graph(steps).compile(checkpointer=False)
                 end: Any = await graph.ainvoke(start, context=parts)
             else:
-                end = await walk_steps(steps, start, Runtime(context=parts))
+                end = await walk_steps(steps, start, parts)
         except Exception as error:  # noqa: BLE001 - what is raised must be the same, too
             end = repr(error)
         ends.append((end, asked))
@@ -141,7 +140,7 @@ async def test_both_ways_delegate_the_same(result: Any) -> None:
 async def test_a_repair_sends_the_answer_and_the_error_back() -> None:
     model = Script([('{"n": "x"}', "stop", None), ('{"n": 7}', "stop", None)])
     state = ItemState(id="i", row={"x": 1}, problem=None)
-    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context(model, 1, SCHEMA)))
+    end = await walk_steps(ITEM_STEPS, state, context(model, 1, SCHEMA))
     assert end["output"] == {"n": 7}
     assert end["repairs"] == 1
     sent = model.asked[1]
@@ -153,7 +152,7 @@ async def test_a_repair_sends_the_answer_and_the_error_back() -> None:
 async def test_without_repairs_an_invalid_answer_is_the_end() -> None:
     model = Script([("no json", "stop", None)])
     state = ItemState(id="i", row={"x": 1}, problem=None)
-    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context(model, 0, SCHEMA)))
+    end = await walk_steps(ITEM_STEPS, state, context(model, 0, SCHEMA))
     assert end["error"]["class"] == "InvalidAnswerError"
     assert len(model.asked) == 1
 
@@ -161,6 +160,6 @@ async def test_without_repairs_an_invalid_answer_is_the_end() -> None:
 async def test_an_invalid_item_is_never_asked() -> None:
     model = Script([])
     state = ItemState(id="i", row={"x": 1}, problem="SMILES cannot be parsed")
-    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context(model, 1, SCHEMA)))
+    end = await walk_steps(ITEM_STEPS, state, context(model, 1, SCHEMA))
     assert end["error"] == {"class": "InvalidItemError", "text": "SMILES cannot be parsed"}
     assert model.asked == []

@@ -19,16 +19,17 @@ WIDTH, HEIGHT = 1100, 900
 
 
 def main() -> None:
-    """Write ``docs/pictures/PRESET.png`` for each preset."""
+    """Write ``docs/pictures/PRESET.png`` for each preset, or for those in the arguments."""
     browser = find_browser()
     if browser is None:
         sys.exit("no Chromium is installed; install it to take pictures")
     with TemporaryDirectory() as folder:
-        for name in preset_names():
+        for name in sys.argv[1:] or preset_names():
             out = Path(folder) / name
             run = [sys.executable, "-m", "fanfold", "run", name, "--out", str(out), "--quiet"]
             subprocess.run(run, check=True, cwd=folder)
-            report = [sys.executable, "-m", "fanfold", "report", str(out)]
+            page = Path(folder) / f"{name}.html"
+            report = [sys.executable, "-m", "fanfold", "report", str(out), "-o", str(page)]
             subprocess.run(report, check=True, cwd=folder)
             picture = ROOT / "docs" / "pictures" / f"{name}.png"
             picture.parent.mkdir(exist_ok=True)
@@ -42,7 +43,7 @@ def main() -> None:
                     f"--user-data-dir={folder}/browser",
                     f"--window-size={WIDTH},{HEIGHT}",
                     f"--screenshot={picture}",
-                    (out / "report.html").as_uri(),
+                    page.as_uri(),
                 ],
                 check=True,
                 stderr=subprocess.DEVNULL,

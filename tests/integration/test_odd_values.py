@@ -19,7 +19,7 @@ from rich.console import Console
 from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load_config
-from fanfold.graphs.cli.status import export_results
+from fanfold.graphs.cli.export import export_results
 from fanfold.graphs.run.prepare import prepare_run, resume_run
 from fanfold.graphs.session import RunOptions, RunResult, execute_run
 

@@ -260,7 +260,7 @@ ENDPOINTS = [
         ["no endpoint answers", "a/b: cannot connect"],
         {"endpoints": {"first": {"paths": ["a/b"], "token": "t", "base_url": DEAD}}},
     ),
-    Broken("responder", ["responder 'foo'", "esol, schema"], simulated(responder="foo")),
+    Broken("responder", ["responder 'foo'", "esol, labels, schema"], simulated(responder="foo")),
     Broken("fault", ["faults.0", "'zzz'"], simulated(faults=[{"kind": "zzz"}])),
     Broken("fault's nodes", ["faults.0.nodes"], simulated(faults=[{"kind": "500", "nodes": "x"}])),
     Broken("fault's number", ["faults.0", "type"], simulated(faults=[{"kind": "500", "p": "x"}])),

@@ -193,6 +193,10 @@ def test_a_terminal_shows_all_parts(pair: Shell) -> None:
         assert words in said.out, words
     assert "columns not shown" not in said.out
     assert max(map(len, said.out.splitlines())) <= 90
+    pair.patch.setenv("COLUMNS", "60")
+    narrow = pair("compare", "a", "b").out.partition("changed items first")[0]
+    assert "interval]" in narrow
+    assert "columns not shown" not in narrow
     assert pair("compare", "a", "b", "--field", "output.score").out.count("items first") == 1
 
 

@@ -235,10 +235,11 @@ def test_streams_of_a_preset(shell: Shell) -> None:
     assert said.code == 0
     assert said.err.splitlines()[0].startswith("preset data_annotation: SIMULATED FLEET")
     assert all(len(line) <= 80 for line in said.out.splitlines())
-    assert said.out.count("simulated: true") == 4
+    assert said.out.count("simulated: true") == 5
     quiet = shell("run", "data_annotation", "--out", "q", "--quiet", *fast)
     assert quiet.out == ""
-    assert len(quiet.err.splitlines()) == 3  # the preset's notice, the count, the place
+    # the preset's notice, the count, the evaluation, the place
+    assert len(quiet.err.splitlines()) == 4
 
 
 def test_endpoints_beside_a_file_without_any(shell: Shell) -> None:

@@ -122,7 +122,9 @@ def test_a_run(width: int) -> None:
     assert "molecule-" in text
 
 
-@pytest.mark.parametrize("width", [60, 80, pytest.param(140, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "width", [60, *(pytest.param(n, marks=pytest.mark.long) for n in (80, 140))]
+)
 @pytest.mark.usefixtures("faulty")
 def test_commands_that_look_at_a_run(shell: Shell, width: int) -> None:
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3

@@ -191,10 +191,23 @@ KILLS = {
     "when it is collected": 'kill_at_state("collected", 1, after=True)',
     "while items are recorded": 'kill_at(Journal, "put", 23)',
 }
+QUICK_KILLS = {
+    ("before the record", 200_000),
+    ("after the answer", None),
+    ("while output is read", 200_000),
+    ("while items are recorded", None),
+}
+"""Kills that each test run repeats; the others are ``long``."""
 
 
-@pytest.mark.parametrize("budget", [None, 200_000], ids=["no budget", "budget"])
-@pytest.mark.parametrize("where", KILLS)
+KILL_CASES: list[Any] = [
+    pytest.param(where, budget, marks=[] if (where, budget) in QUICK_KILLS else pytest.mark.long)
+    for where in KILLS
+    for budget in (None, 200_000)
+]
+
+
+@pytest.mark.parametrize(("where", "budget"), KILL_CASES)
 async def test_killed_run_collects_what_it_submitted(
     tmp_path: Path, where: str, budget: int | None
 ) -> None:
@@ -229,6 +242,7 @@ main()
 """The prompt counter of the budget, where a tokenizer of the model is at hand."""
 
 
+@pytest.mark.long
 async def test_a_small_budget_makes_no_small_files_where_prompts_are_counted(
     tmp_path: Path,
 ) -> None:
@@ -349,7 +363,7 @@ async def test_leftovers_of_batches_only(tmp_path: Path) -> None:
         assert all(r["requests"] == 2 and "no line" in r["error"] for r in failed)
 
 
-@pytest.mark.parametrize("missing", [0.0, 0.7])
+@pytest.mark.parametrize("missing", [pytest.param(0.0, marks=pytest.mark.long), 0.7])
 async def test_an_outage_fails_few_items(tmp_path: Path, missing: float) -> None:
     """Without requests one by one, nothing else tells a broken service from bad items."""
     rules = BatchSpec(missing=missing, failed=1.0 - missing)
@@ -392,6 +406,7 @@ async def test_repairs_are_requests_of_later_batches(tmp_path: Path) -> None:
         assert [batch["lines"] for batch in await lab.batches()] == [20, 20, 20, 20]
 
 
+@pytest.mark.long
 async def test_a_batch_that_dies_keeps_its_answers(tmp_path: Path) -> None:
     rules = BatchSpec(lines_per_chunk=10, dies_after_lines=25)
     async with open_lab(tmp_path, items=40, batch=rules) as lab:

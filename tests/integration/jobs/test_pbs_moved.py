@@ -60,6 +60,7 @@ def test_a_folder_that_moves_while_its_jobs_wait(
     assert open_folder(moved.path).read_provenance()["earlier"] == []
 
 
+@pytest.mark.long
 def test_servers_of_a_moved_run_are_found_in_its_new_place(pbs: Cluster) -> None:
     """The settings name the servers' folder relative to the run's."""
     trial = pbs.submit(ITEMS, served(0.2), jobs=1)

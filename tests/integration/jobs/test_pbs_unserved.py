@@ -83,7 +83,10 @@ def test_servers_that_are_given_up_end_the_run_and_the_successor_goes_on(
 
 
 @pytest.mark.parametrize("backend", SHAPES)
-@pytest.mark.parametrize("begins", [False, True], ids=["at-first", "later"])
+@pytest.mark.parametrize(
+    "begins",
+    [pytest.param(False, id="at-first", marks=pytest.mark.long), pytest.param(True, id="later")],
+)
 def test_a_node_that_serves_no_more_is_left_alone(
     pbs: Cluster, tmp_path: Path, backend: dict[str, Any], begins: bool
 ) -> None:

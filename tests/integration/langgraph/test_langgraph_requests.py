@@ -321,7 +321,12 @@ async def test_what_is_open_works_and_is_remembered(plain_server: Server) -> Non
         },
         "reduce": [{"op": "stats", "field": "score"}],
         "streams": 2,
-        "overrides": ["model.temperature=0.5", "model.extra_body={top_k: 5}"],
+        "overrides": [
+            "model.temperature=0.5",
+            "model.extra_body={top_k: 5}",
+            "task.examples=null",
+            "evaluate=null",
+        ],
     }
     async with get_client(url=plain_server.url) as client:
         thread = str((await client.threads.create())["thread_id"])

@@ -213,8 +213,8 @@ async def test_a_limit_below_the_runs_own_steps_asks_for_more_before_anything_is
     limit: int,
     windows: int,
 ) -> None:
-    monkeypatch.setattr("fanfold.graphs.run.items._WINDOW", 1)
-    monkeypatch.setattr("fanfold.graphs.run.items._MOST", 1)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._WINDOW", 1)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._MOST", 1)
     config = settings(simulated, shard={"items": -(-len(ROWS) // windows)})
     saver = InMemorySaver()
     graph = (
@@ -233,8 +233,8 @@ async def test_a_limit_below_the_runs_own_steps_asks_for_more_before_anything_is
 async def test_the_limit_that_is_asked_for_is_the_least_that_is_enough(
     simulated: SimulatedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fanfold.graphs.run.items._WINDOW", 1)
-    monkeypatch.setattr("fanfold.graphs.run.items._MOST", 1)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._WINDOW", 1)
+    monkeypatch.setattr("fanfold.graphs.run.shard_plan._MOST", 1)
     graph = build_graph(settings(simulated, shard={"items": 6}))
     with pytest.raises(FanfoldError, match="raise recursion_limit to") as error:
         await graph.ainvoke({"items": ROWS}, {"recursion_limit": 3})

@@ -59,7 +59,10 @@ async def budgeted(lab: Lab, backend: dict[str, Any], share: float) -> tuple[Any
     return aggregate, cap
 
 
-@pytest.mark.parametrize("backend", [HERE, PARSL], ids=["here", "parsl"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(HERE, id="here"), pytest.param(PARSL, id="parsl", marks=pytest.mark.long)],
+)
 async def test_a_killed_run_stays_below_its_cap(lab_of: LabMaker, backend: dict[str, Any]) -> None:
     """Then it is exhausted; then it is allowed more, and ends."""
     async with lab_of(items=120, ttft_s=0.02) as lab:

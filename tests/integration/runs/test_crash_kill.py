@@ -38,7 +38,7 @@ async def test_killed_three_times_in_a_row(lab_of: LabMaker) -> None:
         assert outcomes == [None, None, None, "finished"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 async def test_killed_at_a_random_moment(lab_of: LabMaker, seed: int) -> None:
     async with lab_of(seed=seed) as lab:
         aggregate = await lab.undisturbed()
@@ -62,7 +62,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", ["results.parquet", "failures.jsonl", "aggregate.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "results.parquet",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("failures.jsonl", "aggregate.json")),
+    ],
+)
 async def test_killed_while_the_results_are_written(lab_of: LabMaker, name: str) -> None:
     async with lab_of(items=60, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()

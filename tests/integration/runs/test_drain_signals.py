@@ -83,7 +83,7 @@ async def test_drained_and_resumed_over_and_over(lab_of: LabMaker, shards: str) 
 async def test_many_small_supersteps(lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab_of(items=120) as lab:
         lab.config["shard"] = {"items": 5}
-        monkeypatch.setattr("fanfold.graphs.run.items.choose_window", lambda *_: 3)
+        monkeypatch.setattr("fanfold.graphs.run.shard_plan.choose_window", lambda *_: 3)
         aggregate = await lab.undisturbed()
         for lines in (1, 20, 31, 75):
             result = await stopped(lab, lines, signal.SIGTERM)

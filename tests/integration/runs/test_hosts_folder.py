@@ -32,6 +32,7 @@ async def test_hosts_join_and_leave_a_run(lab_of: LabMaker) -> None:
         (folder / "node2").write_text(f"{second}\n")
         await lab.until(lambda: asked(lab)[1] > 5)
         (folder / "node1").unlink()
+        await asyncio.sleep(0.2)  # the folder is read again every 0.02 s
         await lab.until(lambda: lab.fleet.stats()["nodes"][0]["running"] == 0)
         before = asked(lab)[0]
         result = await asyncio.wait_for(life, 60)

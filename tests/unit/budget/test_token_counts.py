@@ -13,11 +13,11 @@ from aiohttp.test_utils import TestServer
 from fanfold.backends.budget.tokens import (
     TokenCounter,
     estimate_prompt_tokens,
-    estimate_text_tokens,
     find_encoding_name,
     load_encoding,
     open_token_counter,
 )
+from fanfold.backends.core.text_tokens import estimate_text_tokens
 from fanfold.backends.discovery.connect import ReadyEndpoints
 from fanfold.backends.fleet.endpoint import EndpointSpec
 

@@ -63,7 +63,7 @@ def test_requests_cannot_set_stages() -> None:
 
 
 def test_settings_without_stages_name_none() -> None:
-    plain = load_config("molecular_screening").plain
+    plain = load_config("data_annotation").plain
     assert "stages" not in plain
     assert "reserve_for_reduce" not in plain["budget"]
 

@@ -52,6 +52,24 @@ def test_what_is_missing_is_counted_by_its_cause() -> None:
     assert found["classes"]["no"]["support"] == 1
 
 
+@pytest.mark.parametrize(
+    ("field", "ties", "cause"),
+    [
+        ("label", ["label"], "tie"),
+        ("label", ["output"], "tie"),
+        ("label", ["score"], "no_value"),
+        ("label", [], "no_value"),
+    ],
+)
+def test_a_tie_of_the_samples_is_named(field: str, ties: list[str], cause: str) -> None:
+    """Samples that do not agree are no answer without a value."""
+    evaluator = Evaluator([resolve_evaluation("gold", field, SCHEMA, None)])
+    row = {"id": "1", "status": "done", "output": {field: None}, "row": {"gold": "yes"}}
+    evaluator.add(row | {"ties": ties})
+    (found,) = evaluator.to_json()
+    assert found["missing_by_cause"] == {cause: 1}
+
+
 def test_items_that_have_not_ended_are_missing() -> None:
     evaluator = Evaluator([resolve_evaluation("gold", "label", SCHEMA, None)])
     evaluator.add_open("1", {"gold": "yes"})

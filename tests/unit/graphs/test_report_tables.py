@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 
 from fanfold.graphs.cli.format import Column, fit_columns, format_cell, make_table, show_aggregate
 
@@ -47,6 +48,11 @@ def test_columns_without_room_are_named() -> None:
     assert "field_29" in text
 
 
+def test_an_empty_column_without_a_name_is_no_column_without_room() -> None:
+    (table,) = make_table([Column("id", [], is_key=True), Column("", [])], 80)
+    assert isinstance(table, Table)
+
+
 def test_long_names_are_wrapped_at_blanks() -> None:
     name = "measured log solubility in mols per litre"
     file = io.StringIO()
@@ -62,6 +68,21 @@ def test_long_names_are_wrapped_at_blanks() -> None:
     assert "columns not shown" not in text
     assert all(word in text for word in (*name.split(), "-0.77", "CCC"))
     assert all(len(line) <= 50 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_figures_of_groups_are_never_left_out(width: int) -> None:
+    """What does not fit follows in another table, below the names of the groups."""
+    quantiles = {str(q): 0.125 for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    facts = {"size": 2, "count": 2, "missing": 0, "mean": 0.5, "sd": 0.25, "min": 0.1, "max": 0.9}
+    groups = [{"group": "organic compound", **facts, "quantiles": quantiles}]
+    stage = {"op": "stats", "field": "score", "group_by": "kind", "groups": groups, "others": 0}
+    text = shown([stage], width)
+    assert "columns not shown" not in text
+    for word in ("sd", "max", "q 0.05", "q 0.95"):
+        assert f" {word} " in text
+    assert text.count("organic compound") == text.count("┏") > 1
+    assert all(len(line) <= width for line in text.splitlines())
 
 
 @pytest.mark.parametrize("width", [60, 120])

@@ -342,6 +342,10 @@ def test_a_preset_brings_its_own_fleet_where_the_owner_bound_none() -> None:
     config = bound.read_context({"preset": "literature_mining"}).loaded.config
     assert config.endpoints.simulated is not None
     assert config.endpoints.simulated.responder == "schema"
+    assert config.stages == load_config("literature_mining").config.stages
+    given = {"preset": "literature_mining", "overrides": ["stages=[{name: a, map: {prompt: x}}]"]}
+    with pytest.raises(ConfigurationError, match="stages"):
+        _ = bound.read_context(given).loaded
     again = BoundSettings(RunContext(config=OWN), CallerPolicy())
     assert (
         again.read_context({"preset": "molecular_screening"}).loaded.config.name

@@ -162,7 +162,7 @@ def test_every_setting_can_be_filled_in() -> None:
             properties = FORM[one.name]["anyOf"][0]["properties"]
             assert all(about["description"] for about in properties.values())
             shown |= {f"{section}.{name}" for name in properties}
-    of_pipelines = {"stages", "budget.reserve_for_reduce"}  # those of a file
+    of_pipelines = {"stages", "budget.reserve_for_reduce", "input.split"}  # those of a file
     assert set(settings_of(RunConfig)) - shown == of_pipelines | {"input.path", "endpoints.api_key"}
 
 

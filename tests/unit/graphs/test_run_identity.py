@@ -6,8 +6,8 @@ import pytest
 
 from fanfold.backends.core.secrets import MASKED, mask_arguments
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.items import choose_shard_items, choose_window
 from fanfold.graphs.run.prepare import compute_fingerprint, diff_settings
+from fanfold.graphs.run.shard_plan import choose_shard_items, choose_window
 
 BASE = load_config("data_annotation")
 
@@ -21,7 +21,7 @@ def changed(*overrides: str) -> dict[str, Any]:
     [
         "task.prompt=x",
         "task.repairs=0",
-        "model.seed=1",
+        "model.seed=2",
         "model.name=b",
         "input.id=null",
         "input.limit=3",

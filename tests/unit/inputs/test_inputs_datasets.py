@@ -20,7 +20,8 @@ Load = Callable[..., list[Item]]
         ("molecules", 20, ("mol_id", "name", "smiles")),
         ("abstracts", 12, ("id", "title", "abstract")),
         ("topics", 10, ("topic_id", "topic", "background", "constraint")),
-        ("records", 20, ("record_id", "text")),
+        ("records", 20, ("record_id", "text", "label")),
+        ("tables", 6, ("table_id", "title", "rows", "columns", "summary")),
     ],
 )
 def test_shipped(
@@ -71,6 +72,6 @@ def test_an_unknown_dataset(load: Load) -> None:
     with pytest.raises(
         InputError,
         match="unknown dataset 'molecule'; available: molecules, abstracts, topics, records, "
-        r"rdkit-nci5k; did you mean 'molecules'\?",
+        r"tables, rdkit-nci5k; did you mean 'molecules'\?",
     ):
         load(InputConfig(dataset="molecule"))

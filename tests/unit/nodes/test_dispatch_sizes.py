@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.items import plan_shards
+from fanfold.graphs.run.shard_plan import plan_shards
 from fanfold.nodes.batch.dispatch import dispatch, fan_out
 from fanfold.nodes.state import RunState
 

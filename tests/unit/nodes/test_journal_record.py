@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langgraph.runtime import Runtime
 
 from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CallLog
@@ -26,11 +25,11 @@ from fanfold.graphs.run.prepare import compute_question_digest
 from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import ItemContext, RunTools
 from fanfold.nodes.item.answer import AnswerCheck
+from fanfold.nodes.item.item_state import ItemState
 from fanfold.nodes.item.steps import ITEM_STEPS, walk_steps
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
 from fanfold.nodes.shard.record import RecordBuilder, put_record
-from fanfold.nodes.state import ItemState
 
 SETTINGS: dict[str, Any] = {
     "task": {
@@ -197,7 +196,7 @@ async def record_of(folder: Path, script: Script, *, keep_raw: bool = False) -> 
     check = AnswerCheck(SETTINGS["task"]["schema"], 256)
     context = ItemContext(ItemPrompt.parse({"prompt": "{x}"}), script, check, repairs=1)
     state = ItemState(id="i", row={"x": "gold"}, problem=None)
-    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context))
+    end = await walk_steps(ITEM_STEPS, state, context)
     return RecordBuilder(tools).build(Item(0, "i", {"x": "gold"}), end, CallLog(), 0.1)
 
 

@@ -136,3 +136,103 @@ def test_the_plan_covers_the_real_tree() -> None:
     assert plans[0].calls >= 124
     assert plans[-1].calls == 1
     assert sum(plan.calls for plan in plans) >= 124 + 13
+
+
+@dataclass
+class ShortModel(Model):
+    """Refuses questions with more texts than its context holds."""
+
+    most: int = 3
+
+    def _answer(self, question: Question) -> Answer:
+        ids = re.findall(r"^\[([^\]]+)\]", question.row["texts"], re.MULTILINE)
+        if len(ids) > self.most:
+            return Answer(question.id, None, "PromptTooLongError", "too long", {})
+        return super()._answer(question)
+
+
+async def test_a_question_that_is_too_long_is_split_until_it_fits() -> None:
+    model = ShortModel()
+    end = await summarize(model, 57)
+    (result,) = end.results
+    (statement,) = result.output["statements"]
+    assert statement["sources"] == [f"i{n}" for n in range(57)]
+    assert result.output["failed"] == []
+    names = [level for level, _ in model.levels]
+    assert names[:3] == ["leaves", "leaves, split 1", "leaves, split 2"]
+    assert "merge 2, split 1" in names
+    assert [one.id for one in model.levels[1][1]][:2] == ["leaf 1.1", "leaf 1.2"]
+    assert end.report["levels"] == len(names)
+    assert end.report["splits"] > 6
+
+
+async def test_what_cannot_be_split_is_named_and_loses_no_statement() -> None:
+    (result,) = (await summarize(ShortModel(most=1), 20)).results
+    assert {one for found in result.output["statements"] for one in found["sources"]} == {
+        f"i{n}" for n in range(20)
+    }
+    assert all(name.startswith("merge") for name in result.output["failed"])
+
+
+@pytest.mark.parametrize("group_by", [None, "kind"])
+async def test_groups_are_packed_by_the_tokenizer_where_there_is_one(group_by: str | None) -> None:
+    counted = list[str]()
+
+    async def count(text: str) -> int:
+        counted.append(text)
+        return 7 * text.count("[i")
+
+    for _ in range(2):
+        model = Model()
+        tools = StageTools(
+            Rows(500), ("text", "kind"), model.ask, count_tokens, 32_768, 256, count_exact=count
+        )
+        await Summarize("Sum", "{text}", group_by=group_by, group_tokens=100).run(tools)
+        leaves = [question.row["texts"] for question in model.levels[0][1]]
+        sizes = [text.count("[i") for text in leaves]
+        assert max(sizes) * 7 <= 100
+        assert sum(sizes) == 500
+        assert len(leaves) <= 42  # 50 by the estimate, 36 if all are full
+    half = len(counted) // 2
+    assert counted[:half] == counted[half:]
+    assert half <= len(leaves) + 2  # one count for each leaf, not for each item
+
+
+async def test_a_judge_checks_a_sample_of_the_statements() -> None:
+    @dataclass
+    class Judge(Model):
+        async def ask(
+            self, level: str, task: LevelTask, questions: Iterable[Question]
+        ) -> Sequence[Answer]:
+            if level != "verify":
+                return await super().ask(level, task, questions)
+            asked = list(questions)
+            self.levels.append((level, asked))
+            failed = Answer("pair 1", None, "TimeoutError", "no answer", {})
+            return [failed] + [
+                Answer(one.id, {"supported": "finding 1" not in one.row["text"]}, None, None, {})
+                for one in asked[1:]
+            ]
+
+    model = Judge()
+    report = (await summarize(model, 60, verify=20)).report
+    level, asked = model.levels[-1]
+    assert level == "verify"
+    assert len({one.row["text"] for one in asked}) == len(asked) == 20
+    wrong = sum("finding 1" in one.row["text"] for one in asked[1:])
+    found = report["verified"]
+    assert (found["pairs"], found["answered"], found["supported"]) == (20, 19, 19 - wrong)
+    assert all(one["text"] == "about 4" or one["id"] for one in found["unsupported"])
+    assert report["lines"][0].startswith("cites existing items")
+    assert f"{19 - wrong} of 19 sampled pairs" in report["lines"][1]
+    assert not any("correct" in line for line in report["lines"])
+    again = Judge()
+    await summarize(again, 60, verify=20)
+    assert again.levels == model.levels
+
+
+async def test_nothing_is_checked_without_statements() -> None:
+    failed = frozenset({f"leaf {n}" for n in range(1, 10)})
+    report = (await summarize(Model(failed), 30, verify=5)).report
+    assert report["verified"]["pairs"] == 0
+    assert report["lines"][1] == "a judge could check none of the statements"

@@ -34,14 +34,16 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.core.types import Item, Shard
 from fanfold.backends.storage.journal import Journal
+from fanfold.graphs.run.item_engine import make_item_variables, stop_at_engine_errors
 from fanfold.nodes.aggregators import build_aggregators
-from fanfold.nodes.context import RunTools
+from fanfold.nodes.context import ItemContext, RunTools
+from fanfold.nodes.item.item_state import ItemState
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.local import ShardPart, run_local_shard
 from fanfold.nodes.shard.progress import Progress
-from fanfold.nodes.state import ItemState
 
 TOTAL = 200
+NO_CONTEXT: Any = None
 
 
 @dataclass
@@ -98,6 +100,7 @@ class Bench:
                 Progress(),
                 b"",
                 True,
+                make_item_variables=make_item_variables,
             )
         finally:
             await ledger.aclose()
@@ -193,9 +196,14 @@ async def test_what_an_item_raises_is_its_end(
 async def test_an_error_of_the_engine_is_no_items_end(tmp_path: Path, error: BaseException) -> None:
     """It stops the run; the item has no record, and is asked when the run goes on."""
 
+    async def stopped(_state: ItemState, _context: ItemContext) -> ItemState:
+        raise error
+
+    engine = stop_at_engine_errors(stopped)
+
     async def act(item: Item) -> ItemState:
         if item.index == 5:
-            raise error
+            return await engine(ItemState(id=item.id), NO_CONTEXT)
         return await answer(item)
 
     first = Bench(tmp_path, act)

@@ -1,0 +1,112 @@
+"""Tokens of a text by an estimate, and parts of a text of at most so many tokens."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from typing import Final
+
+_RUN: Final = re.compile(r"[A-Za-z]+|\s?[0-9]+|[^\x00-\x7f]+|[^\sA-Za-z0-9]|\n\s*|  +")
+
+
+def estimate_text_tokens(text: str) -> int:
+    """Estimate the tokens of a text, with a tendency to be too high."""
+    runs = _RUN.findall(text)
+    return sum(_weigh_word(run) if len(run) <= _WORD else _weight(run) for run in runs)
+
+
+_WORD: Final = 24
+"""Characters of the runs whose tokens are remembered: texts repeat their words."""
+
+
+@lru_cache(maxsize=1 << 15)
+def _weigh_word(run: str) -> int:
+    return _weight(run)
+
+
+def _weight(run: str) -> int:
+    if not run.isascii():
+        return -(-9 * len(run.encode(errors="replace")) // 20)
+    if run.isalpha():
+        word = run[1:].islower() or len(run) == 1
+        return 1 + (len(run) - 1) // 4 if word else 1 + 3 * (len(run) - 1) // 4
+    if run[-1].isdigit():
+        digits = len(run) if run[0].isdigit() else len(run) - 1
+        return (digits < len(run)) + -(-digits // 3)
+    return 1
+
+
+_PARAGRAPH: Final = re.compile(r"\n\s*\n")
+_SENTENCE: Final = re.compile(r"[.!?。！？][\"')\]”’]*\s+|[。！？]")  # noqa: RUF001
+_BLANK: Final = re.compile(r"\s+")
+_BOUNDARIES: Final = (_PARAGRAPH, _SENTENCE, _BLANK)
+"""Places at which a text is cut, the best first."""
+
+
+class _Ruler:
+    """Converts between positions in a text and tokens before them."""
+
+    def __init__(self, text: str) -> None:
+        runs = list(_RUN.finditer(text))
+        self._starts = [run.start() for run in runs]
+        self._ends = [run.end() for run in runs]
+        self._before = [0, *accumulate(_weight(run[0]) for run in runs)]
+
+    def count_before(self, position: int) -> float:
+        """Return the tokens before a position; those of a run are spread over its characters."""
+        at = bisect_right(self._starts, position) - 1
+        if at < 0:
+            return 0.0
+        start, end = self._starts[at], self._ends[at]
+        share = min(1.0, (position - start) / (end - start))
+        return self._before[at] + share * (self._before[at + 1] - self._before[at])
+
+    def find(self, tokens: float) -> int:
+        """Return the last position before which there are at most so many tokens."""
+        at = bisect_right(self._before, tokens) - 1
+        if at >= len(self._starts):
+            return self._ends[-1] if self._ends else 0
+        start, end = self._starts[at], self._ends[at]
+        inside = (tokens - self._before[at]) / (self._before[at + 1] - self._before[at])
+        return max(start + int(inside * (end - start)), self._ends[at - 1] if at else 0)
+
+    @property
+    def total(self) -> int:
+        """Return the tokens of the whole text."""
+        return self._before[-1]
+
+
+def split_text(text: str, tokens: int, overlap: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the parts of a text, in characters; the same for the same text.
+
+    A part ends at the end of a paragraph if there is one in its last quarter, else of a sentence,
+    else of a word.
+
+    Args:
+        text: The text.
+        tokens: Most tokens of a part, by the estimate.
+        overlap: Tokens of the end of a part that the next one repeats; less than half of it.
+    """
+    ruler, start = _Ruler(text), 0
+    while True:
+        before = ruler.count_before(start)
+        if ruler.total - before <= tokens:
+            yield start, len(text)
+            return
+        limit = max(ruler.find(before + tokens), start + 1)
+        end = _find_end(text, limit - (limit - start) // 4, limit)
+        yield start, end
+        back = ruler.find(ruler.count_before(end) - overlap) if overlap else end
+        blank = _BLANK.search(text, min(back, end), end)
+        start = max(blank.end() if blank is not None and back < end else min(back, end), start + 1)
+
+
+def _find_end(text: str, lo: int, hi: int) -> int:
+    for boundary in _BOUNDARIES:
+        ends = [found.end() for found in boundary.finditer(text, lo, hi)]
+        if ends:
+            return ends[-1]
+    return hi

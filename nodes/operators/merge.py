@@ -1,0 +1,194 @@
+"""``merge``: the answers about the parts of each document, put together without a call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Final
+
+from ...backends.core.errors import ConfigurationError, InputError
+from ...backends.core.fields import find_properties, follow_references
+from ...backends.core.samples import SampleFold, make_rule
+from ...backends.core.types import Item, Json, Row
+from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
+
+_PART: Final = "part"
+_PARTS: Final = "parts"
+"""Column of a document with its parts: of, missing, sources."""
+_SLICE: Final = 256
+
+
+@dataclass(frozen=True)
+class Merge(Operator):
+    """Put the answers about parts together; see ``MergeConfig`` for the settings."""
+
+    op: ClassVar[str] = "merge"
+    passes_columns: ClassVar[bool] = True
+    result_schema: ClassVar[Mapping[str, Any]] = {}
+
+    field: str = ""
+    how: str = "concat"
+    text: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the answers and of the parts."""
+        return (self.field, _PART)
+
+    def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the schema of merged answers.
+
+        Raises:
+            ConfigurationError: The items are no parts of documents.
+        """
+        columns = find_properties(rows)
+        if not {self.field, _PART} <= columns.keys():
+            have = ", ".join(columns)
+            raise ConfigurationError(
+                f"merge needs the columns {self.field!r} and {_PART!r}, which input.split adds; "
+                f"the items have {have}"
+            )
+        schema = columns[self.field]
+        return dict(_make_fold(schema).fold_schema(schema) or {})
+
+    def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the schema of the columns of documents."""
+        left_out = {self.field, _PART, self.text}
+        kept = {k: v for k, v in rows["properties"].items() if k not in left_out}
+        return {**rows, "properties": kept | {_PARTS: _PARTS_SCHEMA}}
+
+    def plan(self, size: SizeEstimate) -> list[LevelPlan]:
+        """Return no levels: the model is not asked."""
+        del size
+        return []
+
+    async def run(self, tools: StageTools) -> OperatorEnd:
+        """Return one result for each document."""
+        documents = _Documents(self, tools)
+        counts = await asyncio.to_thread(documents.count)
+        lines = [f"{counts['documents']:,} documents from {counts['parts']:,} parts"]
+        if counts["missing"]:
+            lines.append(f"{counts['missing']:,} parts are missing: failed, or not selected")
+        report = {"op": self.op, "items": len(tools.items), **counts, "lines": lines}
+        return OperatorEnd(documents, report)
+
+
+_PARTS_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "of": {"type": "integer"},
+        "missing": {"type": "array", "items": {"type": "integer"}},
+        "sources": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string"},
+                    "start": {"type": "integer"},
+                    "end": {"type": "integer"},
+                },
+            },
+        },
+    },
+}
+
+
+class _Documents:
+    """The results, read from the items whenever they are iterated."""
+
+    def __init__(self, merge: Merge, tools: StageTools) -> None:
+        self._merge, self._tools = merge, tools
+        schema = find_properties(tools.row_schema).get(merge.field)
+        self._fold = _make_fold(schema)
+        self._schema = {"type": "string"} if schema is None else schema
+
+    def count(self) -> dict[str, int]:
+        """Count documents, parts and missing parts; blocks."""
+        found = {"documents": 0, "parts": 0, "missing": 0}
+        for parts in self._group():
+            found["documents"] += 1
+            found["parts"] += len(parts)
+            found["missing"] += max(0, _read_part(parts[0])["of"] - len(parts))
+        return found
+
+    def __iter__(self) -> Iterator[StageResult]:
+        """Yield the documents; blocks."""
+        for parts in self._group():
+            answers = [item.row[self._merge.field] for item in parts]
+            folded = self._fold.fold(answers).output
+            output = folded
+            if self._merge.how == "concat":
+                output = _concat(folded, answers, self._schema, self._schema)
+            yield StageResult(_read_part(parts[0])["document"], output, self._make_row(parts))
+
+    def _group(self) -> Iterator[list[Item]]:
+        """Yield the parts of each document, which follow each other."""
+        items = self._iter_items()
+        for _, some in groupby(items, key=lambda item: _read_part(item)["document"]):
+            yield list(some)
+
+    def _iter_items(self) -> Iterator[Item]:
+        for lo in range(0, len(self._tools.items), _SLICE):
+            yield from self._tools.items.read(lo, min(len(self._tools.items), lo + _SLICE))
+
+    def _make_row(self, parts: Sequence[Item]) -> Row:
+        abouts = {_read_part(item)["number"]: (item.id, _read_part(item)) for item in parts}
+        count = _read_part(parts[0])["of"]
+        left_out = (self._merge.field, _PART, self._merge.text)
+        return {name: value for name, value in parts[0].row.items() if name not in left_out} | {
+            _PARTS: {
+                "of": count,
+                "missing": [n for n in range(1, count + 1) if n not in abouts],
+                "sources": [
+                    {"id": name, "start": about["start"], "end": about["end"]}
+                    for name, about in abouts.values()
+                ],
+            }
+        }
+
+
+def _make_fold(schema: Mapping[str, Any] | None) -> SampleFold:
+    return SampleFold(_LEAST, make_rule(None, schema))
+
+
+_LEAST: Final = 2
+"""Samples of a fold, which its result only counts."""
+
+
+def _read_part(item: Item) -> Mapping[str, Any]:
+    """Return what the column of a part says.
+
+    Raises:
+        InputError: It is not one that ``input.split`` made.
+    """
+    found = item.row.get(_PART)
+    kinds = {"document": str, "number": int, "of": int, "start": int, "end": int}
+    if not isinstance(found, dict) or any(
+        not isinstance(found.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise InputError(f"merge: item {item.id!r} has no column {_PART!r} from input.split")
+    return found
+
+
+def _concat(folded: Json, answers: Sequence[Json], schema: Any, root: Mapping[str, Any]) -> Json:
+    """Return answers with their lists and texts one after the other, all else as folded.
+
+    Equal texts are repeated once; those of an enum are no texts but categories.
+    """
+    known = [one for one in answers if one is not None]
+    if known and all(isinstance(one, list) for one in known):
+        return [element for one in known for element in one]
+    found = follow_references(schema, root)
+    if known and all(isinstance(one, str) for one in known) and not {"enum", "const"} & set(found):
+        return "\n\n".join(dict.fromkeys(known))
+    if known and all(isinstance(one, dict) for one in known):
+        properties = find_properties(found, root)
+        keys = dict.fromkeys(key for one in known for key in one)
+        below = folded if isinstance(folded, dict) else {}
+        return {
+            key: _concat(below.get(key), [one.get(key) for one in known], properties.get(key), root)
+            for key in keys
+        }
+    return folded
