@@ -36,7 +36,7 @@ def write_questions(lab: Lab) -> None:
             name = n * 7 % DOCUMENTS
             writer.writerow([f"i{n}", f"Document {name:02}. " * 60, f"thing {n}"])
     lab.config["task"]["prompt"] = "{document} What is {x}?"
-    lab.config["limits"]["hedge"] = False
+    lab.config["limits"] |= {"hedge": False, "order": "auto"}
 
 
 def read_journal(folder: Path) -> list[int]:
@@ -74,8 +74,8 @@ async def test_workers_keep_the_order(lab: Lab, shared: bool) -> None:
     assert_whole(lab, await lab.live(await lab.begin()))
 
 
-async def test_input_order_on_request(lab: Lab) -> None:
-    lab.config["limits"]["order"] = "input"
+async def test_input_order_by_default(lab: Lab) -> None:
+    del lab.config["limits"]["order"]
     folder = await lab.begin()
     assert not folder.order.exists()
     run = await prepare_run(load_config(lab.config), lab.home / "other")
