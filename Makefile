@@ -2,10 +2,10 @@ PY ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit integration_tests test-long check lint fix format reference pictures docs bench studio clean
+.PHONY: help run test test-unit integration_tests test-long check lint fix format reference test-install pictures docs bench bench-quick studio clean
 
 help:
-	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | reference | docs | bench | studio | clean'
+	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | reference | docs | test-install | bench | bench-quick | studio | clean'
 	@echo 'PY=python3.12 chooses the Python of .venv'
 .venv/pyvenv.cfg:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11+; try: make PY=python3.12'; exit 1; }
@@ -42,8 +42,12 @@ pictures: .venv/.dev
 docs: .venv/.dev
 	$(BIN)/python -m fanfold.tests.documentation.site
 	$(BIN)/zensical build --strict --clean
+test-install:
+	$(PY) tests/packaging/install.py
 bench: .venv/.dev
-	$(BIN)/python -m fanfold.tests.benchmarks
+	$(BIN)/python -m fanfold.tests.benchmarks.suite
+bench-quick: .venv/.dev
+	$(BIN)/python -m fanfold.tests.benchmarks.suite --quick
 studio: .venv/.studio
 	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true $(BIN)/langgraph dev --n-jobs-per-worker 4
 clean:

@@ -172,6 +172,11 @@ class Overrides:
         given = (self.assignments, self.input_path, self.limit, self.endpoints, self.metrics_port)
         return any(given) or bool(self.budget_assignments)
 
+    @property
+    def starts_session(self) -> bool:
+        """Return True if they ask for a session even of a run that is finished."""
+        return self.changes_settings or self.retry_failed or self.trace or bool(self.checkpointer)
+
     def resolve(self, config: str) -> tuple[LoadedConfig, list[str]]:
         """Return the configuration with the options applied, and notices."""
         overrides = [*self.assignments, *self.budget_assignments]

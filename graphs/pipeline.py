@@ -31,9 +31,10 @@ from .run.console import print_message
 from .run.pipeline import EndpointPool, Pipeline, Stage, list_stages, remove_unfinished
 from .run.pipeline_report import PipelineState, read_pipeline
 from .run.prepare import ReadyRun
+from .run.run_result import RunResult
 from .run.shutdown import Shutdown, handle_signals
 from .run.stage_estimate import make_reserve
-from .session import RunOptions, RunResult, freeze_gc, record_session, run_session
+from .session import RunOptions, freeze_gc, record_session, run_session
 
 
 class PipelineGraphState(TypedDict, total=False):

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -39,7 +39,6 @@ from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
-from ..configs.models import BatchConfig
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
@@ -49,7 +48,9 @@ from .run.checkpoints import open_saver
 from .run.estimate import count_nodes, limit_rates, make_run_plan, read_messages, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.monitor import show_progress
+from .run.next_steps import FINISHED
 from .run.prepare import ReadyRun, describe_session
+from .run.run_result import RunResult
 from .run.shard_plan import UNBOUNDED_STEPS
 from .run.shutdown import Shutdown, handle_signals
 
@@ -73,39 +74,6 @@ class RunOptions:
     retry_failed: bool = False
     quiet: bool = False
     deadline: Walltime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """Result of one session of a run.
-
-    Attributes:
-        exit_code: Exit code.
-        folder: The run's folder.
-        run_id: The run's id.
-        seconds: Wall time of this session.
-        progress: Counts of items, requests and tokens.
-        aggregate: One entry per aggregator; empty if the run is not finished.
-        simulated: Whether the answers are simulated.
-        reason: Why it was interrupted, or None.
-        budget: Spent amount and cap, by limit.
-        cost: Cost of all sessions; None until this session has ended.
-        open_batches: Messages about batches whose answers are not collected.
-        batch: Files in OpenAI's batch format, if the run writes them.
-    """
-
-    exit_code: int
-    folder: RunFolder
-    run_id: str
-    seconds: float
-    progress: dict[str, Any]
-    aggregate: list[dict[str, Any]]
-    simulated: bool
-    reason: str | None = None
-    budget: dict[str, Any] = field(default_factory=dict)
-    cost: Cost | None = None
-    open_batches: tuple[str, ...] = ()
-    batch: BatchConfig = field(default_factory=BatchConfig)
 
 
 async def execute_run(run: ReadyRun, options: RunOptions, console: Console) -> RunResult:
@@ -156,7 +124,8 @@ async def run_session(
         async with add_saved_count(tools), record_session(folder) as (about, this):
             session = Session(run, about["run"], context, tools, options, console, stop)
             result = await session.run_graph()
-            this["outcome"] = result.reason or "finished"
+            this["outcome"] = result.reason or FINISHED
+            this["settings"] = await asyncio.to_thread(folder.digest_settings)
             this.update(exit_code=result.exit_code, **_counts_at_end(tools))
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)

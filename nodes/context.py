@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -110,8 +111,12 @@ class ItemJournal(Protocol):
         """Return True if an item has ended."""
         ...
 
-    def read_record(self, index: int) -> dict[str, Any]:
-        """Return the record of a finished item."""
+    def find_open(self, lo: int, hi: int) -> int:
+        """Return the first item of a range that has not ended; ``hi`` if all have."""
+        ...
+
+    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return the record of each item of a range; None for those that have not ended."""
         ...
 
     def put(self, record: dict[str, Json]) -> None:
@@ -221,6 +226,8 @@ class RunTools:
         stage: Name of the stage that the run belongs to; empty for a run of its own.
         order: The items in the order of work; None: that of the store.
         make_item_variables: Returns the context variables of items' tasks.
+        folding: Lets one shard at a time fold in items that have ended; threads that do so
+            together only wait for each other.
     """
 
     store: ItemSequence
@@ -243,6 +250,7 @@ class RunTools:
     progress_stream: ProgressStream = field(default_factory=ProgressStream)
     stage: str = ""
     make_item_variables: Callable[[], Variables] = copy_context
+    folding: asyncio.Lock = field(default_factory=asyncio.Lock)
     order: WorkOrder | None = None
 
     def position(self, index: int) -> int:

@@ -170,6 +170,7 @@ class RowSource:
         drop_unparsable: Column of SMILES; rows that RDKit cannot parse are skipped.
         ragged: Whether rows may differ in their columns.
         types: Returns the types that the input declares for its columns.
+        problem: Column that says why a row must not be sent, or None; items do not have it.
     """
 
     name: str
@@ -179,6 +180,7 @@ class RowSource:
     drop_unparsable: str | None = None
     ragged: bool = False
     types: Callable[[], ArrowTypes] = dict
+    problem: str | None = None
 
 
 def describe_line(path: Path) -> Callable[[int], str]:

@@ -18,6 +18,7 @@ from ..core.types import Json, Row
 from .base import NCI_DATASET, RowSource, describe_line, did_you_mean, find_nci_file
 from .batch_requests import read_requests
 from .lines import is_gzip, unreadable_error
+from .pdf import PDF_SUFFIX, PROBLEM_COLUMN, read_pdfs
 from .readers import (
     TEXT_SUFFIXES,
     find_files,
@@ -201,6 +202,8 @@ def _from_path(path: Path, config: InputConfig, needed: Collection[str]) -> RowS
         return _from_files(f"folder {path}", path, find_files(path), config, needed)
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is not a regular file; copy its content to a file first")
+    if path.suffix.lower() == PDF_SUFFIX:
+        return _from_pdfs(str(path), path.parent, [Path(path.name)])
     form = FORMATS.get(get_format_suffix(path), _JSONL if config.is_batch else None)
     if form is None or (is_gzip(path) and not form.packed):
         raise _unknown_format(path)
@@ -232,8 +235,12 @@ def _from_files(
     for file in files:
         suffix = get_format_suffix(file)
         kind = "text" if suffix in TEXT_SUFFIXES else suffix
-        if kind == "text" or (suffix in FORMATS and (FORMATS[suffix].packed or not is_gzip(file))):
+        if kind in ("text", PDF_SUFFIX) or (
+            suffix in FORMATS and (FORMATS[suffix].packed or not is_gzip(file))
+        ):
             by_kind.setdefault(kind, []).append(file)
+    if len(by_kind) > 1:
+        by_kind.pop(PDF_SUFFIX, None)  # what was parsed counts, not what it was parsed from
     if not by_kind:
         found = ", ".join(str(file) for file in files[:_SHOWN_FILES]) or "none"
         raise InputError(
@@ -251,6 +258,8 @@ def _from_files(
     if kind == "text":
         rows = partial(read_folder, folder, chosen)
         return RowSource(name, rows, lambda at: str(folder / chosen[at]), id="file")
+    if kind == PDF_SUFFIX:
+        return _from_pdfs(name, folder, chosen)
     form = FORMATS[kind]
 
     def read() -> Iterator[tuple[int, Row]]:
@@ -268,6 +277,16 @@ def _from_files(
         return unify_types(form.types(folder / file) for file in chosen)
 
     return RowSource(name, read, describe, ragged=True, types=read_types)
+
+
+def _from_pdfs(name: str, folder: Path, files: Sequence[Path]) -> RowSource:
+    return RowSource(
+        name,
+        partial(read_pdfs, folder, files),
+        lambda at: str(folder / files[at]),
+        id="file",
+        problem=PROBLEM_COLUMN,
+    )
 
 
 def get_format_suffix(path: Path) -> str:
@@ -329,7 +348,7 @@ def _list_siblings(path: Path) -> list[str]:
 
 
 def _list_formats() -> str:
-    return f"{', '.join(FORMATS)}, {', '.join(TEXT_SUFFIXES)}"
+    return f"{', '.join(FORMATS)}, {', '.join(TEXT_SUFFIXES)}, {PDF_SUFFIX}"
 
 
 def _unknown_format(path: Path) -> InputError:
@@ -339,7 +358,7 @@ def _unknown_format(path: Path) -> InputError:
     shown = path.name.removeprefix(path.stem) or "no suffix"
     return InputError(
         f"{path}: unsupported input format: {shown} (supported: {', '.join(FORMATS)}, all but "
-        f"Parquet also with .gz, and folders of .txt and .md files); {hint}"
+        f"Parquet also with .gz, PDF files, and folders of them or of .txt and .md files); {hint}"
     )
 
 

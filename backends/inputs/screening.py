@@ -290,13 +290,14 @@ class RowValidator:
     def _validate_row(
         self, number: int, position: int, row: Row, check: SmilesCheck | None
     ) -> ItemEntry | None:
+        problem = None if self._source.problem is None else row.pop(self._source.problem, None)
         if missing := self._needed.keys() - row.keys():
             self._check_missing(position, row, missing)
         payload = self._encode(position, row)
         name = self._ids.read_id(number, position, row)
-        problem = None
         if check is not None:
-            dropped, problem = self._check_smiles(row, check)
+            dropped, found = self._check_smiles(row, check)
+            problem = problem or found
             if dropped is not None:
                 self._skip(name, dropped)
                 return None

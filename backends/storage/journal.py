@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
-from itertools import compress, islice, takewhile
+from itertools import accumulate, compress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -31,7 +31,7 @@ from .journal_file import (
     check_line,
     check_renamed_files,
     get_current_run_id,
-    index_line,
+    index_lines,
     make_record_key,
     make_worker_prefix,
     parse_session_number,
@@ -102,11 +102,13 @@ OTHER_CLASSES: Final = "other classes"
 UNNAMED_CLASS: Final = "unknown class"
 """Name of the class of a record that has none."""
 
+_MOST_GAP: Final = 4096
+"""Bytes between two records up to which reading both at once costs less than reading twice."""
+_MOST_TOGETHER: Final = 1 << 20
+"""Bytes of records that are read together."""
+
 _SHOWN_FILES: Final = 3
 """Missing files that a message names."""
-
-_BATCH_LINES: Final = 256
-"""Lines that are checked and summed together."""
 
 
 @dataclass(slots=True)
@@ -354,24 +356,22 @@ class Journal:
         """
         live = delta is not None
         source = JournalSource(path, self._run)
-        lines = scan_lines(source, at.start, at.line, at.crc, live=live)
-        if end is not None:
-            lines = takewhile(lambda line: line.start < end, lines)
-        while some := list(map(index_line, islice(lines, _BATCH_LINES))):
-            spent = sum_records([line.key for line in some], len(self._state))
+        for some in index_lines(source, at.start, at.line, at.crc, live=live, end=end):
+            spent = sum_records(some.keys, len(self._state))
             if spent is None:
                 for line in scan_lines(source, at.start, at.line, at.crc, live=live):
                     check_line(line, source, len(self._state))
+            starts = accumulate(some.lengths[:-1], initial=some.start)
             new = [
-                self._index_record(at.number, line.start, line.length, line.key) for line in some
+                self._index_record(at.number, start, length, key)
+                for start, length, key in zip(starts, some.lengths, some.keys, strict=True)
             ]
-            last = some[-1]
-            at.start, at.line, at.crc = last.start + last.length, last.number + 1, last.crc
+            at.start, at.line, at.crc = some.end, some.number + 1, some.crc
             assert spent is not None, "check_line refuses records that do not add up"
             self._get_session_usage(at.number).merge(spent)
             self._ends[at.number] = at.start
             if delta is not None:
-                delta.add_records([line.key for line in compress(some, new)])
+                delta.add_records(list(compress(some.keys, new)))
 
     # -- reading -------------------------------------------------------------------------
 
@@ -450,20 +450,65 @@ class Journal:
         return self._read(index, self._file[index], self._start[index], self._length[index])
 
     def _read(self, index: int, number: int, start: int, length: int) -> dict[str, Any]:
-        path = self._paths[number]
+        data = self._read_bytes(number, start - PREVIOUS_CRC_BYTES, PREVIOUS_CRC_BYTES + length)
+        return self._decode(index, number, data)
+
+    def _read_bytes(self, number: int, start: int, length: int) -> bytes:
         try:
-            data = self._handles.read(path, start - PREVIOUS_CRC_BYTES, PREVIOUS_CRC_BYTES + length)
+            return self._handles.read(self._paths[number], start, length)
+        except OSError as error:
+            msg = f"{self._paths[number]}: cannot be read: {error.strerror}"
+            raise JournalError(msg) from error
+
+    def _decode(self, index: int, number: int, data: bytes) -> dict[str, Any]:
+        """Return a record from its line, and the checksum before it."""
+        try:
             line = data[PREVIOUS_CRC_BYTES:]
             whole = check_crc(line, parse_crc(data[:PREVIOUS_CRC_BYTES])) is not None
             record: dict[str, Any] = orjson.loads(line) if whole else {}
             record.pop("crc", None)
-        except OSError as error:
-            raise JournalError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError:  # neither a checksum nor JSON
             record = {}
         if record.get("index") != index:
-            raise JournalError(f"{path}: changed while the run was using it")
+            raise JournalError(f"{self._paths[number]}: changed while the run was using it")
         return record
+
+    def find_open(self, lo: int, hi: int) -> int:
+        """Return the first item of a range that has not ended; ``hi`` if all have."""
+        found = self._state.find(_OPEN, lo, hi)
+        return hi if found < 0 else found
+
+    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Read back the records of a range of items; None for those that have not ended.
+
+        Records that lie close to each other in a file are read together.
+
+        Raises:
+            JournalError: The journal changed during the run.
+        """
+        found: list[dict[str, Any] | None] = [None] * (hi - lo)
+        places = sorted(
+            (self._file[index], self._start[index] - PREVIOUS_CRC_BYTES, index)
+            for index in range(lo, hi)
+            if self._state[index] != _OPEN
+        )
+        at = 0
+        while at < len(places):
+            number, begin, index = places[at]
+            stop, after = begin + PREVIOUS_CRC_BYTES + self._length[index], at + 1
+            while after < len(places):
+                file, start, index = places[after]
+                end = start + PREVIOUS_CRC_BYTES + self._length[index]
+                if file != number or start > stop + _MOST_GAP or end - begin > _MOST_TOGETHER:
+                    break
+                stop, after = end, after + 1
+            data = self._read_bytes(number, begin, stop - begin)
+            for _, start, index in places[at:after]:
+                length = PREVIOUS_CRC_BYTES + self._length[index]
+                line = data[start - begin : start - begin + length]
+                found[index - lo] = self._decode(index, number, line)
+            at = after
+        return found
 
     def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of finished items in input order; optionally of one status only."""

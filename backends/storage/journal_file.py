@@ -8,10 +8,12 @@ import os
 import secrets
 import shlex
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -32,6 +34,8 @@ TAKEN_OVER_FILE: Final = "0000.jsonl"
 """Journal file of the records that a new run takes over: of the session before its first."""
 
 _LONGEST_HEADER: Final = 4096
+_BATCH_LINES: Final = 256
+"""Lines that are checked and summed together."""
 _OTHER_FILES: Final = ("heartbeat-", "task-", "stop-", "lock")
 """Prefixes of the names of other files in a journal's folder."""
 
@@ -486,23 +490,100 @@ def make_worker_prefix(session: int, worker: str) -> str:
     return f"{session:04}-{worker.replace(':', '-').replace('/', '-')}-"
 
 
-class IndexedLine(NamedTuple):
-    """Data of a line that stays in memory: number, start and length in bytes, checksum, key."""
+class IndexedLines(NamedTuple):
+    """What stays in memory of some lines of a file that follow each other.
 
-    number: int
+    Attributes:
+        keys: Key of each record.
+        lengths: Length of each line in bytes.
+        start: Start of the first line in bytes.
+        end: End of the last line in bytes.
+        number: Number of the last line, from 1.
+        crc: Checksum of the last line.
+    """
+
+    keys: list[RecordKey]
+    lengths: list[int]
     start: int
-    length: int
+    end: int
+    number: int
     crc: int
-    key: RecordKey
 
 
-def index_line(line: JournalLine) -> IndexedLine:
-    """Return the data of a line that stays in memory, without its record."""
-    record = line.record
+def index_lines(  # noqa: PLR0913 - where to begin, and where to end
+    source: JournalSource,
+    start: int = 0,
+    first: int = 1,
+    before: int = 0,
+    *,
+    live: bool = False,
+    end: int | None = None,
+) -> Iterator[IndexedLines]:
+    """Yield what stays in memory of the records of one file; several times as fast as the records.
+
+    Lines that are as they should be are checked here. At any other line :func:`scan_lines` takes
+    over, which knows what it means.
+
+    Args:
+        source: The file.
+        start: Start offset in bytes.
+        first: Number of the line at that offset.
+        before: Checksum of the previous line.
+        live: Whether the file is still being written.
+        end: Position after which no further line starts, in bytes.
+
+    Raises:
+        JournalError: An irregularity, with file and line.
+    """
+    least = sys.maxsize if end is None else end
+    number, crc, is_regular = first, before, True
+    try:
+        with _open_regular(source.path) as file:
+            file.seek(start)
+            while is_regular and (lines := list(islice(file, _BATCH_LINES))):
+                keys, lengths, begin = list[RecordKey](), list[int](), start
+                for line in lines:
+                    found = check_crc(line, crc)
+                    record = None if found is None else _read_object(line)
+                    if found is None or record is None:
+                        is_regular = False
+                        break
+                    if number == 1:
+                        _check_header(source, record)
+                        begin = start + len(line)
+                    elif start < least:
+                        lengths.append(len(line))
+                        keys.append(_make_checked_key(record))
+                    else:
+                        least = -1
+                        break
+                    number, crc, start = number + 1, found, start + len(line)
+                if keys:
+                    yield IndexedLines(keys, lengths, begin, start, number - 1, crc)
+                if least < 0:
+                    return
+    except OSError as error:
+        raise JournalError(f"{source.path}: cannot be read: {error.strerror}") from error
+    if not is_regular:
+        for one in scan_lines(source, start, number, crc, live=live):
+            if one.start >= least:
+                return
+            key, after = _make_checked_key(one.record), one.start + one.length
+            yield IndexedLines([key], [one.length], one.start, after, one.number, one.crc)
+
+
+def _read_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _make_checked_key(record: dict[str, Any]) -> RecordKey:
+    """Return the key of a record; that of one whose shares must be refused has no index."""
     facts = make_record_key(record)
-    if "shares" in record:
-        facts = _drop_bad_index(record, facts)
-    return IndexedLine(line.number, line.start, line.length, line.crc, facts)
+    return _drop_bad_index(record, facts) if "shares" in record else facts
 
 
 def _drop_bad_index(record: dict[str, Any], facts: RecordKey) -> RecordKey:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -248,6 +249,17 @@ class RunFolder:
         finally:
             _unlock(handle, owner)
 
+    def digest_settings(self) -> str:
+        """Return a digest of the file of the settings, hexadecimal; blocks.
+
+        Raises:
+            JournalError: It cannot be read.
+        """
+        try:
+            return hashlib.blake2b(self.settings.read_bytes(), digest_size=16).hexdigest()
+        except OSError as error:
+            raise JournalError(f"{self.settings}: cannot be read: {error.strerror}") from error
+
     def is_in_use(self) -> bool:
         """Return True if a process is working on the run, as far as the file system has locks.
 
@@ -348,8 +360,8 @@ def read_extents(folder: RunFolder) -> dict[str, int] | None:
     Raises:
         JournalError: The aggregate's file is damaged.
     """
-    found = _read_aggregate_file(folder)
-    return None if found is None else found[0]
+    found = read_aggregate_file(folder)
+    return None if found is None else found.extents
 
 
 def read_aggregate(folder: RunFolder) -> list[dict[str, Any]]:
@@ -358,16 +370,35 @@ def read_aggregate(folder: RunFolder) -> list[dict[str, Any]]:
     Raises:
         JournalError: The aggregate's file is damaged.
     """
-    found = _read_aggregate_file(folder)
-    return [] if found is None else found[1]
+    found = read_aggregate_file(folder)
+    return [] if found is None else found.aggregate
 
 
-def _read_aggregate_file(folder: RunFolder) -> tuple[dict[str, int], list[dict[str, Any]]] | None:
+class KeptAggregate(NamedTuple):
+    """The file of the aggregate.
+
+    Attributes:
+        extents: How far the journal was read for it, by file name.
+        aggregate: One entry per entry of ``reduce``.
+        progress: The counts of the run.
+    """
+
+    extents: dict[str, int]
+    aggregate: list[dict[str, Any]]
+    progress: dict[str, Any]
+
+
+def read_aggregate_file(folder: RunFolder) -> KeptAggregate | None:
+    """Return the file of the aggregate; None if there is none yet.
+
+    Raises:
+        JournalError: It is damaged.
+    """
     try:
         found = orjson.loads(folder.aggregate.read_bytes())
         extents: dict[str, int] = found["journal"]
         check_counts(extents, extents, "journal")
-        aggregate = [dict(entry) for entry in found["aggregate"]]
+        aggregate, progress = [dict(entry) for entry in found["aggregate"]], dict(found["progress"])
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -375,7 +406,7 @@ def _read_aggregate_file(folder: RunFolder) -> tuple[dict[str, int], list[dict[s
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it again"
         raise JournalError(msg) from None
-    return extents, aggregate
+    return KeptAggregate(extents, aggregate, progress)
 
 
 def write_evaluation(
@@ -459,6 +490,14 @@ def open_folder(path: Path) -> RunFolder:
             msg += "; a new run needs a folder that is empty or does not exist: name another"
         raise ConfigurationError(msg)
     return folder
+
+
+def read_file_stamp(path: Path) -> list[int] | None:
+    """Return size and modification time (ns) of an input file, to detect changes."""
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def get_folder_identity(path: Path) -> dict[str, int]:

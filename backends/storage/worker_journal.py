@@ -6,7 +6,6 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import JournalError
 from ..core.messages import MAX_MESSAGE_BYTES
 from ..core.types import Json
 from ..core.values import json_size
@@ -46,6 +45,10 @@ class ResultJournal:
         """Return False: a task contains open items only."""
         return False
 
+    def find_open(self, lo: int, hi: int) -> int:  # noqa: ARG002 - the protocol's form
+        """Return the first item of a range: a task contains open items only."""
+        return lo
+
     def put(self, record: dict[str, Json]) -> None:
         """Keep a record; a record too large to send becomes a failure.
 
@@ -62,9 +65,9 @@ class ResultJournal:
     async def flush(self) -> None:
         """Do nothing: the coordinator writes the records to disk."""
 
-    def read_record(self, index: int) -> dict[str, Any]:
-        """Refuse: records are not read back here."""
-        raise _unreadable(index)
+    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return no record for each item: a task contains open items only."""
+        return [None] * (hi - lo)
 
 
 def _too_large(record: dict[str, Json], size: int, max_bytes: int) -> dict[str, Json]:
@@ -91,6 +94,10 @@ class WorkerJournal:
         """Return False: a task contains open items only."""
         return False
 
+    def find_open(self, lo: int, hi: int) -> int:  # noqa: ARG002 - the protocol's form
+        """Return the first item of a range: a task contains open items only."""
+        return lo
+
     def put(self, record: dict[str, Json]) -> None:
         """Append a record.
 
@@ -108,16 +115,12 @@ class WorkerJournal:
         """
         await self._writer.flush(at_once=True)
 
-    def read_record(self, index: int) -> dict[str, Any]:
-        """Refuse: records are not read back here."""
-        raise _unreadable(index)
+    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return no record for each item: a task contains open items only."""
+        return [None] * (hi - lo)
 
 
 TaskJournal = ResultJournal | WorkerJournal
-
-
-def _unreadable(index: int) -> JournalError:
-    return JournalError(f"a worker's journal cannot be read here (item {index})")
 
 
 def make_worker_path(folder: Path, session: int, worker: str) -> Path:

@@ -140,7 +140,7 @@ def run(  # noqa: PLR0913 - typer wants one parameter per option
 @take_overrides(*RUN_OPTIONS)
 def resume(folder: Folder, changes: Overrides, output: OutputMode) -> None:
     """Resume a run: process only its unfinished items."""
-    from .run import resume_folder
+    from .resume import resume_folder
 
     raise typer.Exit(resume_folder(folder, changes, output))
 

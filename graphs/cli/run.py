@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 import signal
 import sys
 import time
@@ -12,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ...backends.budget.cost import describe_cost
 from ...backends.core.errors import (
-    EXIT_BUDGET,
     EXIT_INTERRUPTED,
     ConfigurationError,
     FanfoldError,
@@ -24,22 +21,14 @@ from ...backends.core.money import NANO_PER_USD
 from ...backends.storage.run_folder import RunFolder, get_run_ids, is_vacant, open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.resolve import Overrides
-from ..jobs.usage import job_report_offline
 from ..run.checkpoints import check_saver
-from ..run.console import Terminal, open_message_console, print_json, print_messages
+from ..run.console import open_message_console, print_json, print_messages
 from ..run.extend import Extension
 from ..run.next_steps import truncated_notice
 from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
+from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
-from ..run.stage_folder import check_single_run
-from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
-from . import status
-from .evaluation_text import (
-    describe_evaluation,
-    evaluation_facts,
-    get_evaluations,
-    show_evaluations,
-)
+from ..session import PilotResult, RunOptions, execute_run, run_pilot
 from .extend import make_confirmation
 from .format import (
     budget_lines,
@@ -47,10 +36,10 @@ from .format import (
     describe_items,
     format_duration,
     format_usd_amount,
-    show_aggregate,
 )
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
+from .run_end import print_result
 from .stages import pipeline_session, print_pipeline_result
 
 
@@ -155,7 +144,7 @@ def run_in_folder(
             if not asked or not confirm_rest(pilot.left):
                 return _stop_after_pilot(pilot, path, asked, output)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
-    code = _print_result(result, output, pilot)
+    code = print_result(result, output, None if pilot is None else pilot.to_json())
     write_report_at_end(path, code, output)
     return code
 
@@ -208,16 +197,16 @@ def _run_guarded(session: Coroutine[Any, Any, T], path: Path) -> T:
             signal.signal(number, handler)
 
 
-def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
-    """Resume a run; return the exit code."""
-    folder = open_folder(path)
-    loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None
+def resume_in_session(
+    folder: RunFolder, loaded: LoadedConfig | None, overrides: Overrides, output: OutputMode
+) -> int:
+    """Resume a run by a session; return the exit code."""
+    path = folder.path
     if folder.is_pipeline:
         session = pipeline_session(path, loaded, overrides, output)
         return print_pipeline_result(_run_guarded(session, path), output)
-    check_single_run(folder)
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
-    code = _print_result(result, output)
+    code = print_result(result, output)
     write_report_at_end(path, code, output)
     return code
 
@@ -324,97 +313,3 @@ def _about(folder: RunFolder) -> list[str]:
     if found["invalid"]:
         lines.append(f"{found['invalid']:,} items are invalid and will fail without a call")
     return lines
-
-
-def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | None = None) -> int:
-    """Print how a session ended; return the exit code.
-
-    An interrupted session reports only the node-hours of its jobs: utilization takes too long.
-    """
-    path, whole = result.folder.path, result.exit_code != EXIT_INTERRUPTED
-    if output.as_json:
-        first = {} if pilot is None else {"pilot": pilot.to_json()}
-        jobs = job_report_offline(path, utilization=whole)
-        print_json(
-            {
-                "run": result.run_id,
-                "folder": str(path),
-                **result.progress,
-                **first,
-                **({} if result.cost is None else result.cost.to_json()),
-                "budget": result.budget,
-                "seconds": result.seconds,
-                "aggregate": result.aggregate,
-                **(evaluation_facts(result.folder) if _is_finished(result) else {}),
-                **_batch_files(result),
-                **({} if jobs is None else {"chain": jobs}),
-                **status.extension_facts(result.folder.read_provenance()),
-                "exit_code": result.exit_code,
-            }
-        )
-        return result.exit_code
-    if not output.quiet:
-        show_aggregate(result.aggregate, result.simulated, Terminal())
-        if _is_finished(result):
-            show_evaluations(get_evaluations(result.folder), Terminal())
-    print_messages(_last_lines(result, output.quiet))
-    if (jobs := job_report_offline(path, utilization=whole)) is not None:
-        print_messages(list(status.job_lines(jobs)))
-    return result.exit_code
-
-
-def _is_finished(result: RunResult) -> bool:
-    return result.exit_code not in {EXIT_BUDGET, EXIT_INTERRUPTED}
-
-
-def _last_lines(result: RunResult, quiet: bool) -> list[str]:
-    progress, folder = result.progress, result.folder
-    kind = "SIMULATED: " if result.simulated else ""
-    reused = f"{progress['reused']:,} answers reused, " * (progress["reused"] > 0)
-    wasted = progress["tokens"]["wasted"]
-    bound = "at most " if result.cost is not None and result.cost.usage.lost_tokens else ""
-    lines = [
-        f"{kind}{progress['done']:,} done, {progress['failed']:,} failed of "
-        f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
-        f"{reused}{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
-        + (f", {bound}{wasted:,} wasted" if wasted else "")
-    ]
-    if result.cost is not None:
-        lines += describe_cost(result.cost, result.budget)
-    lines += result.open_batches
-    if result.exit_code == EXIT_BUDGET:
-        lines.append(f"Paused: {result.reason}")
-        lines.append(
-            f"Resume with a higher limit: fanfold resume {folder.path} {_raise_options(result)}"
-        )
-        return lines
-    if result.exit_code == EXIT_INTERRUPTED:
-        lines.append(f"Interrupted: {result.reason}")
-        lines.append(f"Resume with: fanfold resume {folder.path}")
-        return lines
-    if files := _batch_files(result):
-        lines += [f"{name.capitalize()}: {path}" for name, path in files.items()]
-        return lines
-    if result.simulated or quiet:
-        lines += describe_evaluation(folder)
-    lines.append(f"Results: {folder.results}")
-    if not result.simulated and folder.evaluation.exists():
-        lines.append(f"Evaluation: {folder.evaluation}")
-    if progress["failed"]:
-        lines.append(f"Failed items and their errors: {folder.failures}")
-        lines.append(
-            f"With remedies and examples: fanfold failures {shlex.quote(str(folder.path))}"
-        )
-    return lines
-
-
-def _batch_files(result: RunResult) -> dict[str, str]:
-    """Return the output files in OpenAI's batch format, by name."""
-    batch = result.batch
-    files = {"output": batch.output, "errors": batch.errors}
-    return {name: path for name, path in files.items() if path is not None}
-
-
-def _raise_options(result: RunResult) -> str:
-    """Return the options that raise the limits of the run."""
-    return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.budget)

@@ -32,8 +32,9 @@ from ...nodes.batch.load import check_run_input
 from ...nodes.context import RunTools
 from ..caller_policy import CallerPolicy, resolve_below
 from ..run.prepare import ReadyRun, prepare_run
+from ..run.run_result import RunResult
 from ..run.shutdown import Shutdown, session_deadline
-from ..session import RunOptions, RunResult, run_session
+from ..session import RunOptions, run_session
 
 logger = logging.getLogger(__name__)
 

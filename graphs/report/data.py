@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,27 @@ from ...backends.core.fields import FieldPath
 from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_sessions
 from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
-from ...backends.storage.run_folder import RunFolder, get_run_ids, read_evaluation, read_state
+from ...backends.storage.results_schema import ResultRow
+from ...backends.storage.run_folder import (
+    RunFolder,
+    StagePlace,
+    get_run_ids,
+    read_evaluation,
+    read_state,
+)
 from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
+from ..run.stage_folder import read_operator
 from .charts import Charts, load_charts
 from .evaluation import make_evaluations
 from .findings import Finding, FindingMaker
 from .flags import RowFacts
 from .molecules import SMILES_NAMES, open_drawing
+from .operators import MOST_RESULTS, make_operator_findings
 from .rows import ReportRows, collect_rows, describe_constants
 from .texts import format_seconds, parse_time, shorten, to_text
 from .timeline import (
@@ -65,6 +75,8 @@ class ReportData:
         notices: What is missing, and why.
         steps: How the run continues.
         folder: The run folder.
+        operator: Settings of the operator, if the run is its stage; else None.
+        place: Place of the run in a pipeline, or None.
     """
 
     about: Mapping[str, Any]
@@ -84,6 +96,8 @@ class ReportData:
     notices: Sequence[str]
     steps: Sequence[str]
     folder: Path
+    operator: Mapping[str, Any] | None = None
+    place: StagePlace | None = None
 
 
 def read_report(folder: RunFolder) -> ReportData:
@@ -101,15 +115,17 @@ def read_report(folder: RunFolder) -> ReportData:
         rows = collect_rows(source, RowFacts(rank))
         counts = source.journal.count_items()
         charts = load_charts()
+        operator = read_operator(folder.path)
         columns = {} if rows.chosen else {column.name: column for column in rows.columns}
+        fields = {} if operator else columns  # fields of results of operators are no findings
         smiles = _find_smiles(settings)
-        maker = FindingMaker(charts, draw, smiles, columns)
+        maker = FindingMaker(charts, draw, smiles, fields)
         evaluation = read_evaluation(folder) or {}
         if refused := evaluation.get("refused"):
             notices.append(f"No evaluation: {refused}")
         aggregate, report = _read_aggregate(folder)
         findings = [
-            *_make_operator_findings(report),
+            *make_operator_findings(report, _read_first(source) if report else (), maker),
             *make_evaluations(evaluation.get("evaluations") or (), charts),
             *maker.make(aggregate),
         ]
@@ -146,7 +162,13 @@ def read_report(folder: RunFolder) -> ReportData:
         [*notices, *filter(None, [failures.notice])],
         list(_list_steps(folder, about, counts, cost)),
         folder.path,
+        operator,
+        folder.read_place(),
     )
+
+
+def _read_first(source: ResultSource) -> list[ResultRow]:
+    return list(islice(source.iter_rows(), MOST_RESULTS))
 
 
 def list_session_times(
@@ -222,22 +244,6 @@ def _read_aggregate(folder: RunFolder) -> tuple[list[dict[str, Any]], dict[str, 
     return [one for one in aggregate if isinstance(one, dict)], report
 
 
-def _make_operator_findings(report: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield what the operator of a stage has found out about its results."""
-    if not report:
-        return
-    notes = [str(line) for line in report.get("lines") or ()]
-    facts = {name: value for name, value in report.items() if name not in ("op", "lines")}
-    yield Finding(
-        f"Operator {report.get('op')}",
-        "; ".join(notes),
-        head=("fact", "value"),
-        rows=[(name.replace("_", " "), to_text(value)) for name, value in facts.items()],
-        numbers=(False, True),
-        is_open=not notes,
-    )
-
-
 def _shorten_failure(row: Mapping[str, Any]) -> dict[str, Any]:
     example = row["example"]
     size = example["response_bytes"]
@@ -267,4 +273,5 @@ def _list_steps(
         yield f"continue the run: {command}"
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         classes = list(journal.count_failures())
-    yield from continue_lines(folder, classes, folder.is_in_use())
+    if classes:
+        yield from continue_lines(folder, classes, folder.is_in_use())

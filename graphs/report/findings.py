@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import ceil, floor, isfinite, log10
 from typing import Any, Final
 
+import pyarrow as pa
 from markupsafe import Markup
 
 from .charts import Charts
@@ -121,12 +122,16 @@ class FindingMaker:
         cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
         return Finding(_title(entry), note, None, (), list(map(shorten, head)), cells, numbers)
 
+    def draw_row(self, row: Mapping[str, Any]) -> Markup | None:
+        """Return the molecule of the columns of an item; None if there is none to draw."""
+        text = next((v for k, v in row.items() if k.casefold() in self.smiles), None)
+        return None if self.draw is None else self.draw(text)
+
     def _make_ranking(self, entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Finding:
         cards = list[Card]()
         for row in rows[:_DRAWN] if self.draw else ():
             shown = {**row.get("show", {}), "id": row.get("id")}
-            text = next((v for k, v in shown.items() if k.casefold() in self.smiles), None)
-            if self.draw and (svg := self.draw(text)):
+            if svg := self.draw_row(shown):
                 value = _format(row.get("value"))
                 cards.append(Card(int(row["rank"]), shorten(str(row["id"])), value, svg))
         field_name = str(entry["field"])
@@ -205,6 +210,8 @@ class FindingMaker:
 
     def _describe(self, column: TableColumn) -> Finding | None:
         """Return the distribution of a field of the answer; None if it says nothing."""
+        if pa.types.is_nested(column.type):  # JSON is no value to count
+            return None
         known = [value for value in column.values if value is not None]
         title = f"Distribution of {shorten(column.name.removeprefix('output.'))}"
         missing = len(column.values) - len(known)

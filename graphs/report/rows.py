@@ -243,7 +243,7 @@ class _Builder:
             for name, column in self._columns.items()
             if column.values
             and not (name in _CONSTANT and column.has_one_value())
-            and not (column.source == "run" and all(value is None for value in column.values))
+            and not (column.source == "run" and not any(column.values))
             and not (column.source == "input" and column.values == self._columns["id"].values)
         ]
         order = {"key": 0, "answer": 1, "input": 2, "run": 3}

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ...backends.budget.cost import Cost, format_dollars, format_unaccounted
+from ...backends.storage.run_folder import StagePlace
 from ...configs.raw_settings import get_at_path
 from ..run.console import format_count
 from .data import ReportData
 from .flags import FLAGS
 from .rows import ReportRows
-from .texts import NONE, format_seconds, parse_time, shorten
+from .texts import NONE, format_seconds, parse_time, shorten, to_text
 
 MOST_ENDPOINTS: Final = 200
 """Endpoints that the table of endpoints lists."""
@@ -61,8 +62,12 @@ def describe_flags(rows: ReportRows) -> list[tuple[str, int, str]]:
     return [(name, rows.flags[name], text) for name, text in FLAGS.items() if name in rows.flags]
 
 
-def describe_question(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the templates of the messages, as the settings have them."""
+def describe_question(data: ReportData) -> list[tuple[str, str]]:
+    """Return the templates of the messages, as the settings have them, or those of an operator."""
+    settings, operator = data.settings, data.operator
+    if operator is not None:
+        names = ("system", "prompt", "text")
+        return [(name, str(operator[name]).strip()) for name in names if operator.get(name)]
     if get_at_path(settings, ("input", "format")) == "openai_batch":
         return []
     task = settings.get("task") or {}
@@ -76,11 +81,19 @@ def list_missing(data: ReportData) -> Iterator[str]:
     """Yield what the run lacks."""
     counts, found = data.counts, data.about["input"]
     if counts.open:
-        yield f"{counts.open:,} of {found['items']:,} items have not ended"
+        are = "has" if counts.open == 1 else "have"
+        yield f"{counts.open:,} of {count_nouns(found['items'], 'item')} {are} not ended"
     if counts.failed:
-        yield f"{counts.failed:,} items failed and have no answer"
-    if found.get("skipped_total"):
-        yield f"{found['skipped_total']:,} rows of the input were skipped"
+        have = "has" if counts.failed == 1 else "have"
+        yield f"{count_nouns(counts.failed, 'item')} failed and {have} no answer"
+    if skipped := found.get("skipped_total"):
+        were = "was" if skipped == 1 else "were"
+        yield f"{count_nouns(skipped, 'row')} of the input {were} skipped"
+
+
+def count_nouns(number: int, noun: str) -> str:
+    """Return a number of things, with the plural where it is due."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def list_skipped(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -93,8 +106,12 @@ def describe_lead(data: ReportData) -> str:
     """Return what was asked of what, by which model and endpoints, and when."""
     about = data.about
     endpoints = [str(one["endpoint"]) for one in data.endpoints]
+    items = about["input"]["items"]
+    if data.operator is not None:
+        made = f"{count_nouns(items, 'result')} of the operator {data.operator['op']}"
+        return " · ".join([made, f"asked of {shorten(str(about['model']))}"])
     parts = [
-        f"{about['input']['items']:,} items of {shorten(str(about['input']['source']))}",
+        f"{count_nouns(items, 'item')} of {shorten(str(about['input']['source']))}",
         f"asked of {shorten(str(about['model']))}",
         *[f"at {_name_some(endpoints)}" for _ in endpoints[:1]],
         describe_time(about),
@@ -114,6 +131,10 @@ def short(count: int) -> str:
 def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
     """Yield what else was asked: answer, model and input."""
     task, model = data.settings.get("task") or {}, data.settings.get("model") or {}
+    if data.operator is not None:
+        yield from _list_operator_facts(data.operator)
+        yield "Model", shorten(str(data.about["model"]))
+        return
     schema = task.get("schema")
     if isinstance(schema, Mapping):
         fields = schema.get("properties")
@@ -141,6 +162,25 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "Taken over", f"{known['done']:,} answers of run {known['run']}"
 
 
+def _list_operator_facts(operator: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the settings of an operator that are no texts of its questions."""
+    yield "Operator", str(operator["op"])
+    for name, value in operator.items():
+        if name not in {"op", "system", "prompt", "text"} and value is not None:
+            yield name.replace("_", " ").capitalize(), shorten(to_text(value))
+
+
+def describe_levels(data: ReportData) -> str | None:
+    """Return where the requests of an operator are shown; None for other runs."""
+    if data.operator is None or data.place is None:
+        return None
+    command = f"fanfold report {shlex.quote(os.fspath(data.place.root))}"
+    return (
+        "An operator asks the model in levels, each of which is a run with a page of its own: "
+        f"{command} --stage {data.place.stage}/1"
+    )
+
+
 def list_endpoints(data: ReportData) -> list[list[str]]:
     """Return the table of endpoints, the busiest first."""
     rows = sorted(data.endpoints, key=lambda one: -(one["calls"] or 0))[:MOST_ENDPOINTS]
@@ -160,6 +200,8 @@ def list_endpoints(data: ReportData) -> list[list[str]]:
 
 def list_commands(data: ReportData) -> list[tuple[str, str]]:
     """Return commands that export, repeat and extend the run."""
+    if data.place is not None:
+        return _list_stage_commands(data, data.place)
     path = shlex.quote(os.fspath(data.folder))
     settings = shlex.quote(os.fspath(data.folder / "run.yaml"))
     command = data.about["sessions"][0].get("command") if data.about["sessions"] else None
@@ -170,6 +212,19 @@ def list_commands(data: ReportData) -> list[tuple[str, str]]:
         ("Repeat", f"fanfold run {settings} --out NEW"),
         ("Extend", f"fanfold run {settings} --from {path} --out NEW"),
         ("This page", f"fanfold report {path}"),
+    ]
+
+
+def _list_stage_commands(data: ReportData, place: StagePlace) -> list[tuple[str, str]]:
+    """Return the commands of a stage or a level; the pipeline is what can be repeated."""
+    root = shlex.quote(os.fspath(place.root))
+    level = f"/{data.folder.name}" if data.folder.parent.name == "levels" else ""
+    stage = f"--stage {place.stage}{level}"
+    return [
+        ("All results", f"fanfold results {root} {stage} -o results.csv"),
+        ("All stages", f"fanfold status {root}"),
+        ("Repeat", f"fanfold run {shlex.quote(os.fspath(place.root / 'run.yaml'))} --out NEW"),
+        ("This page", f"fanfold report {root} {stage}"),
     ]
 
 
@@ -203,7 +258,7 @@ def list_sections(data: ReportData) -> list[tuple[str, str]]:
         ("rows", "Items"),
         *failures,
         ("time", "Over time"),
-        ("endpoints", "Endpoints"),
+        *[("endpoints", "Endpoints") for _ in range(data.operator is None)],
         ("again", "Settings and how to go on"),
     ]
 

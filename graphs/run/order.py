@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ...backends.core.errors import InvalidItemError
@@ -11,7 +12,6 @@ from ...backends.inputs.item_order import LEAST_ROWS, find_groups, write_order
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.run_folder import RunFolder
 from ...configs.models import RunConfig
-from .estimate import read_messages
 
 
 def store_order(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -60,11 +60,9 @@ class _PromptReader:
         for item in self._store.read_at([row * samples for row in rows]):
             text = ""
             if item.problem is None:
-                try:
-                    if self._config.input.is_batch:
-                        text = join_messages(read_messages(self._config, self._prompt, item.row))
-                    else:
+                if self._config.input.is_batch:  # some kinds of requests have no messages
+                    text = join_messages(item.row["body"].get("messages") or ())
+                else:
+                    with suppress(InvalidItemError):  # recorded as failed when its turn comes
                         text = join_messages(self._prompt.build_messages(item.row))
-                except InvalidItemError:
-                    pass  # it is recorded as failed when its turn comes
             yield text

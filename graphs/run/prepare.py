@@ -59,6 +59,7 @@ from ...backends.storage.run_folder import (
     get_run_ids,
     is_vacant,
     place_to_be,
+    read_file_stamp,
     utc_timestamp,
     write_bytes,
 )
@@ -442,14 +443,6 @@ def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
     }
 
 
-def read_file_stamp(path: Path) -> list[int] | None:
-    """Return size and modification time (ns) of an input file, to detect changes."""
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 _BLANK: Final = re.compile(r"\s")
 FOLDER_PLACEHOLDER: Final = Path("DIR")
 """Placeholder for the run folder in a recorded command."""
@@ -491,7 +484,7 @@ def describe_session(folder: RunFolder) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: version(name) for name in _PACKAGES},
         "command": [
-            Path(sys.argv[0]).name,
+            "fanfold" if (name := Path(sys.argv[0]).name) == "__main__.py" else name,
             *mask_arguments(_strip_folder(sys.argv[1:], folder.path)),
         ],
         "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
@@ -501,7 +494,10 @@ def describe_session(folder: RunFolder) -> dict[str, Any]:
 def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """Yield the command's arguments, with the path of the folder replaced by a placeholder."""
     own = folder.resolve()
-    for argument in arguments:
+    for number, argument in enumerate(arguments):
+        if number == 0 and argument.isalpha():  # the command, also beside a folder of that name
+            yield argument
+            continue
         *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
         if "://" not in text and _may_be_path(text):
             place = expand_home(text).resolve()

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ...backends.core.errors import ConfigurationError
+import orjson
+
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.storage.run_folder import RunFolder, open_folder
 
 OPERATOR_FILE: Final = "operator.json"
@@ -55,6 +57,21 @@ def find_run(path: Path, stage: str | None) -> Path:
 def is_operator(path: Path) -> bool:
     """Return True if a folder is that of an operator in its pipeline; blocks."""
     return (path / OPERATOR_FILE).exists() and RunFolder(path).read_place() is not None
+
+
+def read_operator(path: Path) -> dict[str, Any] | None:
+    """Return the settings of the operator of a stage; None if the folder is that of another run.
+
+    Raises:
+        JournalError: The file is damaged.
+    """
+    if not is_operator(path):
+        return None
+    file = path / OPERATOR_FILE
+    try:
+        return dict(orjson.loads(file.read_bytes())["reduce"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"{file}: cannot be read: {error}") from None
 
 
 def list_levels(stage: Path) -> Iterator[RunFolder]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Any
 
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite
 
 from ..context import Context, RunTools
-from ..shard.local import ShardPart, read_items
+from ..shard.local import fold_range
 from ..state import RunState
 from .dispatch import check_step_limit
-
-_SLICE: Final = 1024
 
 
 async def reduce(state: RunState, runtime: Runtime[Context]) -> dict[str, Any]:
@@ -48,10 +46,6 @@ def _fold_journal(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:
     Two copies of a shard ended some items twice. A part may come from one copy while the
     journal, and so the results, keep the other.
     """
-    part, total = ShardPart(tools), len(tools.store)
-    for lo in range(0, total, _SLICE):
-        for item, record in read_items(tools, lo, min(lo + _SLICE, total)):
-            if record is not None:
-                part.add(record, item)
+    part = fold_range(tools, 0, len(tools.store))
     tools.progress.done, tools.progress.failed = part.tally["done"], part.tally["failed"]
     return part.tally, part.state()

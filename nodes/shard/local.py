@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from contextvars import Context
 from typing import Any, Final
@@ -28,6 +28,8 @@ from .record import RecordBuilder, SampleCollector, make_outcome, put_record
 
 _SLICE: Final = 64
 """Number of items read, and of outcomes folded, at a time."""
+_MOST_PENDING: Final = 256
+"""Number of outcomes folded at a time when nothing else is going on."""
 
 
 class ShardPart:
@@ -53,6 +55,20 @@ class ShardPart:
         elif (outcome := self._samples.add(record, item)) is not None:
             self._pending.append(outcome)
         if len(self._pending) >= _SLICE:
+            self._fold()
+
+    def add_all(self, found: Iterable[tuple[Item, dict[str, Any] | None]]) -> None:
+        """Fold in those of some items that have ended: the others have no record."""
+        ended = [(record, item) for item, record in found if record is not None]
+        if self._samples is not None:
+            for record, item in ended:
+                self.add(record, item)
+            return
+        done = sum(record["status"] == "done" for record, _ in ended)
+        self.tally["done"] += done
+        self.tally["failed"] += len(ended) - done
+        self._pending += [make_outcome(record, item) for record, item in ended]
+        if len(self._pending) >= _MOST_PENDING:
             self._fold()
 
     def merge(self, tally: dict[str, int], state: State) -> None:
@@ -200,8 +216,12 @@ class _ShardRunner:
         self, group: asyncio.TaskGroup, context: Context, gate: Gate, stack: AsyncExitStack
     ) -> None:
         has_turn = self._tools.order is None
-        for lo in range(self._shard.lo, self._shard.hi, _SLICE):
+        hi = self._shard.lo
+        while hi < self._shard.hi:
             if gate.is_closed:
+                return
+            lo = await self._fold_finished(hi)
+            if lo == self._shard.hi or gate.is_closed:
                 return
             hi = min(lo + _SLICE, self._shard.hi)
             for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
@@ -219,6 +239,26 @@ class _ShardRunner:
                 task = detach_task(group.create_task(running, context=context.copy()))
                 self._tasks[task] = calls
                 task.add_done_callback(self._on_item_done)
+
+    async def _fold_finished(self, lo: int) -> int:
+        """Fold in the items from ``lo`` on that have ended; return the first that was not."""
+        tools = self._tools
+        if tools.order is not None:  # those that have ended are anywhere in the input
+            return lo
+        end = tools.item_journal.find_open(lo, self._shard.hi)
+        samples = 1 if tools.fold is None else tools.fold.samples
+        end -= (end - self._shard.lo) % samples  # the samples of a row stay together
+        if end - lo < _SLICE and end < self._shard.hi:
+            return lo
+        try:
+            async with tools.folding:
+                if tools.gate.is_closed:
+                    return lo
+                part = await asyncio.to_thread(fold_range, tools, lo, end)
+            self.part.merge(part.tally, part.state())
+        except ConfigurationError as error:  # a histogram has too many different values
+            tools.gate.close(error.message, error)
+        return end
 
     async def _acquire_slot(self) -> bool:
         """Wait for a slot; most shards wait here when the run must stop."""
@@ -274,11 +314,26 @@ class _ShardRunner:
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
     """Return the items at positions, each with its record if it has ended; blocks."""
-    journal = tools.item_journal
-    return [
-        (item, journal.read_record(item.index) if journal.is_finished(item.index) else None)
-        for item in tools.read(lo, hi)
-    ]
+    items, read = tools.read(lo, hi), tools.item_journal.read_range
+    if tools.order is None:
+        records = read(lo, hi)
+    else:
+        records = [read(item.index, item.index + 1)[0] for item in items]
+    return list(zip(items, records, strict=True))
+
+
+def fold_range(tools: RunTools, lo: int, hi: int) -> ShardPart:
+    """Return the part of the items of a range that have ended; blocks.
+
+    Raises:
+        ConfigurationError: A histogram has too many different values.
+        JournalError: An item cannot be read.
+    """
+    part = ShardPart(tools)
+    for start in range(lo, hi, _SLICE):
+        part.add_all(read_items(tools, start, min(start + _SLICE, hi)))
+    part.state()
+    return part
 
 
 async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:

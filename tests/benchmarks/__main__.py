@@ -1,9 +1,9 @@
-"""``make bench``: what a run costs, measured in separate processes.
+"""Single measurements; ``suite.py`` has the published figures (``make bench``).
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``budget`` and ``limits`` take minutes
-and run only when they are named.
+``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``resume``, ``budget`` and ``limits``
+take minutes and run only when they are named.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from . import (
     end_to_end,
     limits,
     parts,
+    resume,
     reuse,
     shards,
     stages,
@@ -29,6 +30,7 @@ NAMES = (
     "end_to_end",
     "calls",
     "parts",
+    "resume",
     "reuse",
     "shards",
     "stages",
@@ -42,7 +44,7 @@ NAMES = (
 
 def main() -> None:
     """Run the benchmarks that were named, or the short ones."""
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fanfold.tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
     parser.add_argument("--items", type=int, nargs="+", default=[2_000, 50_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
@@ -61,6 +63,8 @@ def main() -> None:
     if "parts" in names:
         asyncio.run(parts.measure())
         parts.measure_choice()
+    if "resume" in names:
+        resume.measure(200_000)
     if "reuse" in names:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "shards" in names:

@@ -37,7 +37,7 @@ class Command:
     """A command line of a block.
 
     Attributes:
-        words: The words, without variables before them, comment and redirection.
+        words: The words, without comment, redirection and what a pipe leads to.
         target: File that standard output goes to, or None.
     """
 
@@ -82,6 +82,8 @@ class Block:
 def _split(line: str) -> Command:
     words = shlex.split(line, comments=True)
     target = None
+    if "|" in words:
+        words = words[: words.index("|")]
     if ">" in words:
         place = words.index(">")
         target, words = words[place + 1], words[:place]

@@ -21,7 +21,8 @@ from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load_config
 from fanfold.graphs.cli.export import export_results
 from fanfold.graphs.run.prepare import prepare_run, resume_run
-from fanfold.graphs.session import RunOptions, RunResult, execute_run
+from fanfold.graphs.run.run_result import RunResult
+from fanfold.graphs.session import RunOptions, execute_run
 
 pytestmark = pytest.mark.integration
 

@@ -47,7 +47,7 @@
     byId("loading").textContent = `The table cannot be read: ${error.message}. It needs Chrome 80, Firefox 113, Safari 16.4 or later.`;
     return;
   }
-  const count = data.rows;
+  const count = data.rows, items = `${whole.format(count)} ${count === 1 ? "item" : "items"}`;
   const bits = Uint8Array.from(data.bits);
 
   /* -- columns ------------------------------------------------------------------------------ */
@@ -162,7 +162,7 @@
     }
     const kept = shown.subarray(0, length).indexOf(current);
     active = kept >= 0 && opened >= 0 ? kept : 0;
-    result.value = length === count ? `${whole.format(count)} items` : `${whole.format(length)} of ${whole.format(count)} items`;
+    result.value = length === count ? items : `${whole.format(length)} of ${items}`;
     clear.hidden = !tests.length;
     body.style.height = `${length * ROW}px`;
     grid.setAttribute("aria-rowcount", length + 1);
@@ -479,6 +479,7 @@
   const view = make("div", { class: "view", tabindex: 0, "aria-label": "Items; arrow keys move, Enter opens an item" }, grid);
   const pane = make("aside", { class: "pane", tabindex: -1, "aria-label": "Item", hidden: true });
   const frame = make("div", { class: "frame" }, view, pane);
+  frame.style.height = `min(78vh, 760px, ${Math.max(340, 124 + ROW * data.rows)}px)`;
   host.replaceChildren(make("div", { class: "tools" }, field, ...chips, clear, result), frame);
 
   let waiting = 0, drawing = false;

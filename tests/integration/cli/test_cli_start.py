@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ READERS = [
     ["status", "r", "--usage", "--json"],
     ["cost", "r", "--by", "endpoint"],
     ["failures", "r"],
+    ["resume", "r"],
     ["cancel", "r"],
 ]
 CHECKERS = [
@@ -59,3 +61,67 @@ def test_commands_import_only_what_they_need(shell: Shell) -> None:
     *said, found = run_commands(CHECKERS, ENGINES).splitlines()
     assert found == "[]"
     assert sum('"status":"done"' in line for line in said) == 3
+
+
+def sessions(shell: Shell) -> int:
+    return len(json.loads((shell.folder / "r" / "provenance.json").read_text())["sessions"])
+
+
+@pytest.mark.parametrize(("faults", "code"), [([], 0), ([{"kind": "refusal"}], 3)])
+def test_a_finished_run_is_resumed_from_its_folder_alone(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, faults: list[dict[str, str]], code: int
+) -> None:
+    fleet = {"nodes": 1, "time_scale": 50, "faults": faults}
+    monkeypatch.setenv("TOPIC", "birds")
+    shell.write(
+        endpoints={"simulated": fleet}, task=shell.config["task"] | {"prompt": "${TOPIC}: {text}"}
+    )
+    first = shell("run", "c.yaml", "--out", "r", "--json")
+    assert first.code == code, first.err
+    monkeypatch.delenv("TOPIC")
+    files = shell.files()
+    again = shell("resume", "r", "--json")
+    assert again.code == code, again.err
+    before, after = json.loads(first.out), json.loads(again.out)
+    assert after.pop("seconds") < before.pop("seconds")
+    assert after == before
+    assert shell.files() == files
+    assert sessions(shell) == 1
+    assert "${TOPIC}" in shell("resume", "r", "--retry-failed").err  # a session needs the value
+
+
+@pytest.mark.parametrize("change", ["results", "aggregate", "settings", "journal", "option"])
+def test_a_finished_run_that_was_changed_is_resumed_by_a_session(shell: Shell, change: str) -> None:
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    folder, options = shell.folder / "r", list[str]()
+    match change:
+        case "results":
+            (folder / "results.parquet").unlink()
+        case "aggregate":
+            (folder / "aggregate.json").write_text("{}")
+        case "settings":
+            text = (folder / "run.yaml").read_text()
+            (folder / "run.yaml").write_text(text.replace("k: 3", "k: 1"))
+        case "journal":
+            path = folder / "journal" / "0001.jsonl"
+            path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+        case "option":
+            options = ["--set", "reduce=[{op: count}]"]
+    said = shell("resume", "r", "--json", *options)
+    assert said.code == 0, said.err
+    assert sessions(shell) == 2
+    found = json.loads(said.out)
+    assert (found["done"], found["items"]) == (3, 3)
+    assert (folder / "results.parquet").exists()
+    (entry,) = found["aggregate"]
+    rows = 1 if change == "settings" else 3
+    assert entry["op"] == "count" if change == "option" else len(entry["rows"]) == rows
+
+
+def test_a_finished_run_with_a_damaged_journal_is_not_taken_for_finished(shell: Shell) -> None:
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    path = shell.folder / "r" / "journal" / "0001.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"status":"done"', b'"status":"gone"', 1))
+    said = shell("resume", "r")
+    assert said.code == 1
+    assert "the checksum does not match" in said.err

@@ -23,7 +23,9 @@ def plain(shell: Shell, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
+def test_the_example_runs_and_every_command_shows_it(  # noqa: PLR0915 - of one run
+    shell: Shell,
+) -> None:
     example = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
     (shell.folder / "review.yaml").write_text(example)
     checked = shell("check", "review.yaml")
@@ -77,6 +79,12 @@ def test_the_example_runs_and_every_command_shows_it(shell: Shell) -> None:
     assert again["model"] == "simulated-8b"
     assert [again[key] for key in ("done", "failed", "ended")] == [12, 0, 12]
     assert "no item failed" in shell("failures", "review").err
+    assert shell("report", "review", "-o", "summary.html").code == 0
+    page = (shell.folder / "summary.html").read_text()
+    for part in ("Summarize the claims.", "2 results of the operator summarize", "A01, A09"):
+        assert part in page
+    for part in ("<pre>{stages}", "Distribution of statements", "1 items", "failed items are not"):
+        assert part not in page
 
 
 @pytest.mark.parametrize(

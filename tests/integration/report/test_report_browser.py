@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+
+from fanfold.backends.inputs.item_store import NamedRows, load_rows
+from fanfold.backends.storage.run_folder import RunFolder
+from fanfold.tests.journals import write_journal
 
 from .browser import Page, find_browser, open_browser
 
@@ -296,3 +301,64 @@ async def test_a_run_in_which_all_items_failed(tmp_path: Path) -> None:
         for part in ("RefusedAnswerError", "12 items failed", "run.yaml --from "):
             assert part in text
         check_harmless(page)
+
+
+LARGE = 100_000
+
+
+def make_large(folder: Path) -> Path:
+    """Return the page of a run of 100,000 molecules with five numbers; one of them was asked.
+
+    The other records are copies of its record with answers of their own.
+    """
+    names = ("score", "log_s", "mass", "area", "charge")
+    numbers = {name: {"type": "number"} for name in names}
+    schema = {"type": "object", "required": list(names), "properties": numbers}
+    config = {
+        "task": {"prompt": "Judge {smiles}", "schema": schema},
+        "endpoints": {"simulated": {"nodes": 1, "time_scale": 50}},
+    }
+    make_run(folder, config, [{"id": "0", "smiles": "C"}], 0)
+    run = RunFolder(folder / "run")
+    about = run.read_provenance()
+    (file,) = run.journal.glob("*.jsonl")
+    record = json.loads(file.read_text().splitlines()[1])
+    rows = NamedRows("molecules", ((str(n), {"smiles": to_smiles(n)}) for n in range(LARGE)))
+    load_rows(run.items, rows)
+
+    def answers() -> Iterator[dict[str, Any]]:
+        chance = random.Random(1)
+        for n in range(LARGE):
+            output = {name: round(chance.gauss(0, 9), 4) for name in names}
+            question = f"{n:032x}"
+            changes = {"index": n, "id": str(n), "output": output, "question": question}
+            yield record | changes | {"latency_s": round(chance.uniform(0.5, 2), 3)}
+
+    write_journal(file, answers(), about["run"])
+    run.aggregate.unlink()  # it says how far the journal was read
+    run.write_provenance(about | {"input": about["input"] | {"items": LARGE}})
+    fanfold(folder, "report", "run")
+    return run.path / "report.html"
+
+
+def to_smiles(number: int) -> str:
+    """Return a text like a SMILES of 60 characters, another one for each number."""
+    parts = ["C", "c1ccccc1", "N", "O", "C(=O)", "Cl", "(F)", "S", "[nH]", "#N"]
+    digits = f"{number:05}" * 4
+    return "".join(parts[int(digit)] for digit in digits)[:54] + f"{number:06}"
+
+
+@pytest.mark.long
+async def test_a_page_of_100_000_rows(tmp_path: Path) -> None:
+    """Its size and memory; the time is printed, because other work shares the machine."""
+    path = make_large(tmp_path)
+    size = path.stat().st_size
+    assert size <= 40_000_000
+    async with opened(path) as page:
+        milliseconds = await page.wait_for(READY)
+        assert await page.evaluate(OUTPUT) == f"{LARGE:,} items"
+        assert await page.evaluate("document.querySelectorAll('.row').length") < 80
+        heap = await page.heap_bytes()
+        check_harmless(page)
+    print(f"\n{size / 1e6:.1f} MB, heap {heap / 1e6:.0f} MB, first rows after {milliseconds} ms")
+    assert heap <= 1_000_000_000

@@ -26,7 +26,8 @@ from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.backends.storage.timeline import read_timeline
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run, resume_run
-from fanfold.graphs.session import RunOptions, RunResult, execute_run
+from fanfold.graphs.run.run_result import RunResult
+from fanfold.graphs.session import RunOptions, execute_run
 
 DEADLINE_S = 60.0
 STREAMS = 16

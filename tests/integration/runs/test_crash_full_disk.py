@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import JournalError
-from fanfold.graphs.session import RunResult
+from fanfold.graphs.run.run_result import RunResult
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration

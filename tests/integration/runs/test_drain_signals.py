@@ -18,8 +18,8 @@ from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import resume_run
+from fanfold.graphs.run.run_result import RunResult
 from fanfold.graphs.run.shutdown import Shutdown
-from fanfold.graphs.session import RunResult
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration

@@ -16,7 +16,7 @@ from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.backends.storage.timeline import read_timeline
-from fanfold.graphs.session import RunResult
+from fanfold.graphs.run.run_result import RunResult
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration

@@ -59,9 +59,9 @@ def test_faulty_texts(put: Put, load: Load, content: str | bytes, message: str) 
 
 
 def test_a_folder_without_texts(tmp_path: Path, put: Put, load: Load) -> None:
-    put("docs/a.pdf", "x")
+    put("docs/a.docx", "x")
     with pytest.raises(
-        InputError, match=r"the folder .*docs has no file of a known format .*found: a\.pdf"
+        InputError, match=r"the folder .*docs has no file of a known format .*found: a\.docx"
     ):
         load(InputConfig(path=str(tmp_path / "docs")))
 

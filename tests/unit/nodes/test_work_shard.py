@@ -137,6 +137,14 @@ async def test_finished_items_are_folded_not_asked(tmp_path: Path) -> None:
         assert part is not None
         assert part.to_update()["tally"] == {"done": TOTAL, "failed": 0}
     assert sorted(second.asked) == [*range(30), *range(130, TOTAL)]
+    third = Bench(tmp_path, answer, reduce=[{"op": "collect", "limit": TOTAL}])
+    async with third.open() as tools:  # all at once, in one thread
+        folded = await third.work(tools)
+        assert folded is not None
+        assert folded.to_update()["tally"] == {"done": TOTAL, "failed": 0}
+        (collected,) = tools.aggregators.present(folded.state())
+    assert [row["id"] for row in collected["rows"]] == [f"i{n}" for n in range(TOTAL)]
+    assert third.asked == []
 
 
 async def test_what_is_returned_is_on_disk(tmp_path: Path) -> None:

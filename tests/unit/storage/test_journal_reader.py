@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from fanfold.backends.budget.cost import group_usage
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.storage.journal import Journal
-from fanfold.backends.storage.journal_file import JournalDelta, JournalSource, scan_lines
+from fanfold.backends.storage.journal_file import (
+    JournalDelta,
+    JournalSource,
+    index_lines,
+    make_record_key,
+    scan_lines,
+)
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import chained, journal_lines, write_journal
 
@@ -218,3 +224,89 @@ def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, ze
         path.write_bytes(b"".join(lines))
         ledger.refresh(JournalDelta())
         assert ledger.count_items().done == 2
+
+
+def outline(source: JournalSource, *, fast: bool, live: bool, end: int | None) -> list[Any]:
+    """Return number, start, length and key of each line, and the error that ended the reading."""
+    found: list[Any] = []
+    try:
+        if fast:
+            for some in index_lines(source, live=live, end=end):
+                number, start = some.number - len(some.keys) + 1, some.start
+                for key, length in zip(some.keys, some.lengths, strict=True):
+                    found.append((number, start, length, key))
+                    number, start = number + 1, start + length
+                assert start == some.end
+                assert source.path.read_bytes()[: some.end].endswith(b'%08x"}\n' % some.crc)
+        else:
+            for line in scan_lines(source, live=live):
+                if end is not None and line.start >= end:
+                    break
+                found.append((line.number, line.start, line.length, make_record_key(line.record)))
+    except JournalError as error:
+        found.append(error.message)
+    return found
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    found=st.lists(records, max_size=6),
+    damage=st.tuples(
+        st.floats(0, 1),
+        st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=2),
+        st.integers(0, 6),
+    ),
+    live=st.booleans(),
+    share=st.none() | st.floats(0, 1),
+)
+def test_the_index_of_lines_is_that_of_their_records(
+    tmp_path: Path,
+    found: list[dict[str, Any]],
+    damage: tuple[float, list[tuple[float, int]], int],
+    live: bool,
+    share: float | None,
+) -> None:
+    """Whole, cut off, changed or with a line twice: the same lines, and the same error."""
+    cut, changed, doubled = damage
+    lines = lines_of(found)
+    lines[doubled:doubled] = lines[doubled : doubled + (doubled < 3)]
+    content = bytearray(b"".join(lines))
+    for place, byte in changed:
+        content[int(place * len(content))] = byte
+    content = content[: round(cut * len(content))] if cut < 0.5 else content
+    source = JournalSource(write(tmp_path, bytes(content)), ("r",))
+    end = None if share is None else round(share * len(content))
+    slow = outline(source, fast=False, live=live, end=end)
+    assert outline(source, fast=True, live=live, end=end) == slow
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 5_000, 400_000]), min_size=1, max_size=8),
+    order=st.randoms(use_true_random=False),
+    lo=st.integers(0, 8),
+)
+def test_a_range_of_records_is_read_like_each_of_them(
+    tmp_path: Path, sizes: list[int], order: Any, lo: int
+) -> None:
+    """Near to each other or far apart, in two files, with items between that have not ended."""
+    made = [sample(index, "done", "x" * size) for index, size in enumerate(sizes)]
+    order.shuffle(made)
+    half = len(made) // 2
+    write_journal(tmp_path / "0001.jsonl", made[:half])
+    write_journal(tmp_path / "0002.jsonl", made[half:-1])
+    total = len(sizes)
+    lo = min(lo, total)
+    with Journal(tmp_path, "r", total) as ledger:
+        found = ledger.read_range(lo, total)
+        assert found == [
+            ledger.read_record(index) if ledger.is_finished(index) else None
+            for index in range(lo, total)
+        ]
+        open_item = made[-1]["index"]
+        assert ledger.find_open(lo, total) == (open_item if open_item >= lo else total)
+        if made[half:-1]:
+            path = tmp_path / "0002.jsonl"
+            path.write_bytes(path.read_bytes().replace(b'"output":"x', b'"output":"y', 1))
+            with pytest.raises(JournalError, match="changed while the run was using it"):
+                ledger.read_range(0, total)

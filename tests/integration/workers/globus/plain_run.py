@@ -21,7 +21,8 @@ from fanfold.backends.workers import registry
 from fanfold.backends.workers.globus.backend import TaskSubmitter
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run
-from fanfold.graphs.session import RunOptions, RunResult, execute_run
+from fanfold.graphs.run.run_result import RunResult
+from fanfold.graphs.session import RunOptions, execute_run
 from fanfold.tests.integration.servers.conftest import PLAIN, free_port
 
 from .client import URL_VARIABLE
