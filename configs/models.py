@@ -431,6 +431,10 @@ class LimitsConfig(Section):
             calls); a run with more retries stops.
         affinity: Number of characters: requests whose messages begin with the same characters, so
             many of them, go to the same endpoint, which has them in its prefix cache.
+        order: ``auto``: items whose prompts share a long prefix, beyond the text that is the same
+            for all of them, follow each other, and each group goes to one endpoint while it has
+            room; without such groups, and with ``input``, the order is that of the input. It is
+            chosen when a run begins, and kept.
         load: Where the load of endpoints that others use too is read: vLLM's ``/metrics``
             (``metrics``) or ``/load`` (``load``).
         walltime_s: Maximum seconds of one session of a run; the end of a batch job limits it too.
@@ -447,7 +451,7 @@ class LimitsConfig(Section):
             "endpoint_requests_per_s endpoint_tokens_per_min retry_budget walltime_s "
             "margin_s body_bytes"
         ),
-        closed="affinity load",
+        closed="affinity load order",
     )
 
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
@@ -465,6 +469,7 @@ class LimitsConfig(Section):
     endpoint_tokens_per_min: Annotated[float, Field(gt=0)] | None = None
     retry_budget: Annotated[float, Field(gt=0, le=100)] | None = None
     affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    order: Literal["auto", "input"] = "input"
     load: Literal["metrics", "load"] | None = None
     walltime_s: PositiveDuration | None = None
     body_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 64 * 2**20

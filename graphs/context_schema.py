@@ -151,6 +151,7 @@ class SettingsForm(Context):
     endpoint_tokens_per_min: float | None = _setting_field("limits.endpoint_tokens_per_min")
     retry_budget: float | None = _setting_field("limits.retry_budget")
     affinity: int | None = _setting_field("limits.affinity")
+    order: Literal["auto", "input"] = _setting_field("limits.order")
     load: Literal["metrics", "load"] | None = _setting_field("limits.load")
     backend: BackendKind = _setting_field("backend.kind")
     processes: int = _setting_field("backend.processes")

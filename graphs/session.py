@@ -437,7 +437,8 @@ async def _run_each_item(tools: OpenRun, chosen: Sequence[int], stop: Shutdown) 
     """Finish the items, each as a separate shard."""
 
     async def one(index: int) -> None:
-        shard = Shard(index, index + 1)
+        position = tools.position(index)
+        shard = Shard(position, position + 1)
         if tools.coordinator is None:
             await run_local_shard(shard, tools, lambda: stop.reason)
         else:

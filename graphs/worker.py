@@ -185,7 +185,7 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
             open_cache(loaded.config, ready.simulated, responses)
         )
         fleet = await stack.enter_async_context(
-            open_fleet(loaded.config, ready, cache, task.run["id"])
+            open_fleet(loaded.config, ready, cache, task.run["id"], prefix=task.run.get("prefix"))
         )
         recorder = await stack.enter_async_context(open_recorder(lambda: fleet.endpoints, _BIN_MS))
         writer, open_calls, record_now = None, dict[int, CallLog](), None

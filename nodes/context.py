@@ -87,6 +87,18 @@ class ItemSequence(Protocol):
         ...
 
 
+class WorkOrder(ItemSequence, Protocol):
+    """The items of a run in the order of work; shards are ranges of positions in it."""
+
+    def indices(self, lo: int, hi: int) -> list[int]:
+        """Return the indices of the items at the positions ``lo`` to ``hi`` (exclusive)."""
+        ...
+
+    def position(self, index: int) -> int:
+        """Return the position of an item."""
+        ...
+
+
 class ItemJournal(Protocol):
     """The journal of finished items."""
 
@@ -212,6 +224,7 @@ class RunTools:
         coordinator: The workers that run shards; None if this process runs them.
         progress_stream: Streams the counts to clients of the graph.
         stage: Name of the stage that the run belongs to; empty for a run of its own.
+        order: The items in the order of work; None: that of the store.
         make_item_variables: Returns the context variables of items' tasks.
         folding: Lets one shard at a time fold in items that have ended; threads that do so
             together only wait for each other.
@@ -238,6 +251,19 @@ class RunTools:
     stage: str = ""
     make_item_variables: Callable[[], Variables] = copy_context
     folding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    order: WorkOrder | None = None
+
+    def position(self, index: int) -> int:
+        """Return the position of an item in the order of work."""
+        return index if self.order is None else self.order.position(index)
+
+    def indices(self, lo: int, hi: int) -> Sequence[int]:
+        """Return the indices of the items at the positions ``lo`` to ``hi`` (exclusive)."""
+        return range(lo, hi) if self.order is None else self.order.indices(lo, hi)
+
+    def read(self, lo: int, hi: int) -> list[Item]:
+        """Return the items at the positions ``lo`` to ``hi`` (exclusive)."""
+        return (self.order or self.store).read(lo, hi)
 
     def progress_json(self) -> dict[str, Any]:
         """Return the counts as the state, the streams and ``--json`` contain them."""

@@ -41,7 +41,8 @@ class ShardTask:
         shard: The shard's name within the run.
         attempt: 0 for the first attempt of the shard.
         fanfold: Version of fanfold that the coordinator runs.
-        run: The run's ``id``, ``model``, ``simulated`` and ``fingerprint``.
+        run: The run's ``id``, ``model``, ``simulated`` and ``fingerprint``; ``prefix``, the
+            characters that are equal at the beginning of a group of its prompts, or None.
         settings: The run's plain settings, ``${VAR}`` unexpanded, without secrets.
         items: The items: index, id, row, problem.
         urls: Endpoints in place of those in the settings, or None.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import unquote
@@ -48,6 +48,26 @@ def parse_load_metrics(body: bytes) -> ServerLoad | None:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
+
+
+def join_messages(messages: Iterable[Mapping[str, Any]], most: int | None = None) -> str:
+    """Return the text of a conversation, in which equal beginnings of conversations are equal.
+
+    Args:
+        messages: The messages, without images.
+        most: Number of characters from the beginning, or None for all.
+    """
+    parts, left = list[str](), most
+    for message in messages:
+        text = f"{message.get('role')}:{message.get('content')}"
+        if left is None:
+            parts.append(text)
+            continue
+        parts.append(text[:left])
+        left -= len(text)
+        if left <= 0:
+            break
+    return "".join(parts)
 
 
 _OPEN_THINK: Final = re.compile(r"\s*<think>", re.IGNORECASE)

@@ -196,7 +196,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A range of items: ``lo`` (inclusive) to ``hi`` (exclusive), by index."""
+    """A range of items: positions ``lo`` to ``hi`` (exclusive) in the order of work."""
 
     lo: int
     hi: int

@@ -34,6 +34,7 @@ from ..fleet.policy import (
     ModelParams,
     RateLimitPolicy,
     SessionPolicy,
+    make_prefix_policies,
 )
 from ..simulated.process import launch, make_simulation_spec
 from ..storage.response_cache import ResponseCache
@@ -67,7 +68,10 @@ def make_session_policy(run: str, count: int) -> SessionPolicy:
 
 
 def make_fleet_policy(
-    config: RunConfig, endpoint_set: EndpointSet | None = None, run: str | None = None
+    config: RunConfig,
+    endpoint_set: EndpointSet | None = None,
+    run: str | None = None,
+    prefix: int | None = None,
 ) -> FleetPolicy:
     """Return how one process uses the fleet.
 
@@ -77,6 +81,8 @@ def make_fleet_policy(
         config: The settings.
         endpoint_set: Where the endpoints come from; a gateway has a quota of its own.
         run: The run's id, from which the sessions at a gateway follow; None: one for this fleet.
+        prefix: Characters that are equal at the beginning of a group of prompts, or None. Settings
+            of affinity and load take precedence; at a gateway, sessions take its place.
     """
     behind = endpoint_set is not None and endpoint_set.gateway is not None
     first = config.endpoints.first
@@ -88,17 +94,21 @@ def make_fleet_policy(
         request_timeout_s=limits.request_timeout_s,
         fleet_wait_s=limits.fleet_wait_s,
     )
+    grouped = make_prefix_policies(None if behind else prefix)
+    if limits.affinity:
+        grouped["affinity"] = AffinityPolicy(prefix=limits.affinity)
+    if limits.load:
+        grouped["load"] = LoadPolicy(source=limits.load)
     return replace(
         policy,
         retry=replace(policy.retry, budget=limits.retry_budget),
         rate_limit=_make_rate_limit(config, endpoint_set),
         hedge=HedgePolicy() if limits.hedge else None,
-        affinity=AffinityPolicy(prefix=limits.affinity) if limits.affinity else None,
-        load=LoadPolicy(source=limits.load) if limits.load else None,
         session=make_session_policy(run or secrets.token_hex(8), sessions) if behind else None,
         whole_answers=behind,
         body_bytes=limits.body_bytes,
         own_fields=config.input.is_batch,
+        **grouped,
     )
 
 
@@ -603,12 +613,13 @@ def unpack_deployments(
 
 
 @asynccontextmanager
-async def open_fleet(
+async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of caller
     config: RunConfig,
     ready: ReadyEndpoints,
     cache: RequestCache | None = None,
     run: str | None = None,
     share: float | None = None,
+    prefix: int | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn about those that are not.
 
@@ -620,6 +631,7 @@ async def open_fleet(
         cache: Cache of responses to equal requests, or None.
         run: The run's id, or None.
         share: Part of the run's rate limits for this process; None: that of a worker.
+        prefix: Characters that are equal at the beginning of a group of prompts, or None.
     """
     endpoint_set = ready.endpoint_set
     _log_choice(ready)
@@ -627,7 +639,7 @@ async def open_fleet(
         logger.warning("endpoint %s", line)
     if len(ready.absent) > _WARNED:
         logger.warning("… and %d more endpoints", len(ready.absent) - _WARNED)
-    policy = make_fleet_policy(config, endpoint_set, run)
+    policy = make_fleet_policy(config, endpoint_set, run, prefix)
     if share is not None:
         policy = replace(policy, rate_limit=replace(policy.rate_limit, share=share))
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]

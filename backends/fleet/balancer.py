@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..core.images import drop_images
+from ..core.parsing import join_messages
 from ..core.protocols import CallLog
 from .endpoint import BreakerState, Endpoint
 from .policy import AffinityPolicy
@@ -21,6 +22,38 @@ _STALE: Final = 8
 """Entries per endpoint in the heap above which outdated ones are removed."""
 _IDLE_S: Final = 0.02
 """A stream that is not read for so many seconds waits for another call of its item."""
+
+
+class Affinity:
+    """Remembers which endpoint first served a prompt prefix, in an LRU cache.
+
+    Args:
+        policy: Length of a prefix, and how many are remembered.
+    """
+
+    def __init__(self, policy: AffinityPolicy) -> None:
+        self.policy = policy
+        self._endpoints: OrderedDict[int, Endpoint] = OrderedDict()
+
+    def make_key(self, body: Mapping[str, Any]) -> int:
+        """Return a hash of a request's prefix, valid in this process."""
+        return hash(join_messages(drop_images(body["messages"]), self.policy.prefix))
+
+    def find_endpoint(self, key: int) -> Endpoint | None:
+        """Return the endpoint that first served a prefix and is still alive, or None."""
+        endpoint = self._endpoints.get(key)
+        if endpoint is None or not endpoint.alive:
+            return None
+        self._endpoints.move_to_end(key)
+        return endpoint
+
+    def record(self, key: int, endpoint: Endpoint) -> None:
+        """Record the endpoint of a prefix; one that is only busy keeps its prefixes."""
+        home = self._endpoints.get(key)
+        if home is None or not home.alive:
+            self._endpoints[key] = endpoint
+            if len(self._endpoints) > self.policy.keys:
+                self._endpoints.popitem(last=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -35,10 +68,81 @@ class _Waiter:
     item: CallLog | None
     turn: int
     queue: deque[_Waiter]
+    prefix: int | None = None
+
+
+class _HomeQueues:
+    """Waiting calls by the endpoint that has their prefix in its cache.
+
+    The calls stay in the balancer's own queue; those that have left it are dropped here later.
+
+    Args:
+        affinity: Knows the endpoints of prefixes.
+    """
+
+    def __init__(self, affinity: Affinity) -> None:
+        self._affinity = affinity
+        self._by_home: dict[Endpoint, deque[_Waiter]] = {}
+        self._new: deque[_Waiter] = deque()
+        self._size = 0
+
+    def add(self, waiter: _Waiter, waiting: int) -> None:
+        """Add a call.
+
+        Args:
+            waiter: The call.
+            waiting: Number of calls in the balancer's queue.
+        """
+        self._size += 1
+        if self._size > 2 * waiting + _STALE:
+            self._drop_served()
+        if waiter.prefer is None:
+            self._new.append(waiter)
+        else:
+            self._by_home.setdefault(waiter.prefer, deque()).append(waiter)
+
+    def pop(self, endpoint: Endpoint) -> _Waiter | None:
+        """Remove and return the call that fits an endpoint best.
+
+        Returns:
+            The oldest call whose prefix it has; or else the oldest one whose prefix no endpoint
+            has; None if there is neither.
+        """
+        homed = self._by_home.get(endpoint)
+        while homed:
+            waiter = homed.popleft()
+            self._size -= 1
+            if not waiter.future.done():
+                return waiter
+        while self._new:
+            waiter = self._new.popleft()
+            if waiter.future.done() or waiter.prefix is None:
+                self._size -= 1
+                continue
+            home = self._affinity.find_endpoint(waiter.prefix)
+            if home is None or home is endpoint:
+                self._size -= 1
+                return waiter
+            self._by_home.setdefault(home, deque()).append(waiter)
+        return None
+
+    def _drop_served(self) -> None:
+        queues = {home: _keep_waiting(queue) for home, queue in self._by_home.items()}
+        self._by_home = {home: queue for home, queue in queues.items() if queue}
+        self._new = _keep_waiting(self._new)
+        self._size = len(self._new) + sum(map(len, self._by_home.values()))
+
+
+def _keep_waiting(queue: deque[_Waiter]) -> deque[_Waiter]:
+    return deque(waiter for waiter in queue if not waiter.future.done())
 
 
 class LoadBalancer:
     """Assigns endpoints to calls, first come first served.
+
+    With affinity, an endpoint that becomes free gets the oldest waiting call whose prefix it has in
+    its cache, or else one whose prefix no endpoint has, or else the oldest one: an endpoint is
+    never left idle for the sake of a cache.
 
     Args:
         endpoints: All members.
@@ -47,10 +151,10 @@ class LoadBalancer:
         on_quota: Called if a call waits for a quota, with the seconds after which ``retry_quotas``
             must be called.
         on_starved: Called when a call must wait although ``streams`` would allow it.
-        slack: A preferred endpoint is passed over if its expected time to an answer is more than
-            this factor above the best one's.
+        affinity: Endpoints by prompt prefix, or None.
 
     Attributes:
+        affinity: The same.
         quota: The quota of the whole process, or None.
         in_flight: Requests in flight.
         alive: Endpoints that are in use.
@@ -63,12 +167,14 @@ class LoadBalancer:
         streams: int,
         on_quota: Callable[[float], None],
         on_starved: Callable[[], None],
-        slack: float = 2.0,
+        affinity: Affinity | None = None,
     ) -> None:
         self.quota: Quota | None = None
         self._over_quota: set[Endpoint] = set()
         self._streams = streams
-        self._slack = slack
+        self.affinity = affinity
+        self._slack = (affinity.policy if affinity else AffinityPolicy()).slack
+        self._homes = _HomeQueues(affinity) if affinity else None
         self._on_quota = on_quota
         self._on_starved = on_starved
         self._tick = itertools.count()
@@ -123,13 +229,14 @@ class LoadBalancer:
             and not any(endpoint.resting for endpoint in self.alive)
         )
 
-    async def acquire(
+    async def acquire(  # noqa: PLR0913, PLR0917 - an object for them costs time in each call
         self,
         avoid: Collection[Endpoint] = (),
         prefer: Endpoint | None = None,
         need: TokenNeed | None = None,
         item: CallLog | None = None,
         unfit: Collection[Endpoint] = (),
+        prefix: int | None = None,
     ) -> Endpoint:
         """Wait for the best endpoint and count one request in flight to it.
 
@@ -139,14 +246,17 @@ class LoadBalancer:
             need: The request's tokens at most, for quotas; None: none counts tokens.
             item: The item that the request belongs to, if any.
             unfit: Those of ``avoid`` that cannot serve the request at all.
+            prefix: Key of the prefix of its prompt, with affinity.
         """
+        if prefix is not None and prefer is None and self.affinity is not None:
+            prefer = self.affinity.find_endpoint(prefix)
         if item is not None and item.in_flight and item.stalled:
             endpoint = self._choose_for_stalled(avoid, prefer, unfit, need)
         else:
             endpoint = None if self._queue else self._choose(avoid, prefer, unfit, need)
         if endpoint is not None:
-            return self._start(endpoint, item)
-        waiter = self._enqueue(avoid, prefer, need, item, unfit)
+            return self._start(endpoint, item, prefix)
+        waiter = self._enqueue(avoid, prefer, need, item, unfit, prefix)
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -156,13 +266,14 @@ class LoadBalancer:
             if item is not None:
                 item.queued -= 1
 
-    def _enqueue(
+    def _enqueue(  # noqa: PLR0913, PLR0917 - as above
         self,
         avoid: Collection[Endpoint],
         prefer: Endpoint | None,
         need: TokenNeed | None,
         item: CallLog | None,
         unfit: Collection[Endpoint],
+        prefix: int | None,
     ) -> _Waiter:
         stalled = item is not None and item.in_flight > 0 and item.stalled
         if stalled:
@@ -171,8 +282,10 @@ class LoadBalancer:
             queue = self._excluding.setdefault(frozenset(avoid), deque()) if avoid else self._queue
         future = asyncio.get_running_loop().create_future()
         turn = next(self._tick)
-        waiter = _Waiter(future, avoid, unfit, prefer, need, item, turn, queue)
+        waiter = _Waiter(future, avoid, unfit, prefer, need, item, turn, queue, prefix)
         queue.append(waiter)
+        if prefix is not None and self._homes is not None and queue is self._queue:
+            self._homes.add(waiter, len(queue))
         if item is not None:
             item.queued += 1
             item.queue = self
@@ -427,7 +540,11 @@ class LoadBalancer:
                 return one
         return None
 
-    def _start(self, endpoint: Endpoint, item: CallLog | None) -> Endpoint:
+    def _start(
+        self, endpoint: Endpoint, item: CallLog | None, prefix: int | None = None
+    ) -> Endpoint:
+        if prefix is not None and self.affinity is not None:
+            self.affinity.record(prefix, endpoint)
         if item is not None:
             item.in_flight += 1
             if self.in_flight - self._extra >= self._streams:
@@ -477,7 +594,18 @@ class LoadBalancer:
             endpoint = self._choose((), waiter.prefer, (), waiter.need)
             if endpoint is None:
                 return
-            self._grant(waiter, endpoint)
+            self._grant(self._find_better(waiter, endpoint), endpoint)
+
+    def _find_better(self, oldest: _Waiter, endpoint: Endpoint) -> _Waiter:
+        """Return the waiting call that an endpoint serves best, else the oldest one.
+
+        With a quota it is the oldest one, whose tokens are reserved already.
+        """
+        reserved = self.quota is not None or endpoint.quota is not None
+        if self._homes is None or reserved or oldest.prefer is endpoint:
+            return oldest
+        found = self._homes.pop(endpoint)
+        return found if found is not None and found.queue is self._queue else oldest
 
     def _serve_oldest(self) -> bool:
         """Serve the oldest call that fits a free endpoint; return whether there is one."""
@@ -547,7 +675,7 @@ class LoadBalancer:
         else:
             waiter.queue.remove(waiter)
         self._drop_empty(waiter)
-        waiter.future.set_result(self._start(endpoint, waiter.item))
+        waiter.future.set_result(self._start(endpoint, waiter.item, waiter.prefix))
 
     def _drop_empty(self, waiter: _Waiter) -> None:
         """Remove a queue of calls with exclusions when it is empty."""
@@ -560,43 +688,3 @@ def _settle(quota: Quota, tokens: int, used: int | None) -> None:
         quota.cancel(tokens)
     else:
         quota.settle(tokens, used)
-
-
-class Affinity:
-    """Remembers which endpoint first served a prompt prefix, in an LRU cache.
-
-    Args:
-        policy: Length of a prefix, and how many are remembered.
-    """
-
-    def __init__(self, policy: AffinityPolicy) -> None:
-        self._policy = policy
-        self._endpoints: OrderedDict[int, Endpoint] = OrderedDict()
-
-    def make_key(self, body: Mapping[str, Any]) -> int:
-        """Return a hash of a request's prefix, valid in this process."""
-        parts: list[str] = []
-        left = self._policy.prefix
-        for message in drop_images(body["messages"]):
-            text = f"{message.get('role')}:{message.get('content')}"
-            parts.append(text[:left])
-            left -= len(text)
-            if left <= 0:
-                break
-        return hash(tuple(parts))
-
-    def find_endpoint(self, key: int) -> Endpoint | None:
-        """Return the endpoint that first served a prefix and is still alive, or None."""
-        endpoint = self._endpoints.get(key)
-        if endpoint is None or not endpoint.alive:
-            return None
-        self._endpoints.move_to_end(key)
-        return endpoint
-
-    def record(self, key: int, endpoint: Endpoint) -> None:
-        """Record the endpoint of a prefix; one that is only busy keeps its prefixes."""
-        home = self._endpoints.get(key)
-        if home is None or not home.alive:
-            self._endpoints[key] = endpoint
-            if len(self._endpoints) > self._policy.keys:
-                self._endpoints.popitem(last=False)

@@ -377,6 +377,8 @@ class Endpoint:
         quota: Its own quota of requests and tokens, or None.
         over_quota: Whether the next request must wait for this quota.
         foreign_load: Requests of other clients that it processes, as far as it is polled.
+        queue_width: Limit of requests in flight above which they would wait inside the server, or
+            None if unknown.
         max_answer_tokens: Longest answer in tokens that may be requested, or None if unknown.
         longest: Longest answer in tokens among accepted requests.
         longest_asked: The field of the last such request from which that was taken.
@@ -414,6 +416,7 @@ class Endpoint:
         "longest_asked",
         "max_answer_tokens",
         "over_quota",
+        "queue_width",
         "quota",
         "refusals",
         "refused_items",
@@ -453,6 +456,7 @@ class Endpoint:
         self.quota = quota
         self.over_quota = False
         self.foreign_load = 0
+        self.queue_width: int | None = None
         self.refusals = 0
         self.max_answer_tokens = spec.max_model_len
         self.longest = 0
@@ -485,11 +489,10 @@ class Endpoint:
     @property
     def width(self) -> int:
         """Return the limit of requests in flight that applies now."""
-        return (
-            1
-            if self.refused_items or self.breaker.state is BreakerState.HALF_OPEN
-            else self.limit.width
-        )
+        if self.refused_items or self.breaker.state is BreakerState.HALF_OPEN:
+            return 1
+        width, most = self.limit.width, self.queue_width
+        return width if most is None or width <= most else most
 
     @property
     def free(self) -> bool:

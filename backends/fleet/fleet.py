@@ -15,7 +15,6 @@ from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
 from ..core.types import Message, Reply, Usage
-from .balancer import Affinity
 from .cache import RequestCache
 from .endpoint import (
     Endpoint,
@@ -104,8 +103,7 @@ class Fleet:
         balancer, hedge = self._monitor.balancer, self.policy.hedge
         self._hedger = Hedger(hedge, balancer, self._sender.send) if hedge else None
         self._send = self._hedger.send if self._hedger else self._sender.send
-        affinity = Affinity(self.policy.affinity) if self.policy.affinity else None
-        self._retrier = Retrier(self.policy.retry, self._monitor, self.limiter, affinity)
+        self._retrier = Retrier(self.policy.retry, self._monitor, self.limiter)
         load = self.policy.load
         polled = (load, self.endpoints, self._transport, balancer.refresh) if load else None
         self._load = LoadPoller(*polled) if polled else None

@@ -25,7 +25,7 @@ from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
 from ..core.types import Usage
 from ..core.waits import pause_after
-from .balancer import LoadBalancer
+from .balancer import Affinity, LoadBalancer
 from .endpoint import BreakerState, DeploymentState, DeploymentWatch, Endpoint
 from .failures import (
     BreakerEffect,
@@ -36,7 +36,7 @@ from .failures import (
     make_refused_item_error,
     may_have_used,
 )
-from .policy import AffinityPolicy, FleetPolicy
+from .policy import FleetPolicy
 from .rate_limit import Quota
 from .transport import Transport, read_completion, read_usage
 
@@ -105,10 +105,10 @@ class HealthMonitor:
         self._refused = 0
         self._ended: deque[bool] = deque(maxlen=_RECENT)
         self._changed = asyncio.Event()
-        slack = (policy.affinity or AffinityPolicy()).slack
+        affinity = Affinity(policy.affinity) if policy.affinity else None
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.balancer = LoadBalancer(
-            endpoints, policy.streams, self._await_quota, self._serve_starved, slack
+            endpoints, policy.streams, self._await_quota, self._serve_starved, affinity
         )
         self.balancer.quota = quota
         self._quota_timer: asyncio.TimerHandle | None = None

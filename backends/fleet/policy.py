@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import orjson
 from tenacity import wait_exponential, wait_fixed
@@ -219,18 +219,43 @@ class AffinityPolicy:
 
 @dataclass(frozen=True, slots=True)
 class LoadPolicy:
-    """How the endpoints' own load is read, where other clients use them too.
+    """How the endpoints' own load is read.
 
     Attributes:
         source: ``metrics`` (vLLM's Prometheus gauges) or ``load`` (always 0 unless the server runs
             with ``--enable-server-load-tracking``).
         every_s: Seconds between two polls of one endpoint.
         timeout_s: Longest wait for one poll, in seconds.
+        shared: Whether other clients use the endpoints too: their requests then count as load.
+        look_ahead: Requests that may wait inside a server, as a share of those that it processes
+            (2 at least); further ones wait in this process, where an endpoint that is free takes
+            those that fit its cache. None: no such limit. It needs ``metrics``.
+        polls_per_s: Limit of polls per second over all endpoints, if they are not shared.
     """
 
     source: Literal["metrics", "load"] = "metrics"
     every_s: float = 5.0
     timeout_s: float = 2.0
+    shared: bool = True
+    look_ahead: float | None = None
+    polls_per_s: float = 10.0
+
+
+_LOOK_AHEAD: Final = 0.25
+"""Requests that wait inside a server, as a share of those that it processes: the next ones are
+there when requests end, and the others may still go to the server whose cache they fit."""
+
+
+def make_prefix_policies(prefix: int | None) -> dict[str, Any]:
+    """Return the policies for items in an order by shared prefixes, as fields of a fleet's policy.
+
+    Args:
+        prefix: Characters of the conversation's beginning that are equal in a group, or None.
+    """
+    if prefix is None:
+        return {}
+    load = LoadPolicy(every_s=2.0, shared=False, look_ahead=_LOOK_AHEAD)
+    return {"affinity": AffinityPolicy(prefix=prefix), "load": load}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.waits import NO_LOOP, pause_after
 from . import request, transport
-from .balancer import Affinity, LoadBalancer
+from .balancer import LoadBalancer
 from .endpoint import Endpoint, RefusalMark
 from .failures import Failure, RetryAction
 from .health import HealthMonitor
@@ -229,21 +229,14 @@ class Retrier:
         policy: How often and for how long.
         monitor: Assigns endpoints and stops runs.
         limiter: All quotas.
-        affinity: Endpoints by prompt prefix, or None.
     """
 
-    def __init__(
-        self,
-        policy: RetryPolicy,
-        monitor: HealthMonitor,
-        limiter: RateLimiter,
-        affinity: Affinity | None,
-    ) -> None:
+    def __init__(self, policy: RetryPolicy, monitor: HealthMonitor, limiter: RateLimiter) -> None:
         self._policy = policy
         self._stop_retrying = make_stop(policy)
         self._monitor = monitor
         self._limiter = limiter
-        self._affinity = affinity
+        self._affinity = monitor.balancer.affinity
         self._calls = 0
         self._repeated = 0
         self._failed = 0
@@ -257,26 +250,22 @@ class Retrier:
         """
         self._calls += 1
         log = CURRENT_CALLS.get()
-        affinity = self._affinity if "messages" in body else None
-        key = affinity.make_key(body) if affinity else 0
-        prefer = affinity.find_endpoint(key) if affinity else None
+        prefix: int | None = None
+        if self._affinity is not None and "messages" in body:
+            prefix = self._affinity.make_key(body)
         lost, answered = LostRequests(), None
         try:
             charge = await RequestCharge.reserve(log, body, lost)
-            endpoint = await self._acquire_endpoint(charge, prefer)
-            if affinity is not None:
-                affinity.record(key, endpoint)
+            endpoint = await self._acquire_endpoint(charge, None, prefix=prefix)
             result, endpoint = await send(endpoint, body, charge)
             if isinstance(result, Failure) or _is_empty(result):
-                attempts = AttemptLog(self._policy, prefer)
+                attempts = AttemptLog(self._policy)
 
                 async def send_again() -> tuple[T | Failure, Endpoint]:
                     charge = await RequestCharge.reserve(log, body, lost)
                     endpoint = await self._acquire_endpoint(
-                        charge, attempts.prefer, attempts.excluded, attempts.unfit
+                        charge, attempts.prefer, attempts.excluded, attempts.unfit, prefix
                     )
-                    if affinity is not None:
-                        affinity.record(key, endpoint)
                     charge.marks = attempts.marks
                     return await send(endpoint, attempts.adapt_body(endpoint, body), charge)
 
@@ -324,6 +313,7 @@ class Retrier:
         prefer: Endpoint | None,
         avoid: Set[Endpoint] = frozenset(),
         unfit: Set[Endpoint] = frozenset(),
+        prefix: int | None = None,
     ) -> Endpoint:
         """Wait for an endpoint; release the reservation if there will be none."""
         try:
@@ -331,7 +321,7 @@ class Retrier:
             if self._limiter.counts_tokens:
                 charge.need = TokenNeed(self._limiter, request.max_usage(charge.body))
             return await self._monitor.balancer.acquire(
-                avoid, prefer, charge.need, charge.log, unfit
+                avoid, prefer, charge.need, charge.log, unfit, prefix
             )
         except BaseException:
             charge.release(sent=False)

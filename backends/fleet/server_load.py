@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -73,6 +74,9 @@ def parse_server_load(body: bytes) -> ServerLoad | None:
 
 _LOG: Final = logging.getLogger(__name__)
 _AT_ONCE: Final = 32
+_LEAST_AHEAD: Final = 2
+_FORGET: Final = 0.95
+"""Factor on the largest number of requests that a server has processed, from poll to poll."""
 
 
 class LoadPoller:
@@ -98,6 +102,9 @@ class LoadPoller:
         self._refresh = refresh
         self._task: asyncio.Task[None] | None = None
         self._silent: set[Endpoint] = set()
+        self._processed: dict[Endpoint, int] = {}
+        self._queueing: set[Endpoint] = set()
+        self._look_ahead = policy.look_ahead if policy.source == "metrics" else None
 
     def start(self) -> None:
         """Start polling in the running loop; no effect if it has started."""
@@ -117,12 +124,23 @@ class LoadPoller:
             async with gate:
                 await self._poll(endpoint)
 
+        policy = self._policy
         while True:
             async with asyncio.TaskGroup() as group:
                 for endpoint in self._endpoints:
-                    if endpoint.alive:
+                    if endpoint.alive and (policy.shared or self._is_polled(endpoint)):
                         group.create_task(one(endpoint))
-            await asyncio.sleep(self._policy.every_s)
+            least_s = 0.0 if policy.shared else len(self._endpoints) / policy.polls_per_s
+            await asyncio.sleep(max(policy.every_s, least_s))
+
+    def _is_polled(self, endpoint: Endpoint) -> bool:
+        """Return True if an endpoint that is not shared is a server with metrics of its own.
+
+        Gateways and services have none, and count each request.
+        """
+        spec = endpoint.spec
+        behind = spec.proxied or spec.watch is not None or spec.probe_model is not None
+        return not (behind or endpoint.quota is not None or endpoint in self._silent)
 
     async def _poll(self, endpoint: Endpoint) -> None:
         """Poll one endpoint; if it reports no load, only the fleet's own requests count."""
@@ -134,19 +152,51 @@ class LoadPoller:
                 self._policy.timeout_s,
                 endpoint.spec.proxied,
             )
-            total = count_requests(answer)
+            load = read_load(answer)
         except (aiohttp.ClientError, TimeoutError):
-            total = None
-        if total is None and endpoint not in self._silent:
+            load = None
+        if load is not None and self._look_ahead is not None:
+            self._set_queue_width(endpoint, load, self._look_ahead)
+        if load is None and endpoint not in self._silent:
             self._silent.add(endpoint)
             _LOG.info("endpoint %s does not report its load", endpoint.label)
-        foreign = max(0, (total or 0) - endpoint.in_flight)
+        if not self._policy.shared:
+            return
+        foreign = max(0, count_requests(load) - endpoint.in_flight)
         if foreign != endpoint.foreign_load:
             endpoint.foreign_load = foreign
             self._refresh(endpoint)
 
+    def _set_queue_width(self, endpoint: Endpoint, load: ServerLoad, look_ahead: float) -> None:
+        """Limit the requests in flight to those that the server processes, and a few that wait.
 
-def count_requests(answer: HTTPAnswer) -> int | None:
-    """Return the number of running and waiting requests of a server, or None if it is unknown."""
-    gauges = parse_server_load(answer.body) if answer.status == _OK else None
-    return None if gauges is None else (gauges.running or 0) + (gauges.waiting or 0)
+        A server that was just sent many requests has not started them all yet. So the limit is
+        lowered only if two polls in a row show too many that wait, and never below what the server
+        has processed lately. A server without a queue may process more.
+        """
+        running, waiting = load.running or 0, load.waiting or 0
+        most = max(running, math.floor(_FORGET * self._processed.get(endpoint, 0)))
+        self._processed[endpoint] = most
+        ahead = max(_LEAST_AHEAD, math.ceil(look_ahead * most))
+        width = endpoint.queue_width
+        if waiting > ahead:
+            if endpoint not in self._queueing:
+                self._queueing.add(endpoint)
+                return
+            width = max(most + ahead, endpoint.in_flight + ahead - waiting)
+        elif width is not None and endpoint.in_flight >= width and waiting < ahead:
+            width = endpoint.in_flight + ahead - waiting if waiting else 2 * width
+        self._queueing.discard(endpoint)
+        if width != endpoint.queue_width:
+            endpoint.queue_width = width
+            self._refresh(endpoint)
+
+
+def read_load(answer: HTTPAnswer) -> ServerLoad | None:
+    """Return the load that a server reports, or None if it reports none."""
+    return parse_server_load(answer.body) if answer.status == _OK else None
+
+
+def count_requests(load: ServerLoad | None) -> int:
+    """Return the number of running and waiting requests of a server; 0 if it is unknown."""
+    return 0 if load is None else (load.running or 0) + (load.waiting or 0)

@@ -192,6 +192,40 @@ class ItemStore:
         with self._convert_errors():
             return list(self._items(lo, hi))
 
+    def read_at(self, indices: Sequence[int]) -> list[Item]:
+        """Read single items.
+
+        Args:
+            indices: Their indices, in any order.
+
+        Returns:
+            The items in that order.
+
+        Raises:
+            IndexError: One is not within the store.
+            JournalError: The file is damaged.
+        """
+        if indices and not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"items {min(indices)} to {max(indices)} of {len(self)}")
+        samples, starts = self._header.samples, self._header.starts
+        wanted = dict[int, list[int]]()
+        for place, index in enumerate(indices):
+            batch = bisect_right(starts, index // samples) - 1
+            wanted.setdefault(batch, []).append(place)
+        items = list[Item | None]([None]) * len(indices)
+        with self._convert_errors():
+            for batch, places in wanted.items():
+                columns = self._reader.get_batch(batch).columns
+                for place in places:
+                    row, sample = divmod(indices[place], samples)
+                    name, data, problem = (
+                        column[row - starts[batch]].as_py() for column in columns
+                    )
+                    values = orjson.loads(data)
+                    name = make_sample_id(name, sample)
+                    items[place] = Item(indices[place], name, values, problem, sample)
+        return [item for item in items if item is not None]
+
     def iter_ids(self) -> Iterator[str]:
         """Yield the ids of all items in order, without their columns.
 

@@ -91,6 +91,11 @@ class RunFolder:
         return self.path / "items.arrow"
 
     @property
+    def order(self) -> Path:
+        """Return the order in which the run works on the items; without it, that of the input."""
+        return self.path / "order.npy"
+
+    @property
     def journal(self) -> Path:
         """Return the folder of journal files."""
         return self.path / "journal"
@@ -653,6 +658,13 @@ def utc_timestamp() -> str:
 
 
 _VERSION: Final = 2
+
+
+def read_prefix(provenance: Mapping[str, Any]) -> int | None:
+    """Return the length of prefixes by which the items of a run are ordered, or None."""
+    order = provenance.get("order")
+    prefix = order.get("prefix") if isinstance(order, dict) else None
+    return prefix if type(prefix) is int and prefix > 0 else None
 
 
 def read_raised_limits(path: Path) -> dict[str, Json]:

@@ -19,7 +19,7 @@ from ...backends.core.values import json_size
 from ...backends.discovery.connect import ReadyEndpoints, pack_deployments
 from ...backends.discovery.login import TOKEN_VARIABLE
 from ...backends.inputs.images import ImageFolder, open_images
-from ...backends.storage.run_folder import RunFolder
+from ...backends.storage.run_folder import RunFolder, read_prefix
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets
@@ -204,7 +204,7 @@ def make_task_template(
     return TaskTemplate(
         config=config,
         settings=worker_settings(loaded, ready),
-        run=run | {"id": about["run"], "token": secrets.token_hex(4)},
+        run=run | {"id": about["run"], "token": secrets.token_hex(4), "prefix": read_prefix(about)},
         folder=folder.path,
         journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         token_prices=prices.to_json(),

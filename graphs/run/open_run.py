@@ -34,6 +34,7 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.images import open_images
+from ...backends.inputs.item_order import OrderedItems
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import (
     Journal,
@@ -45,6 +46,7 @@ from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import (
     RunFolder,
     get_run_ids,
+    read_prefix,
     remove_evaluation,
     write_evaluation,
     write_json,
@@ -182,7 +184,9 @@ async def open_run(
                     open_cache(config, ready.simulated, folder.responses)
                 )
                 fleet = await stack.enter_async_context(
-                    _open_charged_fleet(config, ready, cache, files.provenance["run"], budget)
+                    _open_charged_fleet(
+                        config, ready, cache, files.provenance["run"], budget, files.prefix
+                    )
                 )
                 await stack.enter_async_context(
                     _record_fleet(fleet, folder, journal.session_number, price)
@@ -209,6 +213,7 @@ async def open_run(
                 )
         tools = OpenRun(
             store=files.store,
+            order=_open_order(folder, files.store),
             item_journal=journal,
             aggregators=build_aggregators(config.list_aggregators()),
             run_item=run_item,
@@ -259,15 +264,16 @@ async def _open_template(  # noqa: PLR0913, PLR0917 - what a session has, handed
 
 
 @asynccontextmanager
-async def _open_charged_fleet(
+async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
     config: RunConfig,
     ready: ReadyEndpoints,
     cache: RequestCache | None,
     run: str,
     budget: RunBudget | None,
+    prefix: int | None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet of this process; the budget is charged for its probes."""
-    async with open_fleet(config, ready, cache, run) as fleet:
+    async with open_fleet(config, ready, cache, run, prefix=prefix) as fleet:
         if budget is None:
             yield fleet
             return
@@ -368,6 +374,11 @@ class _RunFiles:
     stage: str = ""
 
     @property
+    def prefix(self) -> int | None:
+        """Return the characters that are equal at the beginning of a group's prompts, or None."""
+        return read_prefix(self.provenance)
+
+    @property
     def run(self) -> tuple[str, ...]:
         return get_run_ids(self.provenance)
 
@@ -418,6 +429,12 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
             logs.total_node_time(),
             "" if place is None else place.stage,
         )
+
+
+def _open_order(folder: RunFolder, store: ItemStore) -> OrderedItems | None:
+    """Return the items in the order of work; None for the order of the input."""
+    path = folder.order
+    return OrderedItems(store, path, store.samples) if path.exists() else None
 
 
 def _record_extents(folder: RunFolder, journal: Journal) -> None:

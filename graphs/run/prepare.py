@@ -286,6 +286,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         load_input,
         load_rows,
     )
+    from .order import store_order  # noqa: PLC0415 - as above
 
     if loaded.config.stages is not None:
         msg = (
@@ -327,6 +328,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
                 "was sent"
             )
             raise ConfigurationError(msg)
+        order = await asyncio.to_thread(store_order, folder, loaded.config)
         cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
@@ -341,6 +343,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
             "input": describe_input(
                 summary, given.path if items is None and source is None else None
             ),
+            "order": order,
             "sessions": [],
         }
         if extend is not None:

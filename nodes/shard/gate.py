@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 _POLL_S: Final = 1.0
@@ -14,6 +16,45 @@ _POLL_S: Final = 1.0
 
 _CHECK_S: Final = 0.2
 """Seconds between checks of the items in flight after closing."""
+
+
+class TurnLock:
+    """A lock that is taken by the waiting task with the lowest number."""
+
+    def __init__(self) -> None:
+        self._waiting = list[tuple[int, int, asyncio.Future[None]]]()
+        self._count = itertools.count()
+        self._is_taken = False
+
+    @asynccontextmanager
+    async def take(self, turn: int) -> AsyncIterator[None]:
+        """Hold the lock while the block runs.
+
+        Args:
+            turn: Tasks with a lower number go first.
+        """
+        if self._is_taken:
+            free = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (turn, next(self._count), free))
+            try:
+                await free
+            except asyncio.CancelledError:
+                if free.done() and not free.cancelled():
+                    self._hand_over()
+                raise
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        while self._waiting:
+            free = heapq.heappop(self._waiting)[2]
+            if not free.done():
+                free.set_result(None)
+                return
+        self._is_taken = False
 
 
 class Gate:
@@ -37,6 +78,7 @@ class Gate:
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
         is_cancelled: Whether the task that runs the items was cancelled.
+        turns: Lets one shard after the other start its items, in an order that is kept.
     """
 
     def __init__(
@@ -54,6 +96,7 @@ class Gate:
         self.reason: str | None = None
         self.error: Exception | None = None
         self.is_cancelled = False
+        self.turns = TurnLock()
 
     @property
     def is_closed(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+from contextvars import Context
 from typing import Any, Final
 
 from ...backends.core.aio import DETACH_TASKS, create_detached_task, detach_task
@@ -207,6 +209,13 @@ class _ShardRunner:
         """Start items as slots become free, until the run is stopped."""
         context, gate = self._tools.make_item_variables(), self._tools.gate
         context.run(DETACH_TASKS.set, True)
+        async with AsyncExitStack() as stack:
+            await self._start_slices(group, context, gate, stack)
+
+    async def _start_slices(
+        self, group: asyncio.TaskGroup, context: Context, gate: Gate, stack: AsyncExitStack
+    ) -> None:
+        has_turn = self._tools.order is None
         hi = self._shard.lo
         while hi < self._shard.hi:
             if gate.is_closed:
@@ -219,6 +228,10 @@ class _ShardRunner:
                 if record is not None:
                     self._fold(record, item)
                     continue
+                if not has_turn:
+                    # Items that share a prefix start one after the other, over all shards.
+                    await stack.enter_async_context(gate.turns.take(self._shard.lo))
+                    has_turn = True
                 if not await self._acquire_slot():
                     return
                 calls = CallLog(index=item.index, sample=item.sample)
@@ -230,6 +243,8 @@ class _ShardRunner:
     async def _fold_finished(self, lo: int) -> int:
         """Fold in the items from ``lo`` on that have ended; return the first that was not."""
         tools = self._tools
+        if tools.order is not None:  # those that have ended are anywhere in the input
+            return lo
         end = tools.item_journal.find_open(lo, self._shard.hi)
         samples = 1 if tools.fold is None else tools.fold.samples
         end -= (end - self._shard.lo) % samples  # the samples of a row stay together
@@ -298,9 +313,13 @@ class _ShardRunner:
 
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
-    """Return items, each with its record if it has ended; blocks."""
-    records = tools.item_journal.read_range(lo, hi)
-    return list(zip(tools.store.read(lo, hi), records, strict=True))
+    """Return the items at positions, each with its record if it has ended; blocks."""
+    items, read = tools.read(lo, hi), tools.item_journal.read_range
+    if tools.order is None:
+        records = read(lo, hi)
+    else:
+        records = [read(item.index, item.index + 1)[0] for item in items]
+    return list(zip(items, records, strict=True))
 
 
 def fold_range(tools: RunTools, lo: int, hi: int) -> ShardPart:

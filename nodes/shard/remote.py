@@ -124,14 +124,14 @@ class RemoteShard:
 
     async def _read_remaining(self) -> list[Item]:
         """Read the items that have not ended yet."""
-        store, finished, spans = (
-            self._tools.store,
+        tools, finished, spans = (
+            self._tools,
             self._tools.item_journal.is_finished,
             [*self._open_slices()],
         )
 
         def read() -> list[Item]:
-            items = (item for lo, hi in spans for item in store.read(lo, hi))
+            items = (item for lo, hi in spans for item in tools.read(lo, hi))
             return [item for item in items if not finished(item.index)]
 
         return await asyncio.to_thread(read)
@@ -177,7 +177,7 @@ class RemoteShard:
         """Fold in, from the journal, items that have ended and are not folded yet."""
         finished = self._tools.item_journal.is_finished
         for lo, hi in list(self._open_slices()):
-            if not any(map(finished, range(lo, hi))):
+            if not any(map(finished, self._tools.indices(lo, hi))):
                 continue
             for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
                 if record is not None and self._is_open(item.index):
@@ -185,12 +185,12 @@ class RemoteShard:
                     self._close([item.index])
 
     def _is_open(self, index: int) -> bool:
-        return not self._folded[index - self._shard.lo]
+        return not self._folded[self._tools.position(index) - self._shard.lo]
 
     def _close(self, indices: Sequence[int]) -> None:
-        folded, lo = self._folded, self._shard.lo
+        folded, lo, position = self._folded, self._shard.lo, self._tools.position
         for index in indices:
-            folded[index - lo] = 1
+            folded[position(index) - lo] = 1
         self._open -= len(indices)
 
     def _open_slices(self) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,8 @@ from typing import Any
 from fanfold.backends.fleet.balancer import LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy
+from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy, make_prefix_policies
+from fanfold.backends.inputs.item_order import find_groups
 from fanfold.tests.benchmarks.prefix_workloads import (
     SERVERS,
     STREAMS,
@@ -161,11 +162,27 @@ def run_power_of_two(workload: Workload) -> tuple[float, float, float]:
     return run_virtual(lambda: run_items(workload, order, _policy(), PowerOfTwo))
 
 
+def run_auto(workload: Workload) -> tuple[float, float, float]:
+    """Run the items as with ``limits.order: auto``."""
+    items = workload.items
+
+    def read_texts(rows: Sequence[int]) -> list[str]:
+        return [f"user:{items[row].render()}" for row in rows]
+
+    found = find_groups(len(items), read_texts)
+    if found is None:
+        return run_today(workload)
+    groups, order = found
+    policy = _policy(**make_prefix_policies(groups.prefix))
+    return run_virtual(lambda: run_items(workload, order.tolist(), policy))
+
+
 POLICIES: dict[str, Callable[[Workload], tuple[float, float, float]]] = {
     "today": run_today,
     "today, affinity": run_affinity,
     "round robin": run_round_robin,
     "power of two": run_power_of_two,
+    "auto": run_auto,
 }
 
 

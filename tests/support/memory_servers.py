@@ -38,12 +38,16 @@ class MemoryServer:
         engine: Its engine.
         alive: Whether it accepts connections.
         requests: Requests that it has received.
+        metrics_reads: Requests for its metrics.
+        seen: Running and waiting requests, as a test has noted them.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.engine = Engine(spec)
         self.alive = True
         self.requests = 0
+        self.metrics_reads = 0
+        self.seen = (0, 0)
         self._driver = EngineDriver(self.engine)
         self._open = dict[EngineRequest, asyncio.Future[None]]()
 
@@ -175,6 +179,7 @@ class MemoryTransport(Transport):
             document: Any = {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
             return HTTPAnswer(200, _HEADERS, orjson.dumps(document), headers)
         if url.endswith("/metrics"):
+            server.metrics_reads += 1
             load = server.load
             lines = (
                 "# TYPE vllm:num_requests_running gauge",

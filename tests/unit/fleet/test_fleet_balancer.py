@@ -235,6 +235,87 @@ def test_a_beginning_finds_its_home_again() -> None:
     assert affinity.find_endpoint(long) is None
 
 
+class Homes:
+    """Calls of several groups that wait for full endpoints with affinity."""
+
+    def __init__(self, count: int = 2, width: int = 1) -> None:
+        self.endpoints = members(count, width)
+        affinity = Affinity(AffinityPolicy(prefix=10))
+        self.dispatch = LoadBalancer(self.endpoints, 100, lambda *_: None, lambda: None, affinity)
+        self.served = list[tuple[int, Endpoint]]()
+        self.calls = list[asyncio.Task[None]]()
+
+    async def ask(self, *groups: int) -> None:
+        for group in groups:
+            self.calls.append(asyncio.create_task(self._call(group)))
+            await asyncio.sleep(0)
+
+    async def _call(self, group: int) -> None:
+        self.served.append((group, await self.dispatch.acquire(prefix=group)))
+
+    async def end(self, endpoint: Endpoint) -> tuple[int, Endpoint]:
+        """End a request of an endpoint; return the call that it serves next."""
+        before = len(self.served)
+        self.dispatch.release(endpoint)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        (new,) = self.served[before:]
+        return new
+
+
+async def test_a_free_endpoint_takes_calls_of_its_own_groups_first() -> None:
+    homes = Homes()
+    one, two = homes.endpoints
+    await homes.ask(1, 2)
+    assert homes.served == [(1, one), (2, two)]
+    await homes.ask(2, 2, 1, 3, 1)
+    assert await homes.end(one) == (1, one)  # the oldest is of the other's group
+    assert await homes.end(one) == (1, one)
+    assert await homes.end(one) == (3, one)  # a group without a home finds one
+    assert await homes.end(one) == (2, one)  # nothing else waits: no endpoint is left idle
+    assert await homes.end(two) == (2, two)
+    assert homes.dispatch.waiting == 0
+
+
+async def test_calls_of_a_dead_endpoint_and_cancelled_ones_do_not_hold_up_others() -> None:
+    homes = Homes()
+    one, two = homes.endpoints
+    await homes.ask(1, 2, 1, 1, 2, 2)
+    homes.calls[4].cancel()
+    one.ejected = True
+    homes.dispatch.refresh(one)
+    assert await homes.end(two) == (2, two)
+    assert await homes.end(two) == (1, two)
+    assert await homes.end(two) == (1, two)
+    await homes.ask(1)
+    assert await homes.end(two) == (1, two)  # which is its home now
+    assert homes.dispatch.waiting == 0
+
+
+async def test_a_quota_keeps_the_order_of_the_calls() -> None:
+    homes = Homes()
+    one, _ = homes.endpoints
+    homes.dispatch.quota = Quota(None, 1000)
+    await homes.ask(1, 2)
+    await homes.ask(2, 1)
+    assert await homes.end(one) == (2, one)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 4))
+def test_all_calls_are_served_whatever_their_groups(groups: list[int], width: int) -> None:
+    async def run() -> None:
+        homes = Homes(3, width)
+        await homes.ask(*groups)
+        while homes.dispatch.in_flight:
+            homes.dispatch.release(max(homes.endpoints, key=lambda one: one.in_flight))
+            await asyncio.sleep(0)
+        await asyncio.gather(*homes.calls)
+        assert sorted(group for group, _ in homes.served) == sorted(groups)
+        assert homes.dispatch.waiting == 0
+
+    asyncio.run(run())
+
+
 async def test_a_stop_reaches_every_waiting_call() -> None:
     dispatch = dispatcher(members(1, width=1))
     await dispatch.acquire()

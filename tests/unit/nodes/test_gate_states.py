@@ -13,7 +13,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fanfold.nodes.shard.gate import Gate
+from fanfold.nodes.shard.gate import Gate, TurnLock
 
 
 class GateMachine(RuleBasedStateMachine):
@@ -161,3 +161,35 @@ async def test_hurrying_ends_the_wait() -> None:
     assert not await waiting
     gate.release()
     assert await gate.wait_drained()
+
+
+async def test_turns_are_taken_by_the_lowest_number_that_waits() -> None:
+    lock, taken = TurnLock(), list[int]()
+
+    async def shard(turn: int) -> None:
+        async with lock.take(turn):
+            taken.append(turn)
+            await asyncio.sleep(0)
+
+    shards = [asyncio.create_task(shard(turn)) for turn in (5, 9, 3, 7, 1)]
+    await asyncio.sleep(0)
+    shards[3].cancel()
+    await asyncio.gather(*shards, return_exceptions=True)
+    assert taken == [5, 1, 3, 9]
+    async with asyncio.timeout(60):
+        await shard(2)
+
+
+async def test_a_turn_that_is_cancelled_when_it_comes_is_handed_on() -> None:
+    lock = TurnLock()
+
+    async def shard(turn: int) -> int:
+        async with lock.take(turn):
+            return turn
+
+    async with lock.take(0):
+        first, second = (asyncio.create_task(shard(turn)) for turn in (1, 2))
+        await asyncio.sleep(0)
+    first.cancel()
+    assert await second == 2
+    assert first.cancelled()
