@@ -9,6 +9,7 @@ from ...configs.resolve import Overrides
 from ..run.run_result import read_finished_run
 from ..run.stage_folder import check_single_run
 from .options import OutputMode
+from .report_at_end import REPORT_FILE, write_report_at_end
 from .run_end import print_result
 
 
@@ -20,7 +21,10 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
     if not (overrides.starts_session or folder.is_pipeline):
         ended = read_finished_run(folder)
         if ended is not None:
-            return print_result(ended, output)
+            code = print_result(ended, output)
+            if not (path / REPORT_FILE).is_file():
+                write_report_at_end(path, code, output)
+            return code
     from .run import resume_in_session  # imports LangGraph
 
     loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None

@@ -11,6 +11,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,11 @@ class Lab:
         self.config: dict[str, Any] = {
             "name": "lab",
             "input": {"path": str(self.input), "id": "id"},
-            "task": TASK,
+            "task": deepcopy(TASK),  # tests change it
             "endpoints": {"urls": list(fleet.urls)},
             "limits": {"streams": STREAMS},
             "shard": {"items": 20},
-            "reduce": REDUCE,
+            "reduce": deepcopy(REDUCE),
         }
         with self.input.open("w", newline="") as file:
             writer = csv.writer(file)
