@@ -190,6 +190,11 @@ class RunFolder:
         return self.path / "failures.jsonl"
 
     @property
+    def report(self) -> Path:
+        """Return the report, a page of HTML."""
+        return self.path / "report.html"
+
+    @property
     def aggregate(self) -> Path:
         """Return the aggregate."""
         return self.path / "aggregate.json"

@@ -12,9 +12,6 @@ from ...backends.core.errors import EXIT_INTERRUPTED
 from ..run.console import print_messages
 from .options import OutputMode
 
-REPORT_FILE: Final = "report.html"
-"""Name of the report in the run folder; its own module imports much more."""
-
 _PACKAGE: Final = (__package__ or "").partition(".")[0]
 
 

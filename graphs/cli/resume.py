@@ -9,7 +9,7 @@ from ...configs.resolve import Overrides
 from ..run.run_result import read_finished_run
 from ..run.stage_folder import check_single_run
 from .options import OutputMode
-from .report_at_end import REPORT_FILE, write_report_at_end
+from .report_at_end import write_report_at_end
 from .run_end import print_result
 
 
@@ -22,7 +22,7 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
         ended = read_finished_run(folder)
         if ended is not None:
             code = print_result(ended, output)
-            if not (path / REPORT_FILE).is_file():
+            if not folder.report.is_file():
                 write_report_at_end(path, code, output)
             return code
     from .run import resume_in_session  # imports LangGraph

@@ -22,9 +22,6 @@ from .data import ReportData, read_report
 from .flags import FLAGS
 from .texts import NONE
 
-FILE_NAME: Final = "report.html"
-"""Name of a report in its run folder."""
-
 _FOLDER: Final = "templates"
 
 
@@ -40,7 +37,7 @@ def write_report(path: Path, target: Path | None = None) -> Path:
         JournalError: A file of the run is damaged, or the report cannot be written.
     """
     folder: RunFolder = open_folder(path)
-    target = folder.path / FILE_NAME if target is None else target
+    target = folder.report if target is None else target
     write_bytes(target, render_page(read_report(folder)))
     return target
 
