@@ -23,7 +23,8 @@ from ..core.errors import (
 )
 from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
-from ..core.types import Usage
+from ..core.request_urls import REQUEST_KINDS, URL_FIELD
+from ..core.types import CHAT_URL, Usage
 from ..core.waits import pause_after
 from .balancer import Affinity, LoadBalancer
 from .endpoint import BreakerState, DeploymentState, DeploymentWatch, Endpoint
@@ -38,7 +39,7 @@ from .failures import (
 )
 from .policy import FleetPolicy
 from .rate_limit import Quota
-from .transport import Transport, read_completion, read_usage
+from .transport import Transport, read_answer, read_usage
 
 _LOG: Final = logging.getLogger(__name__)
 _UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
@@ -53,6 +54,13 @@ _OK: Final = 200
 _PROBE: Final = Usage(128, 1)
 """Tokens of a probe at most: a short text, and what a chat template adds."""
 _NOTHING: Final = Usage(0, 0)
+_MESSAGE: Final = {"role": "user", "content": "1"}
+_PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
+    CHAT_URL: {"messages": [_MESSAGE], "max_tokens": 1, "stream": False},
+    "/v1/completions": {"prompt": "1", "max_tokens": 1, "stream": False},
+    "/v1/embeddings": {"input": "1"},
+}
+"""Requests of a probe, by the URLs of a gateway."""
 _QUOTA_S: Final = 0.5
 """Longest pause in seconds between two looks at a quota that does not cover a probe."""
 _WAKE_S: Final = 320.0
@@ -83,6 +91,7 @@ class HealthMonitor:
         lost: Tasks that were cancelled because their request is lost, and how it failed.
         on_probe: Called with the most tokens that a probe or the start of a model may have used;
             None if nobody counts them.
+        probe_url: URL of a recent request: a model may serve no other one.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class HealthMonitor:
         self.refusals = 0
         self.lost: dict[asyncio.Task[Any], Failure] = {}
         self.on_probe: Callable[[Usage], None] | None = None
+        self.probe_url = CHAT_URL
         self._watches = False
         self._checked_at: dict[Endpoint, float] = {}
         self._standby_task: asyncio.Task[None] | None = None
@@ -471,19 +481,21 @@ class HealthMonitor:
     async def _send_probe(
         self, endpoint: Endpoint, headers: Mapping[str, str], timeout_s: float
     ) -> dict[str, Any] | Failure:
-        message, session = {"role": "user", "content": "1"}, self._policy.session
-        body = {"model": endpoint.spec.probe_model, "messages": [message], "max_tokens": 1}
+        session = self._policy.session
+        url = self.probe_url if self.probe_url in _PROBES else CHAT_URL
+        kind = REQUEST_KINDS.get(url)
+        body = {"model": endpoint.spec.probe_model, **_PROBES[url]}
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._transport.send(
-                    endpoint.chat_url,
-                    orjson.dumps(body | {"stream": False}),
-                    headers if session is None else {**headers, **session.make_headers([message])},
+                    endpoint.get_request_url(body if kind is None else {URL_FIELD: url}),
+                    orjson.dumps(body),
+                    headers if session is None else {**headers, **session.make_headers([_MESSAGE])},
                     endpoint.spec.proxied,
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
             return classify_exception(error, endpoint.label, headers)
-        return read_completion(answer, endpoint.label)
+        return read_answer(answer, endpoint.label, kind)
 
     @property
     def _unhealthy(self) -> list[Endpoint]:

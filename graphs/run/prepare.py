@@ -662,7 +662,8 @@ def check_requests(config: RunConfig, ready: ReadyEndpoints, store: ItemStore) -
         return
     for lo in range(0, len(store), _SLICE):
         for item in store.read(lo, min(len(store), lo + _SLICE)):
-            if (problem := explain_gateway_refusal(item.row)) is not None:
+            problem = explain_gateway_refusal(item.row, by_batch=config.backend.is_batch)
+            if problem is not None:
                 msg = f"{config.input.path}, request {item.id!r}: {problem}; no request was sent"
                 raise ConfigurationError(msg)
 
