@@ -53,7 +53,7 @@ async def _run(event: Event, *, first: int, seats: int = 64, length: int = 100) 
 
 
 def _revive(_: Fleet, servers: list[tuple[str, MemoryServer]]) -> None:
-    for _, server in servers[:2]:
+    for _url, server in servers[:2]:
         server.revive()
 
 
