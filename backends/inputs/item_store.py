@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import orjson
 import pyarrow as pa
 
-from ...configs.models import InputConfig
 from ..core.errors import InputError, JournalError
 from ..core.types import Item, Json, Row, make_sample_id
 from .base import InputSummary, SkippedRow
@@ -25,6 +24,7 @@ from .formats import open_source
 from .screening import ItemEntry, RowValidator
 
 if TYPE_CHECKING:
+    from ...configs.models import InputConfig
     from .column_types import ArrowTypes
 
 VERSION: Final = "2"
