@@ -117,7 +117,7 @@ class HealthMonitor:
         affinity = Affinity(policy.affinity) if policy.affinity else None
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.balancer = LoadBalancer(
-            endpoints, policy.streams, self._await_quota, self._serve_starved, affinity
+            endpoints, policy.streams, self._await_quota, self._raise_limits_soon, affinity
         )
         self.balancer.quota = quota
         self._quota_timer: asyncio.TimerHandle | None = None
@@ -613,7 +613,7 @@ class HealthMonitor:
         self.balancer.retry_quotas()
 
     def _schedule_widening(self) -> None:
-        """Check for full limits soon: calls wait although more could be in flight."""
+        """Check for full limits soon: calls wait, or others do more than their share."""
         if not self._sweeping:
             self._sweeping = True
             self._later(self._policy.limit.settle_s, self._widen_limits)
@@ -621,10 +621,12 @@ class HealthMonitor:
     def _widen_limits(self) -> None:
         """Raise the limits of full endpoints, and repeat while calls wait."""
         self._sweeping = False
-        now = time.monotonic()
-        for endpoint in list(self.balancer.alive) if self.balancer.is_starved else ():
+        now, balancer = time.monotonic(), self.balancer
+        for endpoint in list(balancer.alive):
             full = endpoint.in_flight >= endpoint.width
-            if full and endpoint.breaker.state is BreakerState.CLOSED and endpoint.limit.widen(now):
+            wanted = full and (balancer.is_starved or balancer.is_behind(endpoint))
+            closed = endpoint.breaker.state is BreakerState.CLOSED
+            if wanted and closed and endpoint.limit.widen(now):
                 self.refresh(endpoint)
         if self.balancer.is_starved:
             self._schedule_widening()
@@ -652,8 +654,8 @@ class HealthMonitor:
             self._probe_timers.clear()
             self._outage = self._spawn(self._probe_repeatedly())
 
-    def _serve_starved(self) -> None:
-        """Do what lets waiting calls begin: start a model if none runs, or raise limits."""
+    def _raise_limits_soon(self) -> None:
+        """Raise limits that hold requests back; start a model if none runs."""
         if not self.balancer.alive:
             self._start_standby()
         self._schedule_widening()
