@@ -54,8 +54,6 @@ class PriceConfig(Section):
         return self
 
 
-_HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252}[A-Za-z0-9])?")
-
 RESERVED: Final = {
     "model": "set model.name",
     "messages": "set task.system and task.prompt, or task.messages",
