@@ -23,6 +23,7 @@ from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime, TokenPrices
+from ...backends.core.silence import SilenceWatch
 from ...backends.core.types import CHAT_URL, Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
@@ -148,7 +149,7 @@ async def open_run(
         coordinator: Coordinator | None = None
         batches: BatchTransport | None = None
         budget: RunBudget | None = None
-        gate = _gate(config)
+        gate, silence = _gate(config), SilenceWatch()
         if journal.count_items().open:
             budget = await stack.enter_async_context(
                 open_budget(folder, config, price, journal, get_run_ids(files.provenance))
@@ -177,7 +178,7 @@ async def open_run(
                     open_coordinator(options.work_shard, template, journal, progress, budget)
                 )
                 await stack.enter_async_context(
-                    _record_workers(coordinator, folder, journal.session_number, price)
+                    _record_workers(coordinator, folder, journal.session_number, price, silence)
                 )
             else:
                 cache = await stack.enter_async_context(
@@ -189,7 +190,7 @@ async def open_run(
                     )
                 )
                 await stack.enter_async_context(
-                    _record_fleet(fleet, folder, journal.session_number, price)
+                    _record_fleet(fleet, folder, journal.session_number, price, silence)
                 )
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
                 batches = await stack.enter_async_context(
@@ -231,6 +232,7 @@ async def open_run(
             coordinator=coordinator,
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
+            silence=silence,
             batches=batches,
             stage=files.stage,
             make_item_variables=make_item_variables,
@@ -291,25 +293,29 @@ async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, h
 
 @asynccontextmanager
 async def _record_fleet(
-    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices
+    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices, silence: SilenceWatch
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table of a fleet of this process."""
     async with (
         write_reports_at_end(make_reporter(fleet), folder, session, prices),
-        record_timeline(folder, fleet),
+        record_timeline(folder, fleet, silence),
     ):
         yield
 
 
 @asynccontextmanager
 async def _record_workers(
-    coordinator: Coordinator, folder: RunFolder, session: int, prices: TokenPrices
+    coordinator: Coordinator,
+    folder: RunFolder,
+    session: int,
+    prices: TokenPrices,
+    silence: SilenceWatch,
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table from what workers report."""
     reports = coordinator.stats_collector.reports
     async with (
         write_reports_at_end(reports, folder, session, prices),
-        write_timeline(folder, lambda _: coordinator.take_timeline()),
+        write_timeline(folder, lambda _: coordinator.take_timeline(), silence),
     ):
         yield
 
