@@ -22,7 +22,7 @@ _SHOWN: Final = 3
 
 
 class SilenceWatch:
-    """Knows which endpoints have answered nothing for a time of work, while others answered.
+    """Knows which endpoints have answered nothing for a time of work in which others answered.
 
     Work is the time in which requests of the run are in flight, so that a pause counts for no
     endpoint. The silence of an endpoint begins with a request that it does not answer, or when it
@@ -42,7 +42,7 @@ class SilenceWatch:
         self._work_s, self._reported_at = 0.0, clock()
         self._began = dict[str, tuple[float, float]]()
         """By endpoint, the work and the time since 1970 at which its silence began, in seconds."""
-        self._answered_at: float | None = None
+        self._answered_at = -1.0
         self._named = set[str]()
 
     def add(
@@ -74,12 +74,10 @@ class SilenceWatch:
 
     def find_silent(self) -> dict[str, float]:
         """Return the silent endpoints, each with the begin of its silence in s since 1970."""
-        if self._answered_at is None or self._work_s - self._answered_at >= SILENT_S:
-            return {}  # no endpoint answers, so that none differs from the others
         return {
             endpoint: since
             for endpoint, (work_s, since) in self._began.items()
-            if self._work_s - work_s >= SILENT_S
+            if self._work_s - work_s >= SILENT_S and self._answered_at > work_s
         }
 
     def _log(self) -> None:
