@@ -23,6 +23,7 @@ from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
+from ..run.pipeline import find_stage_warnings
 from ..run.shard_plan import SHOWN_ITEMS
 from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
@@ -61,7 +62,7 @@ def check_config(
     """
     loaded, notices = overrides.resolve(config)
     if loaded.config.stages is not None:
-        print_messages(notices)
+        print_messages([*notices, *find_stage_warnings(loaded)])
         _check_pipeline(loaded, as_json)
         return
     found = asyncio.run(estimate_run(loaded, sample, like))

@@ -28,7 +28,7 @@ from ...configs.serialize import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, open_message_console, print_json, print_messages
-from ..run.pipeline import prepare_pipeline
+from ..run.pipeline import find_stage_warnings, prepare_pipeline
 from ..run.pipeline_report import StageState, describe_stages, list_raise_options
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
@@ -79,7 +79,8 @@ async def pipeline_session(
             print_messages(
                 [
                     f"{found['items']:,} items from {found['source']}; stages {names}; run folder "
-                    f"{folder.path}"
+                    f"{folder.path}",
+                    *find_stage_warnings(loaded),
                 ]
             )
     else:
