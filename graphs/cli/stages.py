@@ -15,6 +15,7 @@ from ...backends.core.errors import (
     EXIT_INTERRUPTED,
     ConfigurationError,
 )
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import (
     RunFolder,
     is_vacant,
@@ -76,10 +77,10 @@ async def pipeline_session(
         if not output.quiet:
             found = folder.read_provenance()["input"]
             names = ", ".join(stage.name for stage in loaded.config.stages or ())
+            items = count_nouns(found["items"], "item")
             print_messages(
                 [
-                    f"{found['items']:,} items from {found['source']}; stages {names}; run folder "
-                    f"{folder.path}",
+                    f"{items} from {found['source']}; stages {names}; run folder {folder.path}",
                     *find_stage_warnings(loaded),
                 ]
             )

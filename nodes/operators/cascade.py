@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 
 from ...backends.core.fields import FieldPath, split_column
 from ...backends.core.money import NANO_PER_USD
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json, Row
 from .base import (
     Answer,
@@ -264,8 +265,8 @@ class _Work:
             notes.append(self._describe_certainty())
         if self._uncertain:
             notes.append(
-                f"{self._uncertain:,} answers of the small model came without log probabilities; "
-                "they count as the least certain"
+                f"{count_nouns(self._uncertain, 'answer')} of the small model without log "
+                "probabilities; counted as the least certain"
             )
         return {
             "op": cascade.op,
@@ -303,7 +304,7 @@ def _describe_savings(found: Allocation, items: int, saved: float | None) -> str
             f", {abs(saved):,.{digits}f} USD {'less' if saved >= 0 else 'more'} than with it alone"
         )
     return (
-        f"{len(found.large):,} of {items:,} items ({share:.0f} %) went to the "
+        f"{len(found.large):,} of {count_nouns(items, 'item')} ({share:.0f} %) went to the "
         f"large model, {len(found.sampled):,} of them to measure the agreement; "
         f"{len(found.small):,} of its calls saved{dollars}"
     )

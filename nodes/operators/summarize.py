@@ -14,6 +14,7 @@ import orjson
 
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item, Json, Row
 from .base import (
     Answer,
@@ -229,7 +230,7 @@ class Summarize(Operator):
             "failed": sum(len(node.failed) for node in nodes),
             "unknown_ids": unknown,
         }
-        lines = [f"cites existing items; {unknown:,} ids that no question had were left out"]
+        lines = [_describe_citations(unknown, sum(len(node.failed) for node in nodes))]
         if self.verify:
             found = await self._verify(tools, nodes)
             report["verified"] = found
@@ -571,12 +572,20 @@ def _sample_pairs(nodes: Sequence[_Node], most: int) -> list[tuple[str, str]]:
     return found
 
 
+def _describe_citations(unknown: int, failed: int) -> str:
+    was = "was" if unknown == 1 else "were"
+    said = f"cites existing items; {count_nouns(unknown, 'id')} that no question had {was} left out"
+    return f"{said}; {count_nouns(failed, 'question')} failed" if failed else said
+
+
 def _describe_check(found: Mapping[str, Any]) -> str:
     if not found["answered"]:
         return "a judge could check none of the statements"
+    are = "is" if found["answered"] == 1 else "are"
+    pairs = count_nouns(found["answered"], "sampled pair")
     return (
-        f"a judge found that {found['supported']:,} of {found['answered']:,} sampled pairs of a "
-        f"statement and an item that it cites are supported ({100 * found['share']:.0f} %)"
+        f"a judge found that {found['supported']:,} of {pairs} of a statement and an item that it "
+        f"cites {are} supported ({100 * found['share']:.0f} %)"
     )
 
 

@@ -204,7 +204,7 @@ async def test_single_answers_without_log_probabilities_are_counted() -> None:
 
     end = await run(Mixed())
     assert end.report["without_certainty"] == 200
-    assert any("200 answers of the small model" in line for line in end.report["lines"])
+    assert any("200 answers of the small model without" in line for line in end.report["lines"])
     assert {one.record["model"] for one in list(end.results)[1::3]} == {"large"}
 
 
