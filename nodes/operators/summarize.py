@@ -6,6 +6,7 @@ import asyncio
 import bisect
 import itertools
 import random
+import re
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
@@ -37,6 +38,7 @@ _OVERHEAD: Final = 600
 _SLICE: Final = 256
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
+_LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
 """Id of the only summary."""
 _LABEL_TOKENS: Final = 6
@@ -330,7 +332,7 @@ class Summarize(Operator):
             item: The item.
             number: Its place in its group; the default has the length of most.
         """
-        return f"[{_label(number)}] {render_item(item, self.text)}"
+        return _show(_label(number), render_item(item, self.text))
 
     @staticmethod
     async def _pack_nodes(
@@ -497,7 +499,7 @@ class _Tree:
     def _make_question(self, group: _Group) -> Question:
         if isinstance(group.members[0], _Node):
             statements = (one for node in group.members for one in node.statements)
-            texts = [f"[s{at}] {one.text}" for at, one in enumerate(statements, start=1)]
+            texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
         else:
             items = read_items(self._tools, group.members)
             texts = [self._summarize.render(item, at) for at, item in enumerate(items, start=1)]
@@ -552,6 +554,11 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
 def _label(number: int) -> str:
     """Return the label of a text: short, whatever the id of its item."""
     return f"t{number}"
+
+
+def _show(label: str, text: str) -> str:
+    """Return a text after its label; labels inside the text get round brackets."""
+    return f"[{label}] " + _LABEL.sub(r"(\1)", text)
 
 
 def _most_labels(answer_tokens: int) -> int:
