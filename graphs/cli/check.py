@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -26,8 +27,10 @@ from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
 from ..run.pipeline import find_stage_warnings
 from ..run.shard_plan import SHOWN_ITEMS
-from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
+
+if TYPE_CHECKING:
+    from ..run.stage_estimate import PipelineEstimate, StageEstimate
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
@@ -82,6 +85,8 @@ def _check_pipeline(loaded: LoadedConfig, as_json: bool) -> None:
     Raises:
         ConfigurationError: The settings are wrong, or the price for a budget is missing.
     """
+    from ..run.stage_estimate import estimate_pipeline
+
     found = asyncio.run(estimate_pipeline(loaded))
     if as_json:
         print_json(_pipeline_data(loaded, found))
@@ -180,6 +185,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),
+        *([f"hint: {found.late}"] if found.late is not None else []),
         *_context_lines(found),
         *_price_lines(loaded, found),
         *(
@@ -379,6 +385,7 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
             "exact": counted.exact,
             "counted": counted.how,
         },
+        "late_repeat": None if found.late is None else asdict(found.late),
         "price": None if found.price is None else found.price.to_json(),
         "context": found.context,
         "nodes": found.plan.nodes,
