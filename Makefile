@@ -2,10 +2,10 @@ PY ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit integration_tests test-long check lint fix format reference test-install pictures docs bench bench-quick studio clean
+.PHONY: help run test test-unit integration_tests test-long check lint fix format reference test-install pictures docs bench bench-quick bench-peers bench-gpu studio clean
 
 help:
-	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | reference | docs | test-install | bench | bench-quick | studio | clean'
+	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | reference | docs | test-install | bench | bench-quick | bench-peers | bench-gpu | studio | clean'
 	@echo 'PY=python3.12 chooses the Python of .venv'
 .venv/pyvenv.cfg:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11+; try: make PY=python3.12'; exit 1; }
@@ -48,6 +48,10 @@ bench: .venv/.dev
 	$(BIN)/python -m fanfold.tests.benchmarks.suite
 bench-quick: .venv/.dev
 	$(BIN)/python -m fanfold.tests.benchmarks.suite --quick
+bench-peers: .venv/.dev
+	$(BIN)/python -m fanfold.tests.benchmarks.peers
+bench-gpu: .venv/.run
+	$(BIN)/python -m fanfold.tests.benchmarks.gpu $(ARGS)
 studio: .venv/.studio
 	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true $(BIN)/langgraph dev --n-jobs-per-worker 4
 clean:

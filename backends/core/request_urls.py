@@ -50,6 +50,9 @@ REQUEST_KINDS: Final[Mapping[str, RequestKind]] = {
 REQUEST_URLS: Final = (CHAT_URL, *REQUEST_KINDS)
 """All URLs to which fanfold sends requests."""
 
+GATEWAY_URLS: Final = (CHAT_URL, "/v1/completions", "/v1/embeddings")
+"""URLs that both a FIRST gateway and fanfold have."""
+
 _LISTS: Final = ("data", "results")
 """Members that only answers to other requests than completions have."""
 _TEMPLATE: Final = 64

@@ -22,7 +22,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_
 from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from ..core.types import Usage
+from ..core.types import CHAT_URL, Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.fleet import Fleet, FleetClient
@@ -46,6 +46,7 @@ from .resolve import (
     PROBE_TIMEOUT_S,
     EndpointSet,
     count_possible_servers,
+    fit_requests,
     get_endpoints_key,
     list_endpoint_specs,
     make_gateway_set,
@@ -407,7 +408,7 @@ async def open_endpoint_set(
         source: EndpointSource = open_registry(endpoints)
         yield EndpointSet(tuple(await source.list_endpoints()), source)
     elif endpoints.first is not None:
-        yield make_gateway_set(endpoints.first, endpoints.proxy)
+        yield fit_requests(make_gateway_set(endpoints.first, endpoints.proxy), config)
     else:
         specs = await asyncio.to_thread(list_endpoint_specs, endpoints, written)
         if endpoints.file is None:
@@ -545,6 +546,7 @@ async def open_deployments(
     ready: ReadyEndpoints,
     run: str,
     count_probe: Callable[[Usage], None] | None = None,
+    url: str = CHAT_URL,
 ) -> AsyncIterator[tuple[ReadyEndpoints, Fleet | None]]:
     """Wait until the model runs behind a gateway, start it if needed, and log the choice.
 
@@ -555,6 +557,7 @@ async def open_deployments(
         ready: The endpoints.
         run: The run's id.
         count_probe: Called with the tokens of the requests that start models, or None.
+        url: URL of a request of the run.
 
     Yields:
         The endpoints with their states now, and a fleet that follows the deployments and gets no
@@ -573,7 +576,7 @@ async def open_deployments(
         )
         if count_probe is not None:
             stack.enter_context(fleet.count_probes(count_probe))
-        await fleet.wait_alive()
+        await fleet.wait_alive(url)
         started = {one.label for one in fleet.endpoints if one.alive}
         specs = tuple(
             replace(spec, state=DeploymentState.RUNNING) if spec.label in started else spec

@@ -42,6 +42,11 @@ class AdaptiveLimit:
     def _most(self, now: float) -> int:
         return self._knee if now < self._held_until else self._ceiling
 
+    @property
+    def is_exploring(self) -> bool:
+        """Return True until the first refusal or knee: the endpoint may have capacity for more."""
+        return self._doubling
+
     def widen(self, now: float) -> bool:
         """Raise the limit, after it was reached for a while; return whether it was raised."""
         most = self._most(now)

@@ -14,7 +14,7 @@ from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
-from ..core.types import Message, Reply, Usage
+from ..core.types import CHAT_URL, Message, Reply, Usage
 from .cache import RequestCache
 from .endpoint import (
     Endpoint,
@@ -203,12 +203,16 @@ class Fleet:
         """Send no further request, and fail those that wait: no endpoint will answer any more."""
         self._monitor.stop(why)
 
-    async def wait_alive(self) -> None:
+    async def wait_alive(self, url: str = CHAT_URL) -> None:
         """Wait until an endpoint can be used; start a model if none runs.
+
+        Args:
+            url: URL of the requests that it is for; the request that starts a model goes there.
 
         Raises:
             FanfoldError: None can be used any more.
         """
+        self._monitor.probe_url = url
         await self._monitor.wait_alive()
 
     def report_stopped_model(self, endpoint: Endpoint) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ...configs.endpoints import explain_refused_fields
 from ..core.errors import InputError
-from ..core.request_urls import REQUEST_KINDS, REQUEST_URLS
+from ..core.request_urls import GATEWAY_URLS, REQUEST_KINDS, REQUEST_URLS
 from ..core.types import CHAT_URL, Json, Row
 from .base import RowSource
 
@@ -156,13 +156,20 @@ def find_unlimited(source: RowSource) -> str | None:
     return None
 
 
-def explain_gateway_refusal(row: Row) -> str | None:
-    """Return why a request cannot go through a FIRST gateway; None: it can, or is not sent."""
+def explain_gateway_refusal(row: Row, *, by_batch: bool = False) -> str | None:
+    """Return why a request cannot go through a FIRST gateway; None: it can, or is not sent.
+
+    Args:
+        row: The request.
+        by_batch: Whether it goes through the gateway's batch mode.
+    """
     url = row["url"]
     if url not in REQUEST_URLS:
         return None
-    if url != CHAT_URL:
-        return f"through a FIRST gateway, fanfold sends chat completions only, not {url}"
+    if url not in GATEWAY_URLS:
+        return f"a FIRST gateway has no {url}; it has {', '.join(GATEWAY_URLS)}"
+    if by_batch and url != CHAT_URL:
+        return f"backend.kind: batch sends chat completions only, not {url}; leave it out"
     return explain_refused_fields(row["body"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..core.errors import JournalError
-from ..core.types import Item
+from ..core.errors import InvalidItemError, JournalError
+from ..core.templates import ItemPrompt, Template
+from ..core.types import Item, Row
 from .item_store import ItemStore
 
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -33,6 +35,9 @@ _LEAST_SAVED: Final = 0.05
 """Part of the prompts that must be shared for groups to be formed."""
 _LEAST_SAMPLED: Final = 0.005
 """The same in the sample, which has few items of each group."""
+_LEAST_LATE: Final = 0.02
+"""Part of the sampled text that another order of a prompt's parts must let servers reuse."""
+_SHOWN: Final = 40
 LEAST_ROWS: Final = 256
 """Runs with fewer rows keep the order of the input."""
 _AT_ONCE: Final = 1024
@@ -75,7 +80,7 @@ def find_groups(
     """
     if rows < LEAST_ROWS:
         return None
-    sample = [text for text in read_texts(_sample_rows(rows)) if text]
+    sample = [text for text in read_texts(sample_rows(rows)) if text]
     if len(sample) < 2:  # noqa: PLR2004 - a pair
         return None
     first, last = min(sample), max(sample)
@@ -127,7 +132,8 @@ def _arrange(
     return groups, order
 
 
-def _sample_rows(rows: int) -> list[int]:
+def sample_rows(rows: int) -> list[int]:
+    """Return the rows of a sample in which shared text shows: neighbours, and single rows."""
     if rows <= _SAMPLE:
         return list(range(rows))
     draw, starts = random.Random(0), rows // _RUN
@@ -155,6 +161,94 @@ def _count_saved(keys: npt.NDArray[np.uint64], lengths: Indices, level: int, con
     counts = np.unique(long, return_counts=True)[1]
     counts = counts[counts <= max(2, len(keys) // _POPULAR)]
     return int((counts - 1).sum() * (level - constant))
+
+
+@dataclass(frozen=True, slots=True)
+class LateRepeat:
+    """A long repeated part of the prompts that stands after a part that differs more.
+
+    Attributes:
+        repeated: The part, as a user writes it: ``{document}``, or the constant text.
+        where: Key of the setting with the repeated part.
+        differing: The part before it, as ``{question}``.
+        differing_where: Key of the setting with that part.
+        share: Part of all text that servers could reuse, if the repeated part stood first; of the
+            sample, so at least.
+    """
+
+    repeated: str
+    where: str
+    differing: str
+    differing_where: str
+    share: float
+
+    def __str__(self) -> str:
+        """Return a hint for users."""
+        places = self.where
+        if self.differing_where != self.where:
+            places = f"{self.differing_where} and {self.where}"
+        return (
+            f"{places}: {self.repeated} is repeated but comes after {self.differing}, which "
+            f"differs more; put it first, so that servers reuse it from their prefix caches (at "
+            f"least {100 * self.share:.0f} % of the text)"
+        )
+
+
+def find_late_repeat(prompt: ItemPrompt, rows: Iterable[Row]) -> LateRepeat | None:
+    """Find the part of a prompt that servers would reuse if it stood before others.
+
+    Prefix caches reuse only the beginning of a prompt, up to the first part that differs.
+
+    Args:
+        prompt: The templates.
+        rows: A sample of the rows, of ``sample_rows``.
+
+    Returns:
+        The part with the most text to reuse; None if no long part would gain.
+    """
+    parts = [
+        (Template(("", text, "") if n % 2 else (text,)), template.where, bool(n % 2))
+        for _, template in prompt.messages
+        for n, text in enumerate(template.parts)
+        if text
+    ]
+    table = list[list[str]]()
+    for row in rows:
+        with suppress(InvalidItemError):  # it fails without a request
+            table.append([part.render(row) for part, _, _ in parts])
+    if not table:
+        return None
+    columns = list(zip(*table, strict=True))
+    lengths = [sum(map(len, column)) for column in columns]
+    different = [len(set(column)) for column in columns]
+    today = _count_reused(columns, range(len(columns)))
+    ideal = _count_reused(columns, sorted(range(len(columns)), key=lambda at: different[at]))
+    gain, best = max(((ideal[at] - today[at], at) for at in today), default=(0, 0))
+    if gain < _LEAST_LATE * sum(lengths) or lengths[best] < _LEVELS[0] * len(table):
+        return None
+    before = next((at for at in range(best) if different[at] > different[best]), None)
+    if before is None:
+        return None
+    (text, where, is_column), (other, other_where, _) = parts[best], parts[before]
+    name = f"{{{text.parts[1]}}}" if is_column else f"the text {_shorten(text.parts[0])!r}"
+    return LateRepeat(name, where, f"{{{other.parts[1]}}}", other_where, gain / sum(lengths))
+
+
+def _count_reused(columns: Sequence[Sequence[str]], order: Iterable[int]) -> dict[int, int]:
+    """Return the characters of each column that follow a prefix which an earlier row has too."""
+    reused = dict[int, int]()
+    prefixes: list[int] = []
+    for at in order:
+        column = columns[at]
+        prefixes = [hash(pair) for pair in zip(prefixes or [0] * len(column), column, strict=True)]
+        firsts = dict(zip(reversed(prefixes), reversed(column), strict=True))
+        reused[at] = sum(map(len, column)) - sum(map(len, firsts.values()))
+    return reused
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
 def write_order(path: Path, order: Indices) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -153,7 +154,8 @@ def _check_fields(config: RunConfig) -> None:
     """Check that a gateway accepts each request, before the first one is sent."""
     if config.endpoints.first is None:
         return
-    found = find_unfit(open_source(config.input, ()), explain_gateway_refusal)
+    explain = partial(explain_gateway_refusal, by_batch=config.backend.is_batch)
+    found = find_unfit(open_source(config.input, ()), explain)
     if found is not None:
         where, problem = found
         raise ConfigurationError(f"{where}: {problem}; no request was sent")

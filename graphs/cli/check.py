@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -175,6 +176,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),
+        *([f"hint: {found.late}"] if found.late is not None else []),
         *_context_lines(found),
         *_price_lines(loaded, found),
         *(
@@ -374,6 +376,7 @@ def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
             "exact": counted.exact,
             "counted": counted.how,
         },
+        "late_repeat": None if found.late is None else asdict(found.late),
         "price": None if found.price is None else found.price.to_json(),
         "context": found.context,
         "nodes": found.plan.nodes,

@@ -49,6 +49,7 @@ from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
 from ...backends.inputs.images import open_images
+from ...backends.inputs.item_order import LEAST_ROWS, LateRepeat, find_late_repeat, sample_rows
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.journal import Journal
@@ -94,6 +95,7 @@ class Sample:
         unlimited: Requests without such a limit.
         layout: Columns of the results.
         evaluated: Lines about the gold values of the section evaluate.
+        late: A repeated part of the prompts that should stand before others, or None.
     """
 
     summary: InputSummary
@@ -105,6 +107,7 @@ class Sample:
     unlimited: int
     layout: ResultLayout
     evaluated: tuple[str, ...] = ()
+    late: LateRepeat | None = None
 
 
 def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
@@ -137,9 +140,28 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
                 certain=config.task.certainty is not None,
             )
             evaluated = _check_gold_values(config, store)
+            late = _find_late_repeat(config, store)
     return Sample(
-        summary, rendered, first[0].id, first[1], problem, longest, unlimited, layout, evaluated
+        summary,
+        rendered,
+        first[0].id,
+        first[1],
+        problem,
+        longest,
+        unlimited,
+        layout,
+        evaluated,
+        late,
     )
+
+
+def _find_late_repeat(config: RunConfig, store: ItemStore) -> LateRepeat | None:
+    rows = len(store) // store.samples
+    if rows < LEAST_ROWS or config.input.is_batch or config.task.graph is not None:
+        return None
+    items = store.read_at([row * store.samples for row in sample_rows(rows)])
+    valid = (item.row for item in items if item.problem is None)
+    return find_late_repeat(config.parse_prompt(), valid)
 
 
 def _check_gold_values(config: RunConfig, store: ItemStore) -> tuple[str, ...]:
@@ -257,6 +279,7 @@ class Estimate:
         problem: Why a run with these settings would stop before its first call, or None.
         unlimited: Requests of a batch without a limit of their answer.
         evaluated: Lines about the gold values of the section evaluate.
+        late: A repeated part of the prompts that should stand before others, or None.
     """
 
     input: InputSummary
@@ -274,6 +297,7 @@ class Estimate:
     problem: str | None = None
     unlimited: int = 0
     evaluated: tuple[str, ...] = ()
+    late: LateRepeat | None = None
 
 
 async def estimate_run(
@@ -339,6 +363,7 @@ async def estimate_run(
         problem=problem,
         unlimited=sampled.unlimited,
         evaluated=sampled.evaluated,
+        late=sampled.late,
     )
 
 

@@ -23,7 +23,7 @@ from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime, TokenPrices
-from ...backends.core.types import Item
+from ...backends.core.types import CHAT_URL, Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     open_cache,
@@ -173,7 +173,7 @@ async def open_run(
                     "stage": files.stage,
                 }
                 template = await stack.enter_async_context(
-                    _open_template(folder, loaded, ready, about, price, budget)
+                    _open_template(folder, loaded, ready, about, price, budget, files.store)
                 )
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
@@ -271,10 +271,18 @@ async def _open_template(  # noqa: PLR0913, PLR0917 - what a session has, handed
     about: dict[str, Any],
     price: TokenPrices,
     budget: RunBudget | None,
+    store: ItemStore,
 ) -> AsyncIterator[TaskTemplate]:
     """Yield the template of all tasks; follow the deployments of a gateway for the workers."""
     charge = None if budget is None else budget.budget.charge_probe
-    async with open_deployments(loaded.config, ready, about["run"], charge) as (running, fleet):
+    url = CHAT_URL
+    if loaded.config.input.is_batch:
+        (first,) = await asyncio.to_thread(store.read, 0, 1)
+        url = first.row["url"]
+    async with open_deployments(loaded.config, ready, about["run"], charge, url) as (
+        running,
+        fleet,
+    ):
         template = make_task_template(folder, loaded, running, about, price)
         async with follow_deployments(fleet, template.journal, template.token):
             yield template

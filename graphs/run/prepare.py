@@ -257,6 +257,20 @@ ExtendRun: TypeAlias = Callable[[RunFolder, Mapping[str, Any]], Awaitable[dict[s
 """Fills the journal of a run in preparation; gets its provenance, returns what to add to it."""
 
 
+def check_single_task(loaded: LoadedConfig) -> None:
+    """Check that the settings have one task, and no stages.
+
+    Raises:
+        ConfigurationError: They are those of a pipeline.
+    """
+    if loaded.config.stages is not None:
+        msg = (
+            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
+            "batch and agents' tools take a single task"
+        )
+        raise ConfigurationError(msg)
+
+
 async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     loaded: LoadedConfig,
     path: Path,
@@ -291,12 +305,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     )
     from .order import store_order  # noqa: PLC0415 - as above
 
-    if loaded.config.stages is not None:
-        msg = (
-            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
-            "batch and agents' tools take a single task"
-        )
-        raise ConfigurationError(msg)
+    check_single_task(loaded)
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
@@ -656,7 +665,8 @@ def check_requests(config: RunConfig, ready: ReadyEndpoints, store: ItemStore) -
         return
     for lo in range(0, len(store), _SLICE):
         for item in store.read(lo, min(len(store), lo + _SLICE)):
-            if (problem := explain_gateway_refusal(item.row)) is not None:
+            problem = explain_gateway_refusal(item.row, by_batch=config.backend.is_batch)
+            if problem is not None:
                 msg = f"{config.input.path}, request {item.id!r}: {problem}; no request was sent"
                 raise ConfigurationError(msg)
 

@@ -40,6 +40,7 @@ class ShardPart:
         self._pending: list[Outcome] = []
         self._samples = None if tools.fold is None else SampleCollector(tools.fold)
         self._state = tools.aggregators.empty()
+        self._open = tools.aggregators.empty()  # changed in place, so never handed out
         self.tally = {"done": 0, "failed": 0}
         self.pace = dict[str, float]()
 
@@ -92,6 +93,8 @@ class ShardPart:
     def state(self) -> State:
         """Return the shard's part of the aggregate."""
         self._fold()
+        self._state = combine_states(self._state, self._open)
+        self._open = self._tools.aggregators.empty()
         return self._state
 
     def to_update(self) -> dict[str, Any]:
@@ -100,7 +103,7 @@ class ShardPart:
         return update | ({"pace": self.pace} if self.pace else {})
 
     def _fold(self) -> None:
-        self._state = combine_states(self._state, self._tools.aggregators.lift(self._pending))
+        self._tools.aggregators.add(self._open, self._pending)
         self._pending = []
 
 

@@ -14,6 +14,10 @@ from statistics import median
 from typing import Any, Final
 
 PACKAGES: Final = ("fanfold", "aiohttp", "langgraph", "langchain-openai", "openai")
+SIMULATED: Final = (
+    "The servers are simulated, and run on the same cores as the client: the figures say what "
+    "the client costs, and nothing about GPUs."
+)
 BUSY: Final = 0.3
 """Load per core above which figures are marked: other programs took part of the machine."""
 
@@ -68,7 +72,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def write_figures(folder: Path, tables: Sequence[Table], machine: dict[str, Any], how: str) -> None:
+def write_figures(
+    folder: Path,
+    tables: Sequence[Table],
+    machine: dict[str, Any],
+    how: str,
+    servers: str = SIMULATED,
+) -> None:
     """Write ``figures.json``, ``README.md`` and a picture of each table.
 
     Args:
@@ -76,22 +86,22 @@ def write_figures(folder: Path, tables: Sequence[Table], machine: dict[str, Any]
         tables: The figures.
         machine: What `describe_machine` said before the first measurement.
         how: The command that measured them.
+        servers: A sentence about the servers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"machine": machine, "command": how, "tables": [asdict(one) for one in tables]}
     (folder / "figures.json").write_text(json.dumps(plain, indent=1) + "\n")
     for table in tables:
         _draw(table).save(folder / f"{table.name}.svg")
-    (folder / "README.md").write_text(_write_page(tables, machine, how))
+    (folder / "README.md").write_text(_write_page(tables, machine, how, servers))
 
 
-def _write_page(tables: Sequence[Table], machine: dict[str, Any], how: str) -> str:
+def _write_page(tables: Sequence[Table], machine: dict[str, Any], how: str, servers: str) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     parts = [
         "# Benchmarks\n",
         f"<!-- Written by '{how}'; do not edit. -->\n",
-        "The servers are simulated, and run on the same cores as the client: the figures say what "
-        "the client costs, and nothing about GPUs.\n",
+        f"{servers}\n",
         f"Measured on {machine['date']} by `{how}`: {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}, "
         f"{packages}. Sides alternate within one run; a figure is the median, the range is over "

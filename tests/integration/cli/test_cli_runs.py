@@ -113,6 +113,25 @@ def test_urls_of_a_simulated_fleet_are_found_out(
     assert fleet.requests == 3
 
 
+def test_check_hints_at_a_repeated_column_after_one_that_differs(shell: Shell) -> None:
+    rows = ({"id": n, "text": f"text {n % 20} " * 30, "ask": f"{n}?"} for n in range(300))
+    Path("asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "input": {"path": "asks.jsonl", "id": "id"},
+        "task": {"prompt": "{ask} {text}"},
+        "endpoints": {"simulated": {"nodes": 1}},
+    }
+    Path("asks.yaml").write_text(json.dumps(settings))
+    checked = shell("check", "asks.yaml")
+    assert checked.code == 0, checked.err
+    assert "hint: task.prompt: {text} is repeated but comes after {ask}" in checked.out
+    late = json.loads(shell("check", "asks.yaml", "--json").out)["late_repeat"]
+    assert late["repeated"] == "{text}"
+    settings["task"] = {"prompt": "{text} {ask}"}
+    Path("asks.yaml").write_text(json.dumps(settings))
+    assert "hint:" not in shell("check", "asks.yaml").out
+
+
 def test_a_key_written_out_is_not_kept(shell: Shell) -> None:
     said = shell("run", "c.yaml", "--out", "r", "--quiet", "--set", f"endpoints.api_key={KEY}")
     assert said.code == 0

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from fanfold.backends.core.errors import JournalError
+from fanfold.backends.core.templates import ItemPrompt
 from fanfold.backends.inputs.item_order import (
     OrderedItems,
     find_groups,
+    find_late_repeat,
     write_order,
 )
 from fanfold.backends.inputs.item_store import ItemStore, load_input
@@ -115,6 +117,60 @@ def test_rows_without_a_prompt_are_ordered_too() -> None:
         texts[row] = ""
     order, _ = choose(texts)
     assert order is not None
+
+
+DOCUMENTS = [
+    {"document": f"document {n % 40} " * 60, "title": f"title {n % 40}", "question": f"{n} why?"}
+    for n in range(400)
+]
+
+
+def test_a_repeated_column_after_one_that_differs_is_found() -> None:
+    prompt = ItemPrompt.parse({"prompt": "{question}\n\n{document}", "system": SYSTEM})
+    found = find_late_repeat(prompt, DOCUMENTS)
+    assert found is not None
+    assert (found.repeated, found.differing) == ("{document}", "{question}")
+    text = sum(len(row["document"]) + len(row["question"]) + 2 for row in DOCUMENTS)
+    reused = sum(len(row["document"]) for row in DOCUMENTS[40:])
+    assert found.share == pytest.approx(reused / (text + 400 * len(SYSTEM)), rel=0.01)
+    assert "task.prompt: {document} is repeated but comes after {question}" in str(found)
+
+
+def test_constant_text_after_a_column_is_found() -> None:
+    rules = "Answer in one word. " * 40
+    prompt = ItemPrompt.parse(
+        {
+            "messages": [
+                {"role": "system", "content": "About {question}"},
+                {"role": "user", "content": f"{rules}{{document}}"},
+            ]
+        }
+    )
+    found = find_late_repeat(prompt, DOCUMENTS)
+    assert found is not None
+    assert found.repeated == "the text 'Answer in one word. Answer in one word. …'"
+    assert str(found).startswith("task.messages[0].content and task.messages[1].content: ")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{document}\n{question}",
+        "{title}: {document}\n{question}",  # the title differs as the document does
+        "Answer: {question}",
+        "{question} {title}",  # short: fewer characters than a server caches
+        "constant",
+    ],
+)
+def test_prompts_whose_order_is_good_give_no_hint(prompt: str) -> None:
+    assert find_late_repeat(ItemPrompt.parse({"prompt": prompt}), DOCUMENTS) is None
+    assert find_late_repeat(ItemPrompt.parse({"prompt": prompt}), []) is None
+
+
+def test_texts_that_do_not_repeat_give_no_hint() -> None:
+    rows = [{"document": f"{n} " * 200, "question": f"{n} why?"} for n in range(400)]
+    prompt = ItemPrompt.parse({"prompt": "{question}\n{document}"})
+    assert find_late_repeat(prompt, rows) is None
 
 
 @pytest.fixture
