@@ -11,8 +11,8 @@ from typing import Any, Final
 from ..backends.core.errors import ConfigurationError, MissingExtraError
 from .base import expand_home
 from .endpoints import AEGIS_REGISTRY_FILE, ENDPOINT_KINDS, HOSTS_ONLY_KEYS
-from .loader import LoadedConfig, check_settings, read_settings
-from .raw_settings import get_at_path
+from .loader import LoadedConfig, check_settings, override_settings
+from .raw_settings import get_at_path, read_settings
 from .task_check import find_sample_warnings, find_task_warnings
 
 DEFAULT_PRESET: Final = "molecular_screening"
@@ -47,7 +47,7 @@ def resolve_config(
             endpoints.
     """
     config = DEFAULT_PRESET if config is None else config
-    raw = read_settings(config, overrides)
+    raw = override_settings(read_settings(config), overrides)
     data, preset = raw.data, raw.preset
     settings, notices = _input_settings(input_path, limit), list[str]()
     simulated = get_at_path(data, ("endpoints", "simulated"))

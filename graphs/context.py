@@ -37,7 +37,8 @@ from ..backends.storage.run_folder import (
     is_vacant,
     open_folder,
 )
-from ..configs.loader import LoadedConfig, load_config, read_preset
+from ..configs.loader import LoadedConfig, load_config
+from ..configs.preset_files import read_preset
 from ..configs.resolve import resolve_config
 from ..nodes.context import ItemContext, PreparedRun
 from ..nodes.shard.progress import ProgressStream

@@ -49,13 +49,13 @@ from ..backends.fleet.fleet import Fleet, StatsReporter
 from ..backends.fleet.memory import FleetMemory
 from ..backends.fleet.timeline import TimelineRecorder, open_recorder
 from ..backends.inputs.images import CarriedImages, open_images
-from ..backends.storage.journal_file import JournalWriter
+from ..backends.storage.journal_file import make_worker_path
+from ..backends.storage.journal_writer import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
     ResultJournal,
     TaskJournal,
     WorkerJournal,
-    make_worker_path,
 )
 from ..configs.loader import LoadedConfig, load_config
 from ..nodes.aggregators import build_aggregators

@@ -557,7 +557,7 @@ def check(
 @app.command()
 def schema(output: setup.Output = None) -> None:
     """Write the JSON Schema of a configuration file, for editors."""
-    from ...configs.loader import read_settings_schema
+    from ...configs.preset_files import read_settings_schema
 
     setup.write_text(read_settings_schema(), output)
 

@@ -19,9 +19,9 @@ from ...backends.inputs.batch_requests import (
 from ...backends.inputs.formats import open_source
 from ...backends.storage.run_folder import RunFolder, is_vacant
 from ...configs.base import expand_home
-from ...configs.loader import LoadedConfig, RawSettings, check_settings, read_settings
+from ...configs.loader import LoadedConfig, check_settings, override_settings
 from ...configs.models import RunConfig
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import RawSettings, get_at_path, read_settings
 from ...configs.resolve import Overrides, check_metrics, endpoint_settings
 from .options import OutputMode
 from .run import run_in_folder
@@ -102,12 +102,12 @@ def _load_settings(
         assignments.append(f"metrics.port={overrides.metrics_port}")
         check_metrics()
     if config is not None:
-        raw = read_settings(config, assignments)
+        raw = override_settings(read_settings(config), assignments)
         _check_sections(raw)
     elif not is_new:
-        raw = read_settings(str(files.run_folder.settings), assignments)
+        raw = override_settings(read_settings(files.run_folder.settings), assignments)
     else:
-        raw = read_settings({}, assignments)
+        raw = override_settings(read_settings({}), assignments)
     if endpoints is None and is_new and config is None and "endpoints" not in raw.data:
         msg = "name the endpoints that serve the model: --endpoints URLS|FILE, or --config FILE"
         raise ConfigurationError(msg)

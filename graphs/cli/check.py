@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -25,8 +25,10 @@ from ...configs.resolve import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
 from ..run.shard_plan import SHOWN_ITEMS
-from ..run.stage_estimate import PipelineEstimate, StageEstimate, estimate_pipeline
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
+
+if TYPE_CHECKING:
+    from ..run.stage_estimate import PipelineEstimate, StageEstimate
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
@@ -81,6 +83,8 @@ def _check_pipeline(loaded: LoadedConfig, as_json: bool) -> None:
     Raises:
         ConfigurationError: The settings are wrong, or the price for a budget is missing.
     """
+    from ..run.stage_estimate import estimate_pipeline
+
     found = asyncio.run(estimate_pipeline(loaded))
     if as_json:
         print_json(_pipeline_data(loaded, found))

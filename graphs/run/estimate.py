@@ -55,9 +55,10 @@ from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.journal import Journal
 from ...backends.storage.results import ResultLayout
 from ...backends.storage.run_folder import get_run_ids, open_folder
-from ...configs.loader import LoadedConfig, read_settings
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
+from ...configs.raw_settings import read_settings
 from .final_reducers import check_final_reducers
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests

@@ -33,7 +33,8 @@ from ...backends.inputs.item_store import (
     load_rows,
 )
 from ...backends.storage.journal import Journal
-from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
+from ...backends.storage.journal_file import TAKEN_OVER_FILE
+from ...backends.storage.journal_writer import JournalWriter
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import (
     RunFolder,

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from ...backends.budget.budget import SETTING_UNITS
 from ...backends.budget.cost import Cost
+from ...backends.budget.limits import SETTING_UNITS
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import EXIT_BUDGET, JournalError
 from ...backends.core.money import NANO_PER_USD, UsageTotals

@@ -16,9 +16,9 @@ import fanfold
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.describe import iter_access
 from fanfold.configs.json_schema import make_schema, write_schema
-from fanfold.configs.loader import (
+from fanfold.configs.loader import load_config
+from fanfold.configs.preset_files import (
     copy_preset,
-    load_config,
     preset_names,
     read_preset,
     read_settings_schema,
