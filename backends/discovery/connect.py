@@ -110,6 +110,7 @@ def make_fleet_policy(
         whole_answers=behind,
         body_bytes=limits.body_bytes,
         own_fields=config.input.is_batch,
+        file_hosts=frozenset(config.batch.allowed_media_domains),
         **grouped,
     )
 

@@ -13,7 +13,7 @@ from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
-from ..core.request_urls import URL_FIELD
+from ..core.request_urls import URL_FIELD, get_kind
 from ..core.types import CHAT_URL, Message, Reply, Usage
 from .cache import RequestCache
 from .endpoint import (
@@ -24,6 +24,7 @@ from .endpoint import (
     merge_spellings,
 )
 from .failures import Failure
+from .files import FileLoader
 from .health import HealthMonitor
 from .memory import FleetMemory
 from .policy import FleetPolicy, ModelParams
@@ -340,6 +341,17 @@ class Fleet:
         """
         return self._call(body, self._send)
 
+    async def attach_file(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a request with the content of the file that it names, if it names one.
+
+        Raises:
+            InvalidItemError: The URL is malformed or not allowed, or the file cannot be loaded.
+        """
+        kind = get_kind(body)
+        if kind is None or kind.file is None:
+            return body
+        return await FileLoader(self._transport, self.policy.file_hosts).attach(body, kind)
+
     def check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
@@ -421,10 +433,11 @@ class FleetClient:
         """Send one request as it is, but for the model's name; return its answer.
 
         Raises:
+            InvalidItemError: The file that it names cannot be loaded.
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: No item can succeed any more.
         """
-        return await self._post({**body, "model": self.model})
+        return await self._post(await self._fleet.attach_file({**body, "model": self.model}))
 
     @property
     def model(self) -> str:

@@ -493,7 +493,7 @@ def _settle_endpoints(
         ConfigurationError: The endpoints changed from real to simulated, or back, or refuse a
             request of the input.
     """
-    check_requests(loaded.config, ready, files.store)
+    check_requests(loaded.config, ready, files.store, files.journal.is_finished)
     now = ready.simulated
     if files.provenance["simulated"] is None:
         settled = compute_fingerprint(loaded.config, files.model, now)
