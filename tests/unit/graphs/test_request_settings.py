@@ -516,7 +516,7 @@ def test_items_that_are_requests_set_no_closed_field(root: Path, closed: dict[st
     for keys in ({f"model.extra_body.{name}"}, {"model.extra_body"}, {"model"}):
         CallerPolicy(frozenset(keys)).check_items(config, [line(**closed)])
     for url, kind in REQUEST_KINDS.items():
-        asked = line(url=url, **dict.fromkeys(kind.inputs, "x"))
+        asked = line(url=url, **dict.fromkeys((*kind.inputs, *kind.required), "x"))
         policy.check_items(config, [asked])
         with pytest.raises(ConfigurationError, match=f"model.extra_body.{name}"):
             policy.check_items(config, [asked | {"body": asked["body"] | closed}])
