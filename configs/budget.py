@@ -54,3 +54,8 @@ class BudgetConfig(Section):
     on_limit: Literal["pause", "stop"] = "pause"
     warn_at: list[WarnShare] = Field(default_factory=lambda: [0.5, 0.9])
     reserve_for_reduce: ReserveConfig | Literal["auto"] = "auto"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Return True if a limit depends on the tokens of requests."""
+        return self.usd is not None or self.tokens is not None

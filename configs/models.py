@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -16,6 +17,8 @@ from .budget import BudgetConfig
 from .endpoints import EndpointsConfig, explain_refused_fields
 from .evaluation import EvaluationConfig
 from .stages import STAGED_PROMPT, StageConfig, check_stages
+
+_HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252}[A-Za-z0-9])?")
 
 
 class PriceConfig(Section):
@@ -193,12 +196,26 @@ class BatchConfig(Section):
     Attributes:
         output: File to which a line is added for each item that ends; None writes none.
         errors: File for the lines of failed items; None puts them into ``output``.
+        allowed_media_domains: Hosts from which the process of a request fetches the audio that the
+            request names by an http URL (``file_url``); data URLs need none.
     """
 
-    access: ClassVar[dict[str, Access]] = declare_access(closed="output errors")
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="output errors allowed_media_domains"
+    )
 
     output: PathText | None = None
     errors: PathText | None = None
+    allowed_media_domains: list[str] = Field(default_factory=list)
+
+    @field_validator("allowed_media_domains")
+    @classmethod
+    def _hosts_alone(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not _HOST.fullmatch(name):
+                msg = f"name a host alone, such as audio.example.org (found {name!r})"
+                raise ValueError(msg)
+        return [name.lower() for name in names]
 
     @model_validator(mode="after")
     def _two_files(self) -> BatchConfig:
@@ -627,8 +644,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _batch_is_sent_as_it_is(self) -> RunConfig:
         if not self.input.is_batch:
-            if self.batch.output is not None:
-                raise ValueError("batch.output requires input.format: openai_batch")
+            if self.batch != BatchConfig():
+                raise ValueError("the section batch requires input.format: openai_batch")
             return self
         if self.task != TaskConfig(prompt=BATCH_PROMPT):
             msg = (

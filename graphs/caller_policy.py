@@ -333,7 +333,11 @@ class CallerPolicy:
         source = open_source(config, (), items)
         for position, row in source.rows():
             kind = REQUEST_KINDS.get(row["url"])
-            known = _QUESTION_FIELDS if kind is None else _QUESTION_FIELDS.union(kind.inputs)
+            known = (
+                _QUESTION_FIELDS
+                if kind is None
+                else _QUESTION_FIELDS.union(kind.inputs, kind.required)
+            )
             keys = (f"{_SAMPLED}.{name}" for name in row["body"] if name not in known)
             if closed := [key for key in keys if not self.is_open(key)]:
                 raise self._refusal(source.describe_position(position), closed)
