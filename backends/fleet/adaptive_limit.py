@@ -107,6 +107,10 @@ class AdaptiveLimit:
             self.width = max(1, int(self.width * self._policy.shrink))
             self._changed = now
 
+    def forget_latencies(self) -> None:
+        """Forget how long answers took: those of the next requests may have another length."""
+        self._levels.clear()
+
     def reset(self, now: float) -> None:
         """Start with the initial limit again: the endpoint was down."""
         self._levels.clear()

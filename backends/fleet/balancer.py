@@ -184,7 +184,8 @@ class LoadBalancer:
         self._queue: deque[_Waiter] = deque()
         self._urgent: deque[_Waiter] = deque()
         self._excluding: dict[frozenset[Endpoint], deque[_Waiter]] = {}
-        self._mean_s = 0.0
+        known = [endpoint.latency_s for endpoint in endpoints if endpoint.latency_s]
+        self._mean_s = sum(known) / len(known) if known else 0.0
         self._idle = 0
         self._extra = 0
         self._extra_of: dict[int, int] = {}

@@ -156,6 +156,14 @@ class HealthMonitor:
         for endpoint in self._endpoints:
             endpoint.resting = False
 
+    def resume(self, endpoint: Endpoint) -> None:
+        """Go on where an earlier fleet left an endpoint: unhealthy, or in a pause."""
+        if endpoint.breaker.state is BreakerState.OPEN:
+            self._schedule_probe(endpoint)
+            self.refresh(endpoint)
+        if (left_s := endpoint.rests_until - time.monotonic()) > 0.0:
+            self.pause_endpoint(endpoint, left_s)
+
     def record_success(self, endpoint: Endpoint, level: int, seconds: float) -> None:
         """Record a good answer, sent as one of ``level`` requests in flight."""
         now = time.monotonic()
@@ -368,7 +376,7 @@ class HealthMonitor:
                 return
             pending.cancel()
             self._timers.discard(pending)
-        endpoint.resting = True
+        endpoint.resting, endpoint.rests_until = True, time.monotonic() + seconds
         if seconds > self._policy.retry.long_wait_s:
             self.balancer.long_resting.add(endpoint)
         self._wakes[endpoint] = self._later(seconds, lambda: self._resume_endpoint(endpoint))

@@ -531,9 +531,8 @@ def _make_column(values: Sequence[bytes | None], kind: pa.DataType) -> pa.Array[
 
 def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:
     """Add ids and rows, each with its length, so that different inputs have different digests."""
-    for entry in batch:
-        name = entry.id.encode()
-        digest.update(b"%d %d " % (len(name), len(entry.row)) + name + entry.row)
+    named = [(entry.id.encode(), entry.row) for entry in batch]
+    digest.update(b"".join(b"%d %d %b%b" % (len(n), len(row), n, row) for n, row in named))
 
 
 def load_input(  # noqa: PLR0913 - each is given by one kind of caller

@@ -73,6 +73,7 @@ from ...configs.serialize import find_lost_secrets, to_yaml
 
 if TYPE_CHECKING:
     from ...backends.inputs.item_store import EntrySource, ItemStore
+    from .pipeline_resources import PipelineResources
 
 logger = logging.getLogger(__name__)
 
@@ -242,12 +243,14 @@ class ReadyRun:
         loaded: The settings of the session.
         reduce_changed: True if the aggregators differ from those in the checkpoints.
         endpoints: The endpoints that were probed for the check; None if there was no need.
+        resources: What it shares with other runs of its pipeline; None for a run of its own.
     """
 
     folder: RunFolder
     loaded: LoadedConfig
     reduce_changed: bool = False
     endpoints: ReadyEndpoints | None = None
+    resources: PipelineResources | None = None
 
 
 ExtendRun: TypeAlias = Callable[[RunFolder, Mapping[str, Any]], Awaitable[dict[str, Any]]]

@@ -18,6 +18,7 @@ from fanfold.backends.core.money import (
     NodeTime,
     UsageTotals,
 )
+from fanfold.backends.core.silence import SilenceWatch
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
@@ -236,3 +237,13 @@ def test_it_shows_what_is_spent_of_the_nearest_cap(
     progress = Progress(total=4991, done=4000, failed=10, usage=usage)
     assert f"  {shown}  " in line(progress, busy, budget=budget)
     assert shown in "\n".join(screen(60, progress, busy, budget=budget))
+
+
+def test_it_names_endpoints_that_answer_nothing() -> None:
+    class Silent(SilenceWatch):
+        def find_silent(self) -> dict[str, float]:
+            return {"node-3": 1.0, "node-7": 2.0}
+
+    shown = line(Progress(total=100), health(), silence=Silent())
+    assert "no answer for 10:00: node-3, node-7" in shown
+    assert any("node-3, node-7" in row for row in screen(80, Progress(), None, silence=Silent()))
