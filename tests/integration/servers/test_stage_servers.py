@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fanfold.backends.core.errors import EXIT_INTERRUPTED
 from fanfold.backends.servers.lock import is_served
 
 from .conftest import PLAIN, Node, until
@@ -73,3 +75,23 @@ async def test_the_servers_of_a_stage_end_before_those_of_the_next(
     out = str(node.folder.parent / "r")
     await finish(node, await fanfold(node, "run", str(write_settings(node)), "--out", out))
     assert list_ends(node) == ["start", "end"] * 2
+
+
+async def test_a_stop_in_the_second_stage_ends_its_servers_and_a_resume_starts_them_alone(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walltime of a job drains a run as SIGTERM does."""
+    monkeypatch.setenv("FANFOLD_HOST", "node7")
+    out = node.folder.parent / "r"
+    process = await fanfold(node, "run", str(write_settings(node)), "--out", str(out))
+    async with asyncio.timeout(300):
+        while len(node.events("ready")) < 2:  # noqa: ASYNC110 - other processes set no events
+            await asyncio.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(process.communicate(), 300)
+    assert process.returncode == EXIT_INTERRUPTED
+    await until(lambda: not is_served(node.files))
+    assert not node.alive()
+    assert list_ends(node) == ["start", "end"] * 2
+    await finish(node, await fanfold(node, "resume", str(out)))
+    assert list_ends(node) == ["start", "end"] * 3
