@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import accumulate, compress
@@ -113,7 +113,7 @@ _SHOWN_FILES: Final = 3
 
 @dataclass(slots=True)
 class _FollowedFile:
-    """A worker's file: its number, and the position to continue from."""
+    """A file: its number, and the position to continue from."""
 
     number: int
     start: int = 0
@@ -183,8 +183,7 @@ class Journal:
         for number, path in enumerate(self._paths):
             at = _FollowedFile(number)
             self._read_on(path, at, end=_end_in(extents, path))
-            if "-" in path.stem:
-                self._followed[path] = at  # its worker may still run after the coordinator ended
+            self._followed[path] = at
 
     def _check_names(self) -> None:
         try:
@@ -333,6 +332,18 @@ class Journal:
             paths = sorted(self._folder.glob(pattern))
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+        self._read_files(paths, delta)
+
+    def follow(self) -> None:
+        """Read what the run's processes have written since, when this one only reads; blocks.
+
+        Raises:
+            JournalError: A file is damaged, cannot be read, or belongs to another run.
+        """
+        self._check_names()
+        self._read_files(sorted(self._folder.glob("*.jsonl")), JournalDelta())
+
+    def _read_files(self, paths: Iterable[Path], delta: JournalDelta) -> None:
         for path in paths:
             if path not in self._followed:
                 self._followed[path] = _FollowedFile(len(self._paths))

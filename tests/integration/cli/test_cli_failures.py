@@ -117,6 +117,10 @@ def test_an_exhausted_budget_continues_with_a_higher_limit(shell: Shell) -> None
 def test_a_retry_that_fails_for_good_is_not_advised(shell: Shell) -> None:
     shell.write(endpoints=faulty(faults=[{"kind": "refusal"}]))
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3
+    assert json.loads(shell("status", "run", "--json").out)["next_command"] is None
+    text = shell("status", "run").out
+    assert "extend the run: fanfold run run/run.yaml --from run" in text
+    assert "--retry-failed" not in text
     text = shell("failures", "run").out
     assert "RefusedAnswerError: " in text
     assert "extend the run: fanfold run run/run.yaml --from run" in text
