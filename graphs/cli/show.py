@@ -22,7 +22,7 @@ from ...backends.storage.run_folder import RunFolder, open_folder
 from ...configs.evaluation import read_number
 from ...configs.loader import read_settings
 from ..run.console import Terminal, print_json, print_messages
-from ..run.result_rows import open_result_source
+from ..run.result_rows import list_asked_columns, open_result_source
 from .format import Column, make_table
 
 _ID: Final = "id"
@@ -100,12 +100,11 @@ def _make_column(name: str, rows: Sequence[dict[str, Json]]) -> Column:
 
 
 def _list_asked(folder: RunFolder, layout: ResultLayout) -> set[str]:
-    """Return the columns of the input that the prompt of a run shows."""
+    """Return the columns of the results that the prompt of a run shows."""
     task = read_settings(folder.settings).data.get("task")
     if not isinstance(task, Mapping) or not (task.get("prompt") or task.get("messages")):
         return set()
-    names, columns = ItemPrompt.parse(task).columns, layout.input_names()
-    return {found[0] for name in names if (found := split_column(name, columns)) is not None}
+    return list_asked_columns(ItemPrompt.parse(task), layout)
 
 
 def _default_names(layout: ResultLayout, status: str | None, asked: Container[str]) -> list[str]:
@@ -119,8 +118,7 @@ def _default_names(layout: ResultLayout, status: str | None, asked: Container[st
     if (shape := layout.further.get("agreement")) is not None:
         votes = [f"agreement.{name}" for name, _ in shape.parts]
         agreement = votes if shape.kind == "struct" else ["agreement"]
-    given = layout.input_names()
-    inputs = [given[name] for name in sorted(given, key=lambda name: name not in asked)]
+    inputs = sorted(layout.input_names().values(), key=lambda name: name not in asked)
     return ["status", *(answer or ["output"]), *agreement, *inputs]
 
 

@@ -239,6 +239,7 @@ def test_retried_truncated_answers_point_to_a_higher_limit(
     failures = shell("failures", "old").out
     command = "fanfold run old/run.yaml --set model.max_tokens=200 --from old --out old-2"
     assert f"TruncatedAnswerError: ask again with a higher limit: {command}\n" in failures
+    assert json.loads(shell("status", "old", "--json").out)["next_command"] == command
     retried = shell("resume", "old", "--retry-failed", "--quiet")
     count = truncated["TruncatedAnswerError"]
     assert f"WARNING: {count} truncated answers are asked again with the same" in retried.err

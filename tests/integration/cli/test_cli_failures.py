@@ -83,7 +83,8 @@ def test_classes_remedies_and_examples(shell: Shell) -> None:
 
 def test_status_names_the_classes_and_the_next_command(shell: Shell) -> None:
     write_rows(shell, 40)
-    shell.write(endpoints=faulty())
+    faults = [*FAULTS, {"kind": "empty_content", "p": 0.3, "draw": "item"}]
+    shell.write(endpoints=faulty(faults=faults))
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3
     facts = json.loads(shell("status", "run", "--json").out)
     classes = json.loads(shell("failures", "run", "--json").out)["classes"]
