@@ -26,6 +26,7 @@ from ..core.types import CHAT_URL, Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.fleet import Fleet, FleetClient
+from ..fleet.memory import FleetMemory
 from ..fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
@@ -109,6 +110,7 @@ def make_fleet_policy(
         whole_answers=behind,
         body_bytes=limits.body_bytes,
         own_fields=config.input.is_batch,
+        file_hosts=frozenset(config.batch.allowed_media_domains),
         **grouped,
     )
 
@@ -623,6 +625,7 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
     run: str | None = None,
     share: float | None = None,
     prefix: int | None = None,
+    memory: FleetMemory | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn about those that are not.
 
@@ -635,6 +638,7 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
         run: The run's id, or None.
         share: Part of the run's rate limits for this process; None: that of a worker.
         prefix: Characters that are equal at the beginning of a group of prompts, or None.
+        memory: What earlier fleets of this process have learned, or None.
     """
     endpoint_set = ready.endpoint_set
     _log_choice(ready)
@@ -646,7 +650,8 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
     if share is not None:
         policy = replace(policy, rate_limit=replace(policy.rate_limit, share=share))
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
-    async with Fleet(specs, policy, simulated=ready.simulated, cache=cache) as fleet:
+    opening = Fleet(specs, policy, simulated=ready.simulated, cache=cache, memory=memory)
+    async with opening as fleet:
         if endpoint_set is None or endpoint_set.source is None:
             yield fleet
             return

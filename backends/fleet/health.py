@@ -117,7 +117,7 @@ class HealthMonitor:
         affinity = Affinity(policy.affinity) if policy.affinity else None
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.balancer = LoadBalancer(
-            endpoints, policy.streams, self._await_quota, self._serve_starved, affinity
+            endpoints, policy.streams, self._await_quota, self._raise_limits_soon, affinity
         )
         self.balancer.quota = quota
         self._quota_timer: asyncio.TimerHandle | None = None
@@ -155,6 +155,14 @@ class HealthMonitor:
         self.balancer.long_resting.clear()
         for endpoint in self._endpoints:
             endpoint.resting = False
+
+    def resume(self, endpoint: Endpoint) -> None:
+        """Go on where an earlier fleet left an endpoint: unhealthy, or in a pause."""
+        if endpoint.breaker.state is BreakerState.OPEN:
+            self._schedule_probe(endpoint)
+            self.refresh(endpoint)
+        if (left_s := endpoint.rests_until - time.monotonic()) > 0.0:
+            self.pause_endpoint(endpoint, left_s)
 
     def record_success(self, endpoint: Endpoint, level: int, seconds: float) -> None:
         """Record a good answer, sent as one of ``level`` requests in flight."""
@@ -368,7 +376,7 @@ class HealthMonitor:
                 return
             pending.cancel()
             self._timers.discard(pending)
-        endpoint.resting = True
+        endpoint.resting, endpoint.rests_until = True, time.monotonic() + seconds
         if seconds > self._policy.retry.long_wait_s:
             self.balancer.long_resting.add(endpoint)
         self._wakes[endpoint] = self._later(seconds, lambda: self._resume_endpoint(endpoint))
@@ -613,7 +621,7 @@ class HealthMonitor:
         self.balancer.retry_quotas()
 
     def _schedule_widening(self) -> None:
-        """Check for full limits soon: calls wait although more could be in flight."""
+        """Check for full limits soon: calls wait, or others do more than their share."""
         if not self._sweeping:
             self._sweeping = True
             self._later(self._policy.limit.settle_s, self._widen_limits)
@@ -621,10 +629,12 @@ class HealthMonitor:
     def _widen_limits(self) -> None:
         """Raise the limits of full endpoints, and repeat while calls wait."""
         self._sweeping = False
-        now = time.monotonic()
-        for endpoint in list(self.balancer.alive) if self.balancer.is_starved else ():
+        now, balancer = time.monotonic(), self.balancer
+        for endpoint in list(balancer.alive):
             full = endpoint.in_flight >= endpoint.width
-            if full and endpoint.breaker.state is BreakerState.CLOSED and endpoint.limit.widen(now):
+            wanted = full and (balancer.is_starved or balancer.is_behind(endpoint))
+            closed = endpoint.breaker.state is BreakerState.CLOSED
+            if wanted and closed and endpoint.limit.widen(now):
                 self.refresh(endpoint)
         if self.balancer.is_starved:
             self._schedule_widening()
@@ -652,8 +662,8 @@ class HealthMonitor:
             self._probe_timers.clear()
             self._outage = self._spawn(self._probe_repeatedly())
 
-    def _serve_starved(self) -> None:
-        """Do what lets waiting calls begin: start a model if none runs, or raise limits."""
+    def _raise_limits_soon(self) -> None:
+        """Raise limits that hold requests back; start a model if none runs."""
         if not self.balancer.alive:
             self._start_standby()
         self._schedule_widening()

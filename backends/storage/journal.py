@@ -11,7 +11,7 @@ from glob import escape
 from itertools import accumulate, compress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import orjson
 
@@ -25,7 +25,6 @@ from .journal_file import (
     ItemCounts,
     JournalDelta,
     JournalSource,
-    JournalWriter,
     RecordKey,
     RunIds,
     check_line,
@@ -39,6 +38,9 @@ from .journal_file import (
     sum_records,
 )
 from .run_folder import write_json
+
+if TYPE_CHECKING:
+    from .journal_writer import JournalWriter
 
 _MAX_OPEN_FILES: Final = 128
 """Files kept open. Processes have a low limit, and connections need most of it."""
@@ -244,6 +246,8 @@ class Journal:
         return f"{safe:,} of {len(self._state):,} items are safe"
 
     def _open_writer(self, session: str, fsync_s: float) -> JournalWriter:
+        from .journal_writer import JournalWriter  # noqa: PLC0415 - readers need no event loop
+
         path = self._folder / f"{self.session_number:04}.jsonl"
         self._writer = JournalWriter(
             path, {"run": get_current_run_id(self._run), "session": session}, fsync_s

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-from pathlib import Path
 from typing import Any
 
 from ..core.messages import MAX_MESSAGE_BYTES
 from ..core.types import Json
 from ..core.values import json_size
-from .journal_file import JournalWriter, make_worker_prefix
+from .journal_writer import JournalWriter
 
 
 class ResultJournal:
@@ -121,16 +119,3 @@ class WorkerJournal:
 
 
 TaskJournal = ResultJournal | WorkerJournal
-
-
-def make_worker_path(folder: Path, session: int, worker: str) -> Path:
-    """Return the path of a new journal file for a worker in one session.
-
-    Host and process do not identify a worker permanently: two containers may have the same ones.
-
-    Args:
-        folder: The journal's folder.
-        session: Number of the coordinator's session.
-        worker: Host and process, e.g. ``node17:4242``.
-    """
-    return folder / f"{make_worker_prefix(session, worker)}{secrets.token_hex(3)}.jsonl"

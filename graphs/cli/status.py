@@ -25,6 +25,7 @@ from ...backends.budget.cost import (
     tokens_json,
 )
 from ...backends.budget.pricing import read_price
+from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
@@ -37,7 +38,6 @@ from ...backends.storage.run_folder import (
     read_aggregate,
     read_state,
 )
-from ..jobs.usage import job_report
 from ..run.console import (
     Terminal,
     format_count,
@@ -208,7 +208,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if batches:
         facts["batches"] = summarize_batches(batches)
     aggregate = _read_final_aggregate(folder, about)
-    jobs = job_report(path, usage, batch)
+    jobs = _report_jobs(path, usage, batch)
     command = find_next_command(folder, about, counts, cost, failures) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
@@ -239,6 +239,14 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     last = about["sessions"][-1] if about["sessions"] else {}
     is_over = not counts.open and last.get("outcome") == FINISHED and not folder.is_in_use()
     _print(_hints(folder, failures, command, is_over and jobs is None), Terminal())
+
+
+def _report_jobs(path: Path, utilization: bool, batch: int | None = None) -> dict[str, Any] | None:
+    if not chain_file(path).read().jobs:
+        return None
+    from ..jobs.usage import job_report  # imports the schedulers, which few runs need
+
+    return job_report(path, utilization, batch)
 
 
 def samples_facts(about: Mapping[str, Any]) -> dict[str, int]:
@@ -330,7 +338,7 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
     groups = group_usage(folder.journal, run, items, by, model)
     cost = read_cost(folder, run, groups.sessions)
     rows = sorted(groups.by_key.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
-    jobs = job_report(path, utilization=True)
+    jobs = _report_jobs(path, utilization=True)
     if as_json:
         print_json(
             {

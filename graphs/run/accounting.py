@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ...backends.batch.transport import BatchTransport
@@ -82,11 +81,6 @@ def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
     return lambda: [asdict(report) for report in fleet.report()]
 
 
-def endpoints_table_path(folder: RunFolder) -> Path:
-    """Return the path of the table with statistics per endpoint and session."""
-    return folder.path / FILE_NAME
-
-
 @asynccontextmanager
 async def write_reports_at_end(
     reports: Callable[[], list[dict[str, Any]]],
@@ -107,7 +101,7 @@ async def write_reports_at_end(
     finally:
         found = [_row(row, prices) for row in reports() if row["calls"] or row["opened"]]
         try:
-            await asyncio.to_thread(append_endpoints, endpoints_table_path(folder), found, session)
+            await asyncio.to_thread(append_endpoints, folder.path / FILE_NAME, found, session)
         except JournalError as error:
             logger.warning("%s", error.message)  # the error that ended the run matters more
 

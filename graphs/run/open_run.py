@@ -33,6 +33,7 @@ from ...backends.discovery.connect import (
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
+from ...backends.fleet.memory import FleetMemory
 from ...backends.inputs.images import open_images
 from ...backends.inputs.item_order import OrderedItems
 from ...backends.inputs.item_store import ItemStore
@@ -69,6 +70,7 @@ from .batch_output import write_batch_output
 from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
 from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
+from .pipeline_resources import PipelineResources
 from .prepare import (
     check_requests,
     compute_fingerprint,
@@ -97,6 +99,7 @@ class OpenOptions:
         progress_streams: By run folder, its progress stream; kept between openings.
         work_shard: The function that workers run.
         deadline: End of the session, or None.
+        resources: What the run shares with other runs of its pipeline, or None.
     """
 
     trace: bool
@@ -105,6 +108,7 @@ class OpenOptions:
     progress_streams: dict[Path, ProgressStream]
     work_shard: WorkShard
     deadline: Walltime | None = None
+    resources: PipelineResources | None = None
 
 
 @asynccontextmanager
@@ -174,7 +178,14 @@ async def open_run(
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
                 coordinator = await stack.enter_async_context(
-                    open_coordinator(options.work_shard, template, journal, progress, budget)
+                    open_coordinator(
+                        options.work_shard,
+                        template,
+                        journal,
+                        progress,
+                        budget,
+                        None if options.resources is None else options.resources.workers,
+                    )
                 )
                 await stack.enter_async_context(
                     _record_workers(coordinator, folder, journal.session_number, price)
@@ -185,7 +196,13 @@ async def open_run(
                 )
                 fleet = await stack.enter_async_context(
                     _open_charged_fleet(
-                        config, ready, cache, files.provenance["run"], budget, files.prefix
+                        config,
+                        ready,
+                        cache,
+                        files.provenance["run"],
+                        budget,
+                        files.prefix,
+                        None if options.resources is None else options.resources.fleets,
                     )
                 )
                 await stack.enter_async_context(
@@ -279,9 +296,10 @@ async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, h
     run: str,
     budget: RunBudget | None,
     prefix: int | None,
+    memory: FleetMemory | None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet of this process; the budget is charged for its probes."""
-    async with open_fleet(config, ready, cache, run, prefix=prefix) as fleet:
+    async with open_fleet(config, ready, cache, run, prefix=prefix, memory=memory) as fleet:
         if budget is None:
             yield fleet
             return
@@ -475,7 +493,7 @@ def _settle_endpoints(
         ConfigurationError: The endpoints changed from real to simulated, or back, or refuse a
             request of the input.
     """
-    check_requests(loaded.config, ready, files.store)
+    check_requests(loaded.config, ready, files.store, files.journal.is_finished)
     now = ready.simulated
     if files.provenance["simulated"] is None:
         settled = compute_fingerprint(loaded.config, files.model, now)

@@ -10,10 +10,11 @@ from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.journal_file import (
     JournalDelta,
     JournalSource,
-    JournalWriter,
+    make_worker_path,
     scan_lines,
 )
-from fanfold.backends.storage.worker_journal import ResultJournal, WorkerJournal, make_worker_path
+from fanfold.backends.storage.journal_writer import JournalWriter
+from fanfold.backends.storage.worker_journal import ResultJournal, WorkerJournal
 from fanfold.tests.conformance.journal_checks import sample
 
 
