@@ -6,12 +6,9 @@ import copy
 import csv
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -28,88 +25,18 @@ from .evaluation import resolve_evaluations
 from .models import RunConfig
 from .operators import CascadeConfig
 from .raw_settings import (
+    RawSettings,
     apply_override,
     check_overrides,
     escape_variables,
+    expand_auto,
     expand_variables,
-    parse_yaml,
+    read_settings,
     set_path,
 )
 from .serialize import check_plain, to_plain
 from .stages import expand_merge, make_stage_settings
 from .task_check import check_cascade, check_task
-
-SETTINGS_SCHEMA: Final = "fanfold.schema.json"
-"""The file with the JSON Schema of configurations, which each preset names for editors."""
-
-_ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
-
-_TO_FILL = """\
-endpoints:
-  urls: []            # fill in, e.g. [http://node17:8000/v1]; or file, hosts, first, … instead
-  api_key: EMPTY      # or "${MY_KEY}", read from the environment
-
-"""
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets."""
-    folder = files("fanfold.configs") / "presets"
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
-
-
-def is_preset(name: str) -> bool:
-    """Return True if ``name`` is a preset and not a path."""
-    return name in preset_names()
-
-
-def read_preset(name: str) -> str:
-    """Return a preset's YAML.
-
-    Raises:
-        ConfigurationError: There is no such preset; lists the presets.
-    """
-    names = preset_names()
-    if name not in names:
-        close = get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        msg = f"no preset {name!r} (there are {', '.join(names)}){hint}"
-        raise ConfigurationError(msg)
-    return _read_shipped(f"{name}.yaml")
-
-
-def read_settings_schema() -> str:
-    """Return the JSON Schema of a configuration file."""
-    return _read_shipped(SETTINGS_SCHEMA)
-
-
-def _read_shipped(name: str) -> str:
-    return (files("fanfold.configs") / "presets" / name).read_text(encoding="utf-8")
-
-
-def copy_preset(name: str, target: Path) -> None:
-    """Write a preset to a file for editing, with ``endpoints`` for the user to fill in.
-
-    The schema that the preset names for editors is written beside it, unless it is there already.
-
-    Raises:
-        ConfigurationError: No such preset, or the file exists or cannot be written.
-    """
-    text = _ENDPOINTS.sub(lambda _: _TO_FILL, read_preset(name), count=1)
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
-        with suppress(FileExistsError), (target.parent / SETTINGS_SCHEMA).open("x") as file:
-            file.write(read_settings_schema())
-    except FileExistsError:
-        msg = f"{target}: exists already; choose another name"
-        raise ConfigurationError(msg) from None
-    except OSError as error:
-        msg = f"{target}: cannot be written: {error.strerror}"
-        raise ConfigurationError(msg) from None
-
 
 logger = logging.getLogger(__name__)
 
@@ -153,42 +80,49 @@ def load_config(
     Raises:
         ConfigurationError: A setting is missing, unknown, of the wrong type or contradictory.
     """
-    return check_settings(read_settings(config, overrides), settings, environment)
+    return check_settings(
+        override_settings(read_settings(config), overrides), settings, environment
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class RawSettings:
-    """Settings as they were read, not yet checked.
-
-    Attributes:
-        data: The settings with the overrides applied, unexpanded.
-        source: Their name in messages: a path, ``preset NAME`` or ``settings``.
-        folder: Folder in which relative paths start.
-        preset: The preset's name if it is one.
-    """
-
-    data: dict[str, Any] = field(repr=False)
-    source: str
-    folder: Path
-    preset: str | None = None
-
-
-def read_settings(
-    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> RawSettings:
-    """Read settings without checking them.
-
-    Args:
-        config: A preset's name, a YAML file, or the settings themselves.
-        overrides: ``a.b=value`` assignments, applied in order.
+def override_settings(raw: RawSettings, overrides: Sequence[str]) -> RawSettings:
+    """Apply ``a.b=value`` assignments to settings in place, in order; return the settings.
 
     Raises:
-        ConfigurationError: The file cannot be read, or an override cannot be applied.
+        ConfigurationError: An assignment cannot be applied.
     """
-    raw = _read_config(config)
     for note in _apply_overrides(raw.data, check_overrides(overrides)):
         logger.warning("%s", note)
     return raw
+
+
+def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply overrides in place; return notes on keys that were dropped for them."""
+    before = copy.deepcopy(data.get("backend"))
+    for assignment in overrides:
+        apply_override(data, assignment)
+        expand_auto(data)
+    named = {assignment.partition("=")[0].strip() for assignment in overrides}
+    if "backend.kind" in named and "backend" not in named and isinstance(before, dict):
+        return _drop_unfit_keys(data["backend"], before, named)
+    return []
+
+
+def _drop_unfit_keys(
+    section: dict[str, Any], before: Mapping[str, Any], named: Set[str]
+) -> list[str]:
+    """Drop keys of a section that only apply to its old kind, unless they are given again."""
+    old, new = before.get("kind", "local"), str(section["kind"])
+    unfit = find_unfit_keys(before, new) if new != old else {}
+    dropped = {k: changed for k, changed in unfit.items() if not _is_named(f"backend.{k}", named)}
+    for key in dropped:
+        del section[key]
+    listed = ", ".join(f"backend.{key}" for key, changed in dropped.items() if changed)
+    return [f"backend.kind is {new} in place of {old}: {listed} left out"] if listed else []
+
+
+def _is_named(path: str, named: Set[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for name in named)
 
 
 def check_settings(
@@ -222,7 +156,31 @@ def check_settings(
         staged = load_stage(loaded, number, environment=environment)
         if stage.cascade is not None:
             _check_cascade(staged, stage.cascade)
+        _check_simulated(loaded, staged, number)
     return loaded
+
+
+def _check_simulated(loaded: LoadedConfig, staged: LoadedConfig, number: int) -> None:
+    """Check that simulated and other answers are not mixed in one pipeline.
+
+    Raises:
+        ConfigurationError: Only some of the endpoints are simulated.
+    """
+    assert loaded.config.stages is not None, "the settings have stages"
+    common = loaded.config.endpoints.simulated is not None
+    kinds = {f"stages.{number}.endpoints": staged.config.endpoints.simulated is not None}
+    cascade = loaded.config.stages[number].cascade
+    if cascade is not None and (small := cascade.small.endpoints) is not None:
+        is_simulated = isinstance(small, dict) and small.get("simulated") is not None
+        kinds[f"stages.{number}.cascade.small.endpoints"] = is_simulated
+    for key, is_simulated in kinds.items():
+        if is_simulated != common:
+            names = {True: "a simulated fleet", False: "real endpoints"}
+            msg = (
+                f"{staged.source}: {key} are {names[is_simulated]}, and the top-level endpoints "
+                f"{names[common]}; simulated and real answers are not mixed: change one of them"
+            )
+            raise ConfigurationError(msg)
 
 
 def _check_cascade(staged: LoadedConfig, cascade: CascadeConfig) -> None:
@@ -252,77 +210,8 @@ def load_stage(
     assert loaded.config.stages is not None, "the settings have stages"
     data = make_stage_settings(loaded.raw, number) | dict(changes or {})
     source = f"{loaded.source}: stage {loaded.config.stages[number].name!r}"
-    _expand_auto(data)
+    expand_auto(data)
     return check_settings(RawSettings(data, source, Path.cwd()), environment=environment)
-
-
-def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Apply overrides in place; return notes on keys that were dropped for them."""
-    _expand_auto(data)
-    before = copy.deepcopy(data.get("backend"))
-    for assignment in overrides:
-        apply_override(data, assignment)
-        _expand_auto(data)
-    named = {assignment.partition("=")[0].strip() for assignment in overrides}
-    if "backend.kind" in named and "backend" not in named and isinstance(before, dict):
-        return _drop_unfit_keys(data["backend"], before, named)
-    return []
-
-
-def _drop_unfit_keys(
-    section: dict[str, Any], before: Mapping[str, Any], named: Set[str]
-) -> list[str]:
-    """Drop keys of a section that only apply to its old kind, unless they are given again."""
-    old, new = before.get("kind", "local"), str(section["kind"])
-    unfit = find_unfit_keys(before, new) if new != old else {}
-    dropped = {k: changed for k, changed in unfit.items() if not _is_named(f"backend.{k}", named)}
-    for key in dropped:
-        del section[key]
-    listed = ", ".join(f"backend.{key}" for key, changed in dropped.items() if changed)
-    return [f"backend.kind is {new} in place of {old}: {listed} left out"] if listed else []
-
-
-def _is_named(path: str, named: Set[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for name in named)
-
-
-def _expand_auto(data: dict[str, Any]) -> None:
-    """Replace ``endpoints: auto`` by a section, to which keys can be added."""
-    if data.get("endpoints") == "auto":
-        data["endpoints"] = {"auto": True}
-
-
-def _read_config(config: str | Path | Mapping[str, Any]) -> RawSettings:
-    if isinstance(config, Mapping):
-        return RawSettings(copy.deepcopy(dict(config)), "settings", Path.cwd())
-    if isinstance(config, str) and is_preset(config):
-        source = f"preset {config}"
-        return RawSettings(parse_yaml(read_preset(config), source), source, Path.cwd(), config)
-    path, source = Path(config), str(config)
-    return RawSettings(parse_yaml(read_settings_file(path), source), source, path.resolve().parent)
-
-
-def read_settings_file(path: Path) -> str:
-    """Read a settings file.
-
-    Raises:
-        ConfigurationError: It is missing, unreadable or not UTF-8; names the file and a solution.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        close = get_close_matches(str(path), preset_names(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see 'fanfold presets list'"
-        msg = f"{path}: no such file, and no preset of that name; {hint}"
-        raise ConfigurationError(msg) from None
-    except UnicodeDecodeError as error:
-        msg = f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
-        raise ConfigurationError(msg) from None
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise ConfigurationError(msg) from None
-    except ValueError:  # pathlib on a NUL character
-        raise ConfigurationError(f"{str(path)!r} is no path") from None
 
 
 def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:

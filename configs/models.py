@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -12,11 +13,12 @@ from ..backends.core.templates import ItemPrompt
 from .aggregators import AgreementConfig, AnyAggregatorConfig, list_aggregator_specs
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
+from .budget import BudgetConfig
 from .endpoints import EndpointsConfig, explain_refused_fields
 from .evaluation import EvaluationConfig
 from .stages import STAGED_PROMPT, StageConfig, check_stages
 
-WarnShare = Annotated[float, Field(gt=0, lt=1)]
+_HOST: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252}[A-Za-z0-9])?")
 
 
 class PriceConfig(Section):
@@ -50,51 +52,6 @@ class PriceConfig(Section):
             msg = "cached_prompt needs prompt and completion beside it"
             raise ValueError(msg)
         return self
-
-
-class ReserveConfig(Section):
-    """An amount that a budget keeps for later.
-
-    Attributes:
-        usd: US dollars.
-        tokens: Prompt and completion tokens.
-        requests: Requests.
-    """
-
-    access: ClassVar[dict[str, Access]] = declare_access(closed="usd tokens requests")
-
-    usd: Annotated[float, Field(ge=0, le=9_000_000)] = 0
-    tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
-    requests: Annotated[int, Field(ge=0, le=2**53)] = 0
-
-
-class BudgetConfig(Section):
-    """Limits on the spending of a run over all of its sessions; None means no limit.
-
-    Attributes:
-        usd: US dollars.
-        tokens: Prompt and completion tokens.
-        requests: Requests sent, including failed ones.
-        node_hours: Hours times nodes.
-        on_limit: ``pause`` waits for a higher cap by LangGraph's interrupt; ``stop`` ends the run
-            with an error. In both cases it can be resumed.
-        warn_at: Fractions of a cap at which a warning is logged.
-        reserve_for_reduce: What stages leave of the limits for later stages that reduce: ``auto``,
-            the estimate for them; or amounts (usd, tokens, requests), 0 by default.
-    """
-
-    access: ClassVar[dict[str, Access]] = declare_access(
-        lower="usd tokens requests node_hours",
-        closed="on_limit warn_at reserve_for_reduce",
-    )
-
-    usd: Annotated[float, Field(gt=0, le=9_000_000)] | None = None
-    tokens: Annotated[int, Field(gt=0, le=2**53)] | None = None
-    requests: Annotated[int, Field(gt=0, le=2**53)] | None = None
-    node_hours: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = None
-    on_limit: Literal["pause", "stop"] = "pause"
-    warn_at: list[WarnShare] = Field(default_factory=lambda: [0.5, 0.9])
-    reserve_for_reduce: ReserveConfig | Literal["auto"] = "auto"
 
 
 RESERVED: Final = {
@@ -239,12 +196,26 @@ class BatchConfig(Section):
     Attributes:
         output: File to which a line is added for each item that ends; None writes none.
         errors: File for the lines of failed items; None puts them into ``output``.
+        allowed_media_domains: Hosts from which the process of a request fetches the audio that the
+            request names by an http URL (``file_url``); data URLs need none.
     """
 
-    access: ClassVar[dict[str, Access]] = declare_access(closed="output errors")
+    access: ClassVar[dict[str, Access]] = declare_access(
+        closed="output errors allowed_media_domains"
+    )
 
     output: PathText | None = None
     errors: PathText | None = None
+    allowed_media_domains: list[str] = Field(default_factory=list)
+
+    @field_validator("allowed_media_domains")
+    @classmethod
+    def _hosts_alone(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not _HOST.fullmatch(name):
+                msg = f"name a host alone, such as audio.example.org (found {name!r})"
+                raise ValueError(msg)
+        return [name.lower() for name in names]
 
     @model_validator(mode="after")
     def _two_files(self) -> BatchConfig:
@@ -673,8 +644,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _batch_is_sent_as_it_is(self) -> RunConfig:
         if not self.input.is_batch:
-            if self.batch.output is not None:
-                raise ValueError("batch.output requires input.format: openai_batch")
+            if self.batch != BatchConfig():
+                raise ValueError("the section batch requires input.format: openai_batch")
             return self
         if self.task != TaskConfig(prompt=BATCH_PROMPT):
             msg = (

@@ -103,13 +103,14 @@ class CascadeConfig(OperatorConfig):
 
     Attributes:
         op: ``cascade``.
-        field: Field of the answer in which the models shall agree: an enum, a boolean or a number.
+        field: Field of the answer in which the models are compared: an enum, a boolean or a number.
         small: The small model.
-        target: Share of the items on which the answers shall agree with the model of the stage.
+        target: Share of the items on which the answers must agree with the model of the stage.
         delta: Probability with which that share may be missed.
         tolerance: Largest difference of two numbers that agree.
         samples: Answers of the small model to each item, whose agreement is the certainty; None:
-            the certainty is the probability of the field's tokens.
+            the certainty is the probability of the field's tokens, or the agreement of five
+            answers if the server returns no log probabilities.
         seed: Decides which items the model of the stage answers to measure the agreement.
     """
 

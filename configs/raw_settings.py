@@ -1,15 +1,20 @@
-"""Raw settings: YAML text, overrides and environment variables, before they are checked."""
+"""Raw settings: presets and YAML files, overrides and variables, before they are checked."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import is_secret, mask_command
+from .preset_files import is_preset, preset_names, read_preset
 
 _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -229,3 +234,73 @@ def get_at_path(data: Any, path: Sequence[str | int]) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return data
+
+
+@dataclass(frozen=True, slots=True)
+class RawSettings:
+    """Settings as they were read, not yet checked.
+
+    Attributes:
+        data: The settings with the overrides applied, unexpanded.
+        source: Their name in messages: a path, ``preset NAME`` or ``settings``.
+        folder: Folder in which relative paths start.
+        preset: The preset's name if it is one.
+    """
+
+    data: dict[str, Any] = field(repr=False)
+    source: str
+    folder: Path
+    preset: str | None = None
+
+
+def read_settings(config: str | Path | Mapping[str, Any]) -> RawSettings:
+    """Read settings without checking them.
+
+    Args:
+        config: A preset's name, a YAML file, or the settings themselves.
+
+    Raises:
+        ConfigurationError: The file cannot be read.
+    """
+    raw = _read_config(config)
+    expand_auto(raw.data)
+    return raw
+
+
+def expand_auto(data: dict[str, Any]) -> None:
+    """Replace ``endpoints: auto`` by a section, to which keys can be added."""
+    if data.get("endpoints") == "auto":
+        data["endpoints"] = {"auto": True}
+
+
+def _read_config(config: str | Path | Mapping[str, Any]) -> RawSettings:
+    if isinstance(config, Mapping):
+        return RawSettings(copy.deepcopy(dict(config)), "settings", Path.cwd())
+    if isinstance(config, str) and is_preset(config):
+        source = f"preset {config}"
+        return RawSettings(parse_yaml(read_preset(config), source), source, Path.cwd(), config)
+    path, source = Path(config), str(config)
+    return RawSettings(parse_yaml(read_settings_file(path), source), source, path.resolve().parent)
+
+
+def read_settings_file(path: Path) -> str:
+    """Read a settings file.
+
+    Raises:
+        ConfigurationError: It is missing, unreadable or not UTF-8; names the file and a solution.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        close = get_close_matches(str(path), preset_names(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see 'fanfold presets list'"
+        msg = f"{path}: no such file, and no preset of that name; {hint}"
+        raise ConfigurationError(msg) from None
+    except UnicodeDecodeError as error:
+        msg = f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        raise ConfigurationError(msg) from None
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ConfigurationError(msg) from None
+    except ValueError:  # pathlib on a NUL character
+        raise ConfigurationError(f"{str(path)!r} is no path") from None

@@ -61,8 +61,8 @@ class StageConfig(Section):
         where: Conditions that select results of that stage: ``output.score > 0.8``.
         join: ``id`` adds the answers of earlier stages about items with the same id.
         map: A task: prompt, schema, system and so on; top-level ``task`` has the defaults.
-        reduce: An operator, a mapping with ``op`` (summarize or rank); or, beside ``map``, a list
-            of aggregators.
+        reduce: An operator, a mapping with ``op`` (summarize, rank, extract or dedup); or,
+            beside ``map``, a list of aggregators.
         cascade: Beside ``map``: a small model answers all items, and the model of the stage those
             that are uncertain.
         model: Changes to the top-level ``model``.

@@ -37,7 +37,7 @@ from langsmith.utils import get_env_var
 
 from ..backends.core.aio import PortalProvider
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
-from ..configs.loader import is_preset
+from ..configs.preset_files import is_preset
 from ..configs.raw_settings import check_overrides
 from ..nodes.batch.load import describe_unknown_keys
 from ..nodes.context import Context

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import orjson
 from pydantic import ValidationError
 
-from ..backends.budget.budget import SETTING_UNITS
+from ..backends.budget.limits import SETTING_UNITS
 from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.request_urls import REQUEST_KINDS
 from ..backends.core.secrets import is_secret, mask_command, mask_data
@@ -26,22 +26,18 @@ from ..backends.core.types import Json
 from ..backends.inputs.formats import find_matches, is_pattern, open_source
 from ..configs.aggregators import FinalReducerConfig
 from ..configs.base import Access, expand_home
+from ..configs.budget import BudgetConfig
 from ..configs.describe import iter_access, split_settings
-from ..configs.loader import (
-    LoadedConfig,
-    is_preset,
-    load_config,
-    read_examples,
-    read_schema,
-    read_settings_file,
-)
-from ..configs.models import SAMPLING_FIELDS, BudgetConfig, InputConfig, RunConfig
+from ..configs.loader import LoadedConfig, load_config, read_examples, read_schema
+from ..configs.models import SAMPLING_FIELDS, InputConfig, RunConfig
+from ..configs.preset_files import is_preset
 from ..configs.raw_settings import (
     REFERENCE_START,
     escape_variables,
     get_at_path,
     parse_value,
     parse_yaml,
+    read_settings_file,
 )
 from ..configs.resolve import endpoint_settings, resolve_config
 from ..configs.serialize import check_plain, find_lost_secrets
@@ -337,7 +333,11 @@ class CallerPolicy:
         source = open_source(config, (), items)
         for position, row in source.rows():
             kind = REQUEST_KINDS.get(row["url"])
-            known = _QUESTION_FIELDS if kind is None else _QUESTION_FIELDS.union(kind.inputs)
+            known = (
+                _QUESTION_FIELDS
+                if kind is None
+                else _QUESTION_FIELDS.union(kind.inputs, kind.required)
+            )
             keys = (f"{_SAMPLED}.{name}" for name in row["body"] if name not in known)
             if closed := [key for key in keys if not self.is_open(key)]:
                 raise self._refusal(source.describe_position(position), closed)

@@ -37,7 +37,8 @@ from ..backends.storage.run_folder import (
     is_vacant,
     open_folder,
 )
-from ..configs.loader import LoadedConfig, load_config, read_preset
+from ..configs.loader import LoadedConfig, load_config
+from ..configs.preset_files import read_preset
 from ..configs.resolve import resolve_config
 from ..nodes.context import ItemContext, PreparedRun
 from ..nodes.shard.progress import ProgressStream
@@ -52,8 +53,9 @@ from .run.accounting import OpenRun
 from .run.final_reducers import add_final_results
 from .run.items import make_item_context
 from .run.open_run import OpenOptions, open_run, write_aggregate, write_results
-from .run.pipeline import EndpointPool, Pipeline, list_stages, prepare_pipeline
+from .run.pipeline import Pipeline, list_stages, prepare_pipeline
 from .run.pipeline_report import read_stage_end
+from .run.pipeline_resources import PipelineResources
 from .run.prepare import (
     RUNS_FOLDER,
     ReadyRun,
@@ -213,6 +215,11 @@ class RunContext(SettingsForm):
     @cached_property
     def _shared_endpoints(self) -> ReadyEndpoints | None:
         """Return endpoints that the runs of a pipeline share, or None."""
+        return None
+
+    @cached_property
+    def _resources(self) -> PipelineResources | None:
+        """Return what the run shares with other runs of its pipeline, or None."""
         return None
 
     @property
@@ -508,15 +515,15 @@ class RunContext(SettingsForm):
             end.clear()
             end.update(await invoke(self._make_inner(folder, ready)))
 
-        pool = EndpointPool()
+        resources = PipelineResources(folder)
         try:
             stages = list_stages(loaded, folder)
             reserve = make_reserve(loaded, stages)
-            pipeline = Pipeline(RunFolder(folder), loaded, pool, self.allow_simulated, reserve)
+            pipeline = Pipeline(RunFolder(folder), loaded, resources, self.allow_simulated, reserve)
             stage = next(one for one in pipeline.stages if one.name == name)
             await pipeline.run_stage(stage, run_inner)
         finally:
-            await pool.aclose()
+            await resources.aclose()
         if stage is pipeline.stages[-1]:
             await asyncio.to_thread(end_session, RunFolder(folder))
         return await asyncio.to_thread(read_stage_end, stage, end.get("progress"))
@@ -531,6 +538,7 @@ class RunContext(SettingsForm):
             trace=self.trace,
         )
         inner.__dict__ |= {"_around": self, "_shared_endpoints": ready.endpoints}
+        inner.__dict__["_resources"] = ready.resources
         inner.__dict__["_session_end"] = self._deadlines.get(folder)
         return inner
 
@@ -576,19 +584,18 @@ class RunContext(SettingsForm):
             yield tools
 
     @asynccontextmanager
-    async def open_session_run(
-        self, end: Walltime | None, endpoints: ReadyEndpoints | None
-    ) -> AsyncIterator[OpenRun]:
+    async def open_session_run(self, run: ReadyRun, end: Walltime | None) -> AsyncIterator[OpenRun]:
         """Open the run in the folder that ``out`` names, for a session.
 
         Args:
+            run: The run as it was checked.
             end: End of the session, or None.
-            endpoints: Its endpoints if they were just probed.
         """
         folder = await asyncio.to_thread(lambda: self.out_folder)
         assert folder is not None, "the command line names a folder"
         self._deadlines[folder] = end
-        self._keep_probed(folder, endpoints)
+        self._keep_probed(folder, run.endpoints)
+        self.__dict__["_resources"] = run.resources
         async with self._open_at(folder) as tools:
             yield tools
 
@@ -608,6 +615,7 @@ class RunContext(SettingsForm):
             self._progress_streams,
             work_shard,
             self._deadlines[folder],
+            self._resources,
         )
         invocation, run_folder = self._invocation, RunFolder(folder)
 

@@ -15,7 +15,7 @@ from ..backends.core.errors import ConfigurationError
 from ..configs.backend import BackendKind
 from ..configs.base import Access
 from ..configs.describe import describe_setting, find_setting, section_schema, setting_schema
-from ..configs.loader import preset_names
+from ..configs.preset_files import preset_names
 from ..configs.raw_settings import check_overrides
 from ..configs.resolve import DEFAULT_PRESET
 from ..nodes.context import Context

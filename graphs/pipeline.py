@@ -25,11 +25,13 @@ from ..backends.core.errors import (
     RunStoppedError,
 )
 from ..backends.core.money import NANO_PER_USD
+from ..backends.core.terminal import count_nouns
 from ..backends.storage.run_folder import RunFolder
 from ..configs.loader import LoadedConfig
 from .run.console import print_message
-from .run.pipeline import EndpointPool, Pipeline, Stage, list_stages, remove_unfinished
+from .run.pipeline import Pipeline, Stage, list_stages, remove_unfinished
 from .run.pipeline_report import PipelineState, read_pipeline
+from .run.pipeline_resources import PipelineResources
 from .run.prepare import ReadyRun
 from .run.run_result import RunResult
 from .run.shutdown import Shutdown, handle_signals
@@ -142,7 +144,7 @@ async def execute_pipeline(
             await asyncio.to_thread(remove_unfinished, folder)
             about, this = await stack.enter_async_context(record_session(folder))
             session = _PipelineSession(folder, loaded, options, console, stop)
-            stack.push_async_callback(session.endpoints.aclose)
+            stack.push_async_callback(session.resources.aclose)
             code, reason = await session.run()
             state = await asyncio.to_thread(read_pipeline, folder, loaded)
             if code == EXIT_DONE and state.failed:
@@ -190,11 +192,11 @@ class _PipelineSession:
         console: Console,
         stop: Shutdown,
     ) -> None:
-        self.endpoints = EndpointPool()
+        self.resources = PipelineResources(folder.path)
         self.last: RunResult | None = None
         stages = list_stages(loaded, folder.path)
         reserve = make_reserve(loaded, stages)
-        self._pipeline = Pipeline(folder, loaded, self.endpoints, estimate_reserve=reserve)
+        self._pipeline = Pipeline(folder, loaded, self.resources, estimate_reserve=reserve)
         self._options, self._console, self._stop = options, console, stop
 
     async def run(self) -> tuple[int, str | None]:
@@ -236,4 +238,4 @@ def _announce(run: ReadyRun) -> str:
     place = run.folder.read_place()
     assert place is not None, "the run is a part of a pipeline"
     level = "" if about.get("level") is None else f", {about['level']}"
-    return f"stage {place.stage}{level}: {about['input']['items']:,} items"
+    return f"stage {place.stage}{level}: {count_nouns(about['input']['items'], 'item')}"

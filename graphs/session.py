@@ -117,7 +117,7 @@ async def run_session(
     )
     async with AsyncExitStack() as stack:
         tools = await stop.open_unless_stopped(
-            stack.enter_async_context(context.open_session_run(options.deadline, run.endpoints))
+            stack.enter_async_context(context.open_session_run(run, options.deadline))
         )
         if on_open is not None:
             on_open(tools)
@@ -389,7 +389,7 @@ async def run_pilot(
     context = RunContext.from_loaded(loaded, out=str(folder.path), trace=options.trace)
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
         async with AsyncExitStack() as stack:
-            opened = context.open_session_run(options.deadline, run.endpoints)
+            opened = context.open_session_run(run, options.deadline)
             tools = await stop.open_unless_stopped(stack.enter_async_context(opened))
             async with add_saved_count(tools), record_session(folder) as (about, this):
                 chosen = _choose_items(tools, count, about["input"]["digest"])

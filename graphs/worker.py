@@ -46,15 +46,16 @@ from ..backends.discovery.connect import (
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
+from ..backends.fleet.memory import FleetMemory
 from ..backends.fleet.timeline import TimelineRecorder, open_recorder
 from ..backends.inputs.images import CarriedImages, open_images
-from ..backends.storage.journal_file import JournalWriter
+from ..backends.storage.journal_file import make_worker_path
+from ..backends.storage.journal_writer import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
     ResultJournal,
     TaskJournal,
     WorkerJournal,
-    make_worker_path,
 )
 from ..configs.loader import LoadedConfig, load_config
 from ..nodes.aggregators import build_aggregators
@@ -106,6 +107,7 @@ class WorkerResources:
         self._shared = SharedResource[TaskResources]()
         self._kept: tuple[str, AsyncExitStack] | None = None
         self._keeping = asyncio.Lock()
+        self._memory = FleetMemory()
         self._idle_s = idle_s
         self._idle: asyncio.Task[None] | None = None
         self._active_tasks = 0
@@ -117,7 +119,7 @@ class WorkerResources:
         self._active_tasks += 1
         try:
             async with self._shared.use(
-                key, lambda: open_task_resources(task, worker)
+                key, lambda: open_task_resources(task, worker, self._memory)
             ) as resources:
                 await self._keep_open(key, task, worker)
                 yield resources
@@ -132,7 +134,7 @@ class WorkerResources:
                 return
             await self._close_kept()
             stack = AsyncExitStack()
-            use = self._shared.use(key, lambda: open_task_resources(task, worker))
+            use = self._shared.use(key, lambda: open_task_resources(task, worker, self._memory))
             await stack.enter_async_context(use)
             self._kept = key, stack
 
@@ -149,6 +151,8 @@ class WorkerResources:
         self._idle = None
         async with self._keeping:
             await self._close_kept()
+            if not self._active_tasks:  # else a new task uses the connections
+                await self._memory.aclose()
 
     async def aclose(self) -> None:
         """Close the resources that are kept open."""
@@ -158,6 +162,7 @@ class WorkerResources:
             self._idle = None
         async with self._keeping:
             await self._close_kept()
+            await self._memory.aclose()
 
 
 def _key(task: ShardTask) -> str:
@@ -167,8 +172,15 @@ def _key(task: ShardTask) -> str:
 
 
 @asynccontextmanager
-async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[TaskResources]:
+async def open_task_resources(
+    task: ShardTask, worker: str, memory: FleetMemory | None = None
+) -> AsyncIterator[TaskResources]:
     """Open settings, fleet and journal for the tasks of a run.
+
+    Args:
+        task: The first of them.
+        worker: This worker's name.
+        memory: What fleets of this process have learned, e.g. those of an earlier stage.
 
     Raises:
         ConfigurationError: The settings do not fit this node, e.g. a variable is not set.
@@ -185,7 +197,14 @@ async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[Tas
             open_cache(loaded.config, ready.simulated, responses)
         )
         fleet = await stack.enter_async_context(
-            open_fleet(loaded.config, ready, cache, task.run["id"], prefix=task.run.get("prefix"))
+            open_fleet(
+                loaded.config,
+                ready,
+                cache,
+                task.run["id"],
+                prefix=task.run.get("prefix"),
+                memory=memory,
+            )
         )
         recorder = await stack.enter_async_context(open_recorder(lambda: fleet.endpoints, _BIN_MS))
         writer, open_calls, record_now = None, dict[int, CallLog](), None

@@ -10,17 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, Self, TypeAlias
 
 import orjson
 
-from ...configs.backend import BackendConfig
 from ..core.disk import sync_folder
 from ..core.errors import ConfigurationError, JournalError
 from ..core.money import Amount
 from ..core.types import CHAT_URL, Usage
 from ..core.values import check_counts, is_count, parse_json
 from ..storage.run_folder import write_bytes, write_json
+
+if TYPE_CHECKING:
+    from ...configs.backend import BackendConfig
 
 STAGE: Final = "map"
 """Stage of the requests; a run has one."""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ...configs.models import BudgetConfig, RunConfig
+from ...configs.budget import BudgetConfig
 from ..core.errors import BudgetExhaustedError, JournalError
-from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, BudgetLimits, TokenPrices
+from ..core.money import NO_PRICES, Amount, BudgetLimits, TokenPrices
 from ..core.protocols import PromptCounter
 from ..core.types import Json, Usage
 from ..storage.journal import Journal
-from ..storage.journal_file import ItemCounts, RunIds
+from ..storage.journal_file import RunIds
 from ..storage.run_folder import (
     RunFolder,
     StagePlace,
@@ -28,21 +27,21 @@ from ..storage.run_folder import (
     read_requested_limits,
     write_raised_limits,
 )
+from .limits import (
+    SETTING_UNITS,
+    estimate_total,
+    format_amount,
+    list_limits,
+    read_limits,
+    report_limits,
+)
 from .reservations import BudgetBalance, ItemAccount
 from .spend_log import Lease, SpendLog, SpendLogs, open_spend_logs, read_lease_clock
 
+if TYPE_CHECKING:
+    from ...configs.models import RunConfig
+
 logger = logging.getLogger(__name__)
-
-SETTING_UNITS: Final[dict[str, tuple[str, int]]] = {
-    "requests": ("requests", 1),
-    "tokens": ("tokens", 1),
-    "nano_usd": ("usd", NANO_PER_USD),
-    "node_ms": ("node_hours", MS_PER_HOUR),
-}
-"""By field of an amount: setting name, and number of the field's units in one unit of it."""
-
-_FINE: Final = 0.1 * NANO_PER_USD
-"""Below this amount, dollars are shown with more digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class Budget:
     def warn(self) -> None:
         """Log each passed share of a limit once; of several passed at once, the highest."""
         spent = self.total_spent()
-        for name, cap in _limits(self.settings.limits):
+        for name, cap in list_limits(self.settings.limits):
             value = getattr(spent, name)
             if not cap:  # later stages need all of it
                 continue
@@ -130,12 +129,7 @@ class Budget:
 
     def report(self) -> dict[str, Json]:
         """Return spending and limit, by limit."""
-        spent = self.total_spent()
-        return {
-            key: {"spent": getattr(spent, name) / unit, "cap": cap / unit}
-            for name, cap in _limits(self.settings.limits)
-            for key, unit in [SETTING_UNITS[name]]
-        }
+        return report_limits(self.settings.limits, self.total_spent())
 
     def record_refusal(self, needed: Amount) -> str:
         """Store the refused amount, and describe which limit is exhausted."""
@@ -145,40 +139,21 @@ class Budget:
             f"{format_amount(name, getattr(spent, name))} are spent of "
             f"{format_amount(name, cap)}, and the next item "
             f"may take {format_amount(name, getattr(needed, name))}"
-            for name, cap in _limits(self.settings.limits)
+            for name, cap in list_limits(self.settings.limits)
             if getattr(spent.plus(self.balance.reserved).plus(needed), name) > cap
         ]
         kept = [
             format_amount(name, value)
-            for name, _ in _limits(self.settings.limits)
+            for name, _ in list_limits(self.settings.limits)
             if (value := getattr(self.settings.kept, name))
         ]
         later = f" ({', '.join(kept)} more are kept for later stages)" if kept else ""
         return f"the budget is exhausted: {'; '.join(short)}{later}"
 
 
-def _limits(caps: BudgetLimits) -> list[tuple[str, int]]:
-    pairs = zip(Amount._fields, caps.as_tuple(), strict=True)
-    return [(name, cap) for name, cap in pairs if cap is not None]
-
-
 def _left(caps: BudgetLimits, before: Amount) -> BudgetLimits:
     pairs = zip(caps.as_tuple(), before, strict=True)
     return BudgetLimits(*(None if cap is None else max(0, cap - spent) for cap, spent in pairs))
-
-
-def format_amount(name: str, value: int) -> str:
-    """Return one field of an amount in words, e.g. ``12.50 USD``."""
-    if name == "nano_usd":
-        return (
-            f"{value / NANO_PER_USD:,.2f} USD"
-            if value >= _FINE
-            else f"{value / NANO_PER_USD:.6f} USD"
-        )
-    if name == "node_ms":
-        digits = 2 if 10 * value >= MS_PER_HOUR else 4
-        return f"{value / MS_PER_HOUR:,.{digits}f} node-hours"
-    return f"{value:,} {name}"
 
 
 class LeaseTable:
@@ -350,16 +325,6 @@ class RunBudget:
     budget: Budget
     leases: LeaseTable
     logs: SpendLogs
-
-
-def read_limits(folder: RunFolder, config: BudgetConfig) -> BudgetLimits:
-    """Return a run's limits: those of the settings, overridden by those raised at a pause.
-
-    Raises:
-        JournalError: The raised limits cannot be read.
-    """
-    given = config.model_dump(include={key for key, _ in SETTING_UNITS.values()})
-    return BudgetLimits.from_settings(**{**given, **read_raised_limits(folder.raised_limits)})
 
 
 def raise_limits(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | None:
@@ -587,38 +552,6 @@ def _read_budget_settings(
 
     price = find_token_prices(config, about["model"], about["simulated"])
     return make_budget_settings(folder, config, price or NO_PRICES)
-
-
-def estimate_total(
-    spent: Amount, settled: Amount, limits: BudgetLimits, counts: ItemCounts
-) -> dict[str, Json]:
-    """Estimate the total for all items, by limit; empty before the first item has ended.
-
-    Items taken over from another run cost nothing, and are no measure of further items.
-
-    Args:
-        spent: What counts as spent, amounts in doubt included.
-        settled: The part of it that the ended items and the nodes are known to have used. Only this
-            part is extrapolated: a killed session's reservations are no measure of further items.
-        limits: The budget's limits.
-        counts: Items of the run.
-    """
-    ended = counts.done + counts.failed - counts.taken_over
-    if ended <= 0:
-        return {}
-    return {
-        key: _round_up(getattr(spent, name) + getattr(settled, name) * counts.open / ended, unit)
-        for name, _ in _limits(limits)
-        for key, unit in [SETTING_UNITS[name]]
-    }
-
-
-def _round_up(value: float, unit: int) -> float:
-    """Return a value in the user's unit, rounded up; money to the cent or a millionth."""
-    if unit == 1:
-        return math.ceil(value)
-    digits = 2 if value > unit else 6
-    return math.ceil(value / unit * float(10**digits)) / float(10**digits)
 
 
 def _example(budget: Budget) -> str:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
-from ...configs.loader import read_settings
-from ...configs.models import BudgetConfig
+from ...configs.budget import BudgetConfig
+from ...configs.raw_settings import read_settings
 from ..core.money import (
     MS_PER_HOUR,
     NANO_PER_USD,
-    NO_PRICES,
     Amount,
     BudgetLimits,
     NodeTime,
@@ -29,7 +28,7 @@ from ..storage.journal_file import (
     scan_lines,
 )
 from ..storage.run_folder import RunFolder
-from .budget import Budget, BudgetSettings, estimate_total, format_amount, read_limits
+from .limits import estimate_total, format_amount, read_limits, report_limits
 from .spend_log import open_spend_logs
 
 NO_ENDPOINT: Final = "(none)"
@@ -237,8 +236,7 @@ def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
         ConfigurationError: The budget in the settings is invalid.
         JournalError: The limits cannot be read.
     """
-    settings = BudgetSettings(_read_limits(folder), NO_PRICES)
-    return Budget(settings, cost.spent, None).report()
+    return report_limits(_read_limits(folder), cost.spent)
 
 
 def estimate_total_cost(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Json]:

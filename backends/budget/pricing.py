@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from ...configs.models import RunConfig
 from ...configs.prices import ListedPrice, find_listed_price, find_provider_name, list_priced_hosts
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.money import TokenPrices
 from ..core.types import Json
 
 if TYPE_CHECKING:
+    from ...configs.models import RunConfig
     from ..fleet.endpoint import EndpointSpec
 
 PRICE_SETTING: Final = "model.price"

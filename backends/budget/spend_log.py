@@ -36,11 +36,11 @@ from ..storage.journal_file import (
     check_renamed_files,
     get_current_run_id,
     make_header,
+    make_worker_path,
     parse_session_number,
     scan_lines,
 )
 from ..storage.run_folder import RunFolder, get_run_ids
-from ..storage.worker_journal import make_worker_path
 
 HEADER_KIND: Final = "budget"
 """Kind of file that the header of a spend log names."""

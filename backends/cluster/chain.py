@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from ..core.errors import EXIT_BUDGET, EXIT_DONE, EXIT_FAILURES, EXIT_USAGE, JournalError
 from ..core.types import Json
-from .schedulers import JobState, SchedulerUsage
+
+if TYPE_CHECKING:
+    from .schedulers import JobState, SchedulerUsage
 
 VERSION: Final = 1
 

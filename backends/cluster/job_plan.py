@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from ...configs.site import SiteConfig
 from ..core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ...configs.site import SiteConfig
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
 _MINUTE: Final = 60

@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from ...configs.models import LimitsConfig
 from ..core.errors import ConfigurationError
 from ..core.messages import WALLTIME_REASON
+
+if TYPE_CHECKING:
+    from ...configs.models import LimitsConfig
 
 END_TIME_ENV: Final = "FANFOLD_END_TIME"
 """Variable with the end of the job, in seconds since 1970; set by job scripts."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 from .types import Json, Message, Reply, Usage
@@ -114,6 +115,30 @@ class Stoppable(Protocol):
 
     async def stop(self) -> None:
         """Ask the workers to start no more items; their results arrive as usual."""
+        ...
+
+
+@runtime_checkable
+class TaskLogger(Protocol):
+    """A backend that logs its tasks in the run folder, so that a later coordinator finds them."""
+
+    async def open_log(self, folder: Path) -> None:
+        """Log the tasks of another run from now on; ``reattach`` returns those left in its log.
+
+        Args:
+            folder: The folder of the run.
+
+        Raises:
+            JournalError: The log is damaged.
+        """
+        ...
+
+    async def close_log(self) -> None:
+        """Write what is left to log: the run has ended.
+
+        Raises:
+            JournalError: It cannot be written.
+        """
         ...
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -20,22 +21,31 @@ class RequestKind:
     """What requests to one URL are like.
 
     Attributes:
-        answer: The member of an answer that shows that it is one: a list.
+        answer: The member of an answer that shows that it is one: a list; with ``file``, a text.
         inputs: Members of a request whose texts the model reads.
         generates: Whether the model writes tokens, as many as ``max_tokens``.
         pairs: Whether the model reads each text of a list together with the other members.
+        file: The member that names a file by its URL; the request is then sent as a form, with the
+            content as its member ``file``. How many tokens it is is not known before the answer.
     """
 
     answer: str
     inputs: tuple[str, ...]
     generates: bool = False
     pairs: bool = False
+    file: str | None = None
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Return the members of which a request has at least one."""
+        return self.inputs if self.file is None else (self.file,)
 
 
 _SCORE: Final = RequestKind(
     "data", ("text_1", "text_2", "queries", "documents", "data_1", "data_2"), pairs=True
 )
 _RERANK: Final = RequestKind("results", ("query", "documents"), pairs=True)
+_AUDIO: Final = RequestKind("text", ("prompt", "language"), file="file_url")
 
 REQUEST_KINDS: Final[Mapping[str, RequestKind]] = {
     "/v1/completions": RequestKind("choices", ("prompt", "suffix"), generates=True),
@@ -45,15 +55,21 @@ REQUEST_KINDS: Final[Mapping[str, RequestKind]] = {
     "/rerank": _RERANK,
     "/v1/rerank": _RERANK,
     "/v2/rerank": _RERANK,
+    "/v1/audio/transcriptions": _AUDIO,
+    "/v1/audio/translations": _AUDIO,
 }
 """The kinds by URL."""
 REQUEST_URLS: Final = (CHAT_URL, *REQUEST_KINDS)
 """All URLs to which fanfold sends requests."""
 
+GATEWAY_URLS: Final = (CHAT_URL, "/v1/completions", "/v1/embeddings")
+"""URLs that both a FIRST gateway and fanfold have."""
+
 _LISTS: Final = ("data", "results")
 """Members that only answers to other requests than completions have."""
 _TEMPLATE: Final = 64
 """Tokens that a server may add around a text: markers, a fixed instruction."""
+_MOST_URL: Final = 8192
 _DEFAULT_ANSWER: Final = 16
 """Longest answer of a completion that sets none, in tokens, as OpenAI and vLLM document it."""
 
@@ -74,6 +90,33 @@ def join_url(base: str, url: str) -> str:
     if url.startswith("/v1/"):
         return base + url.removeprefix("/v1")
     return base.removesuffix("/v1") + url
+
+
+def find_file_problem(url: object, hosts: Collection[str]) -> str | None:
+    """Return why a file is not loaded from a URL, or None.
+
+    Args:
+        url: The URL.
+        hosts: Hosts from which files may be fetched.
+    """
+    if not isinstance(url, str) or not url.startswith(("data:", "http://", "https://")):
+        return "give the URL of a file: data:TYPE;base64,… or https://HOST/…"
+    if url.startswith("data:"):
+        return None if url.partition(",")[0].endswith(";base64") else "the data URL is not base64"
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        host = None
+    is_plain = len(url) <= _MOST_URL and url.isascii() and url.isprintable()
+    if not host or not is_plain or " " in url or "\\" in url or "@" in parts.netloc:
+        return "the URL is malformed: name a host, no user, and write it in ASCII, escaped"
+    if host in hosts:
+        return None
+    return (
+        f"files are not fetched from {host}; allow it with --allowed-media-domains {host} "
+        "(batch.allowed_media_domains), or give the content as a data URL"
+    )
 
 
 def bound_usage(body: Mapping[str, Any], kind: RequestKind) -> Usage:

@@ -5,26 +5,36 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import accumulate
 from typing import Final
 
 _RUN: Final = re.compile(r"[A-Za-z]+|\s?[0-9]+|[^\x00-\x7f]+|[^\sA-Za-z0-9]|\n\s*|  +")
 
 
+_WORD: Final = re.compile(r"\s*\S+")
+
+
 def estimate_text_tokens(text: str) -> int:
     """Estimate the tokens of a text, with a tendency to be too high."""
-    runs = _RUN.findall(text)
-    return sum(_weigh_word(run) if len(run) <= _WORD else _weight(run) for run in runs)
+    if not text.isascii():  # a run may go on behind a blank that is not ASCII
+        return sum(map(_WEIGHTS.__getitem__, _RUN.findall(text)))
+    words = text.rstrip()
+    return sum(map(_WEIGHTS.__getitem__, _WORD.findall(words))) + _WEIGHTS[text[len(words) :]]
 
 
-_WORD: Final = 24
-"""Characters of the runs whose tokens are remembered: texts repeat their words."""
+class _Weights(dict[str, int]):
+    """Tokens of pieces of texts; those of short ones are kept, because texts repeat their words."""
+
+    def __missing__(self, piece: str) -> int:
+        weight = sum(map(_weight, _RUN.findall(piece)))
+        if len(piece) <= _LONGEST_KEPT and len(self) < _MOST_KEPT:
+            self[piece] = weight
+        return weight
 
 
-@lru_cache(maxsize=1 << 15)
-def _weigh_word(run: str) -> int:
-    return _weight(run)
+_LONGEST_KEPT: Final = 24
+_MOST_KEPT: Final = 1 << 15
+_WEIGHTS: Final = _Weights()
 
 
 def _weight(run: str) -> int:

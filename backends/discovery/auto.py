@@ -29,6 +29,7 @@ from .probe import SelectedModel, select_model
 from .resolve import (
     EndpointSet,
     check_setting_url,
+    fit_requests,
     get_endpoints_key,
     get_gateway_url,
     make_gateway_set,
@@ -96,6 +97,7 @@ async def choose_endpoints(
 async def _probe_candidate(config: RunConfig, endpoint_set: EndpointSet) -> EndpointSet | str:
     """Probe endpoints; return them with the results, or why they do not fit."""
     name = config.model.name or endpoint_set.model
+    endpoint_set = fit_requests(endpoint_set, config)
     try:
         # what answers on a guessed address without a list of models may be no model server
         found = [replace(one, unlisted=False) for one in await endpoint_set.probe(_QUICK_S)]

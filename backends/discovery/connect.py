@@ -22,10 +22,11 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_
 from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from ..core.types import Usage
+from ..core.types import CHAT_URL, Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.fleet import Fleet, FleetClient
+from ..fleet.memory import FleetMemory
 from ..fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
@@ -45,6 +46,7 @@ from .resolve import (
     PROBE_TIMEOUT_S,
     EndpointSet,
     count_possible_servers,
+    fit_requests,
     get_endpoints_key,
     list_endpoint_specs,
     make_gateway_set,
@@ -108,6 +110,7 @@ def make_fleet_policy(
         whole_answers=behind,
         body_bytes=limits.body_bytes,
         own_fields=config.input.is_batch,
+        file_hosts=frozenset(config.batch.allowed_media_domains),
         **grouped,
     )
 
@@ -406,7 +409,7 @@ async def open_endpoint_set(
         source: EndpointSource = open_registry(endpoints)
         yield EndpointSet(tuple(await source.list_endpoints()), source)
     elif endpoints.first is not None:
-        yield make_gateway_set(endpoints.first, endpoints.proxy)
+        yield fit_requests(make_gateway_set(endpoints.first, endpoints.proxy), config)
     else:
         specs = await asyncio.to_thread(list_endpoint_specs, endpoints, written)
         if endpoints.file is None:
@@ -544,6 +547,7 @@ async def open_deployments(
     ready: ReadyEndpoints,
     run: str,
     count_probe: Callable[[Usage], None] | None = None,
+    url: str = CHAT_URL,
 ) -> AsyncIterator[tuple[ReadyEndpoints, Fleet | None]]:
     """Wait until the model runs behind a gateway, start it if needed, and log the choice.
 
@@ -554,6 +558,7 @@ async def open_deployments(
         ready: The endpoints.
         run: The run's id.
         count_probe: Called with the tokens of the requests that start models, or None.
+        url: URL of a request of the run.
 
     Yields:
         The endpoints with their states now, and a fleet that follows the deployments and gets no
@@ -572,7 +577,7 @@ async def open_deployments(
         )
         if count_probe is not None:
             stack.enter_context(fleet.count_probes(count_probe))
-        await fleet.wait_alive()
+        await fleet.wait_alive(url)
         started = {one.label for one in fleet.endpoints if one.alive}
         specs = tuple(
             replace(spec, state=DeploymentState.RUNNING) if spec.label in started else spec
@@ -620,6 +625,7 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
     run: str | None = None,
     share: float | None = None,
     prefix: int | None = None,
+    memory: FleetMemory | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn about those that are not.
 
@@ -632,6 +638,7 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
         run: The run's id, or None.
         share: Part of the run's rate limits for this process; None: that of a worker.
         prefix: Characters that are equal at the beginning of a group of prompts, or None.
+        memory: What earlier fleets of this process have learned, or None.
     """
     endpoint_set = ready.endpoint_set
     _log_choice(ready)
@@ -643,7 +650,8 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
     if share is not None:
         policy = replace(policy, rate_limit=replace(policy.rate_limit, share=share))
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
-    async with Fleet(specs, policy, simulated=ready.simulated, cache=cache) as fleet:
+    opening = Fleet(specs, policy, simulated=ready.simulated, cache=cache, memory=memory)
+    async with opening as fleet:
         if endpoint_set is None or endpoint_set.source is None:
             yield fleet
             return

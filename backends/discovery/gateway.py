@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, FanfoldError, NoEndpointError
+from ..core.types import CHAT_URL
 from ..core.waits import pause_after
 from ..fleet.endpoint import (
     ApiKey,
@@ -30,7 +31,6 @@ _OK: Final = 200
 _UNAUTHORIZED: Final = 401
 _NOT_FOUND: Final = 404
 _TOO_MANY: Final = 429
-_CHAT: Final = "/v1/chat/completions"
 _PATH: Final = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _TRIES: Final = 12
 _WAIT: Final = RetryPolicy(refusal_pause_s=1.1, backoff_max_s=15.0).refusal_wait
@@ -56,6 +56,7 @@ class Gateway:
         window_s: Length of a window in seconds.
         poll_s: Seconds for which the gateway keeps its list of jobs.
         start_wait_s: Longest wait for a model that does not run, in seconds.
+        urls: URLs of the requests, of which a deployment must offer one.
     """
 
     base: str
@@ -66,6 +67,7 @@ class Gateway:
     window_s: float = 60.0
     poll_s: float = 60.0
     start_wait_s: float = 7200.0
+    urls: tuple[str, ...] = (CHAT_URL,)
     jobs: dict[str, tuple[float, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -408,10 +410,13 @@ async def discover_first(
     gateway: Gateway, client: GatewayClient, document: Any, up: Mapping[str, Any]
 ) -> list[ProbeResult]:
     """List the deployments of a FIRST gateway, with state and limits of their models."""
-    offers, latency_s = dict(_list_offers(document)), client.latency_s
+    offers, latency_s = dict(_list_offers(document, gateway.urls)), client.latency_s
     if not offers:
         return gateway.make_unreachable("list-endpoints lists no deployment")
     chosen = gateway.paths or [path for path, models in offers.items() if models is not None]
+    urls = " or ".join(gateway.urls)
+    if not chosen:
+        return gateway.make_unreachable(f"no deployment offers {urls}")
     jobs, details = dict[str, Any](), dict[str, Any]()
     for cluster in dict.fromkeys(path.partition("/")[0] for path in chosen if offers.get(path)):
         jobs[cluster] = await client.read_jobs(cluster)
@@ -424,8 +429,7 @@ async def discover_first(
             known = f"the gateway has {', '.join(offers)}"
             results.append(ProbeResult(spec, path, error=known))
         elif models is None:
-            offer = "the deployment offers no chat completions"
-            results.append(ProbeResult(spec, path, error=offer))
+            results.append(ProbeResult(spec, path, error=f"the deployment offers no {urls}"))
         else:
             about = _index_details(details.get(cluster), framework)
             result = ProbeResult(
@@ -469,8 +473,10 @@ _KINDS: Final[tuple[tuple[str, DiscoverFunction], ...]] = (
 """Kinds of gateways by a route that only they have."""
 
 
-def _list_offers(document: Any) -> Iterator[tuple[str, tuple[str, ...] | None]]:
-    """Yield each path with its models, or None if it has no chat completions."""
+def _list_offers(
+    document: Any, urls: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    """Yield each path with its models, or None if it offers none of the URLs."""
     clusters = document.get("clusters") if isinstance(document, dict) else None
     for cluster, about in _items(clusters):
         for framework, offered in _items(about.get("frameworks")):
@@ -478,10 +484,10 @@ def _list_offers(document: Any) -> Iterator[tuple[str, tuple[str, ...] | None]]:
             if not _PATH.fullmatch(path):
                 continue
             listed = offered.get("endpoints")
-            has_chat = not isinstance(listed, list) or not listed or _CHAT in listed
+            fits = not isinstance(listed, list) or not listed or any(u in listed for u in urls)
             models = offered.get("models")
             named = models if isinstance(models, list) else []
-            yield path, tuple(m for m in named if isinstance(m, str)) if has_chat else None
+            yield path, tuple(m for m in named if isinstance(m, str)) if fits else None
 
 
 def _items(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,6 +16,7 @@ from ...configs.base import expand_home
 from ...configs.endpoints import FIRST_URL, EndpointsConfig, FirstConfig
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.request_urls import GATEWAY_URLS
 from ..core.secrets import MASKED
 from ..core.templates import find_names, split_command
 from ..fleet.endpoint import ApiKey, EndpointSpec, merge_spellings, normalize_base_url
@@ -135,6 +136,14 @@ def make_gateway_set(first: FirstConfig, proxy: bool | None) -> EndpointSet:
     """Return the deployments behind a gateway."""
     gateway = _gateway(first, proxy)
     return EndpointSet(gateway.specs, gateway=gateway, requests_per_s=first.requests_per_s)
+
+
+def fit_requests(endpoint_set: EndpointSet, config: RunConfig) -> EndpointSet:
+    """Return endpoints for the requests of a run; a deployment must offer a URL of theirs."""
+    gateway = endpoint_set.gateway
+    if gateway is None or not config.input.is_batch:
+        return endpoint_set
+    return replace(endpoint_set, gateway=replace(gateway, urls=GATEWAY_URLS))
 
 
 def get_endpoints_key(endpoints: EndpointsConfig) -> str:

@@ -42,6 +42,11 @@ class AdaptiveLimit:
     def _most(self, now: float) -> int:
         return self._knee if now < self._held_until else self._ceiling
 
+    @property
+    def is_exploring(self) -> bool:
+        """Return True until the first refusal or knee: the endpoint may have capacity for more."""
+        return self._doubling
+
     def widen(self, now: float) -> bool:
         """Raise the limit, after it was reached for a while; return whether it was raised."""
         most = self._most(now)
@@ -101,6 +106,10 @@ class AdaptiveLimit:
         if now - self._changed >= self._policy.settle_s:
             self.width = max(1, int(self.width * self._policy.shrink))
             self._changed = now
+
+    def forget_latencies(self) -> None:
+        """Forget how long answers took: those of the next requests may have another length."""
+        self._levels.clear()
 
     def reset(self, now: float) -> None:
         """Start with the initial limit again: the endpoint was down."""

@@ -150,7 +150,8 @@ class LoadBalancer:
             not counted.
         on_quota: Called if a call waits for a quota, with the seconds after which ``retry_quotas``
             must be called.
-        on_starved: Called when a call must wait although ``streams`` would allow it.
+        on_limited: Called when a call must wait although ``streams`` would allow it, and when the
+            limit of an endpoint keeps it below its share of the requests.
         affinity: Endpoints by prompt prefix, or None.
 
     Attributes:
@@ -166,7 +167,7 @@ class LoadBalancer:
         endpoints: Sequence[Endpoint],
         streams: int,
         on_quota: Callable[[float], None],
-        on_starved: Callable[[], None],
+        on_limited: Callable[[], None],
         affinity: Affinity | None = None,
     ) -> None:
         self.quota: Quota | None = None
@@ -176,14 +177,15 @@ class LoadBalancer:
         self._slack = (affinity.policy if affinity else AffinityPolicy()).slack
         self._homes = _HomeQueues(affinity) if affinity else None
         self._on_quota = on_quota
-        self._on_starved = on_starved
+        self._on_limited = on_limited
         self._tick = itertools.count()
         self._ranks: dict[Endpoint, int] = {}
         self._heap: list[tuple[float, int, Endpoint]] = []
         self._queue: deque[_Waiter] = deque()
         self._urgent: deque[_Waiter] = deque()
         self._excluding: dict[frozenset[Endpoint], deque[_Waiter]] = {}
-        self._mean_s = 0.0
+        known = [endpoint.latency_s for endpoint in endpoints if endpoint.latency_s]
+        self._mean_s = sum(known) / len(known) if known else 0.0
         self._idle = 0
         self._extra = 0
         self._extra_of: dict[int, int] = {}
@@ -198,6 +200,18 @@ class LoadBalancer:
         """Return True if calls wait although ``streams`` would allow them."""
         waits = self._queue or self._excluding or self._urgent
         return bool(waits) and self.in_flight - self._extra < self._streams
+
+    def is_behind(self, endpoint: Endpoint) -> bool:
+        """Return True if only its initial limit keeps an endpoint below the mean of all.
+
+        It has come back, or joined, while the others had all requests in flight: no call waits,
+        which would raise its limit.
+        """
+        return (
+            endpoint.in_flight * len(self.alive) < self.in_flight
+            and endpoint.in_flight >= endpoint.width
+            and endpoint.limit.is_exploring
+        )
 
     @property
     def contended(self) -> bool:
@@ -290,7 +304,7 @@ class LoadBalancer:
             item.queued += 1
             item.queue = self
         if self.is_starved:
-            self._on_starved()
+            self._on_limited()
         if avoid:
             self._serve_waiters()  # if too many calls exclude endpoints, they drop their exclusions
         return waiter
@@ -554,6 +568,8 @@ class LoadBalancer:
         endpoint.in_flight += 1
         endpoint.flight.begin()
         self._rank(endpoint)
+        if self.is_behind(endpoint):
+            self._on_limited()
         return endpoint
 
     def try_acquire(

@@ -374,6 +374,7 @@ class Endpoint:
         refusals: Times in a row that it asked for a pause.
         retired: Whether it has left the fleet.
         resting: Whether it asked for a pause that still lasts.
+        rests_until: Monotonic time in seconds of the end of its last pause.
         standby: Whether its model does not run, so that it gets no requests.
         standby_at: Monotonic time in seconds since which that is known from a failed request.
         limit: Its adaptive limit of requests in flight.
@@ -425,6 +426,7 @@ class Endpoint:
         "refusals",
         "refused_items",
         "resting",
+        "rests_until",
         "retired",
         "spec",
         "standby",
@@ -453,6 +455,7 @@ class Endpoint:
         self.ejected = False
         self.retired = False
         self.resting = False
+        self.rests_until = float("-inf")
         self.standby = spec.watch is not None and spec.state not in {None, DeploymentState.RUNNING}
         self.standby_at = float("-inf")
         self.limit = AdaptiveLimit(limit or AdaptiveLimitPolicy(), spec.max_in_flight)
@@ -497,6 +500,14 @@ class Endpoint:
         self.longest_asked = None
         self.refused_items.clear()
         self._corrections.clear()
+
+    def take_over(self, earlier: Endpoint) -> None:
+        """Go on with the limit, the health, the pause and the speed that an earlier fleet found."""
+        self.limit, self.breaker = earlier.limit, earlier.breaker
+        self.limit.forget_latencies()
+        self.breaker.times_opened = 0
+        self.latency_s = earlier.latency_s
+        self.refusals, self.rests_until = earlier.refusals, earlier.rests_until
 
     def get_request_url(self, body: Mapping[str, Any]) -> str:
         """Return the address to which a request is sent."""

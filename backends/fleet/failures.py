@@ -499,6 +499,8 @@ _BY_WORDS: Final = (
 """Rules by status and words of the body, where the FIRST gateway has no code for a failure."""
 _UNSERVED: Final = frozenset({404, 405})
 """Statuses of a URL that a server does not have."""
+_UNSERVED_CODE: Final = "unsupported_endpoint"
+"""Code of a URL that a deployment behind the FIRST gateway does not offer; its status is 400."""
 _MODEL_CODES: Final = frozenset(
     {"NotFoundError", "model_not_found", "endpoint_not_found", "cluster_not_found"}
 )
@@ -529,7 +531,8 @@ def classify_unserved(failure: Failure) -> Failure:
         failure: The failure of a request that does not ask for a chat completion.
     """
     error = failure.error
-    if error.status not in _UNSERVED or error.code in _MODEL_CODES:
+    is_unserved = error.status in _UNSERVED and error.code not in _MODEL_CODES
+    if not is_unserved and error.code != _UNSERVED_CODE:
         return failure
     advice = f" ({failure.rule.advice})"
     refused = RequestRefusedError(

@@ -13,8 +13,8 @@ from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
 from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS, CallLog
-from ..core.request_urls import URL_FIELD
-from ..core.types import Message, Reply, Usage
+from ..core.request_urls import URL_FIELD, get_kind
+from ..core.types import CHAT_URL, Message, Reply, Usage
 from .cache import RequestCache
 from .endpoint import (
     Endpoint,
@@ -24,7 +24,9 @@ from .endpoint import (
     merge_spellings,
 )
 from .failures import Failure
+from .files import FileLoader
 from .health import HealthMonitor
+from .memory import FleetMemory
 from .policy import FleetPolicy, ModelParams
 from .rate_limit import RateLimiter
 from .request import RequestSender
@@ -62,6 +64,7 @@ class Fleet:
         limiter: Quotas that several fleets share, or None for the policy's own.
         cache: Answers that equal requests share, or None: each request is sent.
         transport: Sends the requests of this loop; None opens HTTP connections.
+        memory: What earlier fleets have learned, or None; it has quotas and connections, too.
 
     Attributes:
         policy: Limits, retries and timeouts.
@@ -84,15 +87,22 @@ class Fleet:
         limiter: RateLimiter | None = None,
         cache: RequestCache | None = None,
         transport: Transport | None = None,
+        memory: FleetMemory | None = None,
     ) -> None:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
         ensure_open_files(self.policy.streams)
         self._specs = tuple(merge_spellings(endpoints, by_model=False))
+        self._memory = memory
+        if memory is not None:
+            limiter = memory.get_limiter(self.policy.rate_limit)
         self.limiter = limiter or RateLimiter(self.policy.rate_limit)
         self.endpoints = [self._make_endpoint(spec) for spec in self._specs]
         _warn_spellings(self._specs)
+        self._keeps_transport = memory is not None and transport is None
+        if memory is not None and transport is None:
+            transport = memory.get_transport(self.policy)
         self._transport = transport or Transport(self.policy)
         self._monitor = HealthMonitor(
             self.endpoints, self.policy, self._transport, self.limiter.quota
@@ -118,6 +128,8 @@ class Fleet:
 
     async def __aenter__(self) -> Self:
         """Return the fleet itself."""
+        for endpoint in self.endpoints:
+            self._monitor.resume(endpoint)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -141,7 +153,8 @@ class Fleet:
                 self._load.close()
             if self._hedger is not None:
                 self._hedger.close()
-            await self._transport.aclose()
+            if not self._keeps_transport:
+                await self._transport.aclose()
         else:
             await here.aclose()
             del self._loop_fleets[asyncio.get_running_loop()]
@@ -150,7 +163,10 @@ class Fleet:
         quota = self.limiter.get_endpoint_quota(
             identify_endpoint(spec.url), spec.requests_per_s, spec.tokens_per_min, spec.window_s
         )
-        return Endpoint(spec, self.policy.limit, self.policy.breaker, quota)
+        endpoint = Endpoint(spec, self.policy.limit, self.policy.breaker, quota)
+        if self._memory is not None:
+            self._memory.take_over(endpoint, self.policy)
+        return endpoint
 
     def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
         """Add and remove endpoints during a run; the others keep their state and statistics.
@@ -190,6 +206,8 @@ class Fleet:
             endpoint.retired = True
         for endpoint in (*joining, *leaving):
             self._monitor.refresh(endpoint)
+        for endpoint in joining:
+            self._monitor.resume(endpoint)
         self._specs = tuple(wanted.values())
         return len(joining), len(leaving)
 
@@ -197,12 +215,16 @@ class Fleet:
         """Send no further request, and fail those that wait: no endpoint will answer any more."""
         self._monitor.stop(why)
 
-    async def wait_alive(self) -> None:
+    async def wait_alive(self, url: str = CHAT_URL) -> None:
         """Wait until an endpoint can be used; start a model if none runs.
+
+        Args:
+            url: URL of the requests that it is for; the request that starts a model goes there.
 
         Raises:
             FanfoldError: None can be used any more.
         """
+        self._monitor.probe_url = url
         await self._monitor.wait_alive()
 
     def report_stopped_model(self, endpoint: Endpoint) -> None:
@@ -330,6 +352,17 @@ class Fleet:
         """
         return self._call(body, self._send)
 
+    async def attach_file(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a request with the content of the file that it names, if it names one.
+
+        Raises:
+            InvalidItemError: The URL is malformed or not allowed, or the file cannot be loaded.
+        """
+        kind = get_kind(body)
+        if kind is None or kind.file is None:
+            return body
+        return await FileLoader(self._transport, self.policy.file_hosts).attach(body, kind)
+
     def check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
@@ -411,10 +444,11 @@ class FleetClient:
         """Send one request as it is, but for the model's name; return its answer.
 
         Raises:
+            InvalidItemError: The file that it names cannot be loaded.
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: No item can succeed any more.
         """
-        return await self._post({**body, "model": self.model})
+        return await self._post(await self._fleet.attach_file({**body, "model": self.model}))
 
     @property
     def model(self) -> str:

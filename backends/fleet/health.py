@@ -23,7 +23,8 @@ from ..core.errors import (
 )
 from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
-from ..core.types import Usage
+from ..core.request_urls import REQUEST_KINDS, URL_FIELD
+from ..core.types import CHAT_URL, Usage
 from ..core.waits import pause_after
 from .balancer import Affinity, LoadBalancer
 from .endpoint import BreakerState, DeploymentState, DeploymentWatch, Endpoint
@@ -38,7 +39,7 @@ from .failures import (
 )
 from .policy import FleetPolicy
 from .rate_limit import Quota
-from .transport import Transport, read_completion, read_usage
+from .transport import Transport, read_answer, read_usage
 
 _LOG: Final = logging.getLogger(__name__)
 _UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
@@ -53,6 +54,13 @@ _OK: Final = 200
 _PROBE: Final = Usage(128, 1)
 """Tokens of a probe at most: a short text, and what a chat template adds."""
 _NOTHING: Final = Usage(0, 0)
+_MESSAGE: Final = {"role": "user", "content": "1"}
+_PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
+    CHAT_URL: {"messages": [_MESSAGE], "max_tokens": 1, "stream": False},
+    "/v1/completions": {"prompt": "1", "max_tokens": 1, "stream": False},
+    "/v1/embeddings": {"input": "1"},
+}
+"""Requests of a probe, by the URLs of a gateway."""
 _QUOTA_S: Final = 0.5
 """Longest pause in seconds between two looks at a quota that does not cover a probe."""
 _WAKE_S: Final = 320.0
@@ -83,6 +91,7 @@ class HealthMonitor:
         lost: Tasks that were cancelled because their request is lost, and how it failed.
         on_probe: Called with the most tokens that a probe or the start of a model may have used;
             None if nobody counts them.
+        probe_url: URL of a recent request: a model may serve no other one.
     """
 
     def __init__(
@@ -108,7 +117,7 @@ class HealthMonitor:
         affinity = Affinity(policy.affinity) if policy.affinity else None
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.balancer = LoadBalancer(
-            endpoints, policy.streams, self._await_quota, self._serve_starved, affinity
+            endpoints, policy.streams, self._await_quota, self._raise_limits_soon, affinity
         )
         self.balancer.quota = quota
         self._quota_timer: asyncio.TimerHandle | None = None
@@ -120,6 +129,7 @@ class HealthMonitor:
         self.refusals = 0
         self.lost: dict[asyncio.Task[Any], Failure] = {}
         self.on_probe: Callable[[Usage], None] | None = None
+        self.probe_url = CHAT_URL
         self._watches = False
         self._checked_at: dict[Endpoint, float] = {}
         self._standby_task: asyncio.Task[None] | None = None
@@ -145,6 +155,14 @@ class HealthMonitor:
         self.balancer.long_resting.clear()
         for endpoint in self._endpoints:
             endpoint.resting = False
+
+    def resume(self, endpoint: Endpoint) -> None:
+        """Go on where an earlier fleet left an endpoint: unhealthy, or in a pause."""
+        if endpoint.breaker.state is BreakerState.OPEN:
+            self._schedule_probe(endpoint)
+            self.refresh(endpoint)
+        if (left_s := endpoint.rests_until - time.monotonic()) > 0.0:
+            self.pause_endpoint(endpoint, left_s)
 
     def record_success(self, endpoint: Endpoint, level: int, seconds: float) -> None:
         """Record a good answer, sent as one of ``level`` requests in flight."""
@@ -358,7 +376,7 @@ class HealthMonitor:
                 return
             pending.cancel()
             self._timers.discard(pending)
-        endpoint.resting = True
+        endpoint.resting, endpoint.rests_until = True, time.monotonic() + seconds
         if seconds > self._policy.retry.long_wait_s:
             self.balancer.long_resting.add(endpoint)
         self._wakes[endpoint] = self._later(seconds, lambda: self._resume_endpoint(endpoint))
@@ -475,19 +493,21 @@ class HealthMonitor:
     async def _send_probe(
         self, endpoint: Endpoint, headers: Mapping[str, str], timeout_s: float
     ) -> dict[str, Any] | Failure:
-        message, session = {"role": "user", "content": "1"}, self._policy.session
-        body = {"model": endpoint.spec.probe_model, "messages": [message], "max_tokens": 1}
+        session = self._policy.session
+        url = self.probe_url if self.probe_url in _PROBES else CHAT_URL
+        kind = REQUEST_KINDS.get(url)
+        body = {"model": endpoint.spec.probe_model, **_PROBES[url]}
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._transport.send(
-                    endpoint.chat_url,
-                    orjson.dumps(body | {"stream": False}),
-                    headers if session is None else {**headers, **session.make_headers([message])},
+                    endpoint.get_request_url(body if kind is None else {URL_FIELD: url}),
+                    orjson.dumps(body),
+                    headers if session is None else {**headers, **session.make_headers([_MESSAGE])},
                     endpoint.spec.proxied,
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
             return classify_exception(error, endpoint.label, headers)
-        return read_completion(answer, endpoint.label)
+        return read_answer(answer, endpoint.label, kind)
 
     @property
     def _unhealthy(self) -> list[Endpoint]:
@@ -605,7 +625,7 @@ class HealthMonitor:
         self.balancer.retry_quotas()
 
     def _schedule_widening(self) -> None:
-        """Check for full limits soon: calls wait although more could be in flight."""
+        """Check for full limits soon: calls wait, or others do more than their share."""
         if not self._sweeping:
             self._sweeping = True
             self._later(self._policy.limit.settle_s, self._widen_limits)
@@ -613,10 +633,12 @@ class HealthMonitor:
     def _widen_limits(self) -> None:
         """Raise the limits of full endpoints, and repeat while calls wait."""
         self._sweeping = False
-        now = time.monotonic()
-        for endpoint in list(self.balancer.alive) if self.balancer.is_starved else ():
+        now, balancer = time.monotonic(), self.balancer
+        for endpoint in list(balancer.alive):
             full = endpoint.in_flight >= endpoint.width
-            if full and endpoint.breaker.state is BreakerState.CLOSED and endpoint.limit.widen(now):
+            wanted = full and (balancer.is_starved or balancer.is_behind(endpoint))
+            closed = endpoint.breaker.state is BreakerState.CLOSED
+            if wanted and closed and endpoint.limit.widen(now):
                 self.refresh(endpoint)
         if self.balancer.is_starved:
             self._schedule_widening()
@@ -644,8 +666,8 @@ class HealthMonitor:
             self._probe_timers.clear()
             self._outage = self._spawn(self._probe_repeatedly())
 
-    def _serve_starved(self) -> None:
-        """Do what lets waiting calls begin: start a model if none runs, or raise limits."""
+    def _raise_limits_soon(self) -> None:
+        """Raise limits that hold requests back; start a model if none runs."""
         if not self.balancer.alive:
             self._start_standby()
         self._schedule_widening()

@@ -299,6 +299,7 @@ class FleetPolicy:
         body_bytes: Limit of bytes of one answer, after decompression.
         own_fields: Whether each request chooses its fields itself, so that the refusal of a field
             is the fault of its item.
+        file_hosts: Hosts from which files that requests name are fetched.
     """
 
     streams: int = 256
@@ -315,6 +316,7 @@ class FleetPolicy:
     trust_env: bool = False
     body_bytes: int = 64 * 2**20
     own_fields: bool = False
+    file_hosts: frozenset[str] = frozenset()
 
     @classmethod
     def from_limits(

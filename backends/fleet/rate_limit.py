@@ -200,7 +200,7 @@ class RateLimiter:
     ) -> None:
         self._policy, self._clock = policy, clock
         self.share = self.base_share = policy.share
-        self._endpoints: dict[str, Quota] = {}
+        self._endpoints: dict[tuple[object, ...], Quota] = {}
         self._answers, self._ratio, self._longest = 0, 0.0, 0
         limited = policy.requests_per_s is not None or policy.tokens_per_min is not None
         self.quota = (
@@ -228,11 +228,12 @@ class RateLimiter:
         """
         if requests_per_s is None and tokens is None:
             return None
-        if key not in self._endpoints:
+        limits = key, requests_per_s, tokens, window_s
+        if limits not in self._endpoints:
             share = self.share if self._policy.shares_endpoints else 1.0
-            self._endpoints[key] = Quota(requests_per_s, tokens, window_s, share, self._clock)
+            self._endpoints[limits] = Quota(requests_per_s, tokens, window_s, share, self._clock)
             self.counts_tokens = self.counts_tokens or tokens is not None
-        return self._endpoints[key]
+        return self._endpoints[limits]
 
     def set_share(self, share: float) -> None:
         """Change the part of all shared quotas that this process may use."""

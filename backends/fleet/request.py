@@ -21,6 +21,7 @@ from ..core.types import Usage
 from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction, may_have_used
+from .files import encode_form
 from .health import HealthMonitor
 from .rate_limit import TokenNeed
 from .transport import OpenStream, StreamHooks, Transport
@@ -382,14 +383,14 @@ class RequestSender:
             headers, most = await endpoint.headers(), endpoint.max_answer_tokens
             kind, url = get_kind(body), endpoint.get_request_url(body)
             whole = streamed or (kind is not None and not kind.generates)
-            data = self._encode(endpoint, body if whole else {**body, "stream": False})
+            data, form = self._encode(endpoint, body if whole else {**body, "stream": False})
             proxied = endpoint.spec.proxied
             result: dict[str, Any] | OpenStream | Failure
             endpoint.unanswered[task] = charge.sent_at
             self._monitor.watch_silence()
             if streamed:
                 reader = await self._transport.stream(
-                    url, data, self._add_session(headers, body), proxied
+                    url, data, self._add_headers(headers, body, form), proxied
                 )
                 hooks = self._make_hooks(endpoint, charge)
                 silence_s = self._transport.silence_s
@@ -397,7 +398,7 @@ class RequestSender:
                 endpoint.record_heard(task)
             else:
                 answer = await self._transport.send(
-                    url, data, self._add_session(headers, body), proxied
+                    url, data, self._add_headers(headers, body, form), proxied
                 )
                 endpoint.record_heard(task)
                 result = self.check_simulated(
@@ -428,10 +429,12 @@ class RequestSender:
                 self._end(endpoint, charge, outcome)
         return outcome, endpoint
 
-    def _add_session(
-        self, headers: Mapping[str, str], body: Mapping[str, Any]
+    def _add_headers(
+        self, headers: Mapping[str, str], body: Mapping[str, Any], form: str | None
     ) -> Mapping[str, str]:
-        """Return the headers of a request with that of its session, if there are sessions."""
+        """Return the headers of a request with that of its session, and the type of a form."""
+        if form is not None:
+            headers = {**headers, "Content-Type": form}
         session = self._transport.session_policy
         if session is None:
             return headers
@@ -547,10 +550,12 @@ class RequestSender:
             return result
         return failures.classify_mixture(endpoint.label, simulated)
 
-    def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+    def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> tuple[bytes, str | None]:
+        """Return a request as it is sent, and its content type if that is a form."""
+        kind = get_kind(body)
         if endpoint.spec.model is not None:
             body = {**body, "model": endpoint.spec.model}
-        if URL_FIELD in body:
+        if kind is not None:
             body = {name: value for name, value in body.items() if name != URL_FIELD}
         if endpoint.max_answer_tokens is not None:
             fitting = lower_max_tokens(body, endpoint.max_answer_tokens)
@@ -562,7 +567,9 @@ class RequestSender:
                     endpoint.label,
                 )
             body = fitting
-        return orjson.dumps(body)
+        if kind is not None and kind.file is not None:
+            return encode_form(body)
+        return orjson.dumps(body), None
 
 
 def _closer(stream: OpenStream) -> Callable[[], None]:

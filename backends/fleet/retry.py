@@ -15,6 +15,8 @@ from tenacity.stop import stop_base
 
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CURRENT_CALLS, CallLog
+from ..core.request_urls import URL_FIELD
+from ..core.types import CHAT_URL
 from ..core.waits import NO_LOOP, pause_after
 from . import request, transport
 from .balancer import LoadBalancer
@@ -249,6 +251,7 @@ class Retrier:
             RunStoppedError: No item can succeed any more.
         """
         self._calls += 1
+        self._monitor.probe_url = body.get(URL_FIELD, CHAT_URL)
         log = CURRENT_CALLS.get()
         prefix: int | None = None
         if self._affinity is not None and "messages" in body:

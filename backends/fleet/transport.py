@@ -199,6 +199,29 @@ class Transport:
             sent = response.request_info.headers
             return HTTPAnswer(response.status, response.headers, body, sent)
 
+    async def fetch(self, url: str, timeout_s: float, most: int) -> HTTPAnswer:
+        """Fetch a file of a server that is no endpoint: with no key, by the environment's proxy.
+
+        Args:
+            url: The address.
+            timeout_s: Longest wait, in seconds.
+            most: Limit of bytes.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke, or the file is too large.
+            TimeoutError: No answer in time.
+        """
+        async with self.session().get(
+            url,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(
+                total=timeout_s, sock_connect=self._policy.timeout.connect_s
+            ),
+            **_proxy_of(URL(url)),
+        ) as response:
+            body = await BodyReader(response, most).read()
+            return HTTPAnswer(response.status, response.headers, body)
+
     def _route_options(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
         """Return a request's headers, and its proxy if the environment names one, for aiohttp."""
         if not (proxied or self._policy.trust_env):
@@ -309,18 +332,29 @@ def read_answer(
     if answer.status != _OK:
         return failures.classify_unserved(failures.classify_answer(answer.mask_keys(), endpoint))
     try:
-        document = parse_json(answer.body)
+        document = _read_text_answer(answer) if kind.file is not None else None
+        document = document or parse_json(answer.body)
     except RecursionError:
         return failures.classify_too_deep(answer.mask_keys(), endpoint)
     except ValueError:
         document = None
-    if isinstance(document, dict) and isinstance(document.get(kind.answer), list):
+    form: type[list[Any] | str] = list if kind.file is None else str
+    if isinstance(document, dict) and isinstance(document.get(kind.answer), form):
         cut_deep_levels(answer.body, document)
         if _is_cut_off(document):
             return failures.classify_abort(answer.mask_keys(), endpoint)
         return document
-    problem = f"the answer has no list {kind.answer!r}"
+    problem = f"the answer has no {'list' if form is list else 'text'} {kind.answer!r}"
     return _classify_unreadable(document, answer.mask_keys(), problem, endpoint)
+
+
+_TEXT_TYPES: Final = frozenset({"text/plain", "text/vtt", "text/srt", "application/x-subrip"})
+
+
+def _read_text_answer(answer: HTTPAnswer) -> dict[str, Any] | None:
+    """Return a transcription that a server sent as plain text or subtitles; None: it is JSON."""
+    media = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    return {"text": answer.body.decode(errors="replace")} if media in _TEXT_TYPES else None
 
 
 def _is_cut_off(document: Mapping[str, Any]) -> bool:
@@ -669,7 +703,8 @@ def read_usage(document: Mapping[str, Any]) -> Usage:
         return Usage()
     details = usage.get("prompt_tokens_details")
     cached = parse_token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))  # the latter of audio
+    completion = usage.get("completion_tokens", usage.get("output_tokens"))
     read = Usage(parse_token_count(prompt), parse_token_count(completion), cached)
     return read_kind_usage(document, read)
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ...configs.endpoints import explain_refused_fields
 from ..core.errors import InputError
-from ..core.request_urls import REQUEST_KINDS, REQUEST_URLS
+from ..core.request_urls import GATEWAY_URLS, REQUEST_KINDS, REQUEST_URLS
 from ..core.types import CHAT_URL, Json, Row
 from .base import RowSource
 
@@ -87,14 +87,26 @@ def _find_body_problem(url: str, body: Mapping[str, Json]) -> str | None:
     if url == CHAT_URL and not is_list:
         return f"body.messages must be a list of messages (found {_show(messages)})"
     kind = REQUEST_KINDS.get(url)
-    if kind is not None and not any(body.get(name) for name in kind.inputs):
-        return f"body has none of {', '.join(kind.inputs)}, which {url} reads"
+    if kind is not None and not any(body.get(name) for name in kind.required):
+        return f"body has none of {', '.join(kind.required)}, which {url} reads"
+    if kind is not None and kind.file is not None:
+        return _find_form_problem(url, body, kind.file)
     for key, is_fit, wanted in _FIELDS:
         if (value := body.get(key)) is not None and not is_fit(value):
             return f"body.{key} must be {wanted} (found {_show(value)})"
     schema = (body.get("response_format") or {}).get("json_schema")
     if schema is not None and not _is_object(schema):
         return f"body.response_format.json_schema must be an object (found {_show(schema)})"
+    return None
+
+
+def _find_form_problem(url: str, body: Mapping[str, Json], member: str) -> str | None:
+    """Return what is wrong with a request that is sent as a form, or None."""
+    if "file" in body:
+        return f"body.file has no place in a batch: {url} reads body.{member}"
+    for key in (member, "model"):
+        if (value := body.get(key)) is not None and not _is_name(value):
+            return f"body.{key} must be text (found {_show(value)})"
     return None
 
 
@@ -141,28 +153,43 @@ def find_model(source: RowSource) -> str | None:
     return next(filter(None, (get_model(row) for _, row in source.rows())), None)
 
 
-def find_unlimited(source: RowSource) -> str | None:
-    """Return the position, in words, of the first request of unlimited cost; blocks.
+def explain_unlimited(row: Row, *, counts_tokens: bool) -> str | None:
+    """Return why the cost of a request is unlimited, or None.
 
-    Raises:
-        InputError: The input cannot be read, or a line is no request.
+    Args:
+        row: The request.
+        counts_tokens: Whether the budget is one of tokens or US dollars.
     """
-    for position, row in source.rows():
-        body: dict[str, Any] = row["body"]
-        kind = REQUEST_KINDS.get(row["url"])
-        generates = row["url"] == CHAT_URL or (kind is not None and kind.generates)
-        if generates and not (body.get("max_tokens") or body.get("max_completion_tokens")):
-            return source.describe_position(position)
+    body: dict[str, Any] = row["body"]
+    kind = REQUEST_KINDS.get(row["url"])
+    generates = row["url"] == CHAT_URL or (kind is not None and kind.generates)
+    if generates and not (body.get("max_tokens") or body.get("max_completion_tokens")):
+        return (
+            "a budget is set, but this request has neither max_tokens nor max_completion_tokens, "
+            "so its cost is unlimited; add one to each line, or run without a budget"
+        )
+    if counts_tokens and kind is not None and kind.file is not None:
+        return (
+            "a budget of tokens or US dollars is set, but the tokens of audio are not known before "
+            "its answer; use a budget of requests or node hours"
+        )
     return None
 
 
-def explain_gateway_refusal(row: Row) -> str | None:
-    """Return why a request cannot go through a FIRST gateway; None: it can, or is not sent."""
+def explain_gateway_refusal(row: Row, *, by_batch: bool = False) -> str | None:
+    """Return why a request cannot go through a FIRST gateway; None: it can, or is not sent.
+
+    Args:
+        row: The request.
+        by_batch: Whether it goes through the gateway's batch mode.
+    """
     url = row["url"]
     if url not in REQUEST_URLS:
         return None
-    if url != CHAT_URL:
-        return f"through a FIRST gateway, fanfold sends chat completions only, not {url}"
+    if url not in GATEWAY_URLS:
+        return f"a FIRST gateway has no {url}; it has {', '.join(GATEWAY_URLS)}"
+    if by_batch and url != CHAT_URL:
+        return f"backend.kind: batch sends chat completions only, not {url}; leave it out"
     return explain_refused_fields(row["body"])
 
 

@@ -11,14 +11,16 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, InvalidItemError
 from ..core.images import HEAD_BYTES, ItemImage, find_media_type, name_other_type
 from ..core.templates import read_field
 from ..core.types import Json, Row
+
+if TYPE_CHECKING:
+    from ...configs.models import RunConfig
 
 MOST_IMAGE_BYTES: Final = 20_000_000
 _MOST_IMAGES: Final = 100

@@ -1,4 +1,4 @@
-"""Requests that are answered with numbers: embeddings, scores and ranks; without a queue."""
+"""Requests that are answered without a queue: embeddings, scores, ranks and transcriptions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Final
 import orjson
 
 from ..core.types import SIMULATED_FINGERPRINT
+from .audio import answer_audio, read_form
 from .node import Node, QuestionLog
 from .requests import QuestionReader, load_object
 from .server import Exchange
@@ -28,7 +29,7 @@ _LONG_WORD: Final = 8
 
 
 class PoolingService:
-    """Shared service of all nodes for embeddings, scores and ranks.
+    """Shared service of all nodes for embeddings, scores, ranks and transcriptions.
 
     Args:
         spec: The fleet's specification.
@@ -59,15 +60,20 @@ class PoolingService:
         """Answer a request for documents in the order of their scores."""
         self._serve(node, exchange, self._rerank)
 
+    def transcribe(self, node: Node, exchange: Exchange) -> None:
+        """Answer a request for the text of audio, transcribed or translated."""
+        self._serve(node, exchange, self._transcribe, read_form)
+
     def _serve(
         self,
         node: Node,
         exchange: Exchange,
         answer: Callable[[Mapping[str, Any]], tuple[dict[str, Any], int]],
+        read: Callable[[Exchange], dict[str, Any]] = lambda exchange: load_object(exchange.body),
     ) -> None:
         node.counts.requests += 1
         try:
-            data = load_object(exchange.body)
+            data = read(exchange)
             self._reader.check_model(data)
             document, tokens = answer(data)
         except ApiError as error:
@@ -86,7 +92,10 @@ class PoolingService:
             "system_fingerprint": SIMULATED_FINGERPRINT,
         }
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        exchange.reply(orjson.dumps(about | document | {"usage": usage}))
+        exchange.reply(orjson.dumps(about | {"usage": usage} | document))
+
+    def _transcribe(self, data: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        return answer_audio(data, self._spec.seed), 0
 
     def _embed(self, data: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         texts = _read_inputs(data.get("input"))

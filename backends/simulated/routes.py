@@ -238,7 +238,7 @@ class NodeRoutes:
     Args:
         spec: The fleet's specification.
         service: Answers completions.
-        pooling: Answers requests for embeddings, scores and ranks.
+        pooling: Answers requests for embeddings, scores, ranks and transcriptions.
         faults: Knows which nodes are cold.
         now: Returns simulated seconds since the start.
     """
@@ -262,6 +262,9 @@ class NodeRoutes:
             "/v1/embeddings": ("POST", pooling.embed),
             **dict.fromkeys(("/score", "/v1/score"), ("POST", pooling.score)),
             **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), ("POST", pooling.rerank)),
+            **dict.fromkeys(
+                ("/v1/audio/transcriptions", "/v1/audio/translations"), ("POST", pooling.transcribe)
+            ),
             "/v1/models": ("GET", self._models),
             "/health": ("GET", self._health),
             "/ping": ("GET", self._health),

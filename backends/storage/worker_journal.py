@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-from pathlib import Path
 from typing import Any
 
 from ..core.messages import MAX_MESSAGE_BYTES
 from ..core.types import Json
 from ..core.values import json_size
-from .journal_file import JournalWriter, make_worker_prefix
+from .journal_writer import JournalWriter
 
 
 class ResultJournal:
@@ -65,8 +63,8 @@ class ResultJournal:
     async def flush(self) -> None:
         """Do nothing: the coordinator writes the records to disk."""
 
-    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
-        """Return no record for each item: a task contains open items only."""
+    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return no answer for each item: a task contains open items only."""
         return [None] * (hi - lo)
 
 
@@ -115,22 +113,9 @@ class WorkerJournal:
         """
         await self._writer.flush(at_once=True)
 
-    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
-        """Return no record for each item: a task contains open items only."""
+    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return no answer for each item: a task contains open items only."""
         return [None] * (hi - lo)
 
 
 TaskJournal = ResultJournal | WorkerJournal
-
-
-def make_worker_path(folder: Path, session: int, worker: str) -> Path:
-    """Return the path of a new journal file for a worker in one session.
-
-    Host and process do not identify a worker permanently: two containers may have the same ones.
-
-    Args:
-        folder: The journal's folder.
-        session: Number of the coordinator's session.
-        worker: Host and process, e.g. ``node17:4242``.
-    """
-    return folder / f"{make_worker_prefix(session, worker)}{secrets.token_hex(3)}.jsonl"

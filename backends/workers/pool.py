@@ -7,10 +7,11 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from ..core.errors import BackendError, ConfigurationError, FanfoldError, RunStoppedError
 from ..core.messages import ShardResult, ShardTask
-from ..core.protocols import Backend, ResultKeeper, Stoppable
+from ..core.protocols import Backend, ResultKeeper, Stoppable, TaskLogger
 from .member import FirstWorkerTimer, Heartbeat, InFlightTask, PoolMember, PoolPolicy
 
 logger = logging.getLogger(__name__)
@@ -22,16 +23,23 @@ class BackendPool:
     It pools backends, each of which has one worker or many. A task goes to the backend with the
     most free slots and runs once: the caller decides whether to send another if it is lost.
 
+    Runs use it one after the other, each between ``open_run`` and ``close_run``.
+
     Args:
         backends: The backends.
         policy: Timeouts and retry limits.
+        stays_open: Whether the backends stay open at the end of a run, for the next one.
 
     Attributes:
         policy: As given.
+        is_closed: Whether it was closed; the next run needs another pool.
     """
 
-    def __init__(self, backends: Sequence[Backend], policy: PoolPolicy) -> None:
-        self.policy = policy
+    def __init__(
+        self, backends: Sequence[Backend], policy: PoolPolicy, *, stays_open: bool = False
+    ) -> None:
+        self.policy, self.is_closed = policy, False
+        self._stays_open, self._is_run_open = stays_open, False
         self._members = [PoolMember(backend, policy, self._assign_slots) for backend in backends]
         self._waiting = deque[asyncio.Future[PoolMember | None]]()
         self._first_worker, self._no_worker = FirstWorkerTimer(policy.queue_s), ""
@@ -39,13 +47,31 @@ class BackendPool:
         self._ticker: asyncio.Task[None] | None = None
         self._orphaned = dict[str, InFlightTask]()
 
-    async def start(self) -> None:
-        """Start all backends; those that fail are retried later if at least one starts.
+    async def open_run(self, folder: Path | None = None) -> None:
+        """Begin to work for a run: start the backends, unless an earlier run has.
+
+        Backends that do not start are retried later if at least one starts.
+
+        Args:
+            folder: The run folder, where a backend may keep a log of its tasks.
 
         Raises:
             ConfigurationError: A backend can never start.
             BackendError: No backend started.
+            JournalError: The log of an earlier coordinator's tasks is damaged.
         """
+        if self._ticker is None:
+            await self._start()
+        for member in self._members:
+            if isinstance(member.backend, TaskLogger) and folder is not None:
+                await member.backend.open_log(folder)
+        for member in self._members:
+            for shard, answer in (await member.backend.reattach()).items():
+                member.acquire()
+                self._orphaned[shard] = member.submit(shard, answer, None)
+        self._is_run_open = True
+
+    async def _start(self) -> None:
         outcomes = await asyncio.gather(
             *(member.backend.start() for member in self._members), return_exceptions=True
         )
@@ -57,10 +83,6 @@ class BackendPool:
             raise errors[0]
         for error in errors:
             logger.warning("%s", error)
-        for member in self._members:
-            for shard, answer in (await member.backend.reattach()).items():
-                member.acquire()
-                self._orphaned[shard] = member.submit(shard, answer, None)
         self._ticker = asyncio.create_task(self._poll_members())
 
     def capacity(self) -> int:
@@ -186,8 +208,24 @@ class BackendPool:
             )
         )
 
+    async def close_run(self) -> None:
+        """End the work for a run; close the backends unless they stay open for the next one.
+
+        They are closed in any case if they were stopped, or if a task is still in flight: its
+        worker must not write to the journal of a run that has ended.
+        """
+        if self._stays_open and self._is_run_open and not (self._is_draining or self.in_flight):
+            self._is_run_open = False
+            loggers = (m.backend for m in self._members if isinstance(m.backend, TaskLogger))
+            _log_errors(
+                await asyncio.gather(*(one.close_log() for one in loggers), return_exceptions=True)
+            )
+        else:
+            await self.close()
+
     async def close(self, grace_s: float = 10.0) -> None:
         """Close all backends within ``grace_s`` and a little more."""
+        self.is_closed = True
         if self._ticker is not None:
             self._ticker.cancel()
             with suppress(asyncio.CancelledError):

@@ -37,7 +37,12 @@ WORKERS_LOG: Final = "workers.log"
 
 
 def make_backend_pool(
-    config: BackendConfig, work: WorkShard, drain_s: float, folder: Path | None = None
+    config: BackendConfig,
+    work: WorkShard,
+    drain_s: float,
+    folder: Path | None = None,
+    *,
+    stays_open: bool = False,
 ) -> BackendPool:
     """Return a pool of the backends in the settings.
 
@@ -46,6 +51,7 @@ def make_backend_pool(
         work: The function that workers run.
         drain_s: Seconds that a worker may take, after its deadline, for items in flight.
         folder: The run folder, where a backend may keep a log of its tasks.
+        stays_open: Whether the backends stay open at the end of a run, for the next one.
 
     Raises:
         ConfigurationError: An object or file that the settings name does not exist.
@@ -59,7 +65,7 @@ def make_backend_pool(
         # a local process starts the next task at once, without a second one in its queue
         tasks_per_worker=1 if config.kind == "local" else 2,
     )
-    return BackendPool(make_backends(config, work, folder), policy)
+    return BackendPool(make_backends(config, work, folder), policy, stays_open=stays_open)
 
 
 def make_backends(

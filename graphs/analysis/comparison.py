@@ -27,8 +27,7 @@ from ...configs.evaluation import (
     read_number,
     resolve_evaluation,
 )
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 from ..run.prepare import diff_settings
 from ..run.result_rows import ResultSource, open_result_source
 from ..run.statistics import (

@@ -10,7 +10,7 @@ from ...backends.core.remedies import find_remedy
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder
-from ...configs.loader import read_settings
+from ...configs.raw_settings import read_settings
 from ..run.result_rows import PromptRenderer, read_prompts
 
 

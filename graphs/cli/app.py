@@ -199,6 +199,14 @@ def batch(  # noqa: PLR0913 - typer wants one parameter per option
             help="Run folder; default: OUT.fanfold.",
         ),
     ] = None,
+    media_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-media-domains",
+            metavar="HOST",
+            help="Host from which audio (file_url) may be fetched; may be repeated.",
+        ),
+    ] = None,
     changes: Overrides,
     output: OutputMode,
     pilot: Pilot = None,
@@ -208,7 +216,7 @@ def batch(  # noqa: PLR0913 - typer wants one parameter per option
     from .batch import BatchFileNames, run_batch
 
     changes = replace(changes, pilot=pilot, yes=yes)
-    files = BatchFileNames(source, target, errors, folder)
+    files = BatchFileNames(source, target, errors, folder, tuple(media_hosts or ()))
     raise typer.Exit(run_batch(files, config, endpoints or [], changes, output))
 
 
@@ -557,7 +565,7 @@ def check(
 @app.command()
 def schema(output: setup.Output = None) -> None:
     """Write the JSON Schema of a configuration file, for editors."""
-    from ...configs.loader import read_settings_schema
+    from ...configs.preset_files import read_settings_schema
 
     setup.write_text(read_settings_schema(), output)
 

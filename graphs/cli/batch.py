@@ -5,22 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.inputs.batch_requests import (
     explain_gateway_refusal,
+    explain_unlimited,
     find_model,
     find_unfit,
-    find_unlimited,
 )
 from ...backends.inputs.formats import open_source
 from ...backends.storage.run_folder import RunFolder, is_vacant
 from ...configs.base import expand_home
-from ...configs.loader import LoadedConfig, RawSettings, check_settings, read_settings
+from ...configs.loader import LoadedConfig, check_settings, override_settings
 from ...configs.models import RunConfig
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import RawSettings, get_at_path, read_settings
 from ...configs.resolve import Overrides, check_metrics, endpoint_settings
 from .options import OutputMode
 from .run import run_in_folder
@@ -39,12 +40,14 @@ class BatchFileNames:
         output: The lines of items that ended.
         errors: The lines of failed items; None puts them into ``output``.
         folder: The run folder; None is the output with ``.fanfold`` appended.
+        media_hosts: Hosts from which audio may be fetched; none keeps those of the settings.
     """
 
     source: Path
     output: Path
     errors: Path | None = None
     folder: Path | None = None
+    media_hosts: tuple[str, ...] = ()
 
     @property
     def run_folder(self) -> RunFolder:
@@ -101,12 +104,12 @@ def _load_settings(
         assignments.append(f"metrics.port={overrides.metrics_port}")
         check_metrics()
     if config is not None:
-        raw = read_settings(config, assignments)
+        raw = override_settings(read_settings(config), assignments)
         _check_sections(raw)
     elif not is_new:
-        raw = read_settings(str(files.run_folder.settings), assignments)
+        raw = override_settings(read_settings(files.run_folder.settings), assignments)
     else:
-        raw = read_settings({}, assignments)
+        raw = override_settings(read_settings({}), assignments)
     if endpoints is None and is_new and config is None and "endpoints" not in raw.data:
         msg = "name the endpoints that serve the model: --endpoints URLS|FILE, or --config FILE"
         raise ConfigurationError(msg)
@@ -117,6 +120,9 @@ def _load_settings(
     }
     if files.errors is not None:
         settings["batch.errors"] = str(files.errors.absolute())
+    if files.media_hosts:
+        hosts = [host.strip() for text in files.media_hosts for host in text.split(",")]
+        settings["batch.allowed_media_domains"] = hosts
     if "name" not in raw.data:
         settings["name"] = _make_name(files.source)
     if endpoints is not None:
@@ -153,7 +159,8 @@ def _check_fields(config: RunConfig) -> None:
     """Check that a gateway accepts each request, before the first one is sent."""
     if config.endpoints.first is None:
         return
-    found = find_unfit(open_source(config.input, ()), explain_gateway_refusal)
+    explain = partial(explain_gateway_refusal, by_batch=config.backend.is_batch)
+    found = find_unfit(open_source(config.input, ()), explain)
     if found is not None:
         where, problem = found
         raise ConfigurationError(f"{where}: {problem}; no request was sent")
@@ -165,14 +172,11 @@ def _check_limits(config: RunConfig) -> None:
     limits = (budget.usd, budget.tokens, budget.requests, budget.node_hours)
     if not any(limit is not None for limit in limits):
         return
-    where = find_unlimited(open_source(config.input, ()))
-    if where is not None:
-        msg = (
-            f"{where}: a budget is set, but this request has neither max_tokens nor "
-            "max_completion_tokens, so its cost is unlimited; add one to each line, or run without "
-            "a budget"
-        )
-        raise ConfigurationError(msg)
+    explain = partial(explain_unlimited, counts_tokens=budget.counts_tokens)
+    found = find_unfit(open_source(config.input, ()), explain)
+    if found is not None:
+        where, problem = found
+        raise ConfigurationError(f"{where}: {problem}")
 
 
 def _make_name(source: Path) -> str:

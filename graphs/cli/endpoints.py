@@ -22,11 +22,9 @@ from ...backends.discovery.probe import (
 from ...backends.fleet.endpoint import describe_spellings
 from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
-from ...backends.storage.endpoints_table import read_endpoints, sum_sessions
 from ...backends.storage.run_folder import open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.resolve import Overrides
-from ..run.accounting import endpoints_table_path
 from ..run.console import Terminal, print_json, print_messages
 from ..run.prepare import check_endpoints
 from .format import Column, make_table
@@ -152,7 +150,13 @@ def _list_deployments(rows: Sequence[dict[str, Any]], model: str | None) -> list
 
 def show_past_endpoints(path: Path, as_json: bool) -> None:
     """Show statistics per endpoint over the finished sessions of a run."""
-    rows = sum_sessions(read_endpoints(endpoints_table_path(open_folder(path))))
+    from ...backends.storage.endpoints_table import (  # pyarrow is slow to import
+        FILE_NAME,
+        read_endpoints,
+        sum_sessions,
+    )
+
+    rows = sum_sessions(read_endpoints(open_folder(path).path / FILE_NAME))
     if as_json:
         print_json({"endpoints": rows})
     elif rows:

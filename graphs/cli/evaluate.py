@@ -23,8 +23,7 @@ from ...configs.evaluation import (
     resolve_evaluation,
     resolve_evaluations,
 )
-from ...configs.loader import read_settings
-from ...configs.raw_settings import expand_variables, get_at_path
+from ...configs.raw_settings import expand_variables, get_at_path, read_settings
 from ..run.console import Terminal, print_json, print_messages
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
 from .evaluation_text import show_evaluations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from rich.console import Console
@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import escape_controls
-from ..run.forecast import Forecast, Range, RunPlan
+
+if TYPE_CHECKING:
+    from ..run.forecast import Forecast, Range, RunPlan
 
 _CENT: Final = 0.01
 

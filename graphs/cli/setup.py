@@ -111,7 +111,7 @@ Preset = Annotated[
 @presets.command("list")
 def presets_list() -> None:
     """List the presets."""
-    from ...configs.loader import preset_names, read_preset
+    from ...configs.preset_files import preset_names, read_preset
 
     for name in preset_names():
         print(f"{name:24} {read_preset(name).splitlines()[0].removeprefix('# ')}")
@@ -120,7 +120,7 @@ def presets_list() -> None:
 @presets.command("show")
 def presets_show(name: Preset) -> None:
     """Print a preset."""
-    from ...configs.loader import read_preset
+    from ...configs.preset_files import read_preset
 
     print(read_preset(name), end="")
 
@@ -136,7 +136,7 @@ def presets_copy(
     ] = None,
 ) -> None:
     """Copy a preset to a file for editing; its endpoints are left blank."""
-    from ...configs.loader import copy_preset
+    from ...configs.preset_files import copy_preset
 
     target = target or Path(f"{name}.yaml")
     copy_preset(name, target)

@@ -31,8 +31,9 @@ from ...backends.core.types import Json
 from ...backends.inputs.formats import needed_columns
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import get_run_ids, open_folder
+from ...configs.budget import BudgetConfig
 from ...configs.loader import LoadedConfig, load_config
-from ...configs.models import BudgetConfig, RunConfig
+from ...configs.models import RunConfig
 from ...nodes.state import RunInput
 from ..context import RunContext
 from ..map_reduce import MapReduce, build_bound_graph

@@ -30,7 +30,7 @@ from ...configs.resolve import Overrides
 from ...configs.site import SiteConfig, load_site
 from ..remote.coordinator import STOP_GRACE_S
 from ..run.console import print_messages
-from ..run.prepare import default_run_folder, prepare_run, resume_run
+from ..run.prepare import check_single_task, default_run_folder, prepare_run, resume_run
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS: Final = (86400, 3600, 60, 1)
@@ -131,6 +131,7 @@ def _resolve_settings(
 ) -> tuple[LoadedConfig, list[str]]:
     """Return the settings, adapted to the nodes of the jobs."""
     loaded, notices = overrides.resolve(config)
+    check_single_task(loaded)
     settings: dict[str, Any] = {}
     backend = loaded.config.backend
     if backend.starts_workers_on_nodes and backend.command is None:

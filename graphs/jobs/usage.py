@@ -29,8 +29,7 @@ from ...backends.cluster.utilization import (
 )
 from ...backends.core.errors import EXIT_DONE, EXIT_FAILURES, FanfoldError, JournalError
 from ...backends.storage.run_folder import RunFolder, open_folder, write_json
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 
 _SEQUENCES: Final = re.compile(r"--max-num-seqs[= ](\d+)")
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
+
 from ...backends.budget.budget import RunBudget
 from ...backends.budget.leases import LeaseManager
 from ...backends.core.aio import wait_first
@@ -33,10 +35,11 @@ from ...backends.workers.executor import WorkShard
 from ...backends.workers.member import PoolMember
 from ...backends.workers.pool import BackendPool
 from ...backends.workers.registry import make_backend_pool
+from ...configs.models import RunConfig
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
 from .heartbeat import MISSED_POLLS, ControlFiles, TimelineReport
-from .rate_leases import open_rate_file
+from .rate_leases import RateFile, RateLender, make_rate_lender
 from .task_template import TaskTemplate
 
 
@@ -198,22 +201,26 @@ class Coordinator:
         journal: The run's journal.
         progress: The run's counts.
         lease_manager: Lends each task a part of the budget.
+        lender: Divides the rate limits among the workers; None: each keeps the same share.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
         self,
         pool: BackendPool,
         template: TaskTemplate,
         journal: Journal,
         progress: Progress,
         lease_manager: LeaseManager,
+        lender: RateLender | None = None,
     ) -> None:
         self._pool, self._template, self._lease_manager = pool, template, lease_manager
         self._hosts = set[str]()
         self._journal, self._progress = journal, progress
         self._follower = JournalFollower(journal, progress)
         self._control_files = ControlFiles(template.journal, template.token, pool.policy.silence_s)
-        self._rate_file = open_rate_file(template.config, template.journal, template.token)
+        self._rate_file: RateFile | None = None
+        if lender is not None and template.journal is not None:
+            self._rate_file = RateFile(template.journal, template.token, lender)
         self._attempts = Counter[str]()
         self._overflows = Counter[str]()  # results of a shard that were too large
         self._adopting = dict[str, asyncio.Task[ShardResult | None]]()
@@ -435,10 +442,10 @@ class Coordinator:
 
     @asynccontextmanager
     async def open_pool(self) -> AsyncIterator[None]:
-        """Open the backends and follow the workers' journal files while the block runs."""
+        """Use the backends and follow the workers' journal files while the block runs."""
         await asyncio.to_thread(self._control_files.open_session)
         try:
-            await self._pool.start()
+            await self._pool.open_run(self._template.folder)
             self._has_orphans = bool(self._pool.orphaned)
             await self._follower.refresh(earlier=True)  # items in flight when a session was killed
             tail = asyncio.create_task(self._follow_journal())
@@ -452,7 +459,7 @@ class Coordinator:
     async def _close(self) -> None:
         still_out = self._pool.in_flight
         try:
-            await self._pool.close()
+            await self._pool.close_run()
             await self.refresh()
         finally:
             await asyncio.to_thread(self._control_files.close_session, still_out > 0)
@@ -509,19 +516,99 @@ def _overlaps(name: str, shard: Shard) -> bool:
     return lo.isdigit() and hi.isdigit() and int(lo) < shard.hi and shard.lo < int(hi)
 
 
+class SharedWorkers:
+    """The backends that the runs of a pipeline use one after the other, and their rate limits.
+
+    A run uses the backends of the run before it if their settings are the same, so that worker
+    processes, connections and model servers are started once. Otherwise those are closed first: two
+    stages never hold nodes at the same time.
+
+    Args:
+        folder: The folder of the pipeline, for logs of backends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: tuple[bytes, BackendPool] | None = None
+        self._lenders = dict[bytes, RateLender | None]()
+
+    async def get_pool(self, template: TaskTemplate, work: WorkShard) -> BackendPool:
+        """Return the pool of backends for a run, not opened for it yet.
+
+        Raises:
+            ConfigurationError: An object or file that the settings name does not exist.
+            MissingExtraError: The package of the backend is not installed.
+        """
+        key = _identify_backends(template)
+        if self._open is not None:
+            if self._open[0] == key and not self._open[1].is_closed:
+                return self._open[1]
+            await self.aclose()
+        pool = _make_pool(template, work, self._folder, stays_open=True)
+        self._open = key, pool
+        return pool
+
+    def get_lender(self, template: TaskTemplate) -> RateLender | None:
+        """Return what divides the rate limits: what workers have used counts for the next run."""
+        key = orjson.dumps([template.settings[name] for name in ("limits", "backend", "endpoints")])
+        if key not in self._lenders:
+            self._lenders[key] = make_rate_lender(template.config)
+        return self._lenders[key]
+
+    async def aclose(self) -> None:
+        """Close the backends."""
+        if self._open is not None:
+            (_, pool), self._open = self._open, None
+            if not pool.is_closed:
+                await pool.close()
+
+
+def _identify_backends(template: TaskTemplate) -> bytes:
+    """Return what two runs must have in common to use the same backends."""
+    config, settings = template.config, template.settings
+    shared = [settings["backend"], _drain_s(config)]
+    if config.backend.node_endpoints:  # the workers start the servers of a model
+        shared += [settings.get("node"), settings["endpoints"], template.run["model"]]
+    return orjson.dumps(shared)
+
+
+def _drain_s(config: RunConfig) -> float:
+    return config.limits.drain_s + config.limits.request_timeout_s
+
+
+def _make_pool(
+    template: TaskTemplate, work: WorkShard, folder: Path, *, stays_open: bool
+) -> BackendPool:
+    config = template.config
+    return make_backend_pool(config.backend, work, _drain_s(config), folder, stays_open=stays_open)
+
+
 @asynccontextmanager
-async def open_coordinator(
+async def open_coordinator(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
     work: WorkShard,
     template: TaskTemplate,
     journal: Journal,
     progress: Progress,
     budget: RunBudget | None,
+    shared: SharedWorkers | None,
 ) -> AsyncIterator[Coordinator]:
-    """Open a coordinator with its pool of backends."""
+    """Open a coordinator with its pool of backends.
+
+    Args:
+        work: The function that workers run.
+        template: What all tasks of the session share.
+        journal: The run's journal.
+        progress: The run's counts.
+        budget: The run's budget, or None.
+        shared: The workers of the pipeline that the run is a part of, or None.
+    """
     config = template.config
-    drain_s = config.limits.drain_s + config.limits.request_timeout_s
-    pool = make_backend_pool(config.backend, work, drain_s, template.folder)
+    if shared is None:
+        pool = _make_pool(template, work, template.folder, stays_open=False)
+        lender = make_rate_lender(config)
+    else:
+        pool, lender = await shared.get_pool(template, work), shared.get_lender(template)
     leases = LeaseManager(budget, config, template.run["model"], pool.capacity)
-    coordinator = Coordinator(pool, template, journal, progress, leases)
+    coordinator = Coordinator(pool, template, journal, progress, leases, lender)
     async with coordinator.open_pool():
         yield coordinator

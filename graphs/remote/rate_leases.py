@@ -131,8 +131,8 @@ class RateFile:
             self._file.unlink(missing_ok=True)
 
 
-def open_rate_file(config: RunConfig, journal: Path | None, token: str) -> RateFile | None:
-    """Return what lends rates to workers; None if there is no limit that they share, or no folder.
+def make_rate_lender(config: RunConfig) -> RateLender | None:
+    """Return what divides the rate limits among workers; None if they share no limit.
 
     Without it each worker keeps its share of all that are configured.
     """
@@ -141,12 +141,11 @@ def open_rate_file(config: RunConfig, journal: Path | None, token: str) -> RateF
     if not backend.node_endpoints:
         rates += [limits.endpoint_requests_per_s, limits.endpoint_tokens_per_min]
     limited = any(rate is not None for rate in rates) or first is not None or config.endpoints.auto
-    if journal is None or not limited or backend.concurrent_shards == 1:
+    if not limited or backend.concurrent_shards == 1:
         return None
     behind = first is not None or config.endpoints.auto
     total = 1.0 - COORDINATOR_SHARE if behind else 1.0
-    lender = RateLender(1.0 / backend.concurrent_shards, _find_window(config), total)
-    return RateFile(journal, token, lender)
+    return RateLender(1.0 / backend.concurrent_shards, _find_window(config), total)
 
 
 def _find_window(config: RunConfig) -> float:

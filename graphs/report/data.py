@@ -29,8 +29,7 @@ from ...backends.storage.run_folder import (
     read_state,
 )
 from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts

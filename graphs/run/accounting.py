@@ -6,8 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...backends.batch.transport import BatchTransport
@@ -15,6 +14,7 @@ from ...backends.budget.budget import Budget, RunBudget
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import JournalError
 from ...backends.core.money import NANO_PER_USD, TokenPrices
+from ...backends.core.silence import SilenceWatch
 from ...backends.core.types import Usage
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
@@ -37,6 +37,7 @@ class OpenRun(RunTools):
         item_journal: The journal of the run.
         budget: The budget of the run, or None.
         fleet: The fleet; None if no item is open or workers send the requests.
+        silence: Which endpoints answer nothing.
         batches: The transport of batches, if they answer the requests.
     """
 
@@ -44,6 +45,7 @@ class OpenRun(RunTools):
     item_journal: Journal
     budget: Budget | None = None
     fleet: Fleet | None = None
+    silence: SilenceWatch = field(default_factory=SilenceWatch)
     batches: BatchTransport | None = None
 
 
@@ -82,11 +84,6 @@ def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
     return lambda: [asdict(report) for report in fleet.report()]
 
 
-def endpoints_table_path(folder: RunFolder) -> Path:
-    """Return the path of the table with statistics per endpoint and session."""
-    return folder.path / FILE_NAME
-
-
 @asynccontextmanager
 async def write_reports_at_end(
     reports: Callable[[], list[dict[str, Any]]],
@@ -107,7 +104,7 @@ async def write_reports_at_end(
     finally:
         found = [_row(row, prices) for row in reports() if row["calls"] or row["opened"]]
         try:
-            await asyncio.to_thread(append_endpoints, endpoints_table_path(folder), found, session)
+            await asyncio.to_thread(append_endpoints, folder.path / FILE_NAME, found, session)
         except JournalError as error:
             logger.warning("%s", error.message)  # the error that ended the run matters more
 

@@ -27,7 +27,12 @@ from ...backends.budget.tokens import (
 from ...backends.core.errors import ConfigurationError, InvalidItemError, NoEndpointError
 from ...backends.core.images import add_images, show_content
 from ...backends.core.money import BudgetLimits
-from ...backends.core.request_urls import REQUEST_KINDS, REQUEST_URLS, read_input_text
+from ...backends.core.request_urls import (
+    REQUEST_KINDS,
+    REQUEST_URLS,
+    find_file_problem,
+    read_input_text,
+)
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
@@ -55,9 +60,10 @@ from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.journal import Journal
 from ...backends.storage.results import ResultLayout
 from ...backends.storage.run_folder import get_run_ids, open_folder
-from ...configs.loader import LoadedConfig, read_settings
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.prices import find_provider_name
+from ...configs.raw_settings import read_settings
 from .final_reducers import check_final_reducers
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
@@ -207,6 +213,10 @@ def read_messages(config: RunConfig, prompt: ItemPrompt, row: Row) -> list[Messa
     if row["url"] not in REQUEST_URLS:
         raise InvalidItemError(f"url {row['url']!r} is not supported")
     if (kind := REQUEST_KINDS.get(row["url"])) is not None:
+        if kind.file is not None:
+            hosts = config.batch.allowed_media_domains
+            if problem := find_file_problem(row["body"].get(kind.file), hosts):
+                raise InvalidItemError(f"body.{kind.file}: {problem}")
         return [{"role": "user", "content": read_input_text(row["body"], kind)}]
     messages: list[Message] = row["body"]["messages"]
     return messages

@@ -23,11 +23,12 @@ from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.images import ImageFolder, open_images
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
-from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
+from ...backends.storage.journal_file import TAKEN_OVER_FILE
+from ...backends.storage.journal_writer import JournalWriter
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
-from ...configs.loader import LoadedConfig, read_settings
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 from ...nodes.shard.record import ItemDigests
 from .estimate import count_nodes, make_run_plan
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, measure_items

@@ -21,7 +21,6 @@ from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.results import ResultLayout, iter_json_rows
 from ...backends.storage.results_query import ResultQuery
 from ...backends.storage.run_folder import RunFolder
-from ...backends.workers.registry import import_object
 from ...configs.aggregators import (
     AggregatorConfig,
     PythonConfig,
@@ -140,6 +139,8 @@ def load_function(entry: PythonConfig) -> RowReducer:
     Raises:
         ConfigurationError: It cannot be imported, or is no plain function.
     """
+    from ...backends.workers.registry import import_object  # noqa: PLC0415 - imports all backends
+
     name, key = entry.function, "function"
     with _importing_from(entry.folder):
         try:

@@ -20,6 +20,7 @@ from rich.text import Text
 from ...backends.batch.transport import BatchProgress
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD
+from ...backends.core.silence import SILENT_S, name_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
@@ -59,19 +60,29 @@ class _LineParts:
     flow: str
     flying: str
     refused: str
+    silent: str
     spent: str
     eta: str
 
     def join(self, mark: str) -> str:
         names = (
             *("counts", "failed", "reused", "rate", "flow"),
-            *("flying", "refused", "spent", "eta"),
+            *("flying", "refused", "silent", "spent", "eta"),
         )
         return _BLANK.join(part for part in (mark, *(getattr(self, n) for n in names)) if part)
 
     def below(self) -> list[str]:
         """Return the parts shown below a bar, which has the counts."""
-        parts = (self.rate, self.eta, self.flying, self.refused, self.spent, self.flow, self.reused)
+        parts = (
+            self.rate,
+            self.eta,
+            self.flying,
+            self.refused,
+            self.silent,
+            self.spent,
+            self.flow,
+            self.reused,
+        )
         return [part for part in parts if part]
 
 
@@ -146,6 +157,7 @@ class ProgressLine:
             flow="" if pause else f"{format_count(flow)} tok/s",
             flying=pause or self._in_flight(fleet),
             refused=f"{format_count(refused)} refused" if refused and not pause else "",
+            silent=self._silent(),
             spent=self._spent(),
             eta="" if pause else eta,
         )
@@ -169,6 +181,11 @@ class ProgressLine:
             running_s = 0.0 if waiting else time.monotonic() - gate.started_at
             return waiting * mean_s / gate.in_flight + max(0.0, longest_s - running_s)
         return left / rate if rate > 0 else None
+
+    def _silent(self) -> str:
+        """Return which endpoints have answered nothing for ten minutes of work, by name."""
+        silent = self._tools.silence.find_silent()
+        return f"no answer for {_duration(SILENT_S)}: {name_endpoints(silent)}" if silent else ""
 
     def _spent(self) -> str:
         """Return the amount spent: of the tightest limit, or dollars if there is a price."""

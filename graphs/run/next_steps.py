@@ -13,8 +13,7 @@ from ...backends.core.remedies import find_remedy
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 
 FINISHED: Final = "finished"
 """Outcome of a session that ended all items."""

@@ -24,7 +24,8 @@ from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime, TokenPrices
-from ...backends.core.types import Item
+from ...backends.core.silence import SilenceWatch
+from ...backends.core.types import CHAT_URL, Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     open_cache,
@@ -34,6 +35,7 @@ from ...backends.discovery.connect import (
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.cache import RequestCache
 from ...backends.fleet.fleet import Fleet
+from ...backends.fleet.memory import FleetMemory
 from ...backends.inputs.images import open_images
 from ...backends.inputs.item_order import OrderedItems
 from ...backends.inputs.item_store import ItemStore
@@ -70,6 +72,7 @@ from .batch_output import write_batch_output
 from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
 from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
+from .pipeline_resources import PipelineResources
 from .prepare import (
     check_requests,
     compute_fingerprint,
@@ -98,6 +101,7 @@ class OpenOptions:
         progress_streams: By run folder, its progress stream; kept between openings.
         work_shard: The function that workers run.
         deadline: End of the session, or None.
+        resources: What the run shares with other runs of its pipeline, or None.
     """
 
     trace: bool
@@ -106,6 +110,7 @@ class OpenOptions:
     progress_streams: dict[Path, ProgressStream]
     work_shard: WorkShard
     deadline: Walltime | None = None
+    resources: PipelineResources | None = None
 
 
 @asynccontextmanager
@@ -149,7 +154,7 @@ async def open_run(
         coordinator: Coordinator | None = None
         batches: BatchTransport | None = None
         budget: RunBudget | None = None
-        gate = _gate(config)
+        gate, silence = _gate(config), SilenceWatch()
         if journal.count_items().open:
             budget = await stack.enter_async_context(
                 open_budget(folder, config, price, journal, get_run_ids(files.provenance))
@@ -170,15 +175,22 @@ async def open_run(
                     "stage": files.stage,
                 }
                 template = await stack.enter_async_context(
-                    _open_template(folder, loaded, ready, about, price, budget)
+                    _open_template(folder, loaded, ready, about, price, budget, files.store)
                 )
                 if options.deadline is not None:
                     template = replace(template, ends_at=options.deadline.workers_stop_at)
                 coordinator = await stack.enter_async_context(
-                    open_coordinator(options.work_shard, template, journal, progress, budget)
+                    open_coordinator(
+                        options.work_shard,
+                        template,
+                        journal,
+                        progress,
+                        budget,
+                        None if options.resources is None else options.resources.workers,
+                    )
                 )
                 await stack.enter_async_context(
-                    _record_workers(coordinator, folder, journal.session_number, price)
+                    _record_workers(coordinator, folder, journal.session_number, price, silence)
                 )
             else:
                 cache = await stack.enter_async_context(
@@ -186,11 +198,17 @@ async def open_run(
                 )
                 fleet = await stack.enter_async_context(
                     _open_charged_fleet(
-                        config, ready, cache, files.provenance["run"], budget, files.prefix
+                        config,
+                        ready,
+                        cache,
+                        files.provenance["run"],
+                        budget,
+                        files.prefix,
+                        None if options.resources is None else options.resources.fleets,
                     )
                 )
                 await stack.enter_async_context(
-                    _record_fleet(fleet, folder, journal.session_number, price)
+                    _record_fleet(fleet, folder, journal.session_number, price, silence)
                 )
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
                 batches = await stack.enter_async_context(
@@ -232,6 +250,7 @@ async def open_run(
             coordinator=coordinator,
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
+            silence=silence,
             batches=batches,
             stage=files.stage,
             make_item_variables=make_item_variables,
@@ -256,10 +275,18 @@ async def _open_template(  # noqa: PLR0913, PLR0917 - what a session has, handed
     about: dict[str, Any],
     price: TokenPrices,
     budget: RunBudget | None,
+    store: ItemStore,
 ) -> AsyncIterator[TaskTemplate]:
     """Yield the template of all tasks; follow the deployments of a gateway for the workers."""
     charge = None if budget is None else budget.budget.charge_probe
-    async with open_deployments(loaded.config, ready, about["run"], charge) as (running, fleet):
+    url = CHAT_URL
+    if loaded.config.input.is_batch:
+        (first,) = await asyncio.to_thread(store.read, 0, 1)
+        url = first.row["url"]
+    async with open_deployments(loaded.config, ready, about["run"], charge, url) as (
+        running,
+        fleet,
+    ):
         template = make_task_template(folder, loaded, running, about, price)
         async with follow_deployments(fleet, template.journal, template.token):
             yield template
@@ -273,9 +300,10 @@ async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, h
     run: str,
     budget: RunBudget | None,
     prefix: int | None,
+    memory: FleetMemory | None,
 ) -> AsyncIterator[Fleet]:
     """Open the fleet of this process; the budget is charged for its probes."""
-    async with open_fleet(config, ready, cache, run, prefix=prefix) as fleet:
+    async with open_fleet(config, ready, cache, run, prefix=prefix, memory=memory) as fleet:
         if budget is None:
             yield fleet
             return
@@ -285,25 +313,29 @@ async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, h
 
 @asynccontextmanager
 async def _record_fleet(
-    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices
+    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices, silence: SilenceWatch
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table of a fleet of this process."""
     async with (
         write_reports_at_end(make_reporter(fleet), folder, session, prices),
-        record_timeline(folder, fleet),
+        record_timeline(folder, fleet, silence),
     ):
         yield
 
 
 @asynccontextmanager
 async def _record_workers(
-    coordinator: Coordinator, folder: RunFolder, session: int, prices: TokenPrices
+    coordinator: Coordinator,
+    folder: RunFolder,
+    session: int,
+    prices: TokenPrices,
+    silence: SilenceWatch,
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table from what workers report."""
     reports = coordinator.stats_collector.reports
     async with (
         write_reports_at_end(reports, folder, session, prices),
-        write_timeline(folder, lambda _: coordinator.take_timeline()),
+        write_timeline(folder, lambda _: coordinator.take_timeline(), silence),
     ):
         yield
 
@@ -486,7 +518,7 @@ def _settle_endpoints(
         ConfigurationError: The endpoints changed from real to simulated, or back, or refuse a
             request of the input.
     """
-    check_requests(loaded.config, ready, files.store)
+    check_requests(loaded.config, ready, files.store, files.journal.is_finished)
     now = ready.simulated
     if files.provenance["simulated"] is None:
         settled = compute_fingerprint(loaded.config, files.model, now)

@@ -33,7 +33,8 @@ from ...backends.inputs.item_store import (
     load_rows,
 )
 from ...backends.storage.journal import Journal
-from ...backends.storage.journal_file import TAKEN_OVER_FILE, JournalWriter
+from ...backends.storage.journal_file import TAKEN_OVER_FILE
+from ...backends.storage.journal_writer import JournalWriter
 from ...backends.storage.results import replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -61,6 +62,7 @@ from ...nodes.operators import (
     StageTools,
     make_operator,
 )
+from .pipeline_resources import PipelineResources
 from .prepare import (
     ExtendRun,
     ReadyRun,
@@ -163,6 +165,16 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
             stage = replace(stage, small=load_stage(loaded, number, changes))
         found.append(stage)
     return found
+
+
+def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
+    """Return a line for each setting of an operator that is likely to fail."""
+    return [
+        f"stage {stage.name}: {line}"
+        for stage in list_stages(loaded, Path())
+        if stage.config.operator is not None
+        for line in stage.make_operator().find_warnings(stage.loaded.config.model.max_tokens)
+    ]
 
 
 def is_finished(folder: RunFolder) -> bool:
@@ -328,7 +340,7 @@ class Pipeline:
     Args:
         folder: The folder of the pipeline; the caller has locked it.
         loaded: Its settings.
-        endpoints: Keeps endpoints that several runs share.
+        resources: What its runs share.
         allow_simulated: Allow a simulated fleet.
         estimate_reserve: Returns what the budget keeps during a stage, by its items; blocks.
     """
@@ -337,13 +349,13 @@ class Pipeline:
         self,
         folder: RunFolder,
         loaded: LoadedConfig,
-        endpoints: EndpointPool,
+        resources: PipelineResources,
         allow_simulated: bool = True,
         estimate_reserve: Callable[[Stage, Path], Amount] | None = None,
     ) -> None:
         self.folder, self.loaded = folder, loaded
         self._estimate_reserve = estimate_reserve
-        self._endpoints, self._allow_simulated = endpoints, allow_simulated
+        self._resources, self._allow_simulated = resources, allow_simulated
         self.stages = list_stages(loaded, folder.path)
 
     async def run_stage(self, stage: Stage, run: RunInner) -> None:
@@ -414,7 +426,7 @@ class Pipeline:
             place=place,
         )
         await asyncio.to_thread(_sync, folder.path)
-        return await self._with_endpoints(made)
+        return await self._share_resources(made)
 
     async def resume(
         self, folder: RunFolder, loaded: LoadedConfig, place: StagePlace, run: RunInner
@@ -423,15 +435,15 @@ class Pipeline:
         await asyncio.to_thread(folder.write_place, place)
         ready = await resume_run(folder, loaded)
         if ready.reduce_changed or not await asyncio.to_thread(is_finished, folder):
-            await run(await self._with_endpoints(ready))
+            await run(await self._share_resources(ready))
 
-    async def _with_endpoints(self, run: ReadyRun) -> ReadyRun:
-        shared = await self._endpoints.open(run.loaded)
-        return run if shared is None else replace(run, endpoints=shared)
+    async def _share_resources(self, run: ReadyRun) -> ReadyRun:
+        shared = await self._resources.open_endpoints(run.loaded)
+        return replace(run, endpoints=shared or run.endpoints, resources=self._resources)
 
     async def find_endpoints(self, loaded: LoadedConfig) -> ReadyEndpoints:
         """Return the endpoints of a stage, to learn about its model."""
-        if (shared := await self._endpoints.open(loaded)) is not None:
+        if (shared := await self._resources.open_endpoints(loaded)) is not None:
             return shared
         async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready:
             return ready
@@ -450,33 +462,6 @@ class Pipeline:
         """Return the place of a run of a stage."""
         key = str(folder.path.relative_to(self.folder.path))
         return StagePlace(self.folder.path, key, {}, _own_limits(stage))
-
-
-class EndpointPool:
-    """Endpoints that several runs of a pipeline share: simulated fleets are started once.
-
-    Real endpoints are probed again by each run, because they may have changed.
-    """
-
-    def __init__(self) -> None:
-        self._open = dict[bytes, tuple[Any, ReadyEndpoints]]()
-
-    async def open(self, loaded: LoadedConfig) -> ReadyEndpoints | None:
-        """Return the shared endpoints for a run, or None if it has to find its own."""
-        config = loaded.config
-        if config.endpoints.simulated is None or config.backend.node_endpoints:
-            return None
-        key = orjson.dumps([loaded.plain["endpoints"], loaded.plain["model"]["name"]])
-        if key not in self._open:
-            opening = ready_endpoints(config, loaded.plain["endpoints"])
-            self._open[key] = opening, await opening.__aenter__()
-        return self._open[key][1]
-
-    async def aclose(self) -> None:
-        """Close all endpoints."""
-        while self._open:
-            _, (opening, _) = self._open.popitem()
-            await opening.__aexit__(None, None, None)
 
 
 class _OperatorRun:

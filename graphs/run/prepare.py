@@ -47,7 +47,7 @@ from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_mode
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary, did_you_mean
-from ...backends.inputs.batch_requests import explain_gateway_refusal
+from ...backends.inputs.batch_requests import explain_gateway_refusal, explain_unlimited
 from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
@@ -73,6 +73,7 @@ from ...configs.serialize import find_lost_secrets, to_yaml
 
 if TYPE_CHECKING:
     from ...backends.inputs.item_store import EntrySource, ItemStore
+    from .pipeline_resources import PipelineResources
 
 logger = logging.getLogger(__name__)
 
@@ -242,16 +243,32 @@ class ReadyRun:
         loaded: The settings of the session.
         reduce_changed: True if the aggregators differ from those in the checkpoints.
         endpoints: The endpoints that were probed for the check; None if there was no need.
+        resources: What it shares with other runs of its pipeline; None for a run of its own.
     """
 
     folder: RunFolder
     loaded: LoadedConfig
     reduce_changed: bool = False
     endpoints: ReadyEndpoints | None = None
+    resources: PipelineResources | None = None
 
 
 ExtendRun: TypeAlias = Callable[[RunFolder, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 """Fills the journal of a run in preparation; gets its provenance, returns what to add to it."""
+
+
+def check_single_task(loaded: LoadedConfig) -> None:
+    """Check that the settings have one task, and no stages.
+
+    Raises:
+        ConfigurationError: They are those of a pipeline.
+    """
+    if loaded.config.stages is not None:
+        msg = (
+            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
+            "batch and agents' tools take a single task"
+        )
+        raise ConfigurationError(msg)
 
 
 async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
@@ -288,12 +305,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     )
     from .order import store_order  # noqa: PLC0415 - as above
 
-    if loaded.config.stages is not None:
-        msg = (
-            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
-            "batch and agents' tools take a single task"
-        )
-        raise ConfigurationError(msg)
+    check_single_task(loaded)
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
@@ -642,18 +654,38 @@ def _difference_message(folder: RunFolder, after: LoadedConfig, lines: list[str]
 _SLICE: Final = 256
 
 
-def check_requests(config: RunConfig, ready: ReadyEndpoints, store: ItemStore) -> None:
-    """Check that the endpoints accept requests like those of a batch, before one is sent; blocks.
+def check_requests(
+    config: RunConfig,
+    ready: ReadyEndpoints,
+    store: ItemStore,
+    is_finished: Callable[[int], bool] = lambda _: False,
+) -> None:
+    """Check that endpoints and budget fit the requests of a batch, before one is sent; blocks.
+
+    Args:
+        config: The settings.
+        ready: The endpoints.
+        store: The requests.
+        is_finished: Whether a request needs no answer any more.
 
     Raises:
-        ConfigurationError: The endpoints are behind a gateway that refuses a request.
+        ConfigurationError: The endpoints are behind a gateway that refuses a request, or a budget
+            does not limit the cost of one.
     """
     behind = ready.endpoint_set is not None and ready.endpoint_set.gateway is not None
-    if not (behind and config.input.is_batch):
+    counts_tokens = config.budget.counts_tokens
+    if not config.input.is_batch or not (behind or counts_tokens):
         return
     for lo in range(0, len(store), _SLICE):
-        for item in store.read(lo, min(len(store), lo + _SLICE)):
-            if (problem := explain_gateway_refusal(item.row)) is not None:
+        for index, item in enumerate(store.read(lo, min(len(store), lo + _SLICE)), lo):
+            if is_finished(index):
+                continue
+            problem = None
+            if behind:
+                problem = explain_gateway_refusal(item.row, by_batch=config.backend.is_batch)
+            if counts_tokens:
+                problem = problem or explain_unlimited(item.row, counts_tokens=True)
+            if problem is not None:
                 msg = f"{config.input.path}, request {item.id!r}: {problem}; no request was sent"
                 raise ConfigurationError(msg)
 

@@ -29,8 +29,7 @@ from ...backends.storage.results_schema import (
     ResultRow,
 )
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_extents
-from ...configs.loader import read_settings
-from ...configs.raw_settings import expand_variables, get_at_path
+from ...configs.raw_settings import expand_variables, get_at_path, read_settings
 
 
 @dataclass(frozen=True, slots=True)

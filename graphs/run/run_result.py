@@ -20,9 +20,8 @@ from ...backends.storage.run_folder import (
     read_aggregate_file,
     read_file_stamp,
 )
-from ...configs.loader import read_settings
 from ...configs.models import BatchConfig
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 from .next_steps import FINISHED
 
 

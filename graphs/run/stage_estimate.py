@@ -15,8 +15,8 @@ from ...backends.core.types import Json, Usage
 from ...backends.core.values import to_json_text
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.item_store import ItemStore, load_input
+from ...configs.budget import ReserveConfig
 from ...configs.loader import LoadedConfig
-from ...configs.models import ReserveConfig
 from ...nodes.operators import LevelPlan, SizeEstimate
 from .estimate import open_probed, sample_indices
 from .pipeline import Stage, check_columns, list_stages

@@ -16,8 +16,7 @@ from ...backends.inputs.column_types import describe_columns
 from ...backends.inputs.item_store import ItemStore, NamedRows
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
-from ...configs.loader import read_settings
-from ...configs.raw_settings import get_at_path
+from ...configs.raw_settings import get_at_path, read_settings
 
 
 @dataclass(slots=True)

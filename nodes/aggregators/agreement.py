@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
-from .base import Aggregator, State, sanitize_json, sum_counts
+from .base import Aggregator, State, add_counts, sanitize_json, sum_counts
 
 MOST_FIELDS: Final = 100
 """Fields that are counted; answers without a schema may have any number of them."""
@@ -25,12 +25,13 @@ class Agreement(Aggregator):
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return self.lift(())
+        names = ("rows", "samples", "answers", "partial", "without_answer")
+        return _state(self.to_spec(), dict.fromkeys(names, 0), {})
 
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state."""
         folded = [outcome.folded for outcome in outcomes if outcome.folded is not None]
-        found: dict[str, dict[str, int]] = {}
+        found: dict[str, dict[str, int]] = state["fields"]
         for vote in (vote for one in folded for vote in one.votes):
             counts = {
                 "votes": vote.votes,
@@ -38,10 +39,10 @@ class Agreement(Aggregator):
                 "unanimous": int(vote.votes == vote.answers),
                 "ties": int(vote.is_tie),
             }
-            name = str(sanitize_json(vote.field))
-            found[name] = sum_counts(found.get(name, {}), counts)
-        return _state(
-            self.to_spec(),
+            add_counts(found.setdefault(str(sanitize_json(vote.field)), {}), counts)
+        state["fields"] = _first_fields(found)
+        add_counts(
+            state["counts"],
             {
                 "rows": len(folded),
                 "samples": sum(one.samples for one in folded),
@@ -49,7 +50,6 @@ class Agreement(Aggregator):
                 "partial": sum(0 < one.answers < one.samples for one in folded),
                 "without_answer": sum(not one.answers for one in folded),
             },
-            found,
         )
 
     @staticmethod
@@ -63,7 +63,7 @@ class Agreement(Aggregator):
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the counts, and by field: agreement, unanimous rows, and ties."""
-        fields: dict[str, dict[str, int]] = state["fields"]
+        fields: dict[str, dict[str, int]] = dict(sorted(state["fields"].items()))
         return {
             "op": self.op,
             **state["counts"],
@@ -73,6 +73,11 @@ class Agreement(Aggregator):
         }
 
 
-def _state(of: Json, counts: Mapping[str, int], fields: Mapping[str, Mapping[str, int]]) -> State:
-    kept = {name: dict(fields[name]) for name in sorted(fields)[:MOST_FIELDS]}
-    return {"of": of, "counts": dict(counts), "fields": kept}
+def _state(of: Json, counts: dict[str, int], fields: dict[str, dict[str, int]]) -> State:
+    return {"of": of, "counts": counts, "fields": _first_fields(fields)}
+
+
+def _first_fields(fields: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    if len(fields) <= MOST_FIELDS:
+        return fields
+    return {name: fields[name] for name in sorted(fields)[:MOST_FIELDS]}

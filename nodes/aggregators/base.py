@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import lru_cache
 from math import isfinite
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
@@ -12,7 +13,7 @@ from ...backends.core.fields import FieldPath
 from ...backends.core.types import Json, Outcome
 
 State: TypeAlias = dict[str, Json]
-"""The folded outcomes of an aggregator: JSON-safe, bounded in size, never changed in place.
+"""The folded outcomes of an aggregator: JSON-safe, bounded in size; only ``add`` changes one.
 
 ``of`` names the aggregator and its parameters, so that states combine without a configuration.
 Integers stay below 2**63 (larger ones are hexadecimal text), because checkpoints contain states.
@@ -36,9 +37,22 @@ class Aggregator:
         """Return the state of no outcomes, the identity of ``combine``."""
         raise NotImplementedError
 
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state, which it changes.
+
+        Its cost depends on the batch, not on what the state has.
+
+        Args:
+            state: A state that nothing else uses; ``of`` may be absent.
+            outcomes: The outcomes.
+        """
+        raise NotImplementedError
+
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        raise NotImplementedError
+        state = self.empty()
+        self.add(state, outcomes)
+        return state
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -97,12 +111,17 @@ def make_aggregator(kind: type[AggregatorT], spec: Mapping[str, Json]) -> Aggreg
     return kind(**given)
 
 
+def add_counts(total: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add a tally to another one, which it changes."""
+    for key, count in more.items():
+        total[key] = total.get(key, 0) + count
+
+
 def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
     """Return the sum of several tallies, key by key."""
     total: dict[str, int] = dict(counts[0]) if counts else {}
     for more in counts[1:]:
-        for key, count in more.items():
-            total[key] = total.get(key, 0) + count
+        add_counts(total, more)
     return total
 
 
@@ -124,9 +143,13 @@ MAX_STATE_DEPTH: Final = 100
 _INT64: Final = 1 << 63
 
 
+parse_field = lru_cache(maxsize=256)(FieldPath.parse)
+"""Returns the field of a name; aggregators ask for it once per batch and group."""
+
+
 def pick_values(field: str, outcomes: Iterable[Outcome]) -> list[Json]:
     """Return the value of a field of each outcome, or None where there is none."""
-    path = FieldPath.parse(field)
+    path = parse_field(field)
     pick = path.pick_all if path.is_many else path.pick_one
     return [pick(outcome.output, outcome.row) for outcome in outcomes]
 
@@ -148,7 +171,7 @@ def pick_usable(
         The values, and the part of a state that :func:`sum_missing` combines: ``missing``; with
         values in the elements of a list also ``items``, the number of outcomes that have one.
     """
-    path = FieldPath.parse(field)
+    path = parse_field(field)
     if not path.is_many:
         found = [convert(path.pick_one(outcome.output, outcome.row)) for outcome in outcomes]
         values = [value for value in found if value is not None]
@@ -161,6 +184,11 @@ def pick_usable(
                 values.append(usable)
         items += len(values) > known
     return values, {"missing": len(outcomes) - items, "items": items}
+
+
+def no_missing(field: str) -> State:
+    """Return the part of an empty state to which :func:`add_counts` adds what is missing."""
+    return {"missing": 0, "items": 0} if parse_field(field).is_many else {"missing": 0}
 
 
 def sum_missing(a: State, b: State) -> State:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring_ascii
 from typing import ClassVar, Final, TypeAlias
 
 from ...backends.core.fields import FieldPath
 from ...backends.core.types import Json, Outcome
-from .base import Aggregator, State, to_countable
+from .base import Aggregator, State, parse_field, to_countable
 
 MAX_GROUPS: Final = 1_000
 """Maximum number of groups."""
 
 NAME_CHARACTERS: Final = 200
 """Longer texts are cut, and are the same group if they begin alike."""
+
+_OVERSHOOT: Final = 2
+"""By what factor the groups of a state may exceed the limit before they are ranked."""
 
 _NULL: Final = "null"
 _HEAD: Final = ("op", "field", "order", "note")
@@ -58,21 +62,23 @@ class Grouped(Aggregator):
         """Return the state of no outcomes."""
         return {"of": self.to_spec(), "groups": {}, "others": 0}
 
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
-        path, members = FieldPath.parse(self.group_by), dict[str, list[Outcome]]()
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state, which may then exceed the limit up to twice."""
+        path, members = parse_field(self.group_by), dict[str, list[Outcome]]()
         for outcome in outcomes:
             for name, part in _split(path, outcome):
                 members.setdefault(name, []).append(part)
-        kept = _first_groups(members, self.max_groups)
-        return {
-            "of": self.to_spec(),
-            "groups": {name: [len(members[name]), self._lift(members[name])] for name in kept},
-            "others": sum(len(found) for name, found in members.items() if name not in kept),
-        }
-
-    def _lift(self, outcomes: Sequence[Outcome]) -> State:
-        return _without_spec(self.inner.lift(outcomes))
+        groups = state["groups"]
+        for name, found in members.items():
+            group = groups.get(name)
+            if group is None:
+                group = groups[name] = [0, _without_spec(self.inner.empty())]
+            group[0] += len(found)
+            self.inner.add(group[1], found)
+        # ranking all groups for each new one would make the cost grow with their number
+        if len(groups) > _OVERSHOOT * self.max_groups + 1:
+            state["groups"], others = _drop_groups(groups, self.max_groups)
+            state["others"] += others
 
     @staticmethod
     def combine_with(combine: Combine, a: State, b: State) -> State:
@@ -91,19 +97,16 @@ class Grouped(Aggregator):
                 groups[name] = [known_size + size, _without_spec(whole)]
             else:
                 groups[name] = [size, part]
-        kept, others = _first_groups(groups, of["max_groups"]), a["others"] + b["others"]
-        if len(kept) < len(groups):
-            others += sum(size for name, (size, _) in groups.items() if name not in kept)
-            groups = {name: groups[name] for name in kept}
-        return {"of": of, "groups": groups, "others": others}
+        groups, others = _drop_groups(groups, of["max_groups"])
+        return {"of": of, "groups": groups, "others": a["others"] + b["others"] + others}
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the result of each group: numbers in rising order, else the largest first."""
         empty = self.inner.empty()
+        kept, dropped = _drop_groups(state["groups"], self.max_groups)
         results = {name: (0, empty) for name in map(_to_name, self.categories) if name != _NULL}
         results |= {
-            name: (size, {"of": empty["of"], **part})
-            for name, (size, part) in state["groups"].items()
+            name: (size, {"of": empty["of"], **part}) for name, (size, part) in kept.items()
         }
         shown = self.inner.present(empty)
         groups = [
@@ -112,7 +115,11 @@ class Grouped(Aggregator):
             for name, (size, part) in sorted(results.items(), key=_order(results))
         ]
         head = {key: shown[key] for key in _HEAD if key in shown}
-        return head | {"group_by": self.group_by, "groups": groups, "others": state["others"]}
+        return head | {
+            "group_by": self.group_by,
+            "groups": groups,
+            "others": state["others"] + dropped,
+        }
 
     def to_spec(self) -> dict[str, Json]:
         """Return the parameters of the aggregator, and those of the groups."""
@@ -132,15 +139,17 @@ def _split(path: FieldPath, outcome: Outcome) -> Iterable[tuple[str, Outcome]]:
 def _to_name(value: Json) -> str:
     """Return the key of a group."""
     if value.__class__ is str and value.isascii() and len(value) <= NAME_CHARACTERS:
-        return json.dumps(value)
+        return encode_basestring_ascii(value)
     return json.dumps(to_countable(value, NAME_CHARACTERS))
 
 
-def _first_groups(groups: Mapping[str, object], most: int) -> Collection[str]:
-    """Return the names of the groups within the limit; null is beside it."""
-    if len(groups) - (_NULL in groups) <= most:
-        return groups.keys()
-    return set(sorted(groups, key=_rank)[: most + (_NULL in groups)])
+def _drop_groups(groups: dict[str, Json], most: int) -> tuple[dict[str, Json], int]:
+    """Return the groups within the limit, null beside it, and the number of items in the others."""
+    most += _NULL in groups
+    if len(groups) <= most:
+        return groups, 0
+    kept = {name: groups[name] for name in sorted(groups, key=_rank)[:most]}
+    return kept, sum(size for name, (size, _) in groups.items() if name not in kept)
 
 
 def _rank(name: str) -> tuple[int, Json]:

@@ -18,8 +18,10 @@ from ...backends.core.types import Json, Outcome
 from .base import (
     Aggregator,
     State,
+    add_counts,
     done_outcomes,
     finite_number,
+    no_missing,
     pick_usable,
     show_missing,
     sum_counts,
@@ -87,10 +89,10 @@ class Histogram(Aggregator):
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return self.lift(())
+        return {"of": self.to_spec(), "counts": {}, **no_missing(self.field)}
 
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes.
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state.
 
         Raises:
             ConfigurationError: Too many different values.
@@ -98,11 +100,12 @@ class Histogram(Aggregator):
         done = done_outcomes(outcomes)
         if self.bins is None:
             values, missing = pick_usable(self.field, done, to_countable)
-            return _check_distinct(
-                {"of": self.to_spec(), "counts": _count_values(values), **missing}
-            )
-        numbers, missing = pick_usable(self.field, done, finite_number)
-        return {"of": self.to_spec(), "counts": _count_bins(numbers, self.edges), **missing}
+            add_counts(state["counts"], _count_values(values))
+            _check_distinct(state["counts"], self.field)
+        else:
+            numbers, missing = pick_usable(self.field, done, finite_number)
+            add_counts(state["counts"], _count_bins(numbers, self.edges))
+        add_counts(state, missing)
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -112,7 +115,9 @@ class Histogram(Aggregator):
             ConfigurationError: Too many different values.
         """
         counts = sum_counts(a["counts"], b["counts"])
-        return _check_distinct({"of": a["of"], "counts": counts, **sum_missing(a, b)})
+        if a["of"]["bins"] is None:
+            _check_distinct(counts, a["of"]["field"])
+        return {"of": a["of"], "counts": counts, **sum_missing(a, b)}
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the counts: by bin, or by value (numbers rising, else the most frequent first)."""
@@ -163,14 +168,12 @@ def _find_bin(value: float, edges: Sequence[float]) -> int:
     return n - 1 if value == edges[-1] else n
 
 
-def _check_distinct(state: State) -> State:
-    # With bins there are two more counts: under and over.
-    if len(state["counts"]) <= MAX_DISTINCT + 2 * (state["of"]["bins"] is not None):
-        return state
-    raise ConfigurationError(
-        f"reduce: histogram of '{state['of']['field']}' met more than {MAX_DISTINCT:,} different "
-        "values; give the field an enum in the schema, or the histogram bins, low and high"
-    )
+def _check_distinct(counts: Mapping[str, int], field: str) -> None:
+    if len(counts) > MAX_DISTINCT:
+        raise ConfigurationError(
+            f"reduce: histogram of '{field}' met more than {MAX_DISTINCT:,} different values; give "
+            "the field an enum in the schema, or the histogram bins, low and high"
+        )
 
 
 def _rank_counts(counts: Mapping[str, int]) -> list[dict[str, Json]]:

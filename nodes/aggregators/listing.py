@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import nsmallest
+from math import inf
 from operator import attrgetter, itemgetter
 from typing import ClassVar, Final, Literal
 
@@ -14,8 +18,11 @@ from .base import (
     SHOWN_CHARACTERS,
     Aggregator,
     State,
+    add_counts,
     done_outcomes,
     finite_number,
+    no_missing,
+    parse_field,
     pick_values,
     sanitize_json,
     show_missing,
@@ -52,42 +59,46 @@ class TopK(Aggregator):
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return self.lift(())
+        return {"of": self.to_spec(), **no_missing(self.field), "rows": []}
 
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state."""
         found = done_outcomes(outcomes)
-        path, sign = FieldPath.parse(self.field), _sign(self.order)
+        path = parse_field(self.field)
         if path.is_many:
-            return self._lift_elements(path, found)
+            self._add_elements(state, path, found)
+            return
         keyed = [
-            (sign * value, outcome.index, value, outcome)
+            (value, outcome)
             for outcome, picked in zip(found, pick_values(self.field, found), strict=True)
             if (value := finite_number(picked)) is not None
         ]
-        first = nsmallest(self.k, keyed, key=itemgetter(0, 1))
-        return {
-            "of": self.to_spec(),
-            "missing": len(found) - len(keyed),
-            "rows": [self._row(value, outcome) for _, _, value, outcome in first],
-        }
+        state["missing"] += len(found) - len(keyed)
+        sign = _sign(self.order)
+        first = nsmallest(self.k, keyed, key=lambda one: (sign * one[0], one[1].index))
+        self._add_rows(state, (self._row(*one) for one in first))
 
-    def _lift_elements(self, path: FieldPath, found: Sequence[Outcome]) -> State:
-        """Return the state of outcomes with several values; a row also has the value's place."""
+    def _add_elements(self, state: State, path: FieldPath, found: Sequence[Outcome]) -> None:
+        """Add outcomes with several values; a row also has the value's place."""
         sign, items = _sign(self.order), set[int]()
-        keyed = list[tuple[float, int, int, float, Outcome]]()
+        keyed = list[tuple[float, int, Outcome]]()
         for outcome in found:
             for at, picked in enumerate(path.pick_all(outcome.output, outcome.row)):
                 if (value := finite_number(picked)) is not None:
-                    keyed.append((sign * value, outcome.index, at, value, outcome))
+                    keyed.append((value, at, outcome))
                     items.add(outcome.index)
-        first = nsmallest(self.k, keyed, key=itemgetter(0, 1, 2))
-        return {
-            "of": self.to_spec(),
-            "missing": len(found) - len(items),
-            "items": len(items),
-            "rows": [[*self._row(value, outcome), at] for _, _, at, value, outcome in first],
-        }
+        add_counts(state, {"missing": len(found) - len(items), "items": len(items)})
+        first = nsmallest(self.k, keyed, key=lambda one: (sign * one[0], one[2].index, one[1]))
+        self._add_rows(state, ([*self._row(value, outcome), at] for value, at, outcome in first))
+
+    def _add_rows(self, state: State, rows: Iterable[list[Json]]) -> None:
+        """Add rows in order of rank, as far as they are among the first k."""
+        known, rank = state["rows"], partial(_rank, _sign(self.order))
+        for row in rows:
+            if len(known) == self.k and rank(known[-1]) < rank(row):
+                return
+            insort(known, row, key=rank)
+            del known[self.k :]
 
     def _row(self, value: float, outcome: Outcome) -> list[Json]:
         shown = [
@@ -108,9 +119,7 @@ class TopK(Aggregator):
     def combine(a: State, b: State) -> State:
         """Return the state of the outcomes of both."""
         of = a["of"]
-        sign = _sign(of["order"])
-        # an item with several values has their place at the end of its rows
-        rows = sorted([*a["rows"], *b["rows"]], key=lambda row: (sign * row[0], row[1], row[5:]))
+        rows = sorted([*a["rows"], *b["rows"]], key=partial(_rank, _sign(of["order"])))
         return {"of": of, **sum_missing(a, b), "rows": rows[: of["k"]]}
 
     def present(self, state: State) -> dict[str, Json]:
@@ -131,6 +140,11 @@ class TopK(Aggregator):
 
 def _sign(order: str) -> int:
     return -1 if order == "largest" else 1
+
+
+def _rank(sign: int, row: list[Json]) -> tuple[Json, ...]:
+    # an item with several values has their place at the end of its rows
+    return sign * row[0], row[1], row[5:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +168,19 @@ class Collect(Aggregator):
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return self.lift(())
+        return {"of": self.to_spec(), "rows": []}
 
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
-        first = nsmallest(self.limit, done_outcomes(outcomes), key=attrgetter("index"))
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state."""
+        known = state["rows"]
+        last = known[-1][0] if len(known) == self.limit else inf
+        before = [one for one in done_outcomes(outcomes) if one.index < last]
+        first = nsmallest(self.limit, before, key=attrgetter("index"))
         values = pick_values("output" if self.field is None else self.field, first)
-        rows = [
-            [outcome.index, sanitize_json(outcome.id), sanitize_json(value)]
-            for outcome, value in zip(first, values, strict=True)
-        ]
-        return {"of": self.to_spec(), "rows": rows}
+        for outcome, value in zip(first, values, strict=True):
+            row = [outcome.index, sanitize_json(outcome.id), sanitize_json(value)]
+            insort(known, row, key=itemgetter(0))
+        del known[self.limit :]
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -197,14 +213,14 @@ class Count(Aggregator):
         """Return the state of no outcomes."""
         return _state(self.to_spec(), 0, {}, 0)
 
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
-        classes: dict[str, int] = {}
-        for outcome in outcomes:
-            if outcome.status == "failed":
-                name = outcome.error_class or "unknown"
-                classes[name] = classes.get(name, 0) + 1
-        return _state(self.to_spec(), len(outcomes) - sum(classes.values()), classes, 0)
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state."""
+        failed = [one.error_class or "unknown" for one in outcomes if one.status == "failed"]
+        state["done"] += len(outcomes) - len(failed)
+        if failed:
+            add_counts(state["classes"], Counter(failed))
+            state["classes"], others = _first_classes(state["classes"])
+            state["others"] += others
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -228,7 +244,12 @@ class Count(Aggregator):
 
 
 def _state(of: Json, done: int, classes: Mapping[str, int], others: int) -> State:
+    kept, dropped = _first_classes(classes)
+    return {"of": of, "done": done, "classes": kept, "others": others + dropped}
+
+
+def _first_classes(classes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Return the classes that are kept, and the failures of the others."""
     names = sorted(classes)
     kept = {name: classes[name] for name in names[:MAX_CLASSES]}
-    others += sum(classes[name] for name in names[MAX_CLASSES:])
-    return {"of": of, "done": done, "classes": kept, "others": others}
+    return kept, sum(classes[name] for name in names[MAX_CLASSES:])

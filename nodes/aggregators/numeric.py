@@ -102,14 +102,6 @@ class ExactSum:
     e: int = 0
 
     @classmethod
-    def from_parts(cls, parts: Mapping[int, int]) -> ExactSum:
-        """Return the sum of ``n * 2**e`` over the pairs e: n."""
-        if not parts:
-            return cls()
-        least = min(parts)
-        return cls(sum(n << (e - least) for e, n in parts.items()), least)
-
-    @classmethod
     def from_json(cls, written: Json) -> ExactSum:
         """Return the number that ``write`` wrote."""
         return cls(int(written[0], 16), written[1])

@@ -44,13 +44,28 @@ class AggregatorSet:
         return _state([one.empty() for one in self.aggregators])
 
     def lift(self, outcomes: Iterable[Outcome]) -> State:
-        """Return the state of a batch of outcomes; about 64 at a time cost least.
+        """Return the state of a batch of outcomes.
+
+        Raises:
+            ConfigurationError: A histogram has too many different values.
+        """
+        state = self.empty()
+        self.add(state, outcomes)
+        return state
+
+    def add(self, state: State, outcomes: Iterable[Outcome]) -> None:
+        """Add a batch of outcomes to a state; about 64 at a time cost least.
+
+        Args:
+            state: A state that nothing else uses; it is changed.
+            outcomes: The outcomes.
 
         Raises:
             ConfigurationError: A histogram has too many different values.
         """
         batch = tuple(outcomes)
-        return _state([one.lift(batch) for one in self.aggregators])
+        for one, part in zip(self.aggregators, state["stages"], strict=True):
+            one.add(part, batch)
 
     def present(self, state: State) -> list[dict[str, Json]]:
         """Return the readable result of each aggregator, in the order of the configuration.

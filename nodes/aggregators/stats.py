@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import frexp, ldexp
@@ -13,8 +12,10 @@ from . import numeric
 from .base import (
     Aggregator,
     State,
+    add_counts,
     done_outcomes,
     finite_number,
+    no_missing,
     pick_usable,
     show_missing,
     sum_missing,
@@ -47,21 +48,32 @@ class Stats(Aggregator):
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return self.lift(())
-
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
-        found, missing = pick_usable(self.field, done_outcomes(outcomes), finite_number)
-        # Adding 0.0 turns -0.0 into 0.0; otherwise the order decides which one is the minimum.
-        values = [value + 0.0 for value in found]
         return {
             "of": self.to_spec(),
-            "count": len(values),
-            **missing,
-            "min": min(values, default=None),
-            "max": max(values, default=None),
-            **_sums(values),
+            "count": 0,
+            **no_missing(self.field),
+            "min": None,
+            "max": None,
+            "sum": ExactSum().to_json(),
+            "squares": ExactSum().to_json(),
+            "negative": {},
+            "zeros": 0,
+            "positive": {},
         }
+
+    def add(self, state: State, outcomes: Sequence[Outcome]) -> None:
+        """Add a batch of outcomes to a state."""
+        found, missing = pick_usable(self.field, done_outcomes(outcomes), finite_number)
+        add_counts(state, missing)
+        if not found:
+            return
+        # Adding 0.0 turns -0.0 into 0.0; otherwise the order decides which one is the minimum.
+        values = [value + 0.0 for value in found]
+        least, most = state["min"], state["max"]
+        state["count"] += len(values)
+        state["min"] = min(values) if least is None else min(least, *values)
+        state["max"] = max(values) if most is None else max(most, *values)
+        _add_values(state, values)
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -106,29 +118,32 @@ class Stats(Aggregator):
         return {name: min(max(q, low), high) for name, q in zip(names, found, strict=True)}
 
 
-def _sums(values: Iterable[float]) -> State:
-    """Return exact sums and bucket counts; one pass, as it runs for every item."""
-    sums: defaultdict[int, int] = defaultdict(int)
-    squares: defaultdict[int, int] = defaultdict(int)
-    buckets: tuple[defaultdict[int, int], ...] = (defaultdict(int), defaultdict(int))
-    zeros = 0
+def _add_values(state: State, values: Iterable[float]) -> None:
+    """Add exact sums and bucket counts; one pass, as it runs for every item."""
+    total, squares = ExactSum.from_json(state["sum"]), ExactSum.from_json(state["squares"])
+    n, e, nn, ee = total.n, total.e, squares.n, squares.e
+    negative, positive = state["negative"], state["positive"]
     for value in values:
         fraction, exponent = frexp(value)
-        n = int(fraction * _SCALE)
-        if n:
-            sums[exponent] += n
-            squares[2 * exponent] += n * n
-            buckets[n > 0][numeric.bucket_index(abs(n), exponent)] += 1
-        else:
-            zeros += 1
-    total, square = ExactSum.from_parts(sums), ExactSum.from_parts(squares)
-    return {
-        "sum": ExactSum(total.n, total.e - numeric.MANTISSA_BITS).to_json(),
-        "squares": ExactSum(square.n, square.e - 2 * numeric.MANTISSA_BITS).to_json(),
-        "negative": {str(index): count for index, count in buckets[False].items()},
-        "zeros": zeros,
-        "positive": {str(index): count for index, count in buckets[True].items()},
-    }
+        mantissa = int(fraction * _SCALE)
+        if not mantissa:
+            state["zeros"] += 1
+            continue
+        counts = positive if mantissa > 0 else negative
+        bucket = str(numeric.bucket_index(abs(mantissa), exponent))
+        counts[bucket] = counts.get(bucket, 0) + 1
+        exponent -= numeric.MANTISSA_BITS
+        # n * 2**e and nn * 2**ee, with the least exponent so far
+        if exponent < e:
+            n, e = n << (e - exponent), exponent
+        n += mantissa << (exponent - e)
+        if 2 * exponent < ee:
+            nn, ee = nn << (ee - 2 * exponent), 2 * exponent
+        nn += mantissa * mantissa << (2 * exponent - ee)
+    state["sum"], state["squares"] = ExactSum(n, e).to_json(), ExactSum(nn, ee).to_json()
+    for name, counts in (("negative", negative), ("positive", positive)):
+        if len(counts) > numeric.BUCKETS:
+            state[name] = numeric.merge_buckets(counts, {})
 
 
 def _drop_none(*values: float | None) -> list[float]:

@@ -20,7 +20,10 @@ from ..context import ItemRuntime
 from .item_state import ItemState
 from .prepare import make_item_error
 
-_OWN_FIELDS: Final = frozenset({"model", "stream", "stream_options", URL_FIELD})
+_OWN_FIELDS: Final = frozenset({"model", "stream", "stream_options", URL_FIELD}) | {
+    "stream_include_usage",
+    "stream_continuous_usage_stats",
+}
 """Fields of a request that fanfold sets: it reads whole answers."""
 _LEAST_ERROR: Final = 400
 """The least HTTP status that is an error."""

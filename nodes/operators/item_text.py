@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -17,14 +18,20 @@ _SLICE: Final = 256
 
 def list_text_columns(text: str | None) -> tuple[str, ...]:
     """Return the columns that the setting ``text`` of an operator names."""
-    return () if text is None else Template.parse(text, "reduce.text").columns
+    return () if text is None else _parse_text(text).columns
 
 
 def render_item(item: Item, text: str | None) -> str:
     """Return the text of an item: by a template, or all of its columns as JSON."""
     if text is None:
         return orjson.dumps(item.row).decode()
-    return Template.parse(text, "reduce.text").render(item.row)
+    return _parse_text(text).render(item.row)
+
+
+@lru_cache(maxsize=8)
+def _parse_text(text: str) -> Template:
+    """Return the setting ``text`` as a template, parsed once for all items."""
+    return Template.parse(text, "reduce.text")
 
 
 def read_items(tools: StageTools, indices: Sequence[int]) -> Iterator[Item]:

@@ -126,7 +126,7 @@ async def allocate(  # noqa: PLR0913  (the settings of one cascade)
         certainties: Certainty of the small model's answer, by item; ``-inf`` for an item that it
             failed to answer, which always goes to the large model.
         ask_large: Has the large model answer items of the sample, once each.
-        target: Share of all items whose answer shall agree with the large model's.
+        target: Share of all items whose answer must agree with the large model's.
         delta: Probability with which the share may be missed.
         round_size: Items of the sample that are asked at the same time.
         steps: Thresholds that are tried.

@@ -40,6 +40,7 @@ class ShardPart:
         self._pending: list[Outcome] = []
         self._samples = None if tools.fold is None else SampleCollector(tools.fold)
         self._state = tools.aggregators.empty()
+        self._open = tools.aggregators.empty()  # changed in place, so never handed out
         self.tally = {"done": 0, "failed": 0}
         self.pace = dict[str, float]()
 
@@ -92,6 +93,8 @@ class ShardPart:
     def state(self) -> State:
         """Return the shard's part of the aggregate."""
         self._fold()
+        self._state = combine_states(self._state, self._open)
+        self._open = self._tools.aggregators.empty()
         return self._state
 
     def to_update(self) -> dict[str, Any]:
@@ -100,7 +103,7 @@ class ShardPart:
         return update | ({"pace": self.pace} if self.pace else {})
 
     def _fold(self) -> None:
-        self._state = combine_states(self._state, self._tools.aggregators.lift(self._pending))
+        self._tools.aggregators.add(self._open, self._pending)
         self._pending = []
 
 
@@ -314,7 +317,7 @@ class _ShardRunner:
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
     """Return the items at positions, each with its record if it has ended; blocks."""
-    items, read = tools.read(lo, hi), tools.item_journal.read_range
+    items, read = tools.read(lo, hi), tools.item_journal.read_answers
     if tools.order is None:
         records = read(lo, hi)
     else:
@@ -330,8 +333,8 @@ def fold_range(tools: RunTools, lo: int, hi: int) -> ShardPart:
         JournalError: An item cannot be read.
     """
     part = ShardPart(tools)
-    for start in range(lo, hi, _SLICE):
-        part.add_all(read_items(tools, start, min(start + _SLICE, hi)))
+    for start in range(lo, hi, _MOST_PENDING):
+        part.add_all(read_items(tools, start, min(start + _MOST_PENDING, hi)))
     part.state()
     return part
 

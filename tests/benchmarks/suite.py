@@ -254,7 +254,7 @@ def _read_ends(folder: Path) -> list[float]:
 
 def measure_faults(quick: bool) -> list[Table]:
     """Throughput through a storm and back, and what a kill and poison items cost."""
-    items, length_s = (1_500, 12.0) if quick else (20_000, 60.0)
+    items, length_s = (2_000, 16.0) if quick else (20_000, 60.0)
     spec = SimulationSpec(
         nodes=8,
         max_num_seqs=32,
@@ -270,7 +270,8 @@ def measure_faults(quick: bool) -> list[Table]:
         "What does a failure storm cost, and is the throughput back afterwards?",
         "items/s",
         "In the middle of the run, for a quarter of its time, half of the requests to half of the "
-        "nodes fail (HTTP 500, 503, broken connections). The last items of the run do not count.",
+        "nodes fail (HTTP 500, 503, broken connections). Afterwards these nodes are probed before "
+        "they get items again. The last items of the run do not count.",
         "more",
     )
     lost = Table(
@@ -296,8 +297,11 @@ def measure_faults(quick: bool) -> list[Table]:
     for name, low, high in (
         ("before", ends[0], began),
         ("during", began, ended),
-        ("after", ended, ends[-STREAMS]),
+        ("first 5 s after", ended, min(ended + 5, ends[-STREAMS])),
+        ("later", ended + 5, ends[-STREAMS]),
     ):
+        if high <= low:
+            continue
         storm.add(name, sum(low <= one < high for one in ends) / max(high - low, 1e-9))
     return [storm, lost, *_measure_kill(spec, items), *_measure_poison(spec, items)]
 

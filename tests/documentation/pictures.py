@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fanfold.configs.loader import preset_names
+from fanfold.configs.preset_files import preset_names
 from fanfold.tests.integration.report.browser import find_browser
 
 from .reference import ROOT

@@ -121,11 +121,11 @@ def add_aggregator(copy: Copy) -> None:
             column: str
 
             def empty(self):
-                return self.lift(())
+                return {"of": self.to_spec(), "length": 0}
 
-            def lift(self, outcomes):
+            def add(self, state, outcomes):
                 lengths = [len(str(one.row[self.column])) for one in outcomes]
-                return {"of": self.to_spec(), "length": max(lengths, default=0)}
+                state["length"] = max([state["length"], *lengths])
 
             @staticmethod
             def combine(a, b):

@@ -30,11 +30,12 @@ from typing import Any, Final, Self
 import aiohttp
 from aiohttp import web
 
+from fanfold.backends.simulated.pooling import embed_text
 from fanfold.backends.simulated.requests import QuestionReader
 from fanfold.backends.simulated.responders import answer_question, make_responder
 from fanfold.backends.simulated.responses import Envelope, completion_body, usage_object
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.backends.simulated.values import ApiError
+from fanfold.backends.simulated.values import ApiError, count_text_tokens
 
 Json = Any
 ROOT: Final = "/resource_server"  # 1.1
@@ -70,6 +71,7 @@ class DeploymentSpec:
         details: Whether ``/models`` shows limits and capabilities (8.4: "where configured").
         routes: The offered routes, as ``/list-endpoints`` shows them.
         batches: Whether batches are accepted.
+        embeds: Whether it is a model for embeddings, which answers nothing else.
     """
 
     cluster: str = "sophia"
@@ -86,6 +88,7 @@ class DeploymentSpec:
     details: bool = True
     routes: tuple[str, ...] = (CHAT, "/v1/completions")
     batches: bool = True
+    embeds: bool = False
 
     @property
     def path(self) -> str:
@@ -453,6 +456,8 @@ class Deployment:
 
     def answer(self, body: Json, name: str) -> tuple[int, bytes]:
         """Return status and body of an answer of the model server."""
+        if self.spec.embeds:
+            return self._embed(body)
         raw = json.dumps({**body, "stream": False}).encode()
         try:
             question = self._reader.read(raw, "messages" in body, self.spec.context_window)
@@ -468,6 +473,22 @@ class Deployment:
         )
         document = completion_body(envelope, answer)
         del document["system_fingerprint"]  # the mark of simulated answers: here they are real
+        return 200, json.dumps(document).encode()
+
+    def _embed(self, body: Json) -> tuple[int, bytes]:
+        """Answer as vLLM does with a model for embeddings."""
+        if "input" not in body:
+            message = "The model does not support Chat Completions API"
+            error = {"message": message, "type": "NotImplementedError", "code": 501}
+            return 501, json.dumps({"error": error}).encode()
+        texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        vectors = [embed_text(text, 8, 0) for text in texts]
+        tokens = sum(map(count_text_tokens, texts))
+        data = [
+            {"object": "embedding", "index": n, "embedding": one} for n, one in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+        document = {"object": "list", "model": self.spec.model, "data": data, "usage": usage}
         return 200, json.dumps(document).encode()
 
 

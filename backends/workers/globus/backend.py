@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -24,7 +25,7 @@ from .poller import (
     resolve_future,
 )
 from .service import MAX_REQUEST_BYTES, Payload, TaskService, WorkShard, pack_task
-from .tasks import TaskRegistry
+from .tasks import TASK_LOG_FILE, TaskLog, TaskRegistry
 
 _CLOSED: Final = "globus_compute: closed"
 _NOT_POSTED: Final = "globus_compute: the task was not posted"
@@ -305,6 +306,22 @@ class GlobusBackend:
         if found:
             logger.warning("%s: waiting for %d shards of an earlier session", self.name, len(found))
         return dict(found)
+
+    async def open_log(self, folder: Path) -> None:
+        """Log the tasks of another run from now on.
+
+        Raises:
+            JournalError: The log of earlier coordinators is damaged.
+        """
+        await self._submitter.tasks.open_log(TaskLog(folder / TASK_LOG_FILE))
+
+    async def close_log(self) -> None:
+        """Log the tasks that have ended: the run has ended.
+
+        Raises:
+            JournalError: They cannot be written.
+        """
+        await self._submitter.tasks.write_closed()
 
     async def collect(self, shard: str) -> dict[str, Json] | None:
         """Return the result of a shard's task that was counted as lost, if it has arrived since.

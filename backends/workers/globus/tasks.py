@@ -50,10 +50,13 @@ class TaskLog:
 
     Args:
         path: The file; need not exist.
+
+    Attributes:
+        path: The same.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def read_open(self) -> list[TaskEntry]:
         """Return the tasks that were posted and not closed, by any coordinator.
@@ -62,11 +65,11 @@ class TaskLog:
             JournalError: The file is damaged.
         """
         try:
-            lines = self._path.read_bytes().splitlines(keepends=True)
+            lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise JournalError(f"{self._path}: cannot be read: {error.strerror}") from error
+            raise JournalError(f"{self.path}: cannot be read: {error.strerror}") from error
         entries, crc = dict[str, TaskEntry](), 0
         if lines and not lines[-1].endswith(b"\n"):
             del lines[-1]  # the write was cut off
@@ -93,7 +96,7 @@ class TaskLog:
 
     def _damaged_error(self, number: int, what: str) -> JournalError:
         return JournalError(
-            f"{self._path}, line {number}: damaged ({what}); remove the file to abandon tasks that "
+            f"{self.path}, line {number}: damaged ({what}); remove the file to abandon tasks that "
             "still run, then resume"
         )
 
@@ -112,7 +115,7 @@ class TaskLog:
 
     def _append(self, events: Iterable[dict[str, Any]]) -> None:
         try:
-            handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 _trim_torn_line(handle)
                 data, is_new = _lines(events, _last_crc(handle)), os.fstat(handle).st_size == 0
@@ -121,16 +124,16 @@ class TaskLog:
             finally:
                 os.close(handle)
             if is_new:
-                sync_folder(self._path.parent)
+                sync_folder(self.path.parent)
         except OSError as error:
-            raise JournalError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise JournalError(f"{self.path}: cannot be written: {error.strerror}") from error
         except ValueError:
             text = (
                 "its end is damaged; remove the file to abandon tasks that still run, then resume"
             )
-            raise JournalError(f"{self._path}: cannot be written: {text}") from None
+            raise JournalError(f"{self.path}: cannot be written: {text}") from None
         if written < len(data):
-            raise JournalError(f"{self._path}: cannot be written: the disk is full")
+            raise JournalError(f"{self.path}: cannot be written: the disk is full")
 
 
 def _lines(events: Iterable[dict[str, Any]], crc: int) -> bytes:
@@ -190,6 +193,17 @@ class TaskRegistry:
         self._open: dict[str, list[str]] = {}
         self._closed: list[tuple[float, list[str]]] = []
         self._keeps_open = False
+
+    async def open_log(self, log: TaskLog) -> None:
+        """Log the tasks of another run from now on, and read what earlier coordinators left open.
+
+        Raises:
+            JournalError: The log is damaged.
+        """
+        if self._log is not None and log.path == self._log.path:
+            return
+        self._log, self._open, self._closed = log, {}, []
+        await self.read()
 
     async def read(self) -> None:
         """Read the open tasks of earlier coordinators.

@@ -171,3 +171,16 @@ def test_a_run_without_jobs_tells_of_none(shell: Shell) -> None:
     assert "chain" not in json.loads(ran.out)
     assert "chain" not in json.loads(shell("cost", "r", "--json").out)
     assert "jobs" not in shell("cost", "r").out
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_pipeline_is_refused_before_a_script_is_printed(
+    shell: Shell, more: tuple[str, ...]
+) -> None:
+    shell.write(task=None, reduce=[], stages=[{"name": "one", "map": {"prompt": "Judge {text}."}}])
+    place = ("--site", "polaris", "--nodes", "1", "--walltime", "1h", "--queue", "q")
+    found = shell("submit", "c.yaml", "--out", "jobs", *place, "--account", "a", *more)
+    assert found.code == 2
+    assert "stages" in found.err
+    assert "#PBS" not in found.out
+    assert not Path("jobs").exists()

@@ -117,7 +117,8 @@ async def test_fields_that_the_gateway_refuses_are_refused_before_it_does(
     ("line", "message"),
     [
         ({"url": "/v1/chat/completions", "salt": True}, "gateway refuses requests with cache_salt"),
-        ({"url": "/v1/embeddings"}, "sends chat completions only, not /v1/embeddings"),
+        ({"url": "/v1/completions", "salt": True}, "gateway refuses requests with cache_salt"),
+        ({"url": "/score"}, "a FIRST gateway has no /score; it has /v1/chat/completions, "),
     ],
 )
 async def test_requests_that_the_gateway_refuses_are_refused_before_it_does(
@@ -126,7 +127,7 @@ async def test_requests_that_the_gateway_refuses_are_refused_before_it_does(
     """A check, a run and a resumed run name the request; nothing is sent."""
     store_login(home, "good")
     plain = {"model": "org/m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 5}
-    bad = {"model": "org/m", "messages": plain["messages"], "input": "text", "max_tokens": 5}
+    bad = {"model": "org/m", "messages": plain["messages"], "prompt": "a", "text_1": "a"}
     if line.get("salt"):
         bad["cache_salt"] = "x"
     lines = [

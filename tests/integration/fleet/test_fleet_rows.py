@@ -77,7 +77,7 @@ async def test_a_spent_quota_of_tokens_is_waited_for() -> None:
     rule = FaultRule("tpm", value=2000.0)
     policy = replace(FAST, retry=replace(FAST.retry, attempts=1))
     async with (
-        nodes(rule, nodes=1, time_scale=300.0, ttft_s=0.5) as servers,
+        nodes(rule, nodes=1, time_scale=100.0, ttft_s=0.5) as servers,
         fleet_of(servers.urls, policy) as fleet,
     ):
         assert len(await ask_all(fleet, 60)) == 60

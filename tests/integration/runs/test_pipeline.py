@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.integration.runs.test_workers_kill import marked
 
 pytestmark = pytest.mark.integration
 
@@ -282,3 +285,32 @@ async def test_changed_settings_of_a_begun_stage_are_refused(lab_of: LabMaker) -
             changed["stages"][number] |= change
             settings.write_bytes(orjson.dumps(changed))
             await command(lab, "run", str(settings), "--out", str(lab.out), code=2)
+
+
+PROCESSES = {"kind": "local", "processes": 2}
+
+
+def workers_of(root: Path) -> dict[str, set[str]]:
+    """Return, for each run of a pipeline, the process ids of the workers that wrote its journal."""
+    found = dict[str, set[str]]()
+    for folder in sorted(root.glob("stages/**/journal")):
+        files = (file for file in folder.glob("*-*.jsonl") if file.read_bytes().count(b"\n") > 1)
+        found[str(folder.parent.relative_to(root))] = {f.stem.split("-")[-2] for f in files}
+    return found
+
+
+async def test_all_runs_use_the_same_worker_processes(
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.0, tpot_s=0.0) as lab:
+        staged(lab, backend=PROCESSES)
+        token = uuid.uuid4().hex
+        monkeypatch.setenv("FANFOLD_TEST_TOKEN", token)
+        said = await begin(lab, lab.out)
+        assert [one["state"] for one in said["stages"]] == ["finished"] * 3
+        workers = workers_of(lab.out)
+        del workers["stages/summary"]  # an operator's results, which no worker writes
+        assert len(workers) == 2 + len(said["stages"][2]["levels"])
+        assert all(workers.values())
+        assert len(set().union(*workers.values())) == 2
+        await lab.until(lambda: not [pid for pid in marked(token) if pid != os.getpid()])

@@ -14,13 +14,12 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.storage.endpoints_table import read_endpoints
+from fanfold.backends.storage.endpoints_table import FILE_NAME, read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.remote.heartbeat import heartbeat_file
-from fanfold.graphs.run.accounting import endpoints_table_path
 from fanfold.tests.integration.runs.conftest import LabMaker, assert_timeline
 
 pytestmark = pytest.mark.integration
@@ -54,7 +53,7 @@ async def test_results_are_those_of_a_local_run(lab_of: LabMaker, shared: bool) 
         files = sorted(f.name.partition("-")[1] for f in (lab.out / "journal").glob("*.jsonl"))
         assert files == (["-"] if shared else [""])
         nodes = lab.fleet.stats()["nodes"]
-        rows = read_endpoints(endpoints_table_path(open_folder(lab.out)))
+        rows = read_endpoints(open_folder(lab.out).path / FILE_NAME)
         assert len(rows) == len(nodes)
         assert sum(row["calls"] for row in rows) == sum(node["requests"] for node in nodes)
         tokens = sum(node["completion_tokens"] for node in nodes)

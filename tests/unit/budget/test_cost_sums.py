@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.budget import estimate_total
 from fanfold.backends.budget.cost import NO_ENDPOINT, Cost, describe_cost, group_usage
+from fanfold.backends.budget.limits import estimate_total
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.money import (

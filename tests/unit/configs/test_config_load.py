@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.configs.loader import (
-    copy_preset,
-    load_config,
-    preset_names,
-    read_preset,
-    read_settings,
-)
+from fanfold.configs.loader import load_config, override_settings
+from fanfold.configs.preset_files import copy_preset, preset_names, read_preset
+from fanfold.configs.raw_settings import read_settings
 from fanfold.configs.serialize import to_yaml
 
 GOOD: dict[str, Any] = {
@@ -132,7 +128,7 @@ def test_several_findings_are_told_at_once() -> None:
 
 
 def test_peek_checks_nothing() -> None:
-    raw = read_settings({"a": 1}, ["b.c=2"])
+    raw = override_settings(read_settings({"a": 1}), ["b.c=2"])
     data, preset = raw.data, raw.preset
     assert (data, preset) == ({"a": 1, "b": {"c": 2}}, None)
     assert read_settings("data_annotation").preset == "data_annotation"

@@ -20,7 +20,8 @@ from fanfold.backends.core.secrets import (
 )
 from fanfold.backends.discovery.resolve import make_node_plan
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.loader import LoadedConfig, load_config, preset_names
+from fanfold.configs.loader import LoadedConfig, load_config
+from fanfold.configs.preset_files import preset_names
 from fanfold.configs.serialize import find_lost_secrets, mask_settings, to_yaml
 from fanfold.graphs.run.prepare import describe_session
 

@@ -16,9 +16,9 @@ import fanfold
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.describe import iter_access
 from fanfold.configs.json_schema import make_schema, write_schema
-from fanfold.configs.loader import (
+from fanfold.configs.loader import load_config
+from fanfold.configs.preset_files import (
     copy_preset,
-    load_config,
     preset_names,
     read_preset,
     read_settings_schema,
@@ -92,7 +92,7 @@ def test_every_setting_is_described_and_may_be_a_variable(key: str) -> None:
     assert shown["properties"][last]["description"]
     problems = find_problems(set_key(key, "${SOME_NAME}"))
     taken = {"reduce", "evaluate", "stages", "messages", "extra_body", "models", "faults", "env"}
-    lists = {"warn_at", "user_endpoint_config", "urls"}
+    lists = {"warn_at", "user_endpoint_config", "urls", "allowed_media_domains"}
     if last in taken | lists or key in {"backend.endpoints", "task.images.columns"}:
         return  # a list or a mapping, of which only the values may be variables
     assert problems == []

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.loader import load_config, preset_names
+from fanfold.configs.loader import load_config
+from fanfold.configs.preset_files import preset_names
 from fanfold.configs.raw_settings import parse_yaml
 from fanfold.configs.resolve import resolve_config
 

@@ -63,7 +63,7 @@ class Site:
         self.answers = list[asyncio.Future[dict[str, Json]]]()
         self.left = dict[str, Awaitable[dict[str, Json]]]()
         self.fails = list[Exception]()
-        self.rebuilt = self.stops = self.closed = 0
+        self.started = self.rebuilt = self.stops = self.closed = 0
 
     def capacity(self) -> int:
         return self.room
@@ -71,6 +71,7 @@ class Site:
     async def start(self) -> None:
         if self.fails:
             raise self.fails.pop(0)
+        self.started += 1
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
         self.orders.append(order)

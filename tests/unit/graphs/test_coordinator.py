@@ -12,7 +12,7 @@ import pytest
 
 from fanfold.backends.core.errors import BackendError, JournalError, WorkerLostError
 from fanfold.backends.core.types import Json
-from fanfold.backends.storage.worker_journal import make_worker_path
+from fanfold.backends.storage.journal_file import make_worker_path
 from fanfold.graphs.remote import coordinator as module
 from fanfold.tests.journals import write_journal
 from fanfold.tests.unit.graphs.coordinator_lab import Lab, Site, record, summary, until

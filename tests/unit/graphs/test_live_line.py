@@ -19,6 +19,7 @@ from fanfold.backends.core.money import (
     NodeTime,
     UsageTotals,
 )
+from fanfold.backends.core.silence import SilenceWatch
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
@@ -262,3 +263,13 @@ def test_the_time_left_counts_down_while_the_last_items_run() -> None:
     assert "1:30 left" in line(progress, None, gate=gate)
     gate.started_at -= 600.0
     assert "0:00 left" in line(progress, None, gate=gate)
+
+
+def test_it_names_endpoints_that_answer_nothing() -> None:
+    class Silent(SilenceWatch):
+        def find_silent(self) -> dict[str, float]:
+            return {"node-3": 1.0, "node-7": 2.0}
+
+    shown = line(Progress(total=100), health(), silence=Silent())
+    assert "no answer for 10:00: node-3, node-7" in shown
+    assert any("node-3, node-7" in row for row in screen(80, Progress(), None, silence=Silent()))

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from fanfold.backends.budget.budget import SETTING_UNITS
+from fanfold.backends.budget.limits import SETTING_UNITS
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.configs.budget import BudgetConfig
 from fanfold.configs.describe import describe_setting, find_setting, setting_schema
-from fanfold.configs.loader import preset_names
-from fanfold.configs.models import BudgetConfig, LimitsConfig, RunConfig
+from fanfold.configs.models import LimitsConfig, RunConfig
+from fanfold.configs.preset_files import preset_names
 from fanfold.graphs.bound_graph import BoundSettings
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build_bound_graph
@@ -72,7 +73,7 @@ def test_only_what_differs_from_its_default_counts() -> None:
 def test_emptied_fields_count_as_left_alone() -> None:
     given = RunContext(config="", model="", dataset="", endpoints="", api_key="", out="")
     assert given.changed_fields() == {}
-    assert given.loaded.preset == "molecular_screening"
+    assert given.loaded.preset == "quickstart"
 
 
 def test_endpoints_and_key_are_said_in_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

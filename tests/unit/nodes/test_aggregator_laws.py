@@ -171,6 +171,30 @@ def test_monoid_laws(items: list[Outcome], i: int, j: int) -> None:
 
 @settings(deadline=None)
 @given(outcome_lists(), st.lists(st.integers(0, 99), max_size=4))
+def test_adding_to_a_state_is_combining_with_it(items: list[Outcome], cuts: list[int]) -> None:
+    edges = [0, *sorted(cut % (len(items) + 1) for cut in cuts), len(items)]
+    added = ALL.empty()
+    for lo, hi in itertools.pairwise(edges):
+        ALL.add(added, items[lo:hi])
+    assert shown(combine_states(added, ALL.empty())) == shown(
+        reduce(combine_states, in_shards(items, cuts))
+    )
+    through_msgpack(through_json(added))
+
+
+def test_groups_beyond_twice_the_limit_are_dropped_while_a_state_grows() -> None:
+    stage = build_aggregators([{"op": "count", "group_by": "label", "max_groups": 10}])
+    state = stage.empty()
+    for n in reversed(range(1_000)):
+        stage.add(state, [Outcome(n, f"{n}", "done", {"label": n % 500})])
+        assert len(state["stages"][0]["groups"]) <= 21
+    (found,) = stage.present(state)
+    assert [(one["group"], one["size"]) for one in found["groups"]] == [(n, 2) for n in range(10)]
+    assert found["others"] == 980
+
+
+@settings(deadline=None)
+@given(outcome_lists(), st.lists(st.integers(0, 99), max_size=4))
 def test_states_survive_checkpoints_and_processes(items: list[Outcome], cuts: list[int]) -> None:
     states = in_shards(items, cuts)
     travelled = [through_msgpack(through_json(state)) for state in states]

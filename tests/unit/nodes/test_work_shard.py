@@ -369,7 +369,7 @@ async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.stage, name)
 
-        def lift(self, _: Any) -> Any:
+        def add(self, *_: Any) -> Any:
             raise ConfigurationError("histogram: too many values")
 
     bench = Bench(tmp_path, act)

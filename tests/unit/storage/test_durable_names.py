@@ -11,7 +11,7 @@ import pytest
 
 from fanfold.backends.batch.files import BatchFolder, BatchRecord, write_requests
 from fanfold.backends.budget.spend_log import SpendLog
-from fanfold.backends.storage.journal_file import JournalWriter
+from fanfold.backends.storage.journal_writer import JournalWriter
 from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE, TaskEntry, TaskLog
 
 Create: TypeAlias = Callable[[Path], Awaitable[None]]

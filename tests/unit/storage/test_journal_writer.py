@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.storage import journal_file
+from fanfold.backends.storage import journal_writer
 from fanfold.backends.storage.journal import Journal
-from fanfold.backends.storage.journal_file import JournalSource, JournalWriter, scan_lines
+from fanfold.backends.storage.journal_file import JournalSource, scan_lines
+from fanfold.backends.storage.journal_writer import JournalWriter
 from fanfold.tests.conformance.journal_checks import sample
 
 
@@ -175,7 +176,7 @@ async def test_a_header_that_cannot_be_written_leaves_nothing_open(
         def write(self, _: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(journal_file, "FileIO", Full)
+    monkeypatch.setattr(journal_writer, "FileIO", Full)
     ledger = await opened(tmp_path)
     with pytest.raises(JournalError, match="0 of 5 items are safe"):
         ledger.put(sample(0))

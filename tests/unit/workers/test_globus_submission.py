@@ -146,7 +146,7 @@ async def test_a_refused_request_harms_nobody_else() -> None:
 async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_path: Path) -> None:
     fake, book = Fake(**{"0-1": None}), TaskLog(tmp_path / "globus.jsonl")
     pool = BackendPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
-    await pool.start()
+    await pool.open_run()
     member = await pool.acquire()
     assert member is not None
     run = asyncio.create_task(pool.run(member, rehearsal("0-1", [{}]), None))

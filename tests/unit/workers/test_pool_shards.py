@@ -32,9 +32,9 @@ class Shards:
         return asyncio.create_task(run())
 
 
-async def opened(*sites: Site, policy: PoolPolicy = POLICY) -> Shards:
-    pool = BackendPool(sites, policy)
-    await pool.start()
+async def opened(*sites: Site, policy: PoolPolicy = POLICY, stays_open: bool = False) -> Shards:
+    pool = BackendPool(sites, policy, stays_open=stays_open)
+    await pool.open_run()
     return Shards(pool)
 
 
@@ -119,10 +119,10 @@ async def test_places_that_do_not_start() -> None:
     await shards.pool.close()
     bad.fails = [BackendError("not now")]
     with pytest.raises(BackendError, match="not now"):
-        await BackendPool([bad], POLICY).start()
+        await BackendPool([bad], POLICY).open_run()
     bad.fails = [ConfigurationError("never")]
     with pytest.raises(ConfigurationError, match="never"):
-        await BackendPool([good, bad], POLICY).start()
+        await BackendPool([good, bad], POLICY).open_run()
 
 
 async def test_what_an_earlier_life_left_is_taken_over() -> None:
@@ -142,3 +142,47 @@ async def test_what_an_earlier_life_left_is_taken_over() -> None:
     assert found.shard == "0-5"
     assert await shards.pool.adopt("5-9") is None
     await shards.pool.close()
+
+
+async def test_backends_that_stay_open_are_started_once_for_several_runs() -> None:
+    site = Site("a", 1)
+    shards = await opened(site, stays_open=True)
+    for number in range(2):
+        if number:
+            await shards.pool.open_run()
+        work = shards.send(f"s{number}")
+        await until(lambda number=number: len(site.orders) == number + 1)  # type: ignore[misc]
+        site.answer(number)
+        assert await work is not None
+        await until(lambda: shards.pool.in_flight == 0)
+        await shards.pool.close_run()
+    assert (site.started, site.closed, shards.pool.is_closed) == (1, 0, False)
+    await shards.pool.close()
+    assert (site.closed, shards.pool.is_closed) == (1, True)
+
+
+@pytest.mark.parametrize("ends", ["stopped", "in flight"])
+async def test_backends_are_closed_with_a_run_that_leaves_work_behind(ends: str) -> None:
+    """Their workers must not write to the journal of a run that has ended."""
+    site = Site("a", 1)
+    shards = await opened(site, stays_open=True)
+    work = shards.send("s")
+    await until(lambda: site.orders)
+    if ends == "stopped":
+        await shards.pool.stop()
+        site.answer(0)
+        await work
+        await until(lambda: shards.pool.in_flight == 0)
+    await shards.pool.close_run()
+    assert (site.closed, shards.pool.is_closed) == (1, True)
+    work.cancel()
+
+
+async def test_backends_that_did_not_start_are_closed() -> None:
+    site = Site("a", 1)
+    site.fails = [BackendError("not now")]
+    pool = BackendPool([site], POLICY, stays_open=True)
+    with pytest.raises(BackendError, match="not now"):
+        await pool.open_run()
+    await pool.close_run()
+    assert (site.closed, pool.is_closed) == (1, True)

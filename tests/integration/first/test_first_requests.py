@@ -1,0 +1,105 @@
+"""Batch files over the FIRST gateway: the requests that it has routes for (1.1, 8.3)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.prepare import prepare_run
+from fanfold.graphs.session import RunOptions, execute_run
+from fanfold.tests.support.first_gateway import CHAT, DeploymentSpec, FirstGateway, make_spec
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("home")]
+
+COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5},
+    COMPLETIONS: {"prompt": "Once upon", "max_tokens": 5},
+    EMBEDDINGS: {"input": ["one", "two"]},
+}
+EMBEDDER = DeploymentSpec(embeds=True, routes=(CHAT, COMPLETIONS, EMBEDDINGS))
+
+
+async def run(gateway: str, urls: list[str], **sections: Any) -> tuple[int, list[dict[str, Any]]]:
+    """Run a batch with a request to each URL; return the exit code and the lines in order."""
+    rows = [
+        {"custom_id": f"{n}", "method": "POST", "url": url, "body": {"model": "m"} | BODIES[url]}
+        for n, url in enumerate(urls)
+    ]
+    Path("in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    first = {"base_url": gateway, "requests_per_s": 500, "poll_s": 0.2}
+    settings = {
+        "input": {"path": "in.jsonl", "format": "openai_batch"},
+        "batch": {"output": "out.jsonl"},
+        "endpoints": {"first": first},
+        "model": {"name": "m"},
+        "limits": {"hedge": False},
+    }
+    prepared = await prepare_run(load_config(settings | sections), Path("run"))
+    ended = await execute_run(prepared, RunOptions(quiet=True), Console(quiet=True))
+    lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    return ended.exit_code, sorted(lines, key=lambda line: int(line["custom_id"]))
+
+
+async def test_chats_and_completions_go_to_their_routes() -> None:
+    async with FirstGateway(make_spec()) as gateway:
+        code, lines = await run(gateway.url, [CHAT, COMPLETIONS, COMPLETIONS])
+        assert code == 0
+        bodies = [line["response"]["body"] for line in lines]
+        assert [body["object"] for body in bodies] == ["chat.completion", *["text_completion"] * 2]
+        assert gateway.count("sophia/vllm/v1/completions", 200) == 2
+        used = sum(body["usage"]["total_tokens"] for body in bodies)
+        (windows,) = gateway.windows.values()
+        assert sum(window.tokens for window in windows) == used
+
+
+@pytest.mark.parametrize("backend", [{}, {"kind": "local", "processes": 2}])
+async def test_a_cold_model_for_embeddings_is_started_by_a_request_that_it_answers(
+    backend: dict[str, Any],
+) -> None:
+    cold = DeploymentSpec(embeds=True, routes=(EMBEDDINGS,), state="cold")
+    async with FirstGateway(make_spec(cold, cold_start_s=0.5, jobs_cache_s=0.1)) as gateway:
+        code, lines = await run(gateway.url, [EMBEDDINGS] * 3, backend=backend)
+        assert code == 0
+        assert [len(line["response"]["body"]["data"]) for line in lines] == [2, 2, 2]
+        assert gateway.deployments["sophia/vllm/org/m"].triggers == 1
+        assert gateway.count("chat/completions") == 0
+        assert not gateway.refusals
+
+
+async def test_a_dead_deployment_for_embeddings_is_probed_at_its_route() -> None:
+    async with FirstGateway(make_spec(EMBEDDER)) as gateway:
+        gateway.fail_next("refused_connection", times=3)
+        code, _ = await run(gateway.url, [EMBEDDINGS] * 3)
+        assert code == 0
+        assert gateway.count("chat/completions") == 0
+        assert gateway.refusals["internal_endpoint_error"] == 3
+
+
+async def test_a_route_that_no_deployment_offers_fails_its_lines_only() -> None:
+    async with FirstGateway(make_spec()) as gateway:
+        code, lines = await run(gateway.url, [EMBEDDINGS, CHAT, EMBEDDINGS, COMPLETIONS])
+        assert code == 3
+        assert [line["error"] is None for line in lines] == [False, True, False, True]
+        assert lines[0]["error"]["code"] == "request_refused"
+        assert "does this endpoint serve the url of the line?" in lines[0]["error"]["message"]
+    routes = ("/v1/responses",)
+    async with FirstGateway(make_spec(DeploymentSpec(routes=routes))) as gateway:
+        Path("run").rename("before")
+        with pytest.raises(ConfigurationError, match="no deployment offers /v1/chat"):
+            await run(gateway.url, [CHAT])
+
+
+async def test_batch_mode_sends_chats_only() -> None:
+    async with FirstGateway(make_spec()) as gateway:
+        backend = {"kind": "batch", "service": "first", "dir": str(Path("files").absolute())}
+        Path("files").mkdir()
+        with pytest.raises(ConfigurationError, match=r"request '1': backend.kind: batch sends"):
+            await run(gateway.url, [CHAT, EMBEDDINGS], backend=backend)
+        assert not gateway.batches
