@@ -20,7 +20,7 @@ help:
 .venv/.studio: pyproject.toml | .venv/.run
 	$(PIP) -e '.[studio]' && touch $@
 run: .venv/.run
-	$(BIN)/fanfold run molecular_screening
+	$(BIN)/fanfold run quickstart
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
 test-unit: .venv/.dev

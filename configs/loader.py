@@ -156,7 +156,31 @@ def check_settings(
         staged = load_stage(loaded, number, environment=environment)
         if stage.cascade is not None:
             _check_cascade(staged, stage.cascade)
+        _check_simulated(loaded, staged, number)
     return loaded
+
+
+def _check_simulated(loaded: LoadedConfig, staged: LoadedConfig, number: int) -> None:
+    """Check that simulated and other answers are not mixed in one pipeline.
+
+    Raises:
+        ConfigurationError: Only some of the endpoints are simulated.
+    """
+    assert loaded.config.stages is not None, "the settings have stages"
+    common = loaded.config.endpoints.simulated is not None
+    kinds = {f"stages.{number}.endpoints": staged.config.endpoints.simulated is not None}
+    cascade = loaded.config.stages[number].cascade
+    if cascade is not None and (small := cascade.small.endpoints) is not None:
+        is_simulated = isinstance(small, dict) and small.get("simulated") is not None
+        kinds[f"stages.{number}.cascade.small.endpoints"] = is_simulated
+    for key, is_simulated in kinds.items():
+        if is_simulated != common:
+            names = {True: "a simulated fleet", False: "real endpoints"}
+            msg = (
+                f"{staged.source}: {key} are {names[is_simulated]}, and the top-level endpoints "
+                f"{names[common]}; simulated and real answers are not mixed: change one of them"
+            )
+            raise ConfigurationError(msg)
 
 
 def _check_cascade(staged: LoadedConfig, cascade: CascadeConfig) -> None:

@@ -109,7 +109,8 @@ class CascadeConfig(OperatorConfig):
         delta: Probability with which that share may be missed.
         tolerance: Largest difference of two numbers that agree.
         samples: Answers of the small model to each item, whose agreement is the certainty; None:
-            the certainty is the probability of the field's tokens.
+            the certainty is the probability of the field's tokens, or the agreement of five
+            answers if the server returns no log probabilities.
         seed: Decides which items the model of the stage answers to measure the agreement.
     """
 

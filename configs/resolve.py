@@ -15,7 +15,7 @@ from .loader import LoadedConfig, check_settings, override_settings
 from .raw_settings import get_at_path, read_settings
 from .task_check import find_sample_warnings, find_task_warnings
 
-DEFAULT_PRESET: Final = "molecular_screening"
+DEFAULT_PRESET: Final = "quickstart"
 
 NO_RDKIT: Final = (
     "rdkit is not installed: 20 molecules that ship with fanfold take the place of the 4,991, "
@@ -33,7 +33,7 @@ def resolve_config(
     """Load a configuration with the options given with it.
 
     Args:
-        config: A preset's name, a file, settings, or None for molecular_screening.
+        config: A preset's name, a file, settings, or None for quickstart.
         overrides: ``a.b=value`` assignments.
         input_path: Input that replaces the configured one.
         limit: Number of items to take from the beginning.
@@ -127,9 +127,20 @@ def _replace_rdkit(data: dict[str, Any], has_input: bool) -> tuple[dict[str, Any
     changed = dict[str, Any]()
     if get_at_path(data, ("input", "dataset")) == "rdkit-nci5k" and not has_input:
         changed["input.dataset"] = "molecules"
-    if get_at_path(data, ("endpoints", "simulated", "responder")) == "esol":
-        changed["endpoints.simulated.responder"] = "schema"
+    for path in _list_endpoint_paths(data):
+        responder = (*path, "simulated", "responder")
+        if get_at_path(data, responder) == "esol":
+            changed[".".join(map(str, responder))] = "schema"
     return changed, [NO_RDKIT] if changed else []
+
+
+def _list_endpoint_paths(data: Mapping[str, Any]) -> list[tuple[str | int, ...]]:
+    """Return where a preset may have endpoints."""
+    found: list[tuple[str | int, ...]] = [("endpoints",)]
+    for number in range(len(data.get("stages") or ())):
+        stage = ("stages", number)
+        found += [(*stage, "endpoints"), (*stage, "cascade", "small", "endpoints")]
+    return found
 
 
 def check_metrics() -> None:

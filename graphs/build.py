@@ -31,7 +31,7 @@ def build_graph(
 
     Args:
         spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`;
-            None runs the molecular_screening preset on the simulated fleet.
+            None runs the quickstart preset on the simulated fleet.
         checkpointer: LangGraph saver; None if the graph is used as a subgraph.
         cache: LangGraph cache.
         trust_context: Trust the context, input and answers of every invocation. By default they

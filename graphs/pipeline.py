@@ -25,6 +25,7 @@ from ..backends.core.errors import (
     RunStoppedError,
 )
 from ..backends.core.money import NANO_PER_USD
+from ..backends.core.terminal import count_nouns
 from ..backends.storage.run_folder import RunFolder
 from ..configs.loader import LoadedConfig
 from .run.console import print_message
@@ -237,4 +238,4 @@ def _announce(run: ReadyRun) -> str:
     place = run.folder.read_place()
     assert place is not None, "the run is a part of a pipeline"
     level = "" if about.get("level") is None else f", {about['level']}"
-    return f"stage {place.stage}{level}: {about['input']['items']:,} items"
+    return f"stage {place.stage}{level}: {count_nouns(about['input']['items'], 'item')}"

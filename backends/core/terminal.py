@@ -1,4 +1,4 @@
-"""Escape text of models, servers and files for output to a terminal."""
+"""Text for people: counts of things, and escapes for text of models, servers and files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def escape_controls(text: str) -> str:
 def escape_json(text: str) -> str:
     r"""Return JSON text with the same value, control characters escaped as ``\u009b``."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def count_nouns(number: int, noun: str) -> str:
+    """Return a number of things, with the plural where it is due."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _escape(match: re.Match[str]) -> str:

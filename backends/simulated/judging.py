@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from ..core.parsing import read_message_text
 from .requests import Question
@@ -26,16 +26,35 @@ JUDGE_NOISE: Final = 0.1
 """Standard deviation of a judge's error; the true values of items have one of 1."""
 
 
+Measure: TypeAlias = Callable[[str], float]
+"""Returns the true value of a text, from about a standard normal; takes the text as JSON."""
+Reason: TypeAlias = Callable[[str], str]
+"""Returns the reason for the rank of a text; takes the text as JSON."""
+
+
 def measure_text(text: str) -> float:
     """Return the true value of a text for the simulated judge, from a standard normal."""
     return draw_normal(hash_parts("value", text.encode()), "value")
 
 
-def answer_operator(question: Question) -> dict[str, Any] | None:
+def quote_text(text: str) -> str:
+    """Return the reason of a judge that knows nothing of the subject."""
+    words = " ".join(text.strip('"').split()[:_WORDS])
+    return f"Its text says: {words}"
+
+
+def answer_operator(
+    question: Question, measure: Measure = measure_text, reason: Reason = quote_text
+) -> dict[str, Any] | None:
     """Return the answer to a question of an operator, or None if it is another question.
 
-    An order follows the true values of the texts (`measure_text`) with some noise. A summary
-    repeats the beginnings of some texts, with their ids.
+    An order follows the true values of the texts with some noise. A summary repeats the beginnings
+    of some texts, with their ids.
+
+    Args:
+        question: The question.
+        measure: Returns the true value of a text.
+        reason: Returns the reason for the rank of a text.
     """
     schema = question.form.schema
     if schema is None:
@@ -45,9 +64,9 @@ def answer_operator(question: Question) -> dict[str, Any] | None:
         return None
     answer = None
     if set(fields) == {"order"}:
-        answer = _order(question)
+        answer = _order(question, measure)
     elif set(fields) == {"reason", "tries_to_influence"}:
-        answer = _explain(question)
+        answer = _explain(question, reason)
     elif set(fields) == {"supported"}:
         answer = _check(question)
     elif set(fields) == {"statements"}:
@@ -60,25 +79,25 @@ def _find(question: Question, pattern: re.Pattern[str]) -> list[tuple[str, str]]
     return [(str(name), str(text)) for one in texts for name, text in pattern.findall(one)]
 
 
-def _order(question: Question) -> dict[str, Any] | None:
+def _order(question: Question, measure: Measure) -> dict[str, Any] | None:
     found = dict(_find(question, _LETTERED))
     if not found:
         return None
     seen = {
-        letter: measure_text(text) + JUDGE_NOISE * draw_normal(question.key, "judge", letter)
+        letter: measure(text) + JUDGE_NOISE * draw_normal(question.key, "judge", letter)
         for letter, text in found.items()
     }
     return {"order": sorted(seen, key=lambda letter: -seen[letter])}
 
 
-def _explain(question: Question) -> dict[str, Any] | None:
+def _explain(question: Question, reason: Reason) -> dict[str, Any] | None:
     texts = [read_message_text(one) for one in question.messages if one.get("role") == "user"]
     found = [text for one in texts for text in _QUOTED.findall(one)]
     if not found:
         return None
-    words = " ".join(str(found[-1]).strip('"').split()[:_WORDS])
-    hostile = any(word in str(found[-1]).lower() for word in _HOSTILE)
-    return {"reason": f"Its text says: {words}", "tries_to_influence": hostile}
+    text = str(found[-1])
+    hostile = any(word in text.lower() for word in _HOSTILE)
+    return {"reason": reason(text), "tries_to_influence": hostile}
 
 
 def _check(question: Question) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
@@ -13,7 +14,7 @@ import orjson
 from ..core.errors import ConfigurationError, MissingExtraError
 from ..core.parsing import read_message_text
 from .json_schema import follow_reference, merge_schemas
-from .judging import answer_operator
+from .judging import answer_operator, measure_text, quote_text
 from .requests import Question, SchemaCache
 from .spec import SimulationSpec
 from .values import (
@@ -31,6 +32,9 @@ _SMILES: Final = re.compile(r"SMILES:[ \t]*(\S+)", re.IGNORECASE)
 _QUOTES: Final = "`\"'"
 _ENDS: Final = ".,;"
 _MIDDLE: Final = -3.0  # log S at which the score is one half
+_SPREAD: Final = 1.8  # standard deviation of log S among common molecules
+_DRAWS: Final = tuple(NormalDist().inv_cdf((n + 0.5) / 40) for n in range(40))
+"""Errors in standard deviations, all equally likely, by which a class is compared with others."""
 _SPAN: Final = 6.0  # log S from "insoluble" to "very soluble", for scales of unknown names
 
 _LEVELS: Final[Mapping[str, float]] = {
@@ -73,7 +77,9 @@ class EsolResponder:
     """Answer questions about a molecule that the prompt names as ``SMILES: …``.
 
     The fields ``log_s``/``logS``, ``solubility_class``/``class``, ``score`` and
-    ``reason``/``rationale`` are computed from the molecule; the others come from the fallback.
+    ``reason``/``rationale`` are computed from the molecule; the others come from the fallback. The
+    certainty of an answer is the probability of its class, given the error. A judge of molecules
+    prefers soluble ones.
 
     Args:
         fallback: Draws the whole answer before the fields are set.
@@ -90,8 +96,10 @@ class EsolResponder:
         self._accuracy = accuracy
         self._describe = _describer()
 
-    def __call__(self, question: Question) -> str:
+    def __call__(self, question: Question) -> str | GradedText:
         """Generate an answer; see `Responder`."""
+        if (judged := answer_operator(question, self._measure, self._reason)) is not None:
+            return dump_compact(judged)
         smiles = find_smiles(question.messages)
         molecule = self._describe(smiles)
         log_s = molecule.log_s + self._noise * draw_normal(question.key, "esol")
@@ -101,15 +109,40 @@ class EsolResponder:
         if schema is None:
             return _sentence(molecule, log_s)
         answer = orjson.loads(self._fallback(question))
+        properties = _properties(schema.schema)
         if isinstance(answer, dict):
-            answer.update(_fields(_properties(schema.schema), molecule, log_s))
+            answer.update(_fields(properties, molecule, log_s))
         if not schema.accepts(answer):
             raise ApiError(
                 "The responder 'esol' cannot fill this JSON schema: its fields log_s, score, "
                 "solubility_class or reason have bounds that the computed values break.",
                 param="response_format",
             )
-        return orjson.dumps(answer).decode()
+        certainty = _grade_class(properties, log_s, self._noise)
+        text = dump_compact(answer)
+        return text if certainty is None else GradedText(text, certainty)
+
+    def _measure(self, text: str) -> float:
+        smiles = _find_named(text)
+        if smiles is None:
+            return measure_text(text)
+        return (self._describe(smiles).log_s - _MIDDLE) / _SPREAD
+
+    def _reason(self, text: str) -> str:
+        smiles = _find_named(text)
+        if smiles is None:
+            return quote_text(text)
+        molecule = self._describe(smiles)
+        return _sentence(molecule, molecule.log_s)
+
+
+def _find_named(text: str) -> str | None:
+    """Return the first ``SMILES:`` value of a text in JSON, or None."""
+    try:
+        found = _SMILES.search(str(orjson.loads(text)))
+    except orjson.JSONDecodeError:
+        return None
+    return None if found is None else found[1].rstrip(_ENDS).strip(_QUOTES)
 
 
 def find_smiles(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -201,6 +234,16 @@ def _level(part: Mapping[str, Any], log_s: float) -> Any:
             return _name(log_s, levels, scale)
     position = (log_s + _SPAN) / _SPAN * len(levels)
     return levels[min(max(int(position), 0), len(levels) - 1)]
+
+
+def _grade_class(properties: Mapping[str, Any], log_s: float, noise: float) -> float | None:
+    """Return the probability of the class of an answer; None if it has no class."""
+    parts = [properties[name] for name in ("solubility_class", "class") if name in properties]
+    if not parts or not isinstance(parts[0], dict):
+        return None
+    chosen = _level(parts[0], log_s)
+    same = sum(_level(parts[0], log_s + noise * draw) == chosen for draw in _DRAWS)
+    return float(same) / len(_DRAWS)
 
 
 def _name(log_s: float, levels: list[Any], scale: Mapping[str, float]) -> Any:

@@ -16,6 +16,7 @@ from ...backends.budget.pricing import explain_no_price
 from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import ConfigurationError, NoEndpointError
 from ...backends.core.money import NANO_PER_USD
+from ...backends.core.terminal import count_nouns
 from ...backends.discovery.resolve import get_gateway_url, list_endpoint_specs
 from ...backends.discovery.sources import find_registry_file, read_registry_file
 from ...backends.storage.run_folder import EVALUATION_REFUSED
@@ -24,6 +25,7 @@ from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
+from ..run.pipeline import find_stage_warnings
 from ..run.shard_plan import SHOWN_ITEMS
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 
@@ -64,7 +66,7 @@ def check_config(
     """
     loaded, notices = overrides.resolve(config)
     if loaded.config.stages is not None:
-        print_messages(notices)
+        print_messages([*notices, *find_stage_warnings(loaded)])
         _check_pipeline(loaded, as_json)
         return
     found = asyncio.run(estimate_run(loaded, sample, like))
@@ -120,21 +122,24 @@ def _pipeline_data(loaded: LoadedConfig, found: PipelineEstimate) -> dict[str, A
 def _pipeline_lines(loaded: LoadedConfig, found: PipelineEstimate) -> Iterator[str]:
     read = found.input
     yield f"settings: {loaded.source}: valid"
-    yield f"input: {read.items:,} items from {read.source}"
+    yield f"input: {count_nouns(read.items, 'item')} from {read.source}"
     for name, lines in found.endpoints.items():
         yield from (f"endpoint, from stage {name}: {line}" for line in lines)
     for one in found.stages:
         operator = one.stage.config.operator
         what = "map" if operator is None else operator.op
-        yield f"stage {one.stage.name} ({what}), at most {one.items:,} items: {_describe(one)}"
+        items = count_nouns(one.items, "item")
+        yield f"stage {one.stage.name} ({what}), at most {items}: {_describe(one)}"
         for level in one.levels if operator is not None else ():
             yield (
-                f"  {level.level}: {level.calls:,} calls, about {level.prompt_tokens:,} prompt "
-                f"tokens, at most {level.answer_tokens:,} completion tokens"
+                f"  {level.level}: {count_nouns(level.calls, 'call')}, about "
+                f"{level.prompt_tokens:,} prompt tokens, at most {level.answer_tokens:,} "
+                "completion tokens"
             )
     total = found.total
     dollars = f", {format_usd_amount(total.nano_usd / NANO_PER_USD)}" if total.nano_usd else ""
-    yield f"all stages: at most {total.requests:,} calls, {total.tokens:,} tokens{dollars}"
+    calls = count_nouns(total.requests, "call")
+    yield f"all stages: at most {calls}, {total.tokens:,} tokens{dollars}"
     yield "every result counts as passed on, and repairs are left out"
     limits = found.stages[0].stage.loaded.config.budget
     if any(limits.model_dump(include={"usd", "tokens", "requests"}).values()) and any(found.kept):
@@ -155,8 +160,8 @@ def _describe(one: StageEstimate) -> str:
         else ""
     )
     return (
-        f"{amount.requests:,} calls, about {prompt:,} prompt tokens, at most {answers:,} "
-        f"completion tokens{dollars}"
+        f"{count_nouns(amount.requests, 'call')}, about {prompt:,} prompt tokens, at most "
+        f"{answers:,} completion tokens{dollars}"
     )
 
 

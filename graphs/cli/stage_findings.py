@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.results_schema import ResultRow
 from ...backends.storage.run_folder import read_aggregate
 from ..run.pipeline_report import PipelineState, StageState
@@ -68,8 +69,10 @@ def _list_summaries(rows: Sequence[ResultRow], _width: int) -> Iterator[Renderab
         if not isinstance(output, Mapping):
             yield Text(f"{name}: failed: {format_cell(row.get('error'), _MOST_TEXT).plain}")
             continue
-        facts = [f"{output['items']:,} items"]
-        facts += [f"{len(output['failed']):,} questions failed"] if output["failed"] else []
+        facts = [count_nouns(output["items"], "item")]
+        facts += (
+            [f"{count_nouns(len(output['failed']), 'question')} failed"] if output["failed"] else []
+        )
         yield Text(f"{name}: {', '.join(facts)}")
         statements = Table.grid(padding=(0, 1, 0, 0))
         for statement in output["statements"]:

@@ -15,6 +15,7 @@ from ...backends.core.errors import (
     EXIT_INTERRUPTED,
     ConfigurationError,
 )
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import (
     RunFolder,
     is_vacant,
@@ -28,7 +29,7 @@ from ...configs.serialize import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, open_message_console, print_json, print_messages
-from ..run.pipeline import prepare_pipeline
+from ..run.pipeline import find_stage_warnings, prepare_pipeline
 from ..run.pipeline_report import StageState, describe_stages, list_raise_options
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
@@ -76,10 +77,11 @@ async def pipeline_session(
         if not output.quiet:
             found = folder.read_provenance()["input"]
             names = ", ".join(stage.name for stage in loaded.config.stages or ())
+            items = count_nouns(found["items"], "item")
             print_messages(
                 [
-                    f"{found['items']:,} items from {found['source']}; stages {names}; run folder "
-                    f"{folder.path}"
+                    f"{items} from {found['source']}; stages {names}; run folder {folder.path}",
+                    *find_stage_warnings(loaded),
                 ]
             )
     else:

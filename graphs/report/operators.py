@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.results_schema import INPUT_ROW, ResultRow
 from .findings import Card, Finding, FindingMaker
 from .texts import NONE, shorten, to_text
@@ -49,9 +50,9 @@ def _make_summaries(rows: Sequence[ResultRow], _maker: FindingMaker) -> Iterator
         if not isinstance(output, Mapping):
             yield Finding(title, f"failed: {shorten(str(row.get('error')))}")
             continue
-        note = _count(output["items"], "item")
+        note = count_nouns(output["items"], "item")
         if failed := len(output["failed"]):
-            note += f"; {_count(failed, 'question')} failed"
+            note += f"; {count_nouns(failed, 'question')} failed"
         head = ("statement", "based on", "items")
         cells = [
             (shorten(str(one["text"])), _list_sources(one["sources"]), f"{len(one['sources']):,}")
@@ -82,10 +83,6 @@ def _make_ranking(rows: Sequence[ResultRow], maker: FindingMaker) -> Iterator[Fi
     head = ("rank", "id", "reason", "wins", "flagged")
     numbers = (True, False, False, True, False)
     yield Finding("Ranking", "by the judgement of the model", None, cards, head, cells, numbers)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 _Make: TypeAlias = Callable[[Sequence[ResultRow], FindingMaker], Iterator[Finding]]

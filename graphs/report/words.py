@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ...backends.budget.cost import Cost, format_dollars, format_unaccounted
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import StagePlace
 from ...configs.raw_settings import get_at_path
 from ..run.console import format_count
@@ -89,11 +90,6 @@ def list_missing(data: ReportData) -> Iterator[str]:
     if skipped := found.get("skipped_total"):
         were = "was" if skipped == 1 else "were"
         yield f"{count_nouns(skipped, 'row')} of the input {were} skipped"
-
-
-def count_nouns(number: int, noun: str) -> str:
-    """Return a number of things, with the plural where it is due."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def list_skipped(about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -167,6 +167,16 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
     return found
 
 
+def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
+    """Return a line for each setting of an operator that is likely to fail."""
+    return [
+        f"stage {stage.name}: {line}"
+        for stage in list_stages(loaded, Path())
+        if stage.config.operator is not None
+        for line in stage.make_operator().find_warnings(stage.loaded.config.model.max_tokens)
+    ]
+
+
 def is_finished(folder: RunFolder) -> bool:
     """Return True if a run has ended and its results are written; blocks.
 

@@ -15,6 +15,7 @@ from ...backends.budget.limits import SETTING_UNITS
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import EXIT_BUDGET, JournalError
 from ...backends.core.money import NANO_PER_USD, UsageTotals
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
@@ -324,7 +325,9 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
     for one in state.stages:
         if one.state == "waiting":
             continue
-        usage, what = one.usage, "results" if one.stage.config.operator is not None else "done"
+        usage, results = one.usage, f"{one.results:,} done"
+        if one.stage.config.operator is not None:
+            results = count_nouns(one.results, "result")
         counts = one.passed_on or {}
         left = [
             f"{counts[key]:,} {words}"
@@ -332,14 +335,13 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
             if counts.get(key)
         ]
         passed = f" ({', '.join(left)})" if left else ""
-        many = "" if len(one.runs) == 1 else "s"
         is_asked = one.stage.config.operator is not None and one.runs
-        levels = f" in {len(one.runs)} level{many}" if is_asked else ""
+        levels = f" in {count_nouns(len(one.runs), 'level')}" if is_asked else ""
         failed = one.failed + one.failed_questions
-        items = "?" if one.items is None else f"{one.items:,}"
+        items = "? items" if one.items is None else count_nouns(one.items, "item")
         yield (
-            f"stage {one.stage.name}: {items} items{passed}, {one.results:,} {what}{levels}, "
-            f"{failed:,} failed; {usage.requests:,} requests, "
+            f"stage {one.stage.name}: {items}{passed}, {results}{levels}, "
+            f"{failed:,} failed; {count_nouns(usage.requests, 'request')}, "
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + ("" if one.state == "finished" else "; not finished")
         )

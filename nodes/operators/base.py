@@ -264,6 +264,15 @@ class Operator(ABC):
         """Return the most results of a number of items."""
         return items
 
+    def find_warnings(self, answer_tokens: int) -> list[str]:
+        """Return a line for each setting that is likely to fail.
+
+        Args:
+            answer_tokens: Most tokens of one answer.
+        """
+        del answer_tokens
+        return []
+
     @abstractmethod
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Reduce the items of a stage.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as data_field
 from typing import Any, ClassVar, Final
 
-from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import FieldPath, split_column
 from ...backends.core.money import NANO_PER_USD
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json, Row
 from .base import (
     Answer,
@@ -27,12 +28,19 @@ from .base import (
 from .item_text import read_items
 from .threshold import Allocation, allocate
 
+_SAMPLES: Final = 5
+"""Answers of a small model whose server returns no log probabilities."""
+_PROBED: Final = 3
+"""Items that show whether it does: one of them may fail for a reason of its own."""
 _LEAST_TEMPERATURE: Final = 0.7
 """Temperature of the small model's further answers, unless it has one above 0."""
 _ROUNDING: Final = 1e-9
 """Difference of numbers that computing with them may cause."""
 _FEW_TOKENS: Final = 100
 """Tokens of a chat template and of a schema beside the texts of a task."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,24 +97,36 @@ class Cascade(Operator):
         texts = f"{self.task.get('system') or ''}{self.task.get('prompt') or ''}"
         prompt = int(size.items * (size.tokens_per_item + len(texts) / 3 + _FEW_TOKENS))
         answers, more = size.items * size.answer_tokens, self.samples or 1
-        return [
-            LevelPlan("small", more * size.items, more * prompt, more * answers, is_small=True),
-            LevelPlan("large, at most", size.items, prompt, answers),
-        ]
+        plans = [LevelPlan("small", more * size.items, more * prompt, more * answers, True)]
+        if self.samples is None:
+            probed, more = min(_PROBED, size.items) / max(1, size.items), _SAMPLES - 1
+            name = "small, again, only without log probabilities"
+            plans = [
+                LevelPlan(
+                    "small, log probabilities",
+                    int(probed * size.items),
+                    int(probed * prompt),
+                    int(probed * answers),
+                    True,
+                ),
+                *plans,
+                LevelPlan(name, more * size.items, more * prompt, more * answers, True),
+            ]
+        return [*plans, LevelPlan("large, at most", size.items, prompt, answers)]
 
-    def make_small_task(self, *, again: bool = False) -> LevelTask:
+    def make_small_task(self, *, graded: bool = False, more: int = 0) -> LevelTask:
         """Return what the small model is asked.
 
         Args:
-            again: Whether it is asked for its further answers.
+            graded: Ask for log probabilities.
+            more: Further answers to each item, in place of the first one.
         """
         task = dict(self.task)
         model: dict[str, Json] = {"name": None, "price": None, **self.small.get("model", {})}
-        if again:
-            assert self.samples is not None, "only samples are asked for again"
-            task["samples"] = self.samples - 1
+        if more:
+            task["samples"] = more
             model["temperature"] = model.get("temperature") or _LEAST_TEMPERATURE
-        elif self.samples is None:
+        elif graded:
             task["certainty"] = self.field
         return LevelTask(task, model, self.small.get("endpoints"))
 
@@ -136,33 +156,37 @@ class _Work:
         self.small: Sequence[Answer] = ()
         self.large = dict[int, tuple[Sequence[Answer], int]]()
         self._levels = list[Sequence[Answer]]()
+        self._samples = cascade.samples
         self._rounds = self._uncertain = 0
 
     async def ask_small(self) -> list[float]:
         """Ask the small model about all items; return its certainty by item."""
         cascade, items = self.cascade, range(len(self.tools.items))
-        if cascade.samples is None:
-            await self._check_logprobs()
-        self.small = await self._ask("small", cascade.make_small_task(), items)
-        if cascade.samples is None:
+        if self._samples is None and not await self._has_logprobs():
+            self._samples = _SAMPLES
+            logger.warning("cascade: %s", self._describe_certainty())
+        graded = self._samples is None
+        self.small = await self._ask("small", cascade.make_small_task(graded=graded), items)
+        if self._samples is None:
             return await asyncio.to_thread(self._read_certainties)
-        again = await self._ask("small, again", cascade.make_small_task(again=True), items)
-        return await asyncio.to_thread(self._count_agreement, again)
+        more = self._samples - 1
+        again = await self._ask("small, again", cascade.make_small_task(more=more), items)
+        return await asyncio.to_thread(self._count_agreement, again, more)
 
-    async def _check_logprobs(self) -> None:
-        """Ask about one item, to find out whether the server tells log probabilities.
+    async def _has_logprobs(self) -> bool:
+        """Ask about a few items, to find out whether the server returns log probabilities."""
+        items = range(min(_PROBED, len(self.tools.items)))
+        task = self.cascade.make_small_task(graded=True)
+        answers = await self._ask("small, log probabilities", task, items)
+        done = [one for one in answers if one.is_done]
+        return not done or any(one.record.get("certainty") is not None for one in done)
 
-        Raises:
-            ConfigurationError: It does not.
-        """
-        (answer,) = await self._ask("small, one item", self.cascade.make_small_task(), [0])
-        if answer.is_done and answer.record.get("certainty") is None:
-            msg = (
-                "cascade: the server of the small model returned no log probabilities for "
-                f"{self.cascade.field!r}; set cascade.samples, e.g. 5, to use the agreement of so "
-                "many answers in their place, and start a new run"
-            )
-            raise ConfigurationError(msg)
+    def _describe_certainty(self) -> str:
+        """Return what the certainty of the small model is, if it is not what was asked for."""
+        return (
+            f"the server of the small model returned no log probabilities for "
+            f"{self.cascade.field!r}: its certainty is the agreement of {self._samples} answers"
+        )
 
     async def ask_sample(self, items: Sequence[int]) -> list[bool | None]:
         """Ask the large model about a sample; return whether the small one agrees."""
@@ -213,11 +237,9 @@ class _Work:
             found.append(-math.inf if certainty is None else float(certainty))
         return found
 
-    def _count_agreement(self, again: Sequence[Answer]) -> list[float]:
+    def _count_agreement(self, again: Sequence[Answer], more: int) -> list[float]:
         """Return the share of further answers that agree with the first one, by item."""
-        cascade = self.cascade
-        assert cascade.samples is not None, "there are samples"
-        more, others, found = cascade.samples - 1, iter(again), list[float]()
+        cascade, others, found = self.cascade, iter(again), list[float]()
         for answer in self.small:
             same = [
                 one.is_done and cascade.do_agree(answer.output, one.output)
@@ -238,6 +260,14 @@ class _Work:
             spent = sum(one.record["nano_usd"] for level in small for one in level) / NANO_PER_USD
             saved = round(usd / len(answers) * len(found.small) - spent, 6)
         name = ", ".join(models) or "the large model"
+        notes = list[str]()
+        if self._samples != cascade.samples:
+            notes.append(self._describe_certainty())
+        if self._uncertain:
+            notes.append(
+                f"{count_nouns(self._uncertain, 'answer')} of the small model without log "
+                "probabilities; counted as the least certain"
+            )
         return {
             "op": cascade.op,
             "items": items,
@@ -245,6 +275,7 @@ class _Work:
                 f"agrees with {name} in {cascade.field} on at least {100 * cascade.target:g} % of "
                 f"the items, with probability {1 - cascade.delta:g}",
                 _describe_savings(found, items, saved),
+                *notes,
             ],
             "field": cascade.field,
             "target": cascade.target,
@@ -255,6 +286,7 @@ class _Work:
             "sampled": len(found.sampled),
             "agreeing": found.agreeing,
             "certainty": found.certainty,
+            "samples": self._samples,
             "without_certainty": self._uncertain,
             "rounds": self._rounds,
             "saved_usd": saved,
@@ -272,7 +304,7 @@ def _describe_savings(found: Allocation, items: int, saved: float | None) -> str
             f", {abs(saved):,.{digits}f} USD {'less' if saved >= 0 else 'more'} than with it alone"
         )
     return (
-        f"{len(found.large):,} of {items:,} items ({share:.0f} %) went to the "
+        f"{len(found.large):,} of {count_nouns(items, 'item')} ({share:.0f} %) went to the "
         f"large model, {len(found.sampled):,} of them to measure the agreement; "
         f"{len(found.small):,} of its calls saved{dollars}"
     )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ...backends.core.errors import JournalError
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item, Json
 from ...backends.core.vectors import EMBEDDINGS_URL, KEEP_FIELD, KEEP_VECTOR, unpack_halves
 from .base import (
@@ -345,8 +346,9 @@ class _Groups:
 
     def _list_lines(self, found: Mapping[str, Any]) -> Iterator[str]:
         yield (
-            f"{found['kept']:,} of {found['items']:,} kept; {found['equal_texts']:,} have an equal "
-            f"text, {found['similar_texts']:,} a similar one"
+            f"{found['kept']:,} of {count_nouns(found['items'], 'item')} kept; left out: "
+            f"{found['equal_texts']:,} with an equal text, {found['similar_texts']:,} with a "
+            "similar one"
         )
         if self._dedup.by == "embeddings" and found["by"] == "text" and len(self._stands) > 1:
             yield (
@@ -354,7 +356,7 @@ class _Groups:
                 "select fewer items by where"
             )
         if found["without_embedding"]:
-            yield f"{found['without_embedding']:,} texts have no embedding; they were kept"
+            yield f"{count_nouns(found['without_embedding'], 'text')} without an embedding, kept"
         for side, words in (("above", "the same"), ("below", "different")):
             for pair in found.get(side, ()):
                 kept, other = pair["kept"], pair["other"]
@@ -364,8 +366,9 @@ class _Groups:
                 )
         if (largest := found.get("largest")) is not None:
             more = ", …" if largest["size"] - 1 > len(largest["others"]) else ""
+            size = count_nouns(largest["size"], "item")
             yield (
-                f"largest group: {largest['size']:,} items, [{largest['id']}] {largest['text']}; "
+                f"largest group: {size}, [{largest['id']}] {largest['text']}; "
                 f"also {', '.join(largest['others'])}{more}"
             )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from ...backends.core.fields import ELEMENTS, describe_elements, pick_elements, split_elements
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item, Json, Row
 from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
 
@@ -96,15 +97,16 @@ class Extract(Operator):
         return OperatorEnd(elements, report)
 
     def _describe(self, counts: _Counts, items: int) -> Iterator[str]:
-        yield f"{counts.elements:,} elements of {self.path} in {items:,} items"
-        for count, words in (
-            (counts.without, "items have none"),
-            (counts.no_list, "items have no list there"),
-            (counts.empty, "elements are null and were left out"),
-            (counts.cut, f"elements above the limit of {self.limit:,} an item were left out"),
+        elements = count_nouns(counts.elements, "element")
+        yield f"{elements} of {self.path} in {count_nouns(items, 'item')}"
+        for count, noun, words in (
+            (counts.without, "item", "without any"),
+            (counts.no_list, "item", "without a list there"),
+            (counts.empty, "element", "left out as null"),
+            (counts.cut, "element", f"left out above the limit of {self.limit:,} an item"),
         ):
             if count:
-                yield f"{count:,} {words}"
+                yield f"{count_nouns(count, noun)} {words}"
 
 
 @dataclass

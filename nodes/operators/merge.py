@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 from ...backends.core.errors import ConfigurationError, InputError
 from ...backends.core.fields import find_properties, follow_references
 from ...backends.core.samples import SampleFold, make_rule
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item, Json, Row
 from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
 
@@ -68,9 +69,12 @@ class Merge(Operator):
         """Return one result for each document."""
         documents = _Documents(self, tools)
         counts = await asyncio.to_thread(documents.count)
-        lines = [f"{counts['documents']:,} documents from {counts['parts']:,} parts"]
+        found = count_nouns(counts["documents"], "document")
+        lines = [f"{found} from {count_nouns(counts['parts'], 'part')}"]
         if counts["missing"]:
-            lines.append(f"{counts['missing']:,} parts are missing: failed, or not selected")
+            are = "is" if counts["missing"] == 1 else "are"
+            missing = count_nouns(counts["missing"], "part")
+            lines.append(f"{missing} {are} missing: failed, or not selected")
         report = {"op": self.op, "items": len(tools.items), **counts, "lines": lines}
         return OperatorEnd(documents, report)
 

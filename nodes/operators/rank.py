@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item
 from .base import (
     Answer,
@@ -206,21 +207,41 @@ class Rank(Operator):
     def _report(
         self, standing: Standing, judge: _Judge, tools: StageTools, flagged: int
     ) -> dict[str, Any]:
+        tied = sum(placed.tied > 0 for placed in standing.best)
+        statement = f"consistent with {count_nouns(standing.comparisons, 'comparison')}"
         return {
             "op": self.op,
             "items": len(tools.items),
             "k": len(standing.best),
-            "statement": f"consistent with {standing.comparisons:,} comparisons",
+            "lines": list(_describe_standing(standing, statement, tied, flagged)),
+            "statement": statement,
             "comparisons": standing.comparisons,
             "calls": standing.calls,
             "rounds": standing.rounds,
             "failed": standing.failed,
             "contradictions": standing.contradictions,
             "settled": standing.settled,
-            "tied": sum(placed.tied > 0 for placed in standing.best),
+            "tied": tied,
             "flagged": flagged,
             "unknown_letters": judge.unknown,
         }
+
+
+def _describe_standing(
+    standing: Standing, statement: str, tied: int, flagged: int
+) -> Iterator[str]:
+    """Yield what the command line says about a ranking."""
+    calls = count_nouns(standing.calls, "call")
+    yield f"{statement} of two items each, from {calls} in {count_nouns(standing.rounds, 'round')}"
+    if tied:
+        yield f"{count_nouns(tied, 'rank')} shared, since the orders contradict each other"
+    if not standing.settled:
+        yield "the order of the first ranks is not settled: comparisons failed, or rounds ended"
+    if standing.failed:
+        yield f"{count_nouns(standing.failed, 'group')} failed and compared nothing"
+    if flagged:
+        texts = "text speaks" if flagged == 1 else "texts speak"
+        yield f"{flagged:,} {texts} to the judge (flagged)"
 
 
 class _Judge:

@@ -6,6 +6,7 @@ import asyncio
 import bisect
 import itertools
 import random
+import re
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
@@ -14,6 +15,7 @@ import orjson
 
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item, Json, Row
 from .base import (
     Answer,
@@ -36,23 +38,30 @@ _OVERHEAD: Final = 600
 _SLICE: Final = 256
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
+_LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
 """Id of the only summary."""
+_LABEL_TOKENS: Final = 6
+"""Tokens of a text's label in an answer, with quotes and comma."""
+_LABEL_SHARE: Final = 2
+"""Part of the answer, one in so many, that may consist of labels if each is listed once."""
+_STATEMENT_TOKENS: Final = 40
+"""Tokens of a short statement in an answer, without its labels."""
 
 _LEAF: Final = """\
 {instruction}
 
-Below are texts, each after its id in square brackets. Summarize what they state, in at most \
-{statements} statements. For each statement list the ids of the texts it is based on, exactly as \
-they are written.
+Below are texts, each after its label in square brackets. Summarize what they state, in at most \
+{statements} statements. For each statement list the labels of the texts it is based on, exactly \
+as they are written, as "ids".
 
 {texts}"""
 _MERGE: Final = """\
 {instruction}
 
-Below are statements from summaries, each after its id in square brackets. Merge them into at most \
-{statements} statements: combine those that say the same, keep what is new. For each statement \
-list the ids of the statements it is based on, exactly as they are written.
+Below are statements from summaries, each after its label in square brackets. Merge them into at \
+most {statements} statements: combine those that say the same, keep what is new. For each \
+statement list the labels of the statements it is based on, exactly as they are written, as "ids".
 
 {texts}"""
 
@@ -223,7 +232,7 @@ class Summarize(Operator):
             "failed": sum(len(node.failed) for node in nodes),
             "unknown_ids": unknown,
         }
-        lines = [f"cites existing items; {unknown:,} ids that no question had were left out"]
+        lines = [_describe_citations(unknown, sum(len(node.failed) for node in nodes))]
         if self.verify:
             found = await self._verify(tools, nodes)
             report["verified"] = found
@@ -234,7 +243,8 @@ class Summarize(Operator):
         """Return the levels of one tree over all items."""
         most = self._most_tokens(size.context_tokens, size.answer_tokens)
         fixed = _OVERHEAD + len(self.prompt) + len(self.system)
-        per_group = max(1.0, most // max(1.0, size.tokens_per_item))
+        listed = _most_labels(size.answer_tokens)
+        per_group = min(listed, max(1.0, most // max(1.0, size.tokens_per_item)))
         calls, tokens = -(-size.items // int(per_group)), size.items * size.tokens_per_item
         plans, level = list[LevelPlan](), 1
         answer = size.answer_tokens
@@ -244,7 +254,8 @@ class Summarize(Operator):
             if calls == 1:
                 break
             tokens, level = float(calls * answer), level + 1
-            calls = -(-calls // max(_LEAST, int(most // max(1, answer))))
+            merged = min(most // max(1, answer), listed // self.statements)
+            calls = -(-calls // max(_LEAST, int(merged)))
         if self.verify:
             prompt = int(self.verify * (size.tokens_per_item + _OVERHEAD))
             plans.append(LevelPlan("verify", self.verify, prompt, self.verify * answer))
@@ -256,6 +267,16 @@ class Summarize(Operator):
             return self.group_tokens
         left = _MOST_GROUP if context is None else context - answer - _OVERHEAD
         return max(100, min(_MOST_GROUP, left - len(self.prompt) // 3))
+
+    def find_warnings(self, answer_tokens: int) -> list[str]:
+        """Return a line if answers are likely to be cut off."""
+        needed = _LABEL_SHARE * self.statements * _STATEMENT_TOKENS
+        if answer_tokens >= needed:
+            return []
+        return [
+            f"model.max_tokens {answer_tokens:,} is short for {self.statements} statements with "
+            f"the labels of their texts; raise it to {needed:,}, or lower statements"
+        ]
 
     def make_task(self, template: str) -> LevelTask:
         """Return what a level asks."""
@@ -304,9 +325,14 @@ class Summarize(Operator):
         value = _pick(row, self.group_by)
         return value if isinstance(value, str) else orjson.dumps(value).decode()
 
-    def render(self, item: Item) -> str:
-        """Return the text of an item after its id."""
-        return f"[{item.id}] {render_item(item, self.text)}"
+    def render(self, item: Item, number: int = 99) -> str:
+        """Return the text of an item after its label.
+
+        Args:
+            item: The item.
+            number: Its place in its group; the default has the length of most.
+        """
+        return _show(_label(number), render_item(item, self.text))
 
     @staticmethod
     async def _pack_nodes(
@@ -314,10 +340,11 @@ class Summarize(Operator):
     ) -> list[_Group | _Node]:
         """Return the summaries to merge, in order; those of one group only."""
         texts = ["\n\n".join(statement.text for statement in node.statements) for node in nodes]
-        groups, used = list[list[_Node]](), 0
+        groups, used, listed = list[list[_Node]](), 0, _most_labels(tools.answer_tokens)
         for node, tokens in zip(nodes, await tools.count_tokens(texts), strict=True):
             last = groups[-1] if groups else []
-            fits = used + tokens <= most or len(last) < _LEAST
+            statements = sum(len(one.statements) for one in (*last, node))
+            fits = (used + tokens <= most and statements <= listed) or len(last) < _LEAST
             if not last or last[0].group != node.group or not fits:
                 groups.append([])
                 used = 0
@@ -387,6 +414,7 @@ class _Packer:
 
     def __init__(self, summarize: Summarize, tools: StageTools, most: int) -> None:
         self._summarize, self._tools, self._most = summarize, tools, most
+        self._listed = _most_labels(tools.answer_tokens)
         self._open = dict[str, list[tuple[int, int]]]()
         self._closed = dict[str, list[list[int]]]()
         self._ratio: float | None = None
@@ -398,7 +426,8 @@ class _Packer:
         leaf = self._open.setdefault(group, [])
         self._closed.setdefault(group, [])
         used = sum(one for _, one in leaf) + tokens
-        if leaf and used * (self._ratio or 1.0) > self._most:
+        is_full = used * (self._ratio or 1.0) > self._most or len(leaf) >= self._listed
+        if leaf and is_full:
             leaf = await self._close(group)
         leaf.append((index, tokens))
 
@@ -470,10 +499,10 @@ class _Tree:
     def _make_question(self, group: _Group) -> Question:
         if isinstance(group.members[0], _Node):
             statements = (one for node in group.members for one in node.statements)
-            texts = [f"[s{at}] {one.text}" for at, one in enumerate(statements, start=1)]
+            texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
         else:
             items = read_items(self._tools, group.members)
-            texts = [self._summarize.render(item) for item in items]
+            texts = [self._summarize.render(item, at) for at, item in enumerate(items, start=1)]
         return Question(group.id, {"texts": "\n\n".join(texts)})
 
     def _replace(
@@ -493,7 +522,8 @@ class _Tree:
                 found.append(_merge(part.members, answer))
             else:
                 items = read_items(self._tools, part.members)
-                found.append(_make_node(part.group, answer, {one.id: (one.id,) for one in items}))
+                ids = {_label(at): (one.id,) for at, one in enumerate(items, start=1)}
+                found.append(_make_node(part.group, answer, ids))
         return found
 
 
@@ -521,6 +551,21 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
     return node
 
 
+def _label(number: int) -> str:
+    """Return the label of a text: short, whatever the id of its item."""
+    return f"t{number}"
+
+
+def _show(label: str, text: str) -> str:
+    """Return a text after its label; labels inside the text get round brackets."""
+    return f"[{label}] " + _LABEL.sub(r"(\1)", text)
+
+
+def _most_labels(answer_tokens: int) -> int:
+    """Return how many labels an answer can list, and have room for its statements."""
+    return max(_LEAST, answer_tokens // _LABEL_SHARE // _LABEL_TOKENS)
+
+
 def _sample_pairs(nodes: Sequence[_Node], most: int) -> list[tuple[str, str]]:
     """Return some pairs of a statement and an item that it cites, all with equal probability."""
     statements = [one for node in nodes for one in node.statements]
@@ -534,12 +579,20 @@ def _sample_pairs(nodes: Sequence[_Node], most: int) -> list[tuple[str, str]]:
     return found
 
 
+def _describe_citations(unknown: int, failed: int) -> str:
+    was = "was" if unknown == 1 else "were"
+    said = f"cites existing items; {count_nouns(unknown, 'id')} that no question had {was} left out"
+    return f"{said}; {count_nouns(failed, 'question')} failed" if failed else said
+
+
 def _describe_check(found: Mapping[str, Any]) -> str:
     if not found["answered"]:
         return "a judge could check none of the statements"
+    are = "is" if found["answered"] == 1 else "are"
+    pairs = count_nouns(found["answered"], "sampled pair")
     return (
-        f"a judge found that {found['supported']:,} of {found['answered']:,} sampled pairs of a "
-        f"statement and an item that it cites are supported ({100 * found['share']:.0f} %)"
+        f"a judge found that {found['supported']:,} of {pairs} of a statement and an item that it "
+        f"cites {are} supported ({100 * found['share']:.0f} %)"
     )
 
 

@@ -2,8 +2,8 @@
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``resume``, ``budget`` and ``limits``
-take minutes and run only when they are named.
+``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``ranking``, ``resume``, ``budget`` and
+``limits`` take minutes and run only when they are named.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from . import (
     end_to_end,
     limits,
     parts,
+    ranking,
     resume,
     reuse,
     shards,
@@ -30,6 +31,7 @@ NAMES = (
     "end_to_end",
     "calls",
     "parts",
+    "ranking",
     "resume",
     "reuse",
     "shards",
@@ -42,7 +44,7 @@ NAMES = (
 )
 
 
-def main() -> None:
+def main() -> None:  # noqa: PLR0912 - a branch for each measurement
     """Run the benchmarks that were named, or the short ones."""
     parser = argparse.ArgumentParser(prog="python -m fanfold.tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
@@ -63,6 +65,8 @@ def main() -> None:
     if "parts" in names:
         asyncio.run(parts.measure())
         parts.measure_choice()
+    if "ranking" in names:
+        ranking.measure(given.seeds)
     if "resume" in names:
         resume.measure(200_000)
     if "reuse" in names:

@@ -125,7 +125,7 @@ def run_python(block: Block) -> None:
 def run_command(shell: Shell, block: Block, command: Command) -> str:
     """Run a command of fanfold in this process; return what it printed, in one line."""
     words = command.words[1:]
-    if words[:2] == ["run", "molecular_screening"] and "--limit" not in words:
+    if words[:2] == ["run", "quickstart"] and "--limit" not in words:
         words = [*words, "--limit", "40"]
     said = shell(*words)
     expected = int(block.value) if block.key == "exits" else 5 if "--pilot" in words else 0

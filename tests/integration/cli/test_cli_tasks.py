@@ -147,7 +147,7 @@ def test_several_messages_are_sent_in_order(shell: Shell) -> None:
     assert said.code == 0, said.err
     talk = 'task.messages=[{role: user, content: "Rate {smiles}"}]'
     bare = ["--set", 'task.prompt=""', "--set", 'task.system=""']  # as the page shows it
-    said = shell("check", "molecular_screening", "--limit", "2", "--set", talk, *bare)
+    said = shell("check", "quickstart", "--limit", "2", "--set", talk, *bare)
     assert said.code == 0, said.err
     assert "user: Rate " in said.out
 

@@ -62,7 +62,7 @@ def test_the_readmes_commands(shell: Shell, fleet: Served) -> None:
 
 
 def test_the_commands_of_the_page_on_budgets(shell: Shell, fleet: Served) -> None:
-    assert shell("presets", "copy", "molecular_screening", "mine.yaml").code == 0
+    assert shell("presets", "copy", "quickstart", "mine.yaml").code == 0
     edit(shell, fleet, price=True)
     commands = read_commands("docs/budgets.md", LINE, CELL)
     assert {command[0] for command in commands} == {"check", "run", "resume", "cost"}
@@ -77,7 +77,7 @@ def test_the_commands_of_the_page_on_budgets(shell: Shell, fleet: Served) -> Non
 
 def test_a_budget_in_dollars_without_a_price_is_explained(shell: Shell, fleet: Served) -> None:
     """The printed command with servers of one's own, which have no listed price."""
-    assert shell("presets", "copy", "molecular_screening", "mine.yaml").code == 0
+    assert shell("presets", "copy", "quickstart", "mine.yaml").code == 0
     edit(shell, fleet, price=False)
     said = shell("check", "mine.yaml", "--set", "budget.usd=20")
     assert said.code == 2

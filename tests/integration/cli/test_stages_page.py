@@ -46,7 +46,7 @@ def test_the_example_runs_and_every_command_shows_it(  # noqa: PLR0915 - of one 
     status = plain(shell, "status", "review")
     assert (status["items"], status["done"], status["failed"]) == (20, 20, 0)
     whole = shell("status", "review").out
-    for part in ("histogram of topic", "biology: 4 items", "summary/1 (leaves)", "[A01, A09]"):
+    for part in ("histogram of topic", "biology: 4 items", "summary/1 (leaves)", "[A06, A11]"):
         assert part in whole
     only = shell("status", "review", "--stage", "summary").out
     assert "biology: 4 items" in only
@@ -81,7 +81,7 @@ def test_the_example_runs_and_every_command_shows_it(  # noqa: PLR0915 - of one 
     assert "no item failed" in shell("failures", "review").err
     assert shell("report", "review", "-o", "summary.html").code == 0
     page = (shell.folder / "summary.html").read_text()
-    for part in ("Summarize the claims.", "2 results of the operator summarize", "A01, A09"):
+    for part in ("Summarize the claims.", "2 results of the operator summarize", "A06, A11"):
         assert part in page
     for part in ("<pre>{stages}", "Distribution of statements", "1 items", "failed items are not"):
         assert part not in page

@@ -194,7 +194,7 @@ def test_a_simulated_fleet_must_be_allowed() -> None:
     with pytest.raises(ConfigurationError, match="allow_simulated=True"):
         as_tool(settings(**ON_ITS_OWN))
     with pytest.raises(ConfigurationError, match="allow_simulated=True"):
-        as_tool("molecular_screening")
+        as_tool("quickstart")
 
 
 async def test_endpoints_that_turn_out_simulated_are_refused_unasked(

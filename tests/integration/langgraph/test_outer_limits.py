@@ -262,7 +262,7 @@ async def test_an_agents_limit_is_not_its_tools(simulated: SimulatedFleet, plain
 
 def test_the_command_line_has_no_such_limit(tmp_path: Path) -> None:
     """Not even where the environment says so."""
-    arguments = ["run", "molecular_screening", "--out", "out", "--limit", "9", "--json"]
+    arguments = ["run", "quickstart", "--out", "out", "--limit", "9", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "fanfold", *arguments, "--set", "shard.items=1"],
         cwd=tmp_path,

@@ -36,15 +36,19 @@ def test_an_own_input_needs_a_word_on_endpoints(endpoints: str, tmp_path: Path) 
     assert (loaded.config.input.path, loaded.config.input.dataset) == (path, None)
 
 
-def test_no_settings_are_molecular_screening() -> None:
+def test_no_settings_are_the_quickstart() -> None:
     loaded, notices = resolve_config(None)
-    assert loaded.preset == "molecular_screening"
+    assert loaded.preset == "quickstart"
     assert notices
 
 
 def test_without_rdkit_twenty_molecules_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "find_spec", lambda _: None)
-    loaded, notices = resolve_config("molecular_screening")
+    stages = resolve_config("molecular_screening")[0].config.stages or []
+    small = stages[1].cascade.small.endpoints if stages[1].cascade else None
+    assert isinstance(small, dict)
+    assert small["simulated"]["responder"] == "schema"
+    loaded, notices = resolve_config("quickstart")
     assert loaded.config.input.dataset == "molecules"
     assert loaded.config.endpoints.simulated is not None
     assert loaded.config.endpoints.simulated.responder == "schema"

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
         {"name": "all", "from": "screen", "reduce": {"op": "summarize", "prompt": "Sum"}},
     ],
 }
+REAL = {"endpoints": {"urls": ["http://node0:8000/v1"]}}
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def test_secrets_of_a_stage_are_masked_and_variables_kept(
     monkeypatch.setenv("MY_KEY", "sk-secret")
     for key, kept in (("sk-written", "**********"), ("${MY_KEY}", "${MY_KEY}"), ("EMPTY", "EMPTY")):
         own = {"urls": ["http://node1:8000/v1"], "api_key": key}
-        settings = copy.deepcopy(SETTINGS)
+        settings = copy.deepcopy(SETTINGS) | REAL
         settings["stages"][0]["endpoints"] = own
         loaded = load_config(settings)
         assert loaded.plain["stages"][0]["endpoints"]["api_key"] == kept
@@ -182,12 +183,21 @@ def test_a_cascade_needs_a_map_of_its_own() -> None:
 
 def test_secrets_and_files_of_the_small_model(tmp_path: Path) -> None:
     own = {"urls": ["http://node1:8000/v1"], "api_key": "sk-secret"}
-    plain = load_config(cascaded(small={"endpoints": own})).plain
+    plain = load_config(cascaded(small={"endpoints": own}) | REAL).plain
     assert plain["stages"][0]["cascade"]["small"]["endpoints"]["api_key"] == "**********"
     file = tmp_path / "c.yaml"
-    file.write_text(to_yaml(cascaded(small={"endpoints": {"file": "small.txt"}})))
+    file.write_text(to_yaml(cascaded(small={"endpoints": {"file": "small.txt"}}) | REAL))
     found = load_config(file).plain["stages"][0]["cascade"]["small"]["endpoints"]["file"]
     assert found == str(tmp_path / "small.txt")
+
+
+def test_simulated_and_real_endpoints_are_not_mixed() -> None:
+    own = {"urls": ["http://node1:8000/v1"]}
+    with pytest.raises(ConfigurationError, match=r"stages\.0\.cascade\.small\.endpoints are real"):
+        load_config(cascaded(small={"endpoints": own}))
+    with pytest.raises(ConfigurationError, match=r"stages\.1\.endpoints are a simulated fleet"):
+        load_config(changed(lambda d: d["stages"][1].update(endpoints={"simulated": {}})) | REAL)
+    assert load_config(cascaded(small={"endpoints": own}) | REAL)
 
 
 @pytest.mark.parametrize(

@@ -347,11 +347,10 @@ def test_a_preset_brings_its_own_fleet_where_the_owner_bound_none() -> None:
     with pytest.raises(ConfigurationError, match="stages"):
         _ = bound.read_context(given).loaded
     again = BoundSettings(RunContext(config=OWN), CallerPolicy())
-    assert (
-        again.read_context({"preset": "molecular_screening"}).loaded.config.name
-        == "molecular-screening"
-    )
-    assert bound.read_context({"preset": "molecular_screening"}) is bound.resolve(None)
+    assert again.read_context({"preset": "quickstart"}).loaded.config.name == "quickstart"
+    with pytest.raises(ConfigurationError, match="simulated and real answers are not mixed"):
+        _ = again.read_context({"preset": "molecular_screening"}).loaded
+    assert bound.read_context({"preset": "quickstart"}) is bound.resolve(None)
 
 
 def test_a_configuration_replaces_the_task_and_nothing_else() -> None:
@@ -561,10 +560,10 @@ def nested(depth: int) -> Any:
         {"overrides": ["task.schema" + ".a" * 5000 + "=1"]},
         {"overrides": ["reduce.²=1"]},
         {"config": 5},
-        {"config": ["molecular_screening"]},
+        {"config": ["quickstart"]},
         {"config": "\0"},
         {"preset": 5},
-        {"preset": "../presets/molecular_screening"},
+        {"preset": "../presets/quickstart"},
         {"answer_schema": nested(300)},
         {"answer_schema": {"title": "x" * 2_000_000}},
         {"seed": 2**70},

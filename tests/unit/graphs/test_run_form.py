@@ -73,7 +73,7 @@ def test_only_what_differs_from_its_default_counts() -> None:
 def test_emptied_fields_count_as_left_alone() -> None:
     given = RunContext(config="", model="", dataset="", endpoints="", api_key="", out="")
     assert given.changed_fields() == {}
-    assert given.loaded.preset == "molecular_screening"
+    assert given.loaded.preset == "quickstart"
 
 
 def test_endpoints_and_key_are_said_in_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

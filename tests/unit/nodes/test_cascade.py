@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.types import Item
 from fanfold.nodes.operators import (
     Answer,
@@ -129,7 +129,7 @@ async def test_each_item_has_the_answer_of_one_model() -> None:
         "agrees with large in label on at least 90 % of the items, with probability 0.9"
     )
     kept, large = report["small"], report["large"]
-    assert report["saved_usd"] == pytest.approx((1000 * kept - 601 * 10) / 1e9, abs=1e-6)
+    assert report["saved_usd"] == pytest.approx((1000 * kept - 603 * 10) / 1e9, abs=1e-6)
     assert report["lines"][1].startswith(
         f"{large} of 600 items ({100 * large / 600:.0f} %) went to"
     )
@@ -167,12 +167,45 @@ async def test_samples_replace_log_probabilities() -> None:
     assert end.report["small"] > 0
 
 
-async def test_a_server_without_log_probabilities_is_named_after_one_call() -> None:
-    models = Models()
+async def test_a_server_without_log_probabilities_is_asked_for_samples(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    models, given = Models(), Models()
     models.has_logprobs = False
-    with pytest.raises(ConfigurationError, match=r"no log probabilities.*cascade\.samples"):
-        await run(models)
-    assert [len(asked) for _, _, asked in models.levels] == [1]
+    end = await run(models)
+    assert [len(asked) for _, _, asked in models.levels[:3]] == [3, 600, 600]
+    tasks = [task.task for _, task, _ in models.levels[:3]]
+    assert tasks == [TASK | {"certainty": "label"}, TASK, TASK | {"samples": 4}]
+    said = "its certainty is the agreement of 5 answers"
+    assert said in caplog.text
+    assert any(said in line for line in end.report["lines"])
+    assert end.report["samples"] == 5
+    wanted = await run(given, samples=5)
+    assert list(end.results) == list(wanted.results)
+    assert not any(said in line for line in wanted.report["lines"])
+
+
+async def test_one_failed_item_does_not_decide_about_log_probabilities() -> None:
+    models = Models()
+    models.fails = lambda model, text: model == "small" and text in {"0", "1"}
+    end = await run(models)
+    assert end.report["samples"] is None
+    models.has_logprobs = False
+    assert (await run(models)).report["samples"] == 5
+
+
+async def test_single_answers_without_log_probabilities_are_counted() -> None:
+    class Mixed(Models):
+        def _answer(self, model: str, task: LevelTask, question: Question, sample: int) -> Answer:
+            answer = super()._answer(model, task, question, sample)
+            if int(str(question.row["text"])) % 3 == 1 and answer.record.get("certainty"):
+                answer = replace(answer, record={**answer.record, "certainty": None})
+            return answer
+
+    end = await run(Mixed())
+    assert end.report["without_certainty"] == 200
+    assert any("200 answers of the small model without" in line for line in end.report["lines"])
+    assert {one.record["model"] for one in list(end.results)[1::3]} == {"large"}
 
 
 async def test_items_that_the_small_model_fails_go_to_the_large_one() -> None:
@@ -228,8 +261,10 @@ def test_when_two_answers_agree(a: Any, b: Any, tolerance: float | None, expecte
 
 def test_the_plan_is_that_of_the_worst_case() -> None:
     size = SizeEstimate(1000, 50.0, None, 200)
-    small, large = make_operator(SETTINGS).plan(size)
+    probe, small, again, large = make_operator(SETTINGS).plan(size)
     assert (small.calls, small.is_small, large.calls, large.is_small) == (1000, True, 1000, False)
+    assert (probe.calls, again.calls, again.is_small) == (3, 4000, True)
+    assert again.level == "small, again, only without log probabilities"
     assert small.prompt_tokens > 50_000
     assert large.answer_tokens == 200_000
     assert make_operator(SETTINGS | {"samples": 5}).plan(size)[0].calls == 5000
@@ -237,10 +272,12 @@ def test_the_plan_is_that_of_the_worst_case() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("delta", "most"), [(0.1, 30), (0.05, 18)])
-async def test_the_target_is_rarely_missed(delta: float, most: int) -> None:
+@pytest.mark.parametrize("has_logprobs", [True, False])
+async def test_the_target_is_rarely_missed(delta: float, most: int, has_logprobs: bool) -> None:
     misses = 0
     for seed in range(200):
         models = Models(seed)
+        models.has_logprobs = has_logprobs
         end = await run(models, 1000, target=0.95, delta=delta, seed=seed)
         wrong = sum(one.output["label"] != models.truth(one.row["text"]) for one in end.results)
         misses += wrong > 50

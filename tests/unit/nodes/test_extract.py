@@ -86,7 +86,7 @@ async def test_null_elements_and_those_above_the_limit_are_counted() -> None:
     end = await extract({"a": answer(None, 1, None, 2, 3)}, "read.findings[]", limit=2)
     assert listed(end) == {"a#1": 1, "a#2": 2}
     assert (end.report["empty_elements"], end.report["elements_above_limit"]) == (2, 1)
-    assert "2 elements are null and were left out" in end.report["lines"]
+    assert "2 elements left out as null" in end.report["lines"]
 
 
 async def test_a_path_leads_through_lists_of_lists_to_a_field() -> None:

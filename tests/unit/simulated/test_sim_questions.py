@@ -13,6 +13,7 @@ from fanfold.backends.core.errors import MissingExtraError
 from fanfold.backends.simulated.requests import Question, QuestionReader
 from fanfold.backends.simulated.responders import (
     Answer,
+    GradedText,
     SchemaResponder,
     answer_question,
     grade_tokens,
@@ -176,7 +177,8 @@ def esol(smiles: str, properties: dict[str, Any] = PROPERTIES, **spec: Any) -> d
         response_format=schema_form(schema),
     )
     responder = make_responder(SimulationSpec(responder="esol", **spec))
-    answer = orjson.loads(str(responder(question)))
+    reply = responder(question)
+    answer = orjson.loads(reply.text if isinstance(reply, GradedText) else str(reply))
     assert isinstance(answer, dict)
     return answer
 
@@ -245,6 +247,40 @@ def test_esol_says_what_it_cannot_read(content: str, words: str) -> None:
     responder = make_responder(SimulationSpec(responder="esol"))
     with pytest.raises(ApiError, match=words):
         responder(read(messages=[{"role": "user", "content": content}]))
+
+
+def test_esol_is_less_certain_near_the_bound_of_a_class() -> None:
+    pytest.importorskip("rdkit")
+    responder = make_responder(SimulationSpec(responder="esol"))
+    form = schema_form(
+        {"type": "object", "properties": {"class": {"enum": ["poor", "moderate", "good"]}}}
+    )
+    graded = dict[str, float]()
+    for smiles in ("OCC1OC(O)C(O)C(O)C1O", "CCCCCCCCCCCCCCCCCC", "c1ccccc1"):
+        reply = responder(
+            read(messages=[{"role": "user", "content": f"SMILES: {smiles}"}], response_format=form)
+        )
+        assert isinstance(reply, GradedText)
+        graded[smiles] = reply.certainty
+    assert graded.pop("c1ccccc1") < 0.95 < min(graded.values())
+
+
+def test_esol_judges_by_solubility() -> None:
+    pytest.importorskip("rdkit")
+    responder = make_responder(SimulationSpec(responder="esol"))
+    texts = [
+        "SMILES: CCCCCCCCCCCCCCCCCC",
+        "SMILES: OCC1OC(O)C(O)C(O)C1O (log S 1)",
+        "SMILES: CCCCCC",
+    ]
+    shown = "\n".join(
+        f"{letter}: {orjson.dumps(text).decode()}"
+        for letter, text in zip("ABC", texts, strict=True)
+    )
+    order = {"type": "array", "items": {"enum": list("ABC")}}
+    form = schema_form({"type": "object", "properties": {"order": order}})
+    asked = read(messages=[{"role": "user", "content": shown}], response_format=form)
+    assert orjson.loads(str(responder(asked)))["order"] == list("BCA")
 
 
 def test_esol_talks_without_a_schema() -> None:

@@ -147,7 +147,7 @@ async def test_what_is_wrong_comes_as_data(academy_run: AcademyRun, tmp_path: Pa
         cases: list[tuple[Any, Any, str]] = [
             ({"items": academy_run.items, "budget": 9}, "a", "unknown key 'budget'"),
             ({"itemss": academy_run.items}, "a", "did you mean 'items'"),
-            ({"preset": "molecular_screening"}, "a", "unknown key 'preset'"),
+            ({"preset": "quickstart"}, "a", "unknown key 'preset'"),
             ({"items": academy_run.items, "path": "x"}, "a", "not both"),
             ({"items": []}, "a", "is empty"),
             ({"path": ""}, "a", "is empty"),
@@ -193,7 +193,7 @@ async def test_a_file_below_the_services_folder(academy_run: AcademyRun, tmp_pat
 
 def test_a_simulated_fleet_must_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="allow_simulated=True"):
-        MapReduceAgent("molecular_screening", str(tmp_path))
+        MapReduceAgent("quickstart", str(tmp_path))
 
 
 async def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
