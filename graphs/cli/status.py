@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from ...backends.budget.pricing import read_price
 from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
+from ...backends.core.silence import SILENT_S, name_endpoints
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
@@ -36,6 +38,7 @@ from ...backends.storage.run_folder import (
     get_run_ids,
     open_folder,
     read_aggregate,
+    read_silent_endpoints,
     read_state,
 )
 from ..run.console import (
@@ -203,7 +206,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "requests": spent.requests,
         "reused": spent.reused,
     }
-    facts |= extension_facts(about)
+    facts |= extension_facts(about) | silence_facts(folder)
     batches = BatchFolder(folder.batches).read()
     if batches:
         facts["batches"] = summarize_batches(batches)
@@ -224,6 +227,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    facts.pop("silent", None)  # as a message below
     shown = facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
     for key, value in shown.items():
         if key == "failed_by_class":
@@ -233,12 +237,39 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
             table.add_row(key, _format_value(value))
     Terminal().print(table)
     show_aggregate(aggregate, bool(about["simulated"]), Terminal())
-    print_messages([*describe_open_batches(batches), *describe_evaluation(folder)])
+    print_messages(
+        [
+            *describe_silence(folder),
+            *describe_open_batches(batches),
+            *describe_evaluation(folder),
+        ]
+    )
     if jobs is not None:
         show_jobs(jobs, Terminal())
     last = about["sessions"][-1] if about["sessions"] else {}
     is_over = not counts.open and last.get("outcome") == FINISHED and not folder.is_in_use()
     _print(_hints(folder, failures, command, is_over and jobs is None), Terminal())
+
+
+def silence_facts(folder: RunFolder) -> dict[str, Any]:
+    """Return the endpoints that answered nothing, each with the begin of its silence, if any."""
+    silent = read_silent_endpoints(folder)
+    return {"silent": {name: _utc(since) for name, since in silent.items()}} if silent else {}
+
+
+def describe_silence(folder: RunFolder) -> Iterator[str]:
+    """Yield a line that names the endpoints which answered nothing, if there are any."""
+    if silent := read_silent_endpoints(folder):
+        since, minutes = _utc(min(silent.values())), SILENT_S / 60
+        yield (
+            f"WARNING: {name_endpoints(silent)} answered nothing for {minutes:.0f} minutes of work "
+            f"and more, the first since {since}, while others answered; look at the servers. "
+            f"Counts: fanfold status {shlex.quote(str(folder.path))} --endpoints"
+        )
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _report_jobs(path: Path, utilization: bool, batch: int | None = None) -> dict[str, Any] | None:
