@@ -115,8 +115,11 @@ class ItemJournal(Protocol):
         """Return the first item of a range that has not ended; ``hi`` if all have."""
         ...
 
-    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
-        """Return the record of each item of a range; None for those that have not ended."""
+    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return how each item of a range ended; None for those that have not.
+
+        These are records with ``status``, ``output`` and ``error_class`` at least.
+        """
         ...
 
     def put(self, record: dict[str, Json]) -> None:

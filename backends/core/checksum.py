@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Final
 
 CRC_FIELD: Final = b',"crc":"'
@@ -40,7 +41,20 @@ def check_crc(line: bytes, before: int) -> int | None:
         before: The checksum of the line before; 0 for the first line.
     """
     crc = zlib.crc32(line[:-CRC_TAIL_BYTES], before)
-    return crc if line[-CRC_TAIL_BYTES:] == _CHECKSUM % crc else None
+    return crc if line.endswith(_CHECKSUM % crc) else None
+
+
+def check_lines(lines: Sequence[bytes], before: int) -> bool:
+    """Return True if the last of some lines that follow each other ends with their checksum.
+
+    It covers the content of all lines, and is computed at once.
+
+    Args:
+        lines: The lines, with their ends; at least one.
+        before: The checksum of the line before the first.
+    """
+    crc = zlib.crc32(b"".join([line[:-CRC_TAIL_BYTES] for line in lines]), before)
+    return lines[-1].endswith(_CHECKSUM % crc)
 
 
 def parse_crc(data: bytes) -> int:

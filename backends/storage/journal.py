@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import accumulate, compress
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import orjson
 
-from ..core.checksum import PREVIOUS_CRC_BYTES, check_crc, parse_crc
+from ..core.checksum import PREVIOUS_CRC_BYTES, check_crc, check_lines, parse_crc
 from ..core.errors import JournalError
 from ..core.money import UsageTotals
 from ..core.types import Json
@@ -33,6 +33,7 @@ from .journal_file import (
     index_lines,
     make_record_key,
     make_worker_prefix,
+    parse_answer,
     parse_session_number,
     scan_lines,
     sum_records,
@@ -115,7 +116,7 @@ _SHOWN_FILES: Final = 3
 
 @dataclass(slots=True)
 class _FollowedFile:
-    """A worker's file: its number, and the position to continue from."""
+    """A file: its number, and the position to continue from."""
 
     number: int
     start: int = 0
@@ -185,8 +186,7 @@ class Journal:
         for number, path in enumerate(self._paths):
             at = _FollowedFile(number)
             self._read_on(path, at, end=_end_in(extents, path))
-            if "-" in path.stem:
-                self._followed[path] = at  # its worker may still run after the coordinator ended
+            self._followed[path] = at
 
     def _check_names(self) -> None:
         try:
@@ -337,6 +337,18 @@ class Journal:
             paths = sorted(self._folder.glob(pattern))
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+        self._read_files(paths, delta)
+
+    def follow(self) -> None:
+        """Read what the run's processes have written since, when this one only reads; blocks.
+
+        Raises:
+            JournalError: A file is damaged, cannot be read, or belongs to another run.
+        """
+        self._check_names()
+        self._read_files(sorted(self._folder.glob("*.jsonl")), JournalDelta())
+
+    def _read_files(self, paths: Iterable[Path], delta: JournalDelta) -> None:
         for path in paths:
             if path not in self._followed:
                 self._followed[path] = _FollowedFile(len(self._paths))
@@ -366,10 +378,7 @@ class Journal:
                 for line in scan_lines(source, at.start, at.line, at.crc, live=live):
                     check_line(line, source, len(self._state))
             starts = accumulate(some.lengths[:-1], initial=some.start)
-            new = [
-                self._index_record(at.number, start, length, key)
-                for start, length, key in zip(starts, some.lengths, some.keys, strict=True)
-            ]
+            new = self._index_records(at.number, starts, some.lengths, some.keys)
             at.start, at.line, at.crc = some.end, some.number + 1, some.crc
             assert spent is not None, "check_line refuses records that do not add up"
             self._get_session_usage(at.number).merge(spent)
@@ -466,12 +475,19 @@ class Journal:
 
     def _decode(self, index: int, number: int, data: bytes) -> dict[str, Any]:
         """Return a record from its line, and the checksum before it."""
+        line = data[PREVIOUS_CRC_BYTES:]
         try:
-            line = data[PREVIOUS_CRC_BYTES:]
-            whole = check_crc(line, parse_crc(data[:PREVIOUS_CRC_BYTES])) is not None
-            record: dict[str, Any] = orjson.loads(line) if whole else {}
+            is_whole = check_crc(line, parse_crc(data[:PREVIOUS_CRC_BYTES])) is not None
+        except ValueError:  # not a checksum
+            is_whole = False
+        return self._parse(index, number, line if is_whole else b"{}")
+
+    def _parse(self, index: int, number: int, line: bytes) -> dict[str, Any]:
+        """Return the record of a line."""
+        try:
+            record: dict[str, Any] = orjson.loads(line)
             record.pop("crc", None)
-        except ValueError:  # neither a checksum nor JSON
+        except ValueError:  # not JSON
             record = {}
         if record.get("index") != index:
             raise JournalError(f"{self._paths[number]}: changed while the run was using it")
@@ -482,9 +498,10 @@ class Journal:
         found = self._state.find(_OPEN, lo, hi)
         return hi if found < 0 else found
 
-    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
-        """Read back the records of a range of items; None for those that have not ended.
+    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Read back how the items of a range ended; None for those that have not.
 
+        At least ``status``, ``output`` and ``error_class`` of each record are returned.
         Records that lie close to each other in a file are read together.
 
         Raises:
@@ -507,12 +524,46 @@ class Journal:
                     break
                 stop, after = end, after + 1
             data = self._read_bytes(number, begin, stop - begin)
-            for _, start, index in places[at:after]:
-                length = PREVIOUS_CRC_BYTES + self._length[index]
-                line = data[start - begin : start - begin + length]
-                found[index - lo] = self._decode(index, number, line)
+            self._decode_all(places[at:after], data, found, lo)
             at = after
         return found
+
+    def _decode_all(
+        self,
+        places: Sequence[tuple[int, int, int]],
+        data: bytes,
+        found: list[dict[str, Any] | None],
+        lo: int,
+    ) -> None:
+        """Decode records that were read together; lines without a gap are checked together.
+
+        Args:
+            places: File, position of the checksum before the line, and index of each record.
+            data: What was read, from the first position on.
+            found: Receives the records.
+            lo: Index of the first one of the list.
+        """
+        begin, sizes = places[0][1], [self._length[index] for _, _, index in places]
+        heads = [start - begin + PREVIOUS_CRC_BYTES for _, start, _ in places]
+        lines = [data[head : head + size] for head, size in zip(heads, sizes, strict=True)]
+        at = 0
+        while at < len(places):
+            number, start, after = places[at][0], heads[at], at + 1
+            while after < len(places) and heads[after] == heads[after - 1] + sizes[after - 1]:
+                after += 1
+            try:
+                before = parse_crc(data[start - PREVIOUS_CRC_BYTES : start])
+                is_whole = check_lines(lines[at:after], before)
+            except ValueError:  # not a checksum
+                is_whole = False
+            for (_, _, index), line in zip(places[at:after], lines[at:after], strict=True):
+                answer = None
+                if is_whole and self._state[index] == _DONE:
+                    answer = parse_answer(line, index)
+                if answer is None:
+                    answer = self._parse(index, number, line if is_whole else b"{}")
+                found[index - lo] = answer
+            at = after
 
     def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of finished items in input order; optionally of one status only."""
@@ -520,6 +571,26 @@ class Journal:
         for index, state in enumerate(self._state):
             if state in wanted:
                 yield self.read_record(index)
+
+    def _index_records(
+        self,
+        number: int,
+        starts: Iterable[int],
+        lengths: Iterable[int],
+        keys: Iterable[RecordKey],
+    ) -> list[bool]:
+        """Index records of a file; return for each whether its item had not ended before."""
+        new, is_simple = list[bool](), self.on_record is None
+        states, files, begins, sizes = self._state, self._file, self._start, self._length
+        for start, length, key in zip(starts, lengths, keys, strict=True):
+            index = key[0]
+            if is_simple and key[1] == "done" and not sizes[index]:
+                states[index] = _DONE
+                files[index], begins[index], sizes[index] = number, start, length
+                new.append(True)
+            else:
+                new.append(self._index_record(number, start, length, key))
+        return new
 
     def _index_record(self, number: int, start: int, length: int, facts: RecordKey) -> bool:
         """Index a record; return True if its item had not ended before."""

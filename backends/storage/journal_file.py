@@ -323,6 +323,35 @@ def make_record_key(record: dict[str, Any]) -> RecordKey:
     return facts
 
 
+_OUTPUT: Final = b',"output":'
+_AFTER_OUTPUT: Final = b',"error_class":null,'
+
+
+def parse_answer(line: bytes, index: int) -> dict[str, Any] | None:
+    """Return status, output and error class of an answered item, without the rest of the record.
+
+    Takes a fifth of the time of the whole record. What is found is the output: before it a record
+    has only texts and numbers, in whose JSON no quotation mark follows a comma; and what does not
+    end with the output is not valid JSON.
+
+    Args:
+        line: The line of an item with an answer.
+        index: The item.
+
+    Returns:
+        The values, or None if only the whole record shows them.
+    """
+    at = line.find(_OUTPUT)
+    end = line.find(_AFTER_OUTPUT, at)
+    if at < 0 or end < 0 or line.find(b',"index":%d,' % index, 0, at) < 0:
+        return None
+    try:
+        output = orjson.loads(line[at + len(_OUTPUT) : end])
+    except orjson.JSONDecodeError:
+        return None
+    return {"status": "done", "output": output, "error_class": None}
+
+
 def make_worker_prefix(session: int, worker: str) -> str:
     """Return the prefix of the names of a worker's journal files.
 
@@ -409,7 +438,11 @@ def index_lines(  # noqa: PLR0913 - where to begin, and where to end
                         begin = start + len(line)
                     elif start < least:
                         lengths.append(len(line))
-                        keys.append(_make_checked_key(record))
+                        keys.append(
+                            _make_checked_key(record)
+                            if "shares" in record
+                            else make_record_key(record)
+                        )
                     else:
                         least = -1
                         break
@@ -437,13 +470,8 @@ def _read_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _make_checked_key(record: dict[str, Any]) -> RecordKey:
-    """Return the key of a record; that of one whose shares must be refused has no index."""
+    """Return the key of a record, with None as index if the record must be refused."""
     facts = make_record_key(record)
-    return _drop_bad_index(record, facts) if "shares" in record else facts
-
-
-def _drop_bad_index(record: dict[str, Any], facts: RecordKey) -> RecordKey:
-    """Return a record's key, with None as index if the record must be refused."""
     try:
         check_record(record)
     except ValueError:

@@ -121,6 +121,11 @@ class RunFolder:
         return self._budget_root / "caps.json"
 
     @property
+    def silent_endpoints(self) -> Path:
+        """Return the file that names endpoints which answered nothing in the last session."""
+        return self.path / "silent.json"
+
+    @property
     def _budget_root(self) -> Path:
         place = self.read_place()
         return self.path if place is None else place.root
@@ -660,6 +665,50 @@ def _taken(path: Path) -> ConfigurationError:
 def utc_timestamp() -> str:
     """Return the current time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+_SILENT_VERSION: Final = 1
+
+
+def write_silent_endpoints(folder: RunFolder, silent: Mapping[str, float]) -> None:
+    """Write which endpoints answer nothing; without any, there is no file.
+
+    Args:
+        folder: The run's folder.
+        silent: By endpoint, the begin of its silence in seconds since 1970.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
+    if silent:
+        write_json(folder.silent_endpoints, {"v": _SILENT_VERSION, "since": dict(silent)})
+        return
+    try:
+        folder.silent_endpoints.unlink(missing_ok=True)
+    except OSError as error:
+        msg = f"{folder.silent_endpoints}: cannot be removed: {error.strerror}"
+        raise JournalError(msg) from error
+
+
+def read_silent_endpoints(folder: RunFolder) -> dict[str, float]:
+    """Return which endpoints answered nothing for ten minutes of work while others answered.
+
+    Returns:
+        By endpoint, the begin of its silence in seconds since 1970; of the last session.
+
+    Raises:
+        JournalError: The file is damaged.
+    """
+    path = folder.silent_endpoints
+    try:
+        found: Any = orjson.loads(path.read_bytes())
+        if found["v"] != _SILENT_VERSION:
+            raise ValueError(f"version {found['v']!r}")
+        return {str(name): float(since) for name, since in found["since"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
 
 
 _VERSION: Final = 2

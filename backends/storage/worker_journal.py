@@ -63,8 +63,8 @@ class ResultJournal:
     async def flush(self) -> None:
         """Do nothing: the coordinator writes the records to disk."""
 
-    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
-        """Return no record for each item: a task contains open items only."""
+    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return no answer for each item: a task contains open items only."""
         return [None] * (hi - lo)
 
 
@@ -113,8 +113,8 @@ class WorkerJournal:
         """
         await self._writer.flush(at_once=True)
 
-    def read_range(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
-        """Return no record for each item: a task contains open items only."""
+    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+        """Return no answer for each item: a task contains open items only."""
         return [None] * (hi - lo)
 
 

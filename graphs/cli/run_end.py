@@ -51,6 +51,7 @@ def print_result(
                 **(evaluation_facts(result.folder) if _is_finished(result) else {}),
                 **_batch_files(result),
                 **({} if jobs is None else {"chain": jobs}),
+                **status.silence_facts(result.folder),
                 **status.extension_facts(result.folder.read_provenance()),
                 "exit_code": result.exit_code,
             }
@@ -85,6 +86,7 @@ def _last_lines(result: RunResult, quiet: bool) -> list[str]:
     if result.cost is not None:
         lines += describe_cost(result.cost, result.budget)
     lines += result.open_batches
+    lines += status.describe_silence(folder)
     if result.exit_code == EXIT_BUDGET:
         lines.append(f"Paused: {result.reason}")
         lines.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +25,11 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
+from ...backends.budget.pricing import read_price
 from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
+from ...backends.core.silence import SILENT_S, name_endpoints
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal, describe_lost_files, list_lost_files
 from ...backends.storage.journal_file import ItemCounts
@@ -35,6 +38,7 @@ from ...backends.storage.run_folder import (
     get_run_ids,
     open_folder,
     read_aggregate,
+    read_silent_endpoints,
     read_state,
 )
 from ..run.console import (
@@ -44,7 +48,7 @@ from ..run.console import (
     print_message,
     print_messages,
 )
-from ..run.next_steps import FINISHED, continue_lines, find_next_command, retry_command
+from ..run.next_steps import FINISHED, continue_lines, find_next_command
 from .evaluation_text import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
@@ -202,13 +206,13 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         "requests": spent.requests,
         "reused": spent.reused,
     }
-    facts |= extension_facts(about)
+    facts |= extension_facts(about) | silence_facts(folder)
     batches = BatchFolder(folder.batches).read()
     if batches:
         facts["batches"] = summarize_batches(batches)
     aggregate = _read_final_aggregate(folder, about)
     jobs = _report_jobs(path, usage, batch)
-    command = find_next_command(folder, about, counts, cost) if jobs is None else None
+    command = find_next_command(folder, about, counts, cost, failures) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
             "budget": read_budget(folder, cost),
@@ -223,6 +227,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    facts.pop("silent", None)  # as a message below
     shown = facts | _costs(folder, cost, counts) | {"sessions": len(about["sessions"])}
     for key, value in shown.items():
         if key == "failed_by_class":
@@ -232,10 +237,39 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
             table.add_row(key, _format_value(value))
     Terminal().print(table)
     show_aggregate(aggregate, bool(about["simulated"]), Terminal())
-    print_messages([*describe_open_batches(batches), *describe_evaluation(folder)])
+    print_messages(
+        [
+            *describe_silence(folder),
+            *describe_open_batches(batches),
+            *describe_evaluation(folder),
+        ]
+    )
     if jobs is not None:
         show_jobs(jobs, Terminal())
-    _print(_hints(folder, failures, command), Terminal())
+    last = about["sessions"][-1] if about["sessions"] else {}
+    is_over = not counts.open and last.get("outcome") == FINISHED and not folder.is_in_use()
+    _print(_hints(folder, failures, command, is_over and jobs is None), Terminal())
+
+
+def silence_facts(folder: RunFolder) -> dict[str, Any]:
+    """Return the endpoints that answered nothing, each with the begin of its silence, if any."""
+    silent = read_silent_endpoints(folder)
+    return {"silent": {name: _utc(since) for name, since in silent.items()}} if silent else {}
+
+
+def describe_silence(folder: RunFolder) -> Iterator[str]:
+    """Yield a line that names the endpoints which answered nothing, if there are any."""
+    if silent := read_silent_endpoints(folder):
+        since, minutes = _utc(min(silent.values())), SILENT_S / 60
+        yield (
+            f"WARNING: {name_endpoints(silent)} answered nothing for {minutes:.0f} minutes of work "
+            f"and more, the first since {since}, while others answered; look at the servers. "
+            f"Counts: fanfold status {shlex.quote(str(folder.path))} --endpoints"
+        )
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _report_jobs(path: Path, utilization: bool, batch: int | None = None) -> dict[str, Any] | None:
@@ -272,14 +306,16 @@ def extension_facts(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"from": known["run"], "kept": {key: known[key] for key in ("done", "failed")}}
 
 
-def _hints(folder: RunFolder, failures: Collection[str], command: str | None) -> Iterator[str]:
+def _hints(
+    folder: RunFolder, failures: Collection[str], command: str | None, is_over: bool
+) -> Iterator[str]:
     """Yield how to look at the failures, and how the run continues."""
     if failures:
         yield f"failures with examples: fanfold failures {shlex.quote(str(folder.path))}"
-    if command is not None and command != retry_command(folder):
-        yield f"continue with: {command}"
-    elif command is not None:
+    if is_over and failures:
         yield from continue_lines(folder, failures, running=False)
+    elif command is not None:
+        yield f"continue with: {command}"
 
 
 def _costs(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Any]:
@@ -316,9 +352,6 @@ def _format_value(value: Any) -> Text:
     if isinstance(value, int):
         return Text(f"{value:,}")
     return format_cell(value, most=None)
-
-
-_NO_PRICE: Final = "-"
 
 
 def show_cost(path: Path, by: str | None, as_json: bool) -> None:
@@ -360,8 +393,21 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
             console.print(part)
     else:
         console.print(total_table(cost, folder.is_in_use()))
+    print_missing_price(about)
     if jobs is not None:
         show_utilization(jobs, console)
+
+
+def print_missing_price(about: Mapping[str, Any]) -> None:
+    """Say why a run has no cost in dollars, if it has no price, and which setting gives one."""
+    if read_price(about) is None:
+        print_messages(
+            [
+                "no dollars: this run began without a price. For new runs set model.price, e.g. "
+                "--set 'model.price={prompt: 0.5, completion: 1.5}' (dollars per million tokens) "
+                "or --set 'model.price={node_hour: 2}' (nodes paid by time)"
+            ]
+        )
 
 
 def row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
@@ -378,7 +424,7 @@ def row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
 def grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> list[Column]:
     """Return groups of costs as the columns of a table."""
     largest = max(spent.nano_usd for _, spent in rows)
-    usd = [format_usd(one.nano_usd, largest) if priced else _NO_PRICE for _, one in rows]
+    usd = [format_usd(one.nano_usd, largest) for _, one in rows]
     numbers = {
         "requests": [spent.requests for _, spent in rows],
         "prompt": [spent.prompt_tokens for _, spent in rows],
@@ -392,20 +438,23 @@ def grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) 
             Column(head, [format_count(value) for value in values], is_number=True)
             for head, values in numbers.items()
         ),
-        Column("USD", usd, is_number=True),
+        *([Column("USD", usd, is_number=True)] if priced else []),
     ]
 
 
 def total_table(cost: Cost, running: bool) -> Table:
-    """Return a cost as a table, one row for each kind."""
+    """Return a cost as a table, one row for each kind; without a column of dollars if unknown."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, justify="right")
+    if cost.nano_usd is not None:
+        table.add_column(no_wrap=True, justify="right")
     for name, amount, nano in _total_rows(cost, running):
-        priced = cost.nano_usd is not None and nano is not None
-        usd = f"{format_usd(nano or 0, cost.nano_usd or 0)} USD" if priced else ""
-        table.add_row(name, amount, usd)
+        if cost.nano_usd is None:
+            table.add_row(name, amount)
+        else:
+            usd = "" if nano is None else f"{format_usd(nano, cost.nano_usd)} USD"
+            table.add_row(name, amount, usd)
     return table
 
 

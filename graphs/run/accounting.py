@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...backends.batch.transport import BatchTransport
@@ -14,6 +14,7 @@ from ...backends.budget.budget import Budget, RunBudget
 from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import JournalError
 from ...backends.core.money import NANO_PER_USD, TokenPrices
+from ...backends.core.silence import SilenceWatch
 from ...backends.core.types import Usage
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
@@ -36,6 +37,7 @@ class OpenRun(RunTools):
         item_journal: The journal of the run.
         budget: The budget of the run, or None.
         fleet: The fleet; None if no item is open or workers send the requests.
+        silence: Which endpoints answer nothing.
         batches: The transport of batches, if they answer the requests.
     """
 
@@ -43,6 +45,7 @@ class OpenRun(RunTools):
     item_journal: Journal
     budget: Budget | None = None
     fleet: Fleet | None = None
+    silence: SilenceWatch = field(default_factory=SilenceWatch)
     batches: BatchTransport | None = None
 
 

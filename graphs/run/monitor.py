@@ -20,6 +20,7 @@ from rich.text import Text
 from ...backends.batch.transport import BatchProgress
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD
+from ...backends.core.silence import SILENT_S, name_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
@@ -32,6 +33,11 @@ _RATE_S: Final = 10.0
 _UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours": "node-h"}
 """Unit of each budget limit."""
 
+
+_FEW: Final = 20
+"""Items in the time of a rate, below which it says little about the time left."""
+_SLOW: Final = 0.95
+"""Share of the items that end sooner than the last one, as it is estimated."""
 
 _BLANK: Final = "  "
 """Between the parts of a line."""
@@ -54,19 +60,29 @@ class _LineParts:
     flow: str
     flying: str
     refused: str
+    silent: str
     spent: str
     eta: str
 
     def join(self, mark: str) -> str:
         names = (
             *("counts", "failed", "reused", "rate", "flow"),
-            *("flying", "refused", "spent", "eta"),
+            *("flying", "refused", "silent", "spent", "eta"),
         )
         return _BLANK.join(part for part in (mark, *(getattr(self, n) for n in names)) if part)
 
     def below(self) -> list[str]:
         """Return the parts shown below a bar, which has the counts."""
-        parts = (self.rate, self.eta, self.flying, self.refused, self.spent, self.flow, self.reused)
+        parts = (
+            self.rate,
+            self.eta,
+            self.flying,
+            self.refused,
+            self.silent,
+            self.spent,
+            self.flow,
+            self.reused,
+        )
         return [part for part in parts if part]
 
 
@@ -128,7 +144,8 @@ class ProgressLine:
         seconds = max(now - start, 1e-9)
         rate, flow = (finished - items) / seconds, (tokens - spent) / seconds
         left = progress.total - progress.done - progress.failed
-        eta = f"{_duration(left / rate)} left" if rate > 0 and left else "…" if left else "done"
+        left_s = self._estimate_left(left, finished - items, rate)
+        eta = "done" if not left else "…" if left_s is None else f"{_duration(left_s)} left"
         fleet = self._tools.fleet
         refused = fleet.health().refusals if fleet is not None else 0
         pause = self._pause(fleet, now)
@@ -140,9 +157,35 @@ class ProgressLine:
             flow="" if pause else f"{format_count(flow)} tok/s",
             flying=pause or self._in_flight(fleet),
             refused=f"{format_count(refused)} refused" if refused and not pause else "",
+            silent=self._silent(),
             spent=self._spent(),
             eta="" if pause else eta,
         )
+
+    def _estimate_left(self, left: int, ended: int, rate: float) -> float | None:
+        """Return the seconds until the last item ends; None if unknown.
+
+        Where few items end in the time over which rates are measured, because answers are long, the
+        times of the latest items say more.
+
+        Args:
+            left: Items that have not ended.
+            ended: Items that ended in that time.
+            rate: Items per second.
+        """
+        times, gate = self._tools.progress.times, self._tools.gate
+        mean_s, longest_s = times.mean_s, times.quantile_s(_SLOW)
+        is_local = self._tools.coordinator is None and self._tools.batches is None
+        if ended < _FEW and is_local and gate.in_flight and mean_s and longest_s:
+            waiting = max(0, left - gate.in_flight)
+            running_s = 0.0 if waiting else time.monotonic() - gate.started_at
+            return waiting * mean_s / gate.in_flight + max(0.0, longest_s - running_s)
+        return left / rate if rate > 0 else None
+
+    def _silent(self) -> str:
+        """Return which endpoints have answered nothing for ten minutes of work, by name."""
+        silent = self._tools.silence.find_silent()
+        return f"no answer for {_duration(SILENT_S)}: {name_endpoints(silent)}" if silent else ""
 
     def _spent(self) -> str:
         """Return the amount spent: of the tightest limit, or dollars if there is a price."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -23,6 +24,7 @@ from ...backends.budget.tokens import make_prompt_counter, open_token_counter
 from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import NO_PRICES, NodeTime, TokenPrices
+from ...backends.core.silence import SilenceWatch
 from ...backends.core.types import CHAT_URL, Item
 from ...backends.discovery.connect import (
     ReadyEndpoints,
@@ -60,7 +62,7 @@ from ...nodes.aggregators import build_aggregators
 from ...nodes.context import no_account
 from ...nodes.item.item_state import ItemState
 from ...nodes.shard.gate import Gate
-from ...nodes.shard.progress import Progress, ProgressStream
+from ...nodes.shard.progress import ItemTimes, Progress, ProgressStream
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.deployments import follow_deployments
 from ..remote.heartbeat import stop_earlier_workers
@@ -152,7 +154,7 @@ async def open_run(
         coordinator: Coordinator | None = None
         batches: BatchTransport | None = None
         budget: RunBudget | None = None
-        gate = _gate(config)
+        gate, silence = _gate(config), SilenceWatch()
         if journal.count_items().open:
             budget = await stack.enter_async_context(
                 open_budget(folder, config, price, journal, get_run_ids(files.provenance))
@@ -188,7 +190,7 @@ async def open_run(
                     )
                 )
                 await stack.enter_async_context(
-                    _record_workers(coordinator, folder, journal.session_number, price)
+                    _record_workers(coordinator, folder, journal.session_number, price, silence)
                 )
             else:
                 cache = await stack.enter_async_context(
@@ -206,7 +208,7 @@ async def open_run(
                     )
                 )
                 await stack.enter_async_context(
-                    _record_fleet(fleet, folder, journal.session_number, price)
+                    _record_fleet(fleet, folder, journal.session_number, price, silence)
                 )
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
                 batches = await stack.enter_async_context(
@@ -248,6 +250,7 @@ async def open_run(
             coordinator=coordinator,
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
+            silence=silence,
             batches=batches,
             stage=files.stage,
             make_item_variables=make_item_variables,
@@ -259,7 +262,8 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        stack.enter_context(close_at_deadline(tools.gate, options.deadline))
+        times = await asyncio.to_thread(_learn_times, tools, journal)
+        stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
         yield tools
 
 
@@ -309,25 +313,29 @@ async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, h
 
 @asynccontextmanager
 async def _record_fleet(
-    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices
+    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices, silence: SilenceWatch
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table of a fleet of this process."""
     async with (
         write_reports_at_end(make_reporter(fleet), folder, session, prices),
-        record_timeline(folder, fleet),
+        record_timeline(folder, fleet, silence),
     ):
         yield
 
 
 @asynccontextmanager
 async def _record_workers(
-    coordinator: Coordinator, folder: RunFolder, session: int, prices: TokenPrices
+    coordinator: Coordinator,
+    folder: RunFolder,
+    session: int,
+    prices: TokenPrices,
+    silence: SilenceWatch,
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table from what workers report."""
     reports = coordinator.stats_collector.reports
     async with (
         write_reports_at_end(reports, folder, session, prices),
-        write_timeline(folder, lambda _: coordinator.take_timeline()),
+        write_timeline(folder, lambda _: coordinator.take_timeline(), silence),
     ):
         yield
 
@@ -353,6 +361,21 @@ def _check_trace(options: OpenOptions) -> None:
         raise ConfigurationError(msg)
 
 
+def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
+    """Learn from earlier sessions how long items of this process take; blocks.
+
+    Returns:
+        The times; None if workers or batches do the work, which goes on elsewhere.
+    """
+    if tools.coordinator is not None or tools.batches is not None:
+        return None
+    total, times = tools.progress.total, tools.progress.times
+    for index in random.Random(0).sample(range(total), min(total, _SAMPLED_TIMES)):
+        if journal.is_finished(index):
+            times.add(journal.read_record(index), is_earlier=True)
+    return times
+
+
 def _gate(config: RunConfig) -> Gate:
     """Return the gate for items in flight; shards on workers are bounded by their backends."""
     backend, drain_s = config.backend, config.limits.drain_s
@@ -363,6 +386,8 @@ def _gate(config: RunConfig) -> Gate:
     return Gate(config.limits.streams, drain_s)
 
 
+_SAMPLED_TIMES: Final = 512
+"""Items that are looked at for the times of earlier sessions."""
 _BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 

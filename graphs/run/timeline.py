@@ -1,4 +1,4 @@
-"""Write the timeline of a run while a session goes on."""
+"""Write the timeline of a run while a session goes on, and note which endpoints are silent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from ...backends.core.errors import JournalError
+from ...backends.core.silence import SilenceWatch
 from ...backends.core.timeline import TimelineDelta
+from ...backends.fleet.endpoint import BreakerState, Endpoint
 from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.timeline import open_recorder
-from ...backends.storage.run_folder import RunFolder
+from ...backends.storage.run_folder import RunFolder, write_silent_endpoints
 from ...backends.storage.timeline import FILE_NAME, Timeline
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,19 @@ TakeDeltas = Callable[[int], Sequence[TimelineDelta]]
 """Returns what processes have reported since the last call, in bins of at least a width in ms."""
 
 
+Note = Callable[[Sequence[TimelineDelta]], None]
+"""Adds reports to the watch of silent endpoints."""
+
+
 class _TimelineWriter:
     """Adds reports to the timeline of a run and writes it; a failure is a warning, once."""
 
-    def __init__(self, folder: RunFolder, take: TakeDeltas) -> None:
+    def __init__(
+        self, folder: RunFolder, take: TakeDeltas, silence: SilenceWatch, note: Note
+    ) -> None:
         self._timeline, self._take = Timeline(folder.path / FILE_NAME), take
+        self._folder, self._silence, self._note = folder, silence, note
+        self._silent = dict[str, float]()
         self._loaded = self._failed = self._changed = False
         self._writing: asyncio.Task[None] | None = None
         self._took_s = 0.0
@@ -42,11 +52,24 @@ class _TimelineWriter:
         if self._writing is not None:  # a thread goes on when its caller is cancelled
             await asyncio.wait({self._writing})
         deltas = [delta for delta in self._take(self._timeline.width_ms) if delta]
+        self._note(deltas)
+        await self.write_silent()
         if not deltas and not self._changed:
             return
         self._changed = True
         self._writing = asyncio.create_task(asyncio.to_thread(self._write, deltas))
         await asyncio.shield(self._writing)
+
+    async def write_silent(self, *, first: bool = False) -> None:
+        """Write which endpoints are silent if that has changed, or at the begin of the session."""
+        silent = self._silence.find_silent()
+        if not first and silent.keys() == self._silent.keys():
+            return
+        self._silent = silent
+        try:
+            await asyncio.to_thread(write_silent_endpoints, self._folder, silent)
+        except JournalError as error:
+            logger.warning("%s", error.message)
 
     def _write(self, deltas: Sequence[TimelineDelta]) -> None:
         began = time.thread_time()
@@ -75,14 +98,19 @@ class _TimelineWriter:
 
 
 @asynccontextmanager
-async def write_timeline(folder: RunFolder, take: TakeDeltas) -> AsyncIterator[None]:
+async def write_timeline(
+    folder: RunFolder, take: TakeDeltas, silence: SilenceWatch, note: Note | None = None
+) -> AsyncIterator[None]:
     """Write the timeline of a run every few seconds while the block runs, and when it ends.
 
     Args:
         folder: The run's folder.
         take: Returns what there is to add.
+        silence: Receives the same.
+        note: Adds it to ``silence``; None adds it alone.
     """
-    writer = _TimelineWriter(folder, take)
+    writer = _TimelineWriter(folder, take, silence, note or silence.add)
+    await writer.write_silent(first=True)
     following = asyncio.create_task(writer.follow())
     try:
         yield
@@ -94,10 +122,26 @@ async def write_timeline(folder: RunFolder, take: TakeDeltas) -> AsyncIterator[N
 
 
 @asynccontextmanager
-async def record_timeline(folder: RunFolder, fleet: Fleet) -> AsyncIterator[None]:
+async def record_timeline(
+    folder: RunFolder, fleet: Fleet, silence: SilenceWatch
+) -> AsyncIterator[None]:
     """Write the timeline of a run whose requests this process sends, while the block runs."""
+
+    def note(deltas: Sequence[TimelineDelta]) -> None:
+        members = [one for one in fleet.endpoints if not one.retired]
+        down = [one.label for one in members if _is_down(one)]
+        left = {one.label for one in fleet.endpoints} - {one.label for one in members}
+        silence.add(deltas, down, left)
+
     async with (
         open_recorder(lambda: fleet.endpoints) as recorder,
-        write_timeline(folder, lambda width_ms: [recorder.take(width_ms)]),
+        write_timeline(folder, lambda width_ms: [recorder.take(width_ms)], silence, note),
     ):
         yield
+
+
+def _is_down(endpoint: Endpoint) -> bool:
+    """Return True if an endpoint should work and does not; on standby its model need not run."""
+    return not endpoint.standby and (
+        endpoint.ejected or endpoint.breaker.state is not BreakerState.CLOSED
+    )

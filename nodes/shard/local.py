@@ -317,7 +317,7 @@ class _ShardRunner:
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
     """Return the items at positions, each with its record if it has ended; blocks."""
-    items, read = tools.read(lo, hi), tools.item_journal.read_range
+    items, read = tools.read(lo, hi), tools.item_journal.read_answers
     if tools.order is None:
         records = read(lo, hi)
     else:
@@ -333,8 +333,8 @@ def fold_range(tools: RunTools, lo: int, hi: int) -> ShardPart:
         JournalError: An item cannot be read.
     """
     part = ShardPart(tools)
-    for start in range(lo, hi, _SLICE):
-        part.add_all(read_items(tools, start, min(start + _SLICE, hi)))
+    for start in range(lo, hi, _MOST_PENDING):
+        part.add_all(read_items(tools, start, min(start + _MOST_PENDING, hi)))
     part.state()
     return part
 

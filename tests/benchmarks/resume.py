@@ -24,7 +24,7 @@ def measure(items: int) -> None:
         with Journal(folder, "r", items) as journal:
             indexed = time.process_time()
             for lo in range(0, items, _RANGE):
-                journal.read_range(lo, min(lo + _RANGE, items))
+                journal.read_answers(lo, min(lo + _RANGE, items))
             read = time.process_time()
         print(f"  index {1e6 * (indexed - began) / items:.2f} us per item")
         print(f"  read back {1e6 * (read - indexed) / items:.2f} us per item")

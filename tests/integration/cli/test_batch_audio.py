@@ -183,7 +183,10 @@ def test_an_estimate_names_urls_that_are_not_fetched(
     assert "not fetched" not in said.out
 
 
-@pytest.mark.parametrize("backend", ["backend.processes=1", "backend.processes=2"])
+@pytest.mark.parametrize(
+    "backend",
+    ["backend.processes=1", pytest.param("backend.processes=2", marks=pytest.mark.long)],
+)
 def test_a_kill_repeats_what_was_in_flight_only(
     shell: Shell, fleet: Served, urls: str, files: str, backend: str
 ) -> None:

@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from fanfold.backends.core.messages import ShardResult, ShardTask
+from fanfold.backends.core.silence import SilenceWatch
 from fanfold.backends.core.timeline import BinCounts, TimelineDelta
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.timeline import TimelineRecorder
@@ -147,7 +148,9 @@ async def test_a_timeline_that_cannot_be_written_is_a_warning(
     blocked = tmp_path / ".timeline.arrow.partial"
     blocked.mkdir()
     reports = [[delta], []]
-    async with write_timeline(RunFolder(tmp_path), lambda _: reports.pop() if reports else []):
+    async with write_timeline(
+        RunFolder(tmp_path), lambda _: reports.pop() if reports else [], SilenceWatch()
+    ):
         reports.reverse()
     assert "timeline.arrow" in caplog.text
     assert not (tmp_path / "timeline.arrow").exists()
@@ -159,7 +162,7 @@ async def test_a_damaged_timeline_is_named_and_begun_again(
     (tmp_path / "timeline.arrow").write_bytes(b"damaged")
     delta = TimelineDelta()
     delta.add(1_700_000_000_000, "a", BinCounts(5))
-    async with write_timeline(RunFolder(tmp_path), lambda _: [delta]):
+    async with write_timeline(RunFolder(tmp_path), lambda _: [delta], SilenceWatch()):
         pass
     assert "begins a new one" in caplog.text
     assert read_timeline(tmp_path / "timeline.arrow")["calls"].to_pylist() == [5]

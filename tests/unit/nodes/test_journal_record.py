@@ -299,7 +299,7 @@ async def test_what_cannot_be_written_fails_its_item(tmp_path: Path, output: Any
     kept = put_record(tools.item_journal, record)
     assert (kept["status"], kept["error_class"]) == ("failed", "InvalidAnswerError")
     assert "cannot be recorded as JSON" in kept["error"]
-    assert tools.item_journal.read_range(0, 1) == [kept]
+    assert tools.item_journal.read_answers(0, 1) == [kept]
     assert (kept["requests"], kept["prompt_tokens"], kept["output"]) == (2, 10, None)
     assert kept["model"] == "half ?"
     put_record(

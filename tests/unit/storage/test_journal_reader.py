@@ -16,6 +16,7 @@ from fanfold.backends.storage.journal_file import (
     JournalSource,
     index_lines,
     make_record_key,
+    parse_answer,
     scan_lines,
 )
 from fanfold.tests.conformance.journal_checks import sample
@@ -226,6 +227,26 @@ def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, ze
         assert ledger.count_items().done == 2
 
 
+def test_a_reader_follows_files_of_all_sessions(tmp_path: Path) -> None:
+    """Also the coordinator's own, a torn line that becomes whole, and files that appear later."""
+    path = tmp_path / NAME
+    lines = journal_lines(path, [sample(n) for n in range(3)])
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:9])
+    with Journal(tmp_path, "r", ITEMS) as journal:
+        assert journal.count_items().done == 1
+        journal.follow()
+        assert journal.count_items().done == 1
+        path.write_bytes(b"".join(lines))
+        write_journal(tmp_path / "0001-node1-7.jsonl", [sample(3)])
+        write_journal(tmp_path / "0002.jsonl", [sample(4, "failed")])
+        journal.follow()
+        counts = journal.count_items()
+        assert (counts.done, counts.failed, counts.open) == (4, 1, 1)
+        with Journal(tmp_path, "r", ITEMS) as again:
+            assert again.count_items() == counts
+            assert again.total_usage() == journal.total_usage()
+
+
 def outline(source: JournalSource, *, fast: bool, live: bool, end: int | None) -> list[Any]:
     """Return number, start, length and key of each line, and the error that ended the reading."""
     found: list[Any] = []
@@ -298,15 +319,51 @@ def test_a_range_of_records_is_read_like_each_of_them(
     total = len(sizes)
     lo = min(lo, total)
     with Journal(tmp_path, "r", total) as ledger:
-        found = ledger.read_range(lo, total)
-        assert found == [
+        found = ledger.read_answers(lo, total)
+        whole = [
             ledger.read_record(index) if ledger.is_finished(index) else None
             for index in range(lo, total)
         ]
+        assert list(map(pick_answer, found)) == list(map(pick_answer, whole))
         open_item = made[-1]["index"]
         assert ledger.find_open(lo, total) == (open_item if open_item >= lo else total)
         if made[half:-1]:
             path = tmp_path / "0002.jsonl"
             path.write_bytes(path.read_bytes().replace(b'"output":"x', b'"output":"y', 1))
             with pytest.raises(JournalError, match="changed while the run was using it"):
-                ledger.read_range(0, total)
+                ledger.read_answers(0, total)
+
+
+def pick_answer(record: dict[str, Any] | None) -> tuple[Any, ...] | None:
+    if record is None:
+        return None
+    return tuple(record[key] for key in ("status", "output", "error_class"))
+
+
+NAMES = st.sampled_from(["output", "error_class", "index", "a", ',"output":1,"error_class":null,'])
+VALUES = st.recursive(
+    st.none() | st.integers(-9, 9) | NAMES | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+)
+
+
+@given(output=VALUES, name=st.text(max_size=9) | NAMES, index=st.integers(0, 99))
+def test_an_answer_is_found_whatever_it_contains(output: Any, name: str, index: int) -> None:
+    """Also if it, or the id, looks like the parts of a record."""
+    record = {**sample(index, "done", output), "id": name}
+    answer = parse_answer(orjson.dumps(record), index)
+    assert answer is None or pick_answer(answer) == pick_answer(record)
+    assert answer is not None or "error_class" in str(output)
+    assert parse_answer(orjson.dumps(record), index + 1) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"index":1,"status":"done"}',
+        b'{"x":{"a":0,"output":1},"index":1,"output":2,"error_class":null}',
+        b'{"stage":"","index":1,"output":,"error_class":null}',
+    ],
+)
+def test_a_line_with_other_content_is_read_whole(line: bytes) -> None:
+    assert parse_answer(line, 1) is None

@@ -53,7 +53,7 @@ async def test_a_filed_ledger_is_on_disk_at_its_end(tmp_path: Path) -> None:
     await writer.close()
     assert [line.record["index"] for line in scan_lines(JournalSource(path, ("r",)))] == [0, 1, 2]
     assert ledger.find_open(0, 3) == 0  # a task's items are open when it begins
-    assert ledger.read_range(0, 3) == [None, None, None]
+    assert ledger.read_answers(0, 3) == [None, None, None]
 
 
 @pytest.mark.parametrize("first", ["done", "failed"])
