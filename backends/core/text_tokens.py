@@ -27,11 +27,13 @@ class _Weights(dict[str, int]):
 
     def __missing__(self, piece: str) -> int:
         weight = sum(map(_weight, _RUN.findall(piece)))
-        if len(piece) <= _LONGEST_KEPT and len(self) < _MOST_KEPT:
+        is_word = len(piece) <= _LONGEST_KEPT and not _DIGIT.search(piece)  # numbers seldom repeat
+        if is_word and len(self) < _MOST_KEPT:
             self[piece] = weight
         return weight
 
 
+_DIGIT: Final = re.compile(r"[0-9]")
 _LONGEST_KEPT: Final = 24
 _MOST_KEPT: Final = 1 << 15
 _WEIGHTS: Final = _Weights()

@@ -316,9 +316,13 @@ class Breaker:
         if self.state is not BreakerState.HALF_OPEN:
             # A request that was in flight when the breaker opened does not show recovery.
             return False
-        self._pauses = 0
-        self.state = BreakerState.CLOSED
+        self.close()
         return True
+
+    def close(self) -> None:
+        """Allow requests: the endpoint has recovered, or another server has its place."""
+        self._in_a_row = self._pauses = 0
+        self.state = BreakerState.CLOSED
 
 
 _SMOOTHING: Final = 0.1
@@ -477,6 +481,25 @@ class Endpoint:
         self.flight = FlightTime()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
+
+    def rejoin(self, fresh: Endpoint) -> None:
+        """Take part again after it left the fleet.
+
+        Statistics and requests in flight are kept; what was learnt of the server is forgotten.
+
+        Args:
+            fresh: The endpoint as it is listed now, unused.
+        """
+        self.spec, self.quota, self.limit = fresh.spec, fresh.quota, fresh.limit
+        self.standby, self.standby_at = fresh.standby, fresh.standby_at
+        self.max_answer_tokens = fresh.max_answer_tokens
+        self.breaker.close()
+        self.retired = self.ejected = self.over_quota = False
+        self.latency_s, self.foreign_load, self.queue_width = 0.0, 0, None
+        self.refusals = self.longest = 0
+        self.longest_asked = None
+        self.refused_items.clear()
+        self._corrections.clear()
 
     def take_over(self, earlier: Endpoint) -> None:
         """Go on with the limit, the health, the pause and the speed that an earlier fleet found."""

@@ -171,7 +171,8 @@ class Fleet:
     def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
         """Add and remove endpoints during a run; the others keep their state and statistics.
 
-        Requests in flight to removed endpoints run to their end.
+        Requests in flight to removed endpoints run to their end. One that comes back continues its
+        statistics, so that nodes may leave and join for days.
 
         Args:
             specs: The members from now on.
@@ -187,10 +188,20 @@ class Fleet:
         if not wanted:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         present = {identify_endpoint(e.url): e for e in self.endpoints if not e.retired}
-        joining = [self._make_endpoint(spec) for key, spec in wanted.items() if key not in present]
+        gone = {(e.url, e.label): e for e in self.endpoints if e.retired}
+        joining = list[Endpoint]()
+        for key, spec in wanted.items():
+            if key in present:
+                continue
+            endpoint = self._make_endpoint(spec)
+            if (earlier := gone.get((endpoint.url, endpoint.label))) is not None:
+                earlier.rejoin(endpoint)
+                endpoint = earlier
+            else:
+                self.endpoints.append(endpoint)
+            joining.append(endpoint)
         leaving = [endpoint for key, endpoint in present.items() if key not in wanted]
         _warn_spellings(e.spec for e in joining)
-        self.endpoints += joining
         for endpoint in leaving:
             endpoint.retired = True
         for endpoint in (*joining, *leaving):

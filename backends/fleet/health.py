@@ -410,6 +410,8 @@ class HealthMonitor:
 
     def _schedule_probe(self, endpoint: Endpoint) -> None:
         """Probe an unhealthy endpoint after its pause; an outage has its own times."""
+        if endpoint.retired:
+            return
         if self._deadline is None and endpoint not in self._probe_timers:
             self._probe_timers[endpoint] = self._later(
                 endpoint.breaker.pause_s, lambda: self._start_probe(endpoint)
@@ -431,6 +433,8 @@ class HealthMonitor:
             reachable = False
         finally:
             del self._probes[endpoint]
+        if endpoint.breaker.state is not BreakerState.OPEN:
+            return  # it has left the fleet meanwhile, and come back
         if reachable:
             endpoint.breaker.half_open()
             self.refresh(endpoint)

@@ -26,6 +26,7 @@ _MOST_DIMENSIONS: Final = 4096
 _WORD: Final = re.compile(r"\w+")
 _LONG_WORD: Final = 8
 """Letters of a word above which its weight does not grow."""
+_NODE: Final = re.compile(r"^/node-\d+")
 
 
 class PoolingService:
@@ -81,7 +82,8 @@ class PoolingService:
             exchange.reply(error.body, error.status)
             return
         asked = orjson.dumps(data, option=orjson.OPT_SORT_KEYS)
-        key = hash_parts(self._spec.seed, exchange.head.path, asked)
+        path = _NODE.sub("", exchange.head.path)  # the same question to any node
+        key = hash_parts(self._spec.seed, path, asked)
         node.counts.prompt_tokens += tokens
         self._questions.record_arrival(key)
         self._questions.record_answer(key, tokens, self._now())

@@ -116,7 +116,7 @@ _SHOWN_FILES: Final = 3
 
 @dataclass(slots=True)
 class _FollowedFile:
-    """A worker's file: its number, and the position to continue from."""
+    """A file: its number, and the position to continue from."""
 
     number: int
     start: int = 0
@@ -186,8 +186,7 @@ class Journal:
         for number, path in enumerate(self._paths):
             at = _FollowedFile(number)
             self._read_on(path, at, end=_end_in(extents, path))
-            if "-" in path.stem:
-                self._followed[path] = at  # its worker may still run after the coordinator ended
+            self._followed[path] = at
 
     def _check_names(self) -> None:
         try:
@@ -338,6 +337,18 @@ class Journal:
             paths = sorted(self._folder.glob(pattern))
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+        self._read_files(paths, delta)
+
+    def follow(self) -> None:
+        """Read what the run's processes have written since, when this one only reads; blocks.
+
+        Raises:
+            JournalError: A file is damaged, cannot be read, or belongs to another run.
+        """
+        self._check_names()
+        self._read_files(sorted(self._folder.glob("*.jsonl")), JournalDelta())
+
+    def _read_files(self, paths: Iterable[Path], delta: JournalDelta) -> None:
         for path in paths:
             if path not in self._followed:
                 self._followed[path] = _FollowedFile(len(self._paths))

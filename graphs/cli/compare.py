@@ -113,7 +113,7 @@ def show_comparison(found: dict[str, Any], fields: list[str], console: Console) 
     for line in field_lines(found):
         console.print(Text(format_cell(line, None).plain), soft_wrap=True)
     _print_table("agreement", field_columns(found), console)
-    chosen = found["fields"] if fields else _choose_fields(found["fields"])
+    chosen = found["fields"] if fields else _choose_fields(found)
     for one in chosen:
         _print_table(f"{one['field']}: changed items first", row_columns(one), console)
     if others := [one["field"] for one in found["fields"] if one not in chosen and one["changed"]]:
@@ -131,9 +131,15 @@ def show_comparison(found: dict[str, Any], fields: list[str], console: Console) 
             console.print(Text(f"  {format_cell(line, None).plain}"))
 
 
-def _choose_fields(fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first field with changed items, or the first one."""
-    return next(([one] for one in fields if one["changed"]), fields[:1])
+def _choose_fields(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the field whose changed items are shown: they say most where they are few.
+
+    A field with gold values comes first. Texts of the model's own words nearly always change.
+    """
+    gold = {one["field"] for one in found["gold"]}
+    changed = [one for one in found["fields"] if one["changed"]]
+    ranked = sorted(changed, key=lambda one: (one["field"] not in gold, one["changed"]))
+    return (ranked or found["fields"])[:1]
 
 
 def _print_table(title: str, columns: Sequence[Column], console: Console) -> None:

@@ -144,7 +144,7 @@ def _read_run(path: Path) -> _Run:
         raise ConfigurationError(msg) from None
 
 
-def read_counts(
+def _read_counts(
     folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]
 ) -> tuple[int | None, int | None, float | None]:
     """Return the items done and failed, and dollars.
@@ -175,7 +175,7 @@ class _Counts:
 
 
 def _count_items(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]) -> _Counts:
-    done, failed, usd = read_counts(folder, about, last)
+    done, failed, usd = _read_counts(folder, about, last)
     if done is None or failed is None:
         return _Counts()
     return _Counts(done, failed, done + failed, usd)

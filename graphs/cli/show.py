@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from heapq import nlargest, nsmallest
 from itertools import islice
@@ -14,13 +14,15 @@ import orjson
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import FieldPath, split_column
+from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import Json
 from ...backends.storage.results import ResultLayout
 from ...backends.storage.results_schema import INPUT_ROW, ResultRow
-from ...backends.storage.run_folder import open_folder
+from ...backends.storage.run_folder import RunFolder, open_folder
 from ...configs.evaluation import read_number
+from ...configs.raw_settings import read_settings
 from ..run.console import Terminal, print_json, print_messages
-from ..run.result_rows import open_result_source
+from ..run.result_rows import list_asked_columns, open_result_source
 from .format import Column, make_table
 
 _ID: Final = "id"
@@ -62,7 +64,7 @@ def show_rows(  # noqa: PLR0913, PLR0917 - one for each option of the command
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     optional = [name for name in _OPTIONAL if names is not None and name in names]
     with open_result_source(folder, optional) as source:
-        chosen = names or _default_names(source.layout, status)
+        chosen = names or _default_names(source.layout, status, _list_asked(folder, source.layout))
         cells = {name: _find_column(name, source.layout) for name in (_ID, *chosen)}
         ordered: Iterable[ResultRow] = source.iter_rows(status)
         if sort is not None:
@@ -97,8 +99,16 @@ def _make_column(name: str, rows: Sequence[dict[str, Json]]) -> Column:
     return Column(name, values, is_key=name == _ID, is_number=numeric and bool(values))
 
 
-def _default_names(layout: ResultLayout, status: str | None) -> list[str]:
-    """Return the columns of answer and input, or of the errors."""
+def _list_asked(folder: RunFolder, layout: ResultLayout) -> set[str]:
+    """Return the columns of the results that the prompt of a run shows."""
+    task = read_settings(folder.settings).data.get("task")
+    if not isinstance(task, Mapping) or not (task.get("prompt") or task.get("messages")):
+        return set()
+    return list_asked_columns(ItemPrompt.parse(task), layout)
+
+
+def _default_names(layout: ResultLayout, status: str | None, asked: Container[str]) -> list[str]:
+    """Return the columns of answer and input, those of the prompt first, or of the errors."""
     if status == "failed":
         return ["error_class", "error"]
     taken = {*layout.head, *layout.tail, *layout.input_names().values()}
@@ -108,7 +118,8 @@ def _default_names(layout: ResultLayout, status: str | None) -> list[str]:
     if (shape := layout.further.get("agreement")) is not None:
         votes = [f"agreement.{name}" for name, _ in shape.parts]
         agreement = votes if shape.kind == "struct" else ["agreement"]
-    return ["status", *(answer or ["output"]), *agreement, *layout.input_names().values()]
+    inputs = sorted(layout.input_names().values(), key=lambda name: name not in asked)
+    return ["status", *(answer or ["output"]), *agreement, *inputs]
 
 
 def _is_repeated(name: str, rows: Sequence[dict[str, Json]]) -> bool:

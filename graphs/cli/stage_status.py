@@ -30,7 +30,7 @@ from .failures import show_failures
 from .format import Column, make_table
 from .options import COST_BY
 from .stage_findings import show_pipeline_findings
-from .status import grouped_columns, row_json, total_table
+from .status import grouped_columns, print_missing_price, row_json, total_table
 
 _BY_STAGE: Final = "stage"
 
@@ -193,6 +193,7 @@ def show_pipeline_cost(path: Path, by: str | None, as_json: bool) -> None:
         console.print(part)
     if by is None:
         console.print(total_table(cost, running))
+    print_missing_price(about)
 
 
 def _group(folder: RunFolder, by: str) -> dict[str, UsageTotals]:

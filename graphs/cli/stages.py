@@ -44,13 +44,25 @@ def check_pipeline_options(overrides: Overrides) -> None:
         ConfigurationError: It has one.
     """
     given = {
-        "--pilot": overrides.pilot,
-        "--from": overrides.extends,
-        "--retry-failed": overrides.retry_failed or None,
+        "--pilot": (
+            overrides.pilot is not None,
+            "run the first items in a folder of their own (--limit 20); fanfold check estimates "
+            "all stages",
+        ),
+        "--from": (
+            overrides.extends is not None,
+            "a stage depends on all answers before it. Set one cache in both runs (--set "
+            "cache=DIR): requests that are equal to earlier ones are not sent again",
+        ),
+        "--retry-failed": (
+            overrides.retry_failed,
+            "later stages have used the results without the failed items. Start a new run with "
+            "the cache of this one (--set cache=DIR): only requests without an answer are sent",
+        ),
     }
-    for option, value in given.items():
-        if value is not None:
-            msg = f"{option}: is for a single task; these settings have stages"
+    for option, (is_given, advice) in given.items():
+        if is_given:
+            msg = f"{option} is for a single task, and these settings have stages: {advice}"
             raise ConfigurationError(msg)
 
 

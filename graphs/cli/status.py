@@ -25,6 +25,7 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
+from ...backends.budget.pricing import read_price
 from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
@@ -47,7 +48,7 @@ from ..run.console import (
     print_message,
     print_messages,
 )
-from ..run.next_steps import FINISHED, continue_lines, find_next_command, retry_command
+from ..run.next_steps import FINISHED, continue_lines, find_next_command
 from .evaluation_text import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
@@ -211,7 +212,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         facts["batches"] = summarize_batches(batches)
     aggregate = _read_final_aggregate(folder, about)
     jobs = _report_jobs(path, usage, batch)
-    command = find_next_command(folder, about, counts, cost) if jobs is None else None
+    command = find_next_command(folder, about, counts, cost, failures) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
             "budget": read_budget(folder, cost),
@@ -245,7 +246,9 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     )
     if jobs is not None:
         show_jobs(jobs, Terminal())
-    _print(_hints(folder, failures, command), Terminal())
+    last = about["sessions"][-1] if about["sessions"] else {}
+    is_over = not counts.open and last.get("outcome") == FINISHED and not folder.is_in_use()
+    _print(_hints(folder, failures, command, is_over and jobs is None), Terminal())
 
 
 def silence_facts(folder: RunFolder) -> dict[str, Any]:
@@ -303,14 +306,16 @@ def extension_facts(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"from": known["run"], "kept": {key: known[key] for key in ("done", "failed")}}
 
 
-def _hints(folder: RunFolder, failures: Collection[str], command: str | None) -> Iterator[str]:
+def _hints(
+    folder: RunFolder, failures: Collection[str], command: str | None, is_over: bool
+) -> Iterator[str]:
     """Yield how to look at the failures, and how the run continues."""
     if failures:
         yield f"failures with examples: fanfold failures {shlex.quote(str(folder.path))}"
-    if command is not None and command != retry_command(folder):
-        yield f"continue with: {command}"
-    elif command is not None:
+    if is_over and failures:
         yield from continue_lines(folder, failures, running=False)
+    elif command is not None:
+        yield f"continue with: {command}"
 
 
 def _costs(folder: RunFolder, cost: Cost, counts: ItemCounts) -> dict[str, Any]:
@@ -347,9 +352,6 @@ def _format_value(value: Any) -> Text:
     if isinstance(value, int):
         return Text(f"{value:,}")
     return format_cell(value, most=None)
-
-
-_NO_PRICE: Final = "-"
 
 
 def show_cost(path: Path, by: str | None, as_json: bool) -> None:
@@ -391,8 +393,21 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
             console.print(part)
     else:
         console.print(total_table(cost, folder.is_in_use()))
+    print_missing_price(about)
     if jobs is not None:
         show_utilization(jobs, console)
+
+
+def print_missing_price(about: Mapping[str, Any]) -> None:
+    """Say why a run has no cost in dollars, if it has no price, and which setting gives one."""
+    if read_price(about) is None:
+        print_messages(
+            [
+                "no dollars: this run began without a price. For new runs set model.price, e.g. "
+                "--set 'model.price={prompt: 0.5, completion: 1.5}' (dollars per million tokens) "
+                "or --set 'model.price={node_hour: 2}' (nodes paid by time)"
+            ]
+        )
 
 
 def row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
@@ -409,7 +424,7 @@ def row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
 def grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> list[Column]:
     """Return groups of costs as the columns of a table."""
     largest = max(spent.nano_usd for _, spent in rows)
-    usd = [format_usd(one.nano_usd, largest) if priced else _NO_PRICE for _, one in rows]
+    usd = [format_usd(one.nano_usd, largest) for _, one in rows]
     numbers = {
         "requests": [spent.requests for _, spent in rows],
         "prompt": [spent.prompt_tokens for _, spent in rows],
@@ -423,20 +438,23 @@ def grouped_columns(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) 
             Column(head, [format_count(value) for value in values], is_number=True)
             for head, values in numbers.items()
         ),
-        Column("USD", usd, is_number=True),
+        *([Column("USD", usd, is_number=True)] if priced else []),
     ]
 
 
 def total_table(cost: Cost, running: bool) -> Table:
-    """Return a cost as a table, one row for each kind."""
+    """Return a cost as a table, one row for each kind; without a column of dollars if unknown."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, justify="right")
+    if cost.nano_usd is not None:
+        table.add_column(no_wrap=True, justify="right")
     for name, amount, nano in _total_rows(cost, running):
-        priced = cost.nano_usd is not None and nano is not None
-        usd = f"{format_usd(nano or 0, cost.nano_usd or 0)} USD" if priced else ""
-        table.add_row(name, amount, usd)
+        if cost.nano_usd is None:
+            table.add_row(name, amount)
+        else:
+            usd = "" if nano is None else f"{format_usd(nano, cost.nano_usd)} USD"
+            table.add_row(name, amount, usd)
     return table
 
 

@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from ...backends.core.errors import JournalError
-from ...backends.storage.run_folder import RunFolder, open_folder, read_state
+from ...backends.core.values import is_count
+from ...backends.storage.journal import Journal
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ..run.console import Terminal, fill_lines, format_count, print_json
 from ..run.stage_folder import describe_stage, list_stage_runs
 from .format import Column, format_cell, format_duration, make_table
-from .runs import read_counts
 
 _REFRESH_S: Final = 2.0
 _SHARE: Final = 20.0
@@ -102,8 +103,8 @@ class _RunView:
     model: str
     simulated: bool | None
     items: int
-    done: int | None
-    failed: int | None
+    done: int
+    failed: int
     activity: _Activity
 
     @property
@@ -123,31 +124,70 @@ def watch_run(path: Path, as_json: bool) -> None:
         JournalError: The timeline or the journal is damaged.
     """
     folder, console = open_folder(path), Terminal()
-    if as_json:
-        print_json(_to_json(_read_view(folder)))
-    elif not console.is_terminal or console.is_dumb_terminal:
-        console.print(_render(_read_view(folder), console.width, None))
-    else:
-        _follow(folder, console)
+    with _ItemCounter() as counter:
+        if as_json:
+            print_json(_to_json(_read_view(folder, counter)))
+        elif not console.is_terminal or console.is_dumb_terminal:
+            console.print(_render(_read_view(folder, counter), console.width, None))
+        else:
+            _follow(folder, counter, console)
 
 
-def _follow(folder: RunFolder, console: Console) -> None:
+class _ItemCounter:
+    """Counts the ended items of a run again and again; reads only what its journal has gained."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._journal: Journal | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def count(self, folder: RunFolder, about: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the items done and failed; blocks.
+
+        A session notes them at its end. While it runs, or after a kill, only the journal has them.
+
+        Raises:
+            JournalError: The journal is damaged.
+        """
+        last = about["sessions"][-1] if about["sessions"] else {}
+        if is_count(last.get("done")) and is_count(last.get("failed")) and not folder.is_in_use():
+            return last["done"], last["failed"]
+        if self._journal is None or self._path != folder.path:
+            self.__exit__()
+            ids, items = get_run_ids(about), int(about["input"]["items"])
+            self._journal, self._path = Journal(folder.journal, ids, items), folder.path
+        else:
+            self._journal.follow()
+        counts = self._journal.count_items()
+        return counts.done, counts.failed
+
+
+def _follow(folder: RunFolder, counter: _ItemCounter, console: Console) -> None:
     """Show a run again and again until it ends or the user interrupts."""
     try:
         with Live(console=console, auto_refresh=False) as live:
+            took = 0.0  # the first reading, of all there is, does not count
+            view = _read_view(folder, counter)
             while True:
-                began = time.monotonic()
-                view = _read_view(folder)
                 height = console.height if view.is_running else None
                 live.update(_render(view, console.width, height), refresh=True)
                 if not view.is_running:
                     return
-                time.sleep(max(_REFRESH_S, _SHARE * (time.monotonic() - began)))
+                time.sleep(max(_REFRESH_S, _SHARE * took))
+                began = time.monotonic()
+                view = _read_view(folder, counter)
+                took = time.monotonic() - began
     except KeyboardInterrupt:  # the way to leave; the run goes on
         return
 
 
-def _read_view(folder: RunFolder) -> _RunView:
+def _read_view(folder: RunFolder, counter: _ItemCounter) -> _RunView:
     stage, state = None, str(read_state(folder, folder.read_provenance()))
     if folder.is_pipeline and (runs := list_stage_runs(folder)):
         folder, shown = runs[-1], folder.path
@@ -155,8 +195,7 @@ def _read_view(folder: RunFolder) -> _RunView:
     else:
         shown = folder.path
     about = folder.read_provenance()
-    last = about["sessions"][-1] if about["sessions"] else {}
-    done, failed, _ = read_counts(folder, about, {} if folder.is_in_use() else last)
+    done, failed = counter.count(folder, about)
     return _RunView(
         folder=str(shown),
         stage=stage,
@@ -309,13 +348,12 @@ def _render(view: _RunView, width: int, height: int | None) -> RenderableType:
 
 
 def _head(view: _RunView, width: int) -> Iterator[Text]:
-    items = f"{'?' if view.done is None else format_count(view.done + (view.failed or 0))}"
     words = [
         *(["SIMULATED"] if view.simulated else []),
         format_cell(view.folder, None).plain,
         *([f"stage {view.stage}"] if view.stage else []),
         format_cell(view.state, None).plain,
-        f"{items}/{format_count(view.items)} items",
+        f"{format_count(view.done + view.failed)}/{format_count(view.items)} items",
         *([f"{format_count(view.failed)} failed"] if view.failed else []),
         format_cell(view.model, None).plain,
     ]

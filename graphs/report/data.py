@@ -267,10 +267,10 @@ def _shorten_failure(row: Mapping[str, Any]) -> dict[str, Any]:
 def _list_steps(
     folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
 ) -> Iterator[str]:
-    command = find_next_command(folder, about, counts, cost)
-    if command is not None and counts.open:
-        yield f"continue the run: {command}"
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         classes = list(journal.count_failures())
+    command = find_next_command(folder, about, counts, cost, classes)
+    if command is not None and counts.open:
+        yield f"continue the run: {command}"
     if classes:
         yield from continue_lines(folder, classes, folder.is_in_use())

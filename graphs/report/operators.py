@@ -13,7 +13,7 @@ from .texts import NONE, shorten, to_text
 MOST_RESULTS: Final = 100
 """Results that are read for the findings."""
 _MOST_SUMMARIES: Final = 12
-_MOST_IDS: Final = 8
+_MOST_IDS: Final = 5
 
 
 def make_operator_findings(

@@ -16,7 +16,7 @@ import pyarrow as pa
 from ...backends.core.templates import ItemPrompt
 from ...backends.storage.results import ResultLayout, iter_batches
 from ...backends.storage.results_schema import ResultRow
-from ..run.result_rows import ResultSource
+from ..run.result_rows import ResultSource, list_asked_columns
 from .flags import FLAGS, MOST_ROWS, RowFacts
 from .texts import shorten, shorten_json, to_text
 
@@ -200,9 +200,10 @@ class _Builder:
 
     def __init__(self, source: ResultSource) -> None:
         self._layout = source.layout
-        self._constants = 0
+        self._constants, self._asked = 0, set[str]()
         if source.prompts is not None and source.prompts.prompt is not None:
             self._constants = source.prompts.prompt.constants
+            self._asked = list_asked_columns(source.prompts.prompt, source.layout)
         self._columns = _make_columns(source.layout)
         self._block = list[dict[str, Any]]()
         self._blocks = list[bytes]()
@@ -237,7 +238,7 @@ class _Builder:
         return tuple(self._blocks)
 
     def choose_columns(self) -> tuple[TableColumn, ...]:
-        """Return the columns that say something, the answer first."""
+        """Return the columns that say something: the answer, what was asked, the other input."""
         found = [
             column
             for name, column in self._columns.items()
@@ -247,7 +248,9 @@ class _Builder:
             and not (column.source == "input" and column.values == self._columns["id"].values)
         ]
         order = {"key": 0, "answer": 1, "input": 2, "run": 3}
-        return tuple(sorted(found, key=lambda column: order[column.source]))
+        return tuple(
+            sorted(found, key=lambda one: (order[one.source], one.name not in self._asked))
+        )
 
 
 def _make_columns(layout: ResultLayout) -> dict[str, TableColumn]:

@@ -37,6 +37,8 @@ from .prepare import compute_question_digest
 logger = logging.getLogger(__name__)
 
 _BATCH: Final = 256
+_CALIBRATION_TOKENS: Final = 1_000_000
+"""Estimated tokens of finished prompts that are compared with their measured ones, at most."""
 _DECIDING: Final = ("task", "model", "limits", "endpoints")
 """Sections whose change may turn a failure into an answer."""
 _NO_EFFECT: Final[Mapping[str, tuple[str, ...]]] = {
@@ -302,6 +304,8 @@ class _Matcher:
         ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
         plan: What has been found so far.
         prompts: Estimated tokens of the prompts to ask.
+        measured: Tokens of finished prompts with the same question, as their servers counted them.
+        estimated: Their estimate.
         truncated: Finished items to ask again whose answers were truncated.
     """
 
@@ -315,6 +319,8 @@ class _Matcher:
     ask_again: str | None
     plan: ExtensionPlan
     prompts: array[float] = field(default_factory=lambda: array("d"))
+    measured: int = 0
+    estimated: float = 0.0
     truncated: int = 0
 
     def match(self, lo: int) -> list[dict[str, Json]]:
@@ -330,11 +336,21 @@ class _Matcher:
                 self.plan.invalid += 1
                 continue
             messages, question = rendered
-            if (record := self._find_kept(index, question)) is not None:
+            record, is_kept = self._find_record(index, question)
+            if record is not None and self.estimated < _CALIBRATION_TOKENS:
+                self._compare_tokens(record, messages)
+            if record is not None and is_kept:
                 yield self._adopt(record, item)
             else:
                 tokens = estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE
                 self.prompts.append(tokens)
+
+    def _compare_tokens(self, record: Mapping[str, Any], messages: list[Message]) -> None:
+        """Note the tokens of a prompt as its server counted them, beside their estimate."""
+        tokens = record.get("prompt_tokens")
+        if record.get("requests") == 1 and not record.get("lost_tokens") and tokens:
+            self.measured += tokens
+            self.estimated += estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE
 
     def _render(self, item: Item) -> tuple[list[Message], str | None] | None:
         """Return the first messages of an item and the digest of its question.
@@ -353,27 +369,32 @@ class _Matcher:
         question = self.digests.compute_question(messages, item.sample, told)
         return add_images(messages, images), question
 
-    def _find_kept(self, index: int | None, question: str | None) -> dict[str, Any] | None:
-        """Return the record to take over; None, counted by its reason, if the item is asked."""
+    def _find_record(
+        self, index: int | None, question: str | None
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """Return the record of an item with the same question, and whether it is taken over.
+
+        An item that is asked is counted by its reason.
+        """
         plan = self.plan
         if index is None:
             plan.new += 1
-            return None
+            return None, False
         if not self.journal.is_finished(index):
             plan.unfinished += 1
-            return None
+            return None, False
         record = self.journal.read_record(index)
         is_same = record.get("question") == question
         if not is_same or bool(record.get("simulated")) != plan.simulated:
             plan.changed += 1
-            return None
+            return None, False
         if self._is_asked_again(record):
             plan.again += 1
             self.truncated += _is_truncated(record)
-            return None
+            return record, False
         is_done = record["status"] == "done"
         plan.done, plan.failed = plan.done + is_done, plan.failed + (not is_done)
-        return record
+        return record, True
 
     def _is_asked_again(self, record: Mapping[str, Any]) -> bool:
         if self.ask_again == "all" or record["status"] == "done":
@@ -400,7 +421,8 @@ class _Matcher:
         plan, config = self.plan, loaded.config
         plan.dropped = len(self.indices)
         if plan.asked:
-            first = Range.from_sample(self.prompts, plan.asked)
+            ratio = self.measured / self.estimated if self.measured else 1.0
+            first = Range.from_sample(self.prompts, plan.asked).map(lambda tokens: ratio * tokens)
             nodes = count_nodes(config, ())
             plan.plan = make_run_plan(config, plan.asked, first, read_price(about), nodes)
             measured = measure_items(self.journal, self.total, plan.path, self._find_limit(config))

@@ -111,8 +111,9 @@ class AnswerLimit:
         """Return the completion tokens per item under this limit.
 
         A truncated answer has at least the tokens that it had, and at most those of the limit.
-        Lengths are taken as exponential, because that is the distribution whose mean rest beyond
-        any length is estimated without longer answers: all tokens by the number of whole answers.
+        Likely the lengths are spread as evenly beyond the old limit as up to it, so that the share
+        of truncated answers says how far they go; half a whole answer is the least, because few
+        distributions of lengths end at a limit.
 
         Args:
             records: The measured items.
@@ -130,13 +131,14 @@ class AnswerLimit:
         whole = [one["completion_tokens"] for one in records if one["status"] == "done"]
         rest = math.inf
         if whole:
-            rest = (sum(whole) + sum(one["completion_tokens"] for one in cut)) / len(whole)
+            mean, old = sum(whole) / len(whole), sum(o["completion_tokens"] for o in cut) / len(cut)
+            rest = max(mean / 2, (old - mean) * len(cut) / len(whole))
         most = [one["requests"] * self.max_tokens for one in cut]
         least = [min(one["completion_tokens"], m) for one, m in zip(cut, most, strict=True)]
         likely = [min(one + rest, m) for one, m in zip(least, most, strict=True)]
-        low, mean, high = (math.fsum(values) / len(cut) for values in (least, likely, most))
+        low, middle, high = (math.fsum(values) / len(cut) for values in (least, likely, most))
         kept = Range.from_sample(others, sys.maxsize)
-        return Range(low, mean, high) * Range.exact(share) + kept * Range.exact(1 - share)
+        return Range(low, middle, high) * Range.exact(share) + kept * Range.exact(1 - share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,11 @@ _UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours":
 """Unit of each budget limit."""
 
 
+_FEW: Final = 20
+"""Items in the time of a rate, below which it says little about the time left."""
+_SLOW: Final = 0.95
+"""Share of the items that end sooner than the last one, as it is estimated."""
+
 _BLANK: Final = "  "
 """Between the parts of a line."""
 
@@ -139,7 +144,8 @@ class ProgressLine:
         seconds = max(now - start, 1e-9)
         rate, flow = (finished - items) / seconds, (tokens - spent) / seconds
         left = progress.total - progress.done - progress.failed
-        eta = f"{_duration(left / rate)} left" if rate > 0 and left else "…" if left else "done"
+        left_s = self._estimate_left(left, finished - items, rate)
+        eta = "done" if not left else "…" if left_s is None else f"{_duration(left_s)} left"
         fleet = self._tools.fleet
         refused = fleet.health().refusals if fleet is not None else 0
         pause = self._pause(fleet, now)
@@ -155,6 +161,26 @@ class ProgressLine:
             spent=self._spent(),
             eta="" if pause else eta,
         )
+
+    def _estimate_left(self, left: int, ended: int, rate: float) -> float | None:
+        """Return the seconds until the last item ends; None if unknown.
+
+        Where few items end in the time over which rates are measured, because answers are long, the
+        times of the latest items say more.
+
+        Args:
+            left: Items that have not ended.
+            ended: Items that ended in that time.
+            rate: Items per second.
+        """
+        times, gate = self._tools.progress.times, self._tools.gate
+        mean_s, longest_s = times.mean_s, times.quantile_s(_SLOW)
+        is_local = self._tools.coordinator is None and self._tools.batches is None
+        if ended < _FEW and is_local and gate.in_flight and mean_s and longest_s:
+            waiting = max(0, left - gate.in_flight)
+            running_s = 0.0 if waiting else time.monotonic() - gate.started_at
+            return waiting * mean_s / gate.in_flight + max(0.0, longest_s - running_s)
+        return left / rate if rate > 0 else None
 
     def _silent(self) -> str:
         """Return which endpoints have answered nothing for ten minutes of work, by name."""

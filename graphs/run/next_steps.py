@@ -20,14 +20,33 @@ FINISHED: Final = "finished"
 
 
 def find_next_command(
-    folder: RunFolder, about: Mapping[str, Any], counts: ItemCounts, cost: Cost
+    folder: RunFolder,
+    about: Mapping[str, Any],
+    counts: ItemCounts,
+    cost: Cost,
+    classes: Collection[str],
 ) -> str | None:
-    """Return the command that continues a run, or None if there is nothing to do, or a session."""
+    """Return the command that continues a run.
+
+    Args:
+        folder: The run's folder.
+        about: Its provenance.
+        counts: Its items by state.
+        cost: Its cost.
+        classes: The error classes of its failed items.
+
+    Returns:
+        None while a session works on it, and if no command alone helps: nothing is left to do, or
+        the failed items need another input or other settings.
+    """
     if folder.is_in_use() or folder.read_place() is not None:
         return None
     last = about["sessions"][-1] if about["sessions"] else {}
     if not counts.open and last.get("outcome") == FINISHED:
-        return retry_command(folder) if counts.failed else None
+        if any(find_remedy(name).is_retry for name in classes):
+            return retry_command(folder)
+        is_cut = TruncatedAnswerError.__name__ in classes
+        return longer_answers_command(folder) if is_cut else None
     options = ""
     if last.get("exit_code") == EXIT_BUDGET:
         limits = read_budget(folder, cost)

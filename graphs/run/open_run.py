@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -61,7 +62,7 @@ from ...nodes.aggregators import build_aggregators
 from ...nodes.context import no_account
 from ...nodes.item.item_state import ItemState
 from ...nodes.shard.gate import Gate
-from ...nodes.shard.progress import Progress, ProgressStream
+from ...nodes.shard.progress import ItemTimes, Progress, ProgressStream
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.deployments import follow_deployments
 from ..remote.heartbeat import stop_earlier_workers
@@ -261,7 +262,8 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        stack.enter_context(close_at_deadline(tools.gate, options.deadline))
+        times = await asyncio.to_thread(_learn_times, tools, journal)
+        stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
         yield tools
 
 
@@ -359,6 +361,21 @@ def _check_trace(options: OpenOptions) -> None:
         raise ConfigurationError(msg)
 
 
+def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
+    """Learn from earlier sessions how long items of this process take; blocks.
+
+    Returns:
+        The times; None if workers or batches do the work, which goes on elsewhere.
+    """
+    if tools.coordinator is not None or tools.batches is not None:
+        return None
+    total, times = tools.progress.total, tools.progress.times
+    for index in random.Random(0).sample(range(total), min(total, _SAMPLED_TIMES)):
+        if journal.is_finished(index):
+            times.add(journal.read_record(index), is_earlier=True)
+    return times
+
+
 def _gate(config: RunConfig) -> Gate:
     """Return the gate for items in flight; shards on workers are bounded by their backends."""
     backend, drain_s = config.backend, config.limits.drain_s
@@ -369,6 +386,8 @@ def _gate(config: RunConfig) -> Gate:
     return Gate(config.limits.streams, drain_s)
 
 
+_SAMPLED_TIMES: Final = 512
+"""Items that are looked at for the times of earlier sessions."""
 _BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 

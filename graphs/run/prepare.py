@@ -225,7 +225,7 @@ RUNS_FOLDER: Final = "fanfold-runs"
 
 def default_run_folder(name: str) -> Path:
     """Return a folder for a new run in the working directory."""
-    return Path.cwd() / RUNS_FOLDER / new_folder_name(name)
+    return Path(RUNS_FOLDER) / new_folder_name(name)
 
 
 def new_folder_name(name: str) -> str:

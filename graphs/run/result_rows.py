@@ -10,6 +10,7 @@ from itertools import groupby, tee
 from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.fields import split_column
 from ...backends.core.images import show_images
 from ...backends.core.samples import FoldRule, SampleFold, find_row_error
 from ...backends.core.templates import ItemPrompt
@@ -246,6 +247,13 @@ def open_result_source(
         layout = make_result_layout(schema, store, optional, fold, certain)
         priced = journal.total_usage().nano_usd > 0
         yield ResultSource(journal, store, layout, priced, prompts, fold)
+
+
+def list_asked_columns(prompt: ItemPrompt, layout: ResultLayout) -> set[str]:
+    """Return the columns of the results that are in the prompt, by their names there."""
+    given = layout.input_names()
+    found = (split_column(name, given) for name in prompt.columns)
+    return {given[column] for column, _ in filter(None, found)}
 
 
 def read_prompts(settings: Mapping[str, Any], source: str) -> PromptRenderer:

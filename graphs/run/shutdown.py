@@ -16,12 +16,17 @@ from ...backends.cluster.walltime import Walltime, walltime
 from ...backends.core.errors import RunStoppedError
 from ...configs.models import RunConfig
 from ...nodes.shard.gate import Gate
+from ...nodes.shard.progress import ItemTimes
 from ..remote.coordinator import STOP_GRACE_S
 from .console import print_message
 
 T = TypeVar("T")
 
 _HURRY: Final = 2
+_FITTING: Final = 0.5
+"""Share of the items that must fit in the time left, so that further ones start."""
+_LOOK_S: Final = 1.0
+"""Seconds between two looks at whether further items fit."""
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 """Signals of which a second one stops without waiting."""
@@ -153,16 +158,46 @@ def session_deadline(config: RunConfig, began: float) -> Walltime | None:
 
 
 @contextmanager
-def close_at_deadline(gate: Gate, end: Walltime | None) -> Iterator[None]:
-    """Close a gate at the deadline, while the block runs."""
+def close_at_deadline(
+    gate: Gate, end: Walltime | None, times: ItemTimes | None = None
+) -> Iterator[None]:
+    """Close a gate at the deadline, while the block runs.
+
+    It closes earlier if most items would no longer end in time: those that started would be paid
+    and lost. Only items of this session show that: otherwise one that is shorter than most items
+    would start none.
+
+    Args:
+        gate: The gate.
+        end: The deadline.
+        times: How long items take; None: it closes at the deadline.
+    """
     if end is None:
         yield
         return
-    timer = asyncio.get_running_loop().call_later(end.remaining_s(), gate.close, end.reason)
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle | None = None
+
+    def check() -> None:
+        nonlocal timer
+        left_s = end.remaining_s()
+        needed_s = None
+        if times is not None and times.is_current:
+            needed_s = times.quantile_s(_FITTING)
+        if left_s <= 0.0:
+            gate.close(end.reason)
+        elif needed_s is not None and needed_s > left_s + gate.drain_s:
+            lead = f"most items take more than the {left_s + gate.drain_s:.0f} s left for them"
+            gate.close(f"{end.reason}; {lead}, so none starts any more", early_s=left_s)
+        else:
+            timer = loop.call_later(left_s if times is None else min(left_s, _LOOK_S), check)
+
+    check()
     try:
         yield
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
 async def with_deadline(work: Awaitable[T], end: Walltime | None) -> T:

@@ -75,6 +75,7 @@ class Gate:
         unit: The argument ``what``.
         left: As given.
         in_flight: Slots in use, including those assigned to a waiting task.
+        started_at: When the latest slot was taken, in monotonic seconds.
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
         is_cancelled: Whether the task that runs the items was cancelled.
@@ -93,6 +94,7 @@ class Gate:
         self._stop_checks = dict[object, Callable[[], str | None]]()
         self._polling: asyncio.Task[None] | None = None
         self.in_flight = 0
+        self.started_at = 0.0
         self.reason: str | None = None
         self.error: Exception | None = None
         self.is_cancelled = False
@@ -113,6 +115,7 @@ class Gate:
             return False
         if self.in_flight < self._streams:
             self.in_flight += 1
+            self.started_at = time.monotonic()
             self._over.clear()
             return True
         slot: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -134,17 +137,24 @@ class Gate:
             slot = self._waiting.popleft()
             if not slot.done():
                 slot.set_result(True)
+                self.started_at = time.monotonic()
                 return
         self.in_flight -= 1
         if self.in_flight == 0:
             self._over.set()
 
-    def close(self, reason: str, error: Exception | None = None) -> None:
-        """Let no further item begin; the first reason and error are kept."""
+    def close(self, reason: str, error: Exception | None = None, early_s: float = 0.0) -> None:
+        """Let no further item begin; the first reason and error are kept.
+
+        Args:
+            reason: Why.
+            error: The error that is the reason, if one is.
+            early_s: Further seconds in which items in flight may finish.
+        """
         if self.is_closed:
             return
         self.reason, self.error = reason, error
-        self._deadline = time.monotonic() + self.drain_s
+        self._deadline = time.monotonic() + self.drain_s + early_s
         self._closing.set()
         while self._waiting:
             slot = self._waiting.popleft()
@@ -196,7 +206,7 @@ class Gate:
             check: Called at once, and repeatedly while they are waited for.
 
         Returns:
-            Whether all of them ended within ``drain_s`` seconds after closing; False at once
+            Whether all of them ended within the time of ``close``; False at once
             after ``stop_waiting``.
         """
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -11,6 +12,48 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ...backends.core.money import NANO_PER_USD, NodeTime, UsageTotals
+
+_LEAST_TIMES: Final = 20
+"""Items after which their times are an estimate for others."""
+_MOST_TIMES: Final = 256
+"""Latest items that are the estimate: times change with the load."""
+
+
+class ItemTimes:
+    """How long items take, from their start to their record, learnt from the latest of them."""
+
+    def __init__(self) -> None:
+        self._latest = deque[float](maxlen=_MOST_TIMES)
+        self._own = 0
+
+    def add(self, record: Mapping[str, Any], is_earlier: bool = False) -> None:
+        """Learn from the record of an item, if a model answered it.
+
+        Args:
+            record: The record.
+            is_earlier: Whether an earlier session wrote it.
+        """
+        if record["status"] == "done" and record["requests"]:
+            self._latest.append(record["latency_s"])
+            self._own += not is_earlier
+
+    @property
+    def is_current(self) -> bool:
+        """Return True if enough items of this session have ended."""
+        return self._own >= _LEAST_TIMES
+
+    @property
+    def mean_s(self) -> float | None:
+        """Return the mean in seconds; None if too few items have ended."""
+        latest = self._latest
+        return math.fsum(latest) / len(latest) if len(latest) >= _LEAST_TIMES else None
+
+    def quantile_s(self, share: float) -> float | None:
+        """Return the seconds in which a share of the items end; None if too few have ended."""
+        ordered = sorted(self._latest)
+        if len(ordered) < _LEAST_TIMES:
+            return None
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 @dataclass(slots=True)
@@ -24,6 +67,7 @@ class Progress:
         ended_before: Items of both kinds that an earlier session finished.
         usage: Usage of ended items, over all sessions.
         node_time: Node time over all sessions.
+        times: How long items take.
     """
 
     total: int = 0
@@ -32,6 +76,7 @@ class Progress:
     ended_before: int = 0
     usage: UsageTotals = field(default_factory=UsageTotals)
     node_time: NodeTime = field(default_factory=NodeTime)
+    times: ItemTimes = field(default_factory=ItemTimes)
 
     def to_json(self, *, simulated: bool, priced: bool) -> dict[str, Any]:
         """Return the counts as the run's state and ``--json`` contain them.
@@ -62,6 +107,7 @@ class Progress:
         self.done += record["status"] == "done"
         self.failed += record["status"] == "failed"
         self.usage.add(record)
+        self.times.add(record)
 
     def add_counts(self, done: int, failed: int, spent: Mapping[str, int]) -> None:
         """Count items that just ended.

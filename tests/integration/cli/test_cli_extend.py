@@ -188,9 +188,13 @@ def test_larger_max_tokens_asks_truncated_answers(shell: Shell, truncated: dict[
     found = re.search(r"completion tokens: ([\d,]+) to ([\d,]+), likely ([\d,]+)", said.err)
     assert found is not None, said.err
     low, high, likely = (int(number.replace(",", "")) for number in found.groups())
-    used = json.loads(shell("status", "new", "--json").out)["tokens"]["completion"]
+    tokens = json.loads(shell("status", "new", "--json").out)["tokens"]
+    used = tokens["completion"]
+    prompts = re.search(r"prompt tokens: .* likely ([\d,]+)", said.err)
+    assert prompts is not None
+    assert int(prompts[1].replace(",", "")) == pytest.approx(tokens["prompt"], rel=0.05)
     assert 100 * plan["asked"] == low <= used <= high == 500 * plan["asked"]
-    assert used < 1.5 * likely
+    assert likely / 1.3 < used < 1.3 * likely
     assert plan["failed"] == truncated["RefusedAnswerError"]
     after = records(shell.folder / "new")
     assert "TruncatedAnswerError" not in failed_classes(shell.folder / "new")
@@ -235,6 +239,7 @@ def test_retried_truncated_answers_point_to_a_higher_limit(
     failures = shell("failures", "old").out
     command = "fanfold run old/run.yaml --set model.max_tokens=200 --from old --out old-2"
     assert f"TruncatedAnswerError: ask again with a higher limit: {command}\n" in failures
+    assert json.loads(shell("status", "old", "--json").out)["next_command"] == command
     retried = shell("resume", "old", "--retry-failed", "--quiet")
     count = truncated["TruncatedAnswerError"]
     assert f"WARNING: {count} truncated answers are asked again with the same" in retried.err

@@ -83,7 +83,8 @@ def test_classes_remedies_and_examples(shell: Shell) -> None:
 
 def test_status_names_the_classes_and_the_next_command(shell: Shell) -> None:
     write_rows(shell, 40)
-    shell.write(endpoints=faulty())
+    faults = [*FAULTS, {"kind": "empty_content", "p": 0.3, "draw": "item"}]
+    shell.write(endpoints=faulty(faults=faults))
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3
     facts = json.loads(shell("status", "run", "--json").out)
     classes = json.loads(shell("failures", "run", "--json").out)["classes"]
@@ -117,6 +118,10 @@ def test_an_exhausted_budget_continues_with_a_higher_limit(shell: Shell) -> None
 def test_a_retry_that_fails_for_good_is_not_advised(shell: Shell) -> None:
     shell.write(endpoints=faulty(faults=[{"kind": "refusal"}]))
     assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3
+    assert json.loads(shell("status", "run", "--json").out)["next_command"] is None
+    text = shell("status", "run").out
+    assert "extend the run: fanfold run run/run.yaml --from run" in text
+    assert "--retry-failed" not in text
     text = shell("failures", "run").out
     assert "RefusedAnswerError: " in text
     assert "extend the run: fanfold run run/run.yaml --from run" in text

@@ -93,7 +93,7 @@ def test_the_example_runs_and_every_command_shows_it(  # noqa: PLR0915 - of one 
         (("results", "review", "--stage", "sumary"), "the stages of review are screen"),
         (("results", "review", "--stage", "summary/7"), "it has 1 level, e.g."),
         (("resume", "review/stages/screen"), "is stage 'screen' of a pipeline"),
-        (("resume", "review", "--retry-failed"), "--retry-failed: is for a single task"),
+        (("resume", "review", "--retry-failed"), "--retry-failed is for a single task"),
         (("cost", "review", "--by", "colour"), "stage"),
     ],
 )

@@ -83,8 +83,8 @@ class Lab:
         files = (self.out / "journal").glob("*.jsonl")
         return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in files)
 
-    async def until(self, condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
+    async def until(self, condition: Callable[[], Any], within_s: float = DEADLINE_S) -> None:
+        async with asyncio.timeout(within_s):
             while not condition():  # noqa: ASYNC110 - other processes set no events
                 await asyncio.sleep(0.002)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import uuid
@@ -313,4 +312,21 @@ async def test_all_runs_use_the_same_worker_processes(
         assert len(workers) == 2 + len(said["stages"][2]["levels"])
         assert all(workers.values())
         assert len(set().union(*workers.values())) == 2
-        await lab.until(lambda: not [pid for pid in marked(token) if pid != os.getpid()])
+        await lab.until(lambda: not marked(token))
+
+
+async def test_a_pipeline_that_is_stopped_leaves_no_worker(
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.1) as lab:
+        staged(lab, backend=PROCESSES)
+        token = uuid.uuid4().hex
+        monkeypatch.setenv("FANFOLD_TEST_TOKEN", token)
+        async with lab.process() as process:
+            await lab.until(partial(has_lines, lab.out / "stages/claims"))
+            process.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(process.wait(), 60) == 5
+        await lab.until(lambda: not marked(token))
+        (session,) = RunFolder(lab.out).read_provenance()["sessions"]
+        assert "SIGINT" in session["outcome"]
+        assert not (lab.out / "stages/claims/results.parquet").exists()

@@ -17,6 +17,7 @@ from fanfold.tests.integration.runs.test_pipeline import begin, command, lines_o
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 ITEMS, STREAMS = 10_000, 16
+_LONG_S = 600.0
 SUMMARIZE = {
     "op": "summarize",
     "prompt": "Summarize.",
@@ -50,35 +51,52 @@ def count_asked(lab: Lab) -> tuple[int, int]:
     return len(asked), sum(asked) - len(asked)
 
 
-async def test_kills_at_every_level_and_a_budget_change_nothing(lab_of: LabMaker) -> None:
+BACKENDS: dict[str, dict[str, Any]] = {
+    "local": {},
+    "processes": {"kind": "local", "processes": 2},
+    "parsl": {"kind": "parsl", "workers": 2},
+}
+
+
+async def run_undisturbed(lab: Lab) -> tuple[bytes, list[int]]:
+    """Run the pipeline in one process; return its results, and the questions of each level."""
+    summarized(lab)
+    said = await begin(lab, lab.home / "undisturbed")
+    levels = [level["items"] for level in said["stages"][0]["levels"]]
+    assert len(levels) >= 5
+    (row,) = pq.read_table(
+        lab.home / "undisturbed/stages/summary/results.parquet", columns=["output"]
+    ).to_pylist()
+    assert row["output"]["items"] == ITEMS
+    lab.fleet.reset()
+    return outputs(lab.home / "undisturbed"), levels
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+async def test_kills_at_every_level_change_nothing(lab_of: LabMaker, name: str) -> None:
     async with lab_of(items=ITEMS, ttft_s=0.1, tpot_s=0.0) as lab:
-        summarized(lab)
-        said = await begin(lab, lab.home / "undisturbed")
-        expected = outputs(lab.home / "undisturbed")
-        levels = [level["items"] for level in said["stages"][0]["levels"]]
-        assert len(levels) >= 5
-        total = sum(levels)
-        (row,) = pq.read_table(
-            lab.home / "undisturbed/stages/summary/results.parquet", columns=["output"]
-        ).to_pylist()
-        assert row["output"]["items"] == ITEMS
-        for name, backend in (
-            ("local", {}),
-            ("processes", {"kind": "local", "processes": 2}),
-        ):
-            lab.config["backend"] = backend
-            again = await kill_at_each_level(lab, lab.home / name, levels)
-            assert outputs(lab.home / name) == expected, name
-            assert again[0] == total, name
-            assert again[1] <= len(levels) * STREAMS, name
-        del lab.config["backend"]
-        lab.fleet.reset()
-        lab.config["budget"] = {"requests": levels[0] + 20}
+        expected, levels = await run_undisturbed(lab)
+        lab.config["backend"] = BACKENDS[name]
+        again = await kill_at_each_level(lab, lab.home / name, levels)
+        assert outputs(lab.home / name) == expected
+        assert again[0] == sum(levels)
+        assert again[1] <= len(levels) * STREAMS
+
+
+@pytest.mark.parametrize("name", ["local", "processes"])
+async def test_the_budget_ends_in_the_second_level_and_is_raised(
+    lab_of: LabMaker, name: str
+) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.1, tpot_s=0.0) as lab:
+        expected, levels = await run_undisturbed(lab)
+        total, limit = sum(levels), levels[0] + 20
+        lab.config |= {"backend": BACKENDS[name], "budget": {"requests": limit}}
         paused = await begin(lab, lab.home / "paused", code=4)
         begun = paused["stages"][0]["levels"]
         assert [level["level"] for level in begun] == ["leaves", "merge 2"]
         assert begun[1]["done"] <= 20 < begun[1]["items"]
-        assert paused["budget"]["requests"]["spent"] <= levels[0] + 20
+        assert paused["budget"]["requests"]["spent"] <= limit
+        assert count_asked(lab)[0] <= limit
         raised = await command(
             lab, "resume", str(lab.home / "paused"), "--budget-requests", str(2 * total)
         )
@@ -95,10 +113,10 @@ async def kill_at_each_level(lab: Lab, out: Path, levels: list[int]) -> tuple[in
     for number, questions in enumerate(levels, start=1):
         folder = out / f"stages/summary/levels/{number}"
         async with lab.process(*arguments) as process:
-            await lab.until(partial(is_at_work, folder, questions))
+            await lab.until(partial(is_at_work, folder, questions), within_s=_LONG_S)
             process.kill()
             assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
-        await lab.until(lab.fleet_is_idle)
+        await lab.until(lab.fleet_is_idle, within_s=_LONG_S)
         arguments = ("resume", str(out))
     said: dict[str, Any] = await command(lab, "resume", str(out))
     assert said["stages"][0]["state"] == "finished"

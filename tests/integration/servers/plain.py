@@ -3,6 +3,7 @@
 ``plain.py PORT [start-delay] [words…]``; with ``fail`` it says some lines and exits with 3. With
 ``asked:FILE`` it appends the question of each request to a file, with ``says:FOLDER`` it answers
 with the file that has the question as its name, and with ``takes:SECONDS`` an answer takes so long.
+``model:NAME`` is the model that it serves.
 """
 
 from __future__ import annotations
@@ -57,7 +58,13 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             self.metrics()
         elif self.path == "/v1/models":
-            self.answer({"data": [{"id": "plain", "object": "model", "max_model_len": 4096}]})
+            self.answer(
+                {
+                    "data": [
+                        {"id": word("model") or "plain", "object": "model", "max_model_len": 4096}
+                    ]
+                }
+            )
         else:
             self.answer({}, 404)
 

@@ -15,6 +15,7 @@ from fanfold.configs.models import LimitsConfig
 from fanfold.graphs.remote.heartbeat import StopSignal
 from fanfold.graphs.run.shutdown import close_at_deadline, with_deadline
 from fanfold.nodes.shard.gate import Gate
+from fanfold.nodes.shard.progress import ItemTimes
 
 NOW = Walltime(0.0, 0.0, "walltime: over")
 LATER = replace(NOW, stop_at=time.time() + 3600)
@@ -84,6 +85,53 @@ async def test_the_gate_is_closed_in_time() -> None:
         with close_at_deadline(gate, end):
             await asyncio.sleep(0)
         assert not gate.is_closed
+
+
+def times_of(seconds: float, items: int, is_earlier: bool = False) -> ItemTimes:
+    times = ItemTimes()
+    record = {"status": "done", "requests": 1, "latency_s": seconds}
+    for _ in range(items):
+        times.add(record, is_earlier)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("times", "is_closed"),
+    [
+        (times_of(700.0, 20), True),
+        (times_of(500.0, 20), False),  # they fit
+        (times_of(700.0, 19), False),  # too few
+        (times_of(700.0, 20, is_earlier=True), False),  # this session must try
+        (None, False),
+    ],
+)
+async def test_no_item_starts_that_would_hardly_end(
+    times: ItemTimes | None, is_closed: bool
+) -> None:
+    gate = Gate(2, 60.0)
+    assert await gate.acquire()
+    end = Walltime(time.time() + 540.0, time.time() + 540.0, "walltime: over")
+    with close_at_deadline(gate, end, times):
+        await asyncio.sleep(0)
+        assert gate.is_closed is is_closed
+        assert await gate.acquire() is not is_closed
+    if is_closed:
+        assert gate.reason is not None
+        assert gate.reason.startswith("walltime: over; most items take more than the 600 s left")
+        drained = asyncio.create_task(gate.wait_drained())
+        await asyncio.sleep(0.01)
+        assert not drained.done()  # what is in flight has all the time that is left
+        gate.release()
+        assert await drained
+
+
+async def test_items_that_become_slow_during_a_session_are_noticed() -> None:
+    gate, times = Gate(1, 0.0), ItemTimes()
+    end = Walltime(time.time() + 60.0, time.time() + 60.0, "walltime: over")
+    with close_at_deadline(gate, end, times):
+        for _ in range(30):
+            times.add({"status": "done", "requests": 1, "latency_s": 100.0})
+        assert await gate.wait_closed(30)
 
 
 async def test_what_comes_before_the_first_item_is_broken_off() -> None:

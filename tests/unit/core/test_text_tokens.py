@@ -59,3 +59,13 @@ def test_any_text_is_covered(text: str, tokens: int, overlap: int) -> None:
         assert start <= at
         at = end
     assert at == len(text)
+
+
+@given(st.text(st.sampled_from("abcXY019 .,;\n\t\r\x1c\v-_()é日\u3000\u00a0"), max_size=60))
+def test_the_estimate_of_a_text_is_the_sum_over_its_runs(text: str) -> None:
+    """The estimate takes words that it remembers; parts are measured run by run."""
+    for one in (text, text.encode("ascii", "ignore").decode()):
+        tokens = estimate_text_tokens(one)
+        assert list(split_text(one, tokens, 0)) == [(0, len(one))]
+        if tokens > 1:
+            assert len(list(split_text(one, tokens - 1, 0))) > 1

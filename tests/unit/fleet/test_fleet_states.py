@@ -134,3 +134,19 @@ def test_a_repetition_before_any_other_request_shows_nothing_new() -> None:
     assert not endpoint.refuses_alone(item, mark, 100.0)
     endpoint.throttled += 1
     assert not endpoint.refuses_alone(item, mark, 12.1)
+
+
+def test_an_endpoint_that_comes_back_starts_anew_and_keeps_its_statistics() -> None:
+    spec = EndpointSpec("http://node:8000/v1")
+    endpoint = Endpoint(spec)
+    endpoint.breaker.record_failure(at_once=True)
+    endpoint.ejected = endpoint.retired = True
+    endpoint.in_flight = 2
+    endpoint.limit.shrink(1.0)
+    endpoint.record_latency(60.0)
+    endpoint.stats.calls = 7
+    endpoint.rejoin(Endpoint(EndpointSpec("http://node:8000/v1", weight=2.0)))
+    assert endpoint.alive
+    assert endpoint.width == 8
+    assert (endpoint.in_flight, endpoint.stats.calls, endpoint.breaker.times_opened) == (2, 7, 1)
+    assert (endpoint.latency_s, endpoint.spec.weight) == (0.0, 2.0)

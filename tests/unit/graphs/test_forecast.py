@@ -276,7 +276,7 @@ CUT = {"status": "failed", "error_class": "TruncatedAnswerError", "completion_to
 
 
 def test_truncated_answers_are_longer_under_a_larger_limit() -> None:
-    """At least what they had, at most the new limit; the rest follows from the whole answers."""
+    """At least what they had, at most the new limit; whole answers and truncated ones say more."""
     records = [record(n, **(CUT if n < 40 else {"completion_tokens": 60})) for n in range(100)]
 
     def estimate(limit: AnswerLimit | None) -> ItemStats:
@@ -286,7 +286,7 @@ def test_truncated_answers_are_longer_under_a_larger_limit() -> None:
 
     before = estimate(None)
     assert before.completion.likely == pytest.approx(76)
-    rest = 7600 / 60
+    rest = 30  # half a whole answer; evenly spread lengths give (100 - 60) * 40 / 60 = 26.7
     only_cut = estimate(AnswerLimit(500, truncated=1.0))
     assert (only_cut.completion.low, only_cut.completion.high) == (100, 500)
     assert only_cut.completion.likely == pytest.approx(100 + rest)
@@ -296,6 +296,19 @@ def test_truncated_answers_are_longer_under_a_larger_limit() -> None:
     assert estimate(AnswerLimit(500, truncated=0.0)) == before
     assert estimate(AnswerLimit(100)).completion.likely == pytest.approx(76)  # cut there again
     assert estimate(AnswerLimit(120)).completion.high == pytest.approx(0.4 * 120 + 0.6 * 60)
+
+
+def test_many_truncated_answers_are_likely_much_longer() -> None:
+    """Lengths spread evenly from 64 to 160: a fifth is whole at a limit of 83."""
+    lengths = [64 + n * 97 / 100 for n in range(100)]
+    records = [
+        record(n, **(CUT | {"completion_tokens": 83} if one > 83 else {"completion_tokens": one}))
+        for n, one in enumerate(lengths)
+    ]
+    found = ItemStats.from_records(records, 100, "there", limit=AnswerLimit(500, truncated=1.0))
+    assert found is not None
+    cut = [one for one in lengths if one > 83]
+    assert found.completion.likely == pytest.approx(sum(cut) / len(cut), rel=0.05)
 
 
 def test_without_a_whole_answer_truncated_ones_may_reach_the_limit() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any, cast
 
 import pytest
@@ -46,12 +47,11 @@ def follow(
 ) -> ProgressLine:
     """Return the progress of a run in which one item more is done."""
     nothing = cast(Any, None)
-    given: dict[str, Any] = {"item_journal": Failed({})} | parts
+    given: dict[str, Any] = {"item_journal": Failed({}), "gate": Gate(8, 1.0)} | parts
     tools = OpenRun(
         store=nothing,
         aggregators=nothing,
         run_item=nothing,
-        gate=Gate(8, 1.0),
         progress=progress,
         fingerprint=b"",
         simulated=simulated,
@@ -237,6 +237,32 @@ def test_it_shows_what_is_spent_of_the_nearest_cap(
     progress = Progress(total=4991, done=4000, failed=10, usage=usage)
     assert f"  {shown}  " in line(progress, busy, budget=budget)
     assert shown in "\n".join(screen(60, progress, busy, budget=budget))
+
+
+def slow_run(total: int, in_flight: int, earlier: bool) -> tuple[Progress, Gate]:
+    progress, gate = Progress(total=total), Gate(64, 1.0)
+    for n in range(40):
+        record = {"status": "done", "requests": 1, "latency_s": 500.0 + 10 * (n % 20)}
+        progress.times.add(record, is_earlier=earlier)
+    gate.in_flight = in_flight
+    return progress, gate
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_the_time_left_of_long_items_follows_from_their_times(earlier: bool) -> None:
+    """Few items end in ten seconds; one that just ended would promise far too much."""
+    progress, gate = slow_run(641, 64, earlier)
+    shown = line(progress, None, gate=gate)
+    # 576 wait: 9 rounds of 595 s on average, and the slowest of the last round
+    assert "1h40 left" in shown
+
+
+def test_the_time_left_counts_down_while_the_last_items_run() -> None:
+    progress, gate = slow_run(65, 64, earlier=False)
+    gate.started_at = time.monotonic() - 600.0
+    assert "1:30 left" in line(progress, None, gate=gate)
+    gate.started_at -= 600.0
+    assert "0:00 left" in line(progress, None, gate=gate)
 
 
 def test_it_names_endpoints_that_answer_nothing() -> None:

@@ -227,6 +227,26 @@ def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, ze
         assert ledger.count_items().done == 2
 
 
+def test_a_reader_follows_files_of_all_sessions(tmp_path: Path) -> None:
+    """Also the coordinator's own, a torn line that becomes whole, and files that appear later."""
+    path = tmp_path / NAME
+    lines = journal_lines(path, [sample(n) for n in range(3)])
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:9])
+    with Journal(tmp_path, "r", ITEMS) as journal:
+        assert journal.count_items().done == 1
+        journal.follow()
+        assert journal.count_items().done == 1
+        path.write_bytes(b"".join(lines))
+        write_journal(tmp_path / "0001-node1-7.jsonl", [sample(3)])
+        write_journal(tmp_path / "0002.jsonl", [sample(4, "failed")])
+        journal.follow()
+        counts = journal.count_items()
+        assert (counts.done, counts.failed, counts.open) == (4, 1, 1)
+        with Journal(tmp_path, "r", ITEMS) as again:
+            assert again.count_items() == counts
+            assert again.total_usage() == journal.total_usage()
+
+
 def outline(source: JournalSource, *, fast: bool, live: bool, end: int | None) -> list[Any]:
     """Return number, start, length and key of each line, and the error that ended the reading."""
     found: list[Any] = []
