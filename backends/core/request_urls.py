@@ -113,6 +113,10 @@ def find_file_problem(url: object, hosts: Collection[str]) -> str | None:
         return "the URL is malformed: name a host, no user, and write it in ASCII, escaped"
     if host in hosts:
         return None
+    if ":" in host:
+        return (
+            f"files are not fetched from IPv6 addresses ({host}); name the host, or give a data URL"
+        )
     return (
         f"files are not fetched from {host}; allow it with --allowed-media-domains {host} "
         "(batch.allowed_media_domains), or give the content as a data URL"

@@ -85,8 +85,8 @@ class SilenceWatch:
         silent = self.find_silent()
         for endpoint in sorted(silent.keys() - self._named):
             logger.warning(
-                "endpoint %s has answered nothing for %.0f minutes of work, and others have; look "
-                "at its server",
+                "endpoint %s has answered nothing for %.0f minutes of work, and others have; if "
+                "its job has not ended, look at its server",
                 endpoint,
                 SILENT_S / 60,
             )

@@ -405,6 +405,7 @@ class Endpoint:
         "_corrections",
         "_headers",
         "_key",
+        "_left_with",
         "accepted",
         "breaker",
         "chat_url",
@@ -478,6 +479,7 @@ class Endpoint:
         self.unanswered: dict[asyncio.Task[Any], float] = {}
         self.heard_at = 0.0
         self.stats = EndpointStats()
+        self._left_with = (0, 0)
         self.flight = FlightTime()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -500,6 +502,8 @@ class Endpoint:
         self.longest_asked = None
         self.refused_items.clear()
         self._corrections.clear()
+        self._accepted = self._accepted_before = (None, {}, float("-inf"))
+        self._left_with = self.stats.calls, self.stats.failures.total()
 
     def take_over(self, earlier: Endpoint) -> None:
         """Go on with the limit, the health, the pause and the speed that an earlier fleet found."""
@@ -540,9 +544,14 @@ class Endpoint:
         return self.has_answered and self.breaker.state is BreakerState.CLOSED
 
     @property
+    def calls(self) -> int:
+        """Return the number of calls since it joined, or joined again."""
+        return self.stats.calls - self._left_with[0]
+
+    @property
     def has_answered(self) -> bool:
-        """Return True if it ever gave a good answer."""
-        return self.stats.calls > self.stats.failures.total()
+        """Return True if it has given a good answer since it joined."""
+        return self.calls > self.stats.failures.total() - self._left_with[1]
 
     def confirm_max_tokens(self, most_tokens: int, request: int) -> bool:
         """Record the longest answer that it allows; return True if another request confirms it.

@@ -87,7 +87,8 @@ class FileLoader:
         """Return a request with the content of its file in place of the URL.
 
         Raises:
-            InvalidItemError: The URL is malformed or not allowed, or the file cannot be loaded.
+            InvalidItemError: The URL is malformed or not allowed, or there is no such file.
+            EndpointError: The file's host did not answer in several attempts.
         """
         assert kind.file is not None, "requests of this kind name a file"
         url: Any = body.get(kind.file)
@@ -107,6 +108,9 @@ class FileLoader:
         )
         try:
             return await retrying(self._fetch_once, url)
+        except _TransientError as error:  # the file may be there later
+            msg = f"the file {describe_url(url)}: {error.message}"
+            raise EndpointError(msg, error.endpoint) from None
         except EndpointError as error:
             raise InvalidItemError(f"the file {describe_url(url)}: {error.message}") from None
 
@@ -124,7 +128,12 @@ class FileLoader:
                 raise EndpointError("its URL is malformed", host) from None
             if answer.status not in _MOVED:
                 break
-            target = urljoin(at, answer.headers.get("location", ""))
+            try:
+                target = urljoin(at, answer.headers.get("location", ""))
+            except ValueError:
+                raise EndpointError(f"{host} redirects to a malformed URL", host) from None
+            if target.startswith("data:"):
+                raise EndpointError(f"{host} redirects to a data URL", host)
             if at.startswith("https:") and not target.startswith("https:"):
                 raise EndpointError(f"{host} redirects from https to another scheme", host)
             if problem := find_file_problem(target, self._hosts):

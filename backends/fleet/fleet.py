@@ -98,7 +98,7 @@ class Fleet:
         if memory is not None:
             limiter = memory.get_limiter(self.policy.rate_limit)
         self.limiter = limiter or RateLimiter(self.policy.rate_limit)
-        self.endpoints = [self._make_endpoint(spec) for spec in self._specs]
+        self.endpoints = [self._remember(self._make_endpoint(spec)) for spec in self._specs]
         _warn_spellings(self._specs)
         self._keeps_transport = memory is not None and transport is None
         if memory is not None and transport is None:
@@ -163,7 +163,10 @@ class Fleet:
         quota = self.limiter.get_endpoint_quota(
             identify_endpoint(spec.url), spec.requests_per_s, spec.tokens_per_min, spec.window_s
         )
-        endpoint = Endpoint(spec, self.policy.limit, self.policy.breaker, quota)
+        return Endpoint(spec, self.policy.limit, self.policy.breaker, quota)
+
+    def _remember(self, endpoint: Endpoint) -> Endpoint:
+        """Let a new endpoint go on with what earlier fleets have learned about it."""
         if self._memory is not None:
             self._memory.take_over(endpoint, self.policy)
         return endpoint
@@ -198,7 +201,7 @@ class Fleet:
                 earlier.rejoin(endpoint)
                 endpoint = earlier
             else:
-                self.endpoints.append(endpoint)
+                self.endpoints.append(self._remember(endpoint))
             joining.append(endpoint)
         leaving = [endpoint for key, endpoint in present.items() if key not in wanted]
         _warn_spellings(e.spec for e in joining)
@@ -356,7 +359,8 @@ class Fleet:
         """Return a request with the content of the file that it names, if it names one.
 
         Raises:
-            InvalidItemError: The URL is malformed or not allowed, or the file cannot be loaded.
+            InvalidItemError: The URL is malformed or not allowed, or there is no such file.
+            EndpointError: The file's host did not answer in several attempts.
         """
         kind = get_kind(body)
         if kind is None or kind.file is None:

@@ -317,7 +317,7 @@ class HealthMonitor:
             self.stop(f"no request is accepted: {failure.error.message}", ConfigurationError)
         elif not self.answers and self._refused >= most:
             self.stop(f"no request was accepted; the last answer: {failure.error.message}")
-        elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
+        elif self.answers and not endpoint.has_answered and endpoint.calls >= most:
             self._eject(endpoint, failure.error)
 
     def _record_refusal(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> None:
@@ -434,7 +434,8 @@ class HealthMonitor:
         finally:
             del self._probes[endpoint]
         if endpoint.breaker.state is not BreakerState.OPEN:
-            return  # it has left the fleet meanwhile, and come back
+            self.refresh(endpoint)  # it has come back, or another fleet has found it alive
+            return
         if reachable:
             endpoint.breaker.half_open()
             self.refresh(endpoint)

@@ -211,13 +211,14 @@ class Transport:
             aiohttp.ClientError: The connection failed or broke, or the file is too large.
             TimeoutError: No answer in time.
         """
+        address = URL(url, encoded=True)  # a signature may cover the URL as it is written
         async with self.session().get(
-            url,
+            address,
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(
                 total=timeout_s, sock_connect=self._policy.timeout.connect_s
             ),
-            **_proxy_of(URL(url)),
+            **_proxy_of(address),
         ) as response:
             body = await BodyReader(response, most).read()
             return HTTPAnswer(response.status, response.headers, body)

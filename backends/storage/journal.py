@@ -142,6 +142,8 @@ class Journal:
         items: Number of items of the run.
         extents: Result of :meth:`extents` when the run's aggregate was written. Later records of
             the sessions up to then are not read, so that records and aggregate agree.
+        live: Whether a process may be writing: what has not arrived whole is read later, by
+            :meth:`follow`, and is no damage.
 
     Attributes:
         usage_by_session: Usage by session number, including records that do not count.
@@ -160,6 +162,8 @@ class Journal:
         run: RunIds,
         items: int,
         extents: Mapping[str, int] | None = None,
+        *,
+        live: bool = False,
     ) -> None:
         self._folder, self._run = folder, run
         self._state = bytearray(items)
@@ -185,7 +189,7 @@ class Journal:
         self._check_names()
         for number, path in enumerate(self._paths):
             at = _FollowedFile(number)
-            self._read_on(path, at, end=_end_in(extents, path))
+            self._read_on(path, at, JournalDelta() if live else None, _end_in(extents, path))
             self._followed[path] = at
 
     def _check_names(self) -> None:

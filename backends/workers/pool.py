@@ -62,6 +62,7 @@ class BackendPool:
         """
         if self._ticker is None:
             await self._start()
+        self._orphaned.clear()  # shards of the run before have the same names, and other items
         for member in self._members:
             if isinstance(member.backend, TaskLogger) and folder is not None:
                 await member.backend.open_log(folder)
@@ -211,10 +212,13 @@ class BackendPool:
     async def close_run(self) -> None:
         """End the work for a run; close the backends unless they stay open for the next one.
 
-        They are closed in any case if they were stopped, or if a task is still in flight: its
-        worker must not write to the journal of a run that has ended.
+        They are closed in any case if they were stopped, if one has failed (the next run tries it
+        again), or if a task is still in flight: its worker must not write to the journal of a run
+        that has ended.
         """
-        if self._stays_open and self._is_run_open and not (self._is_draining or self.in_flight):
+        failed = any(member.failure for member in self._members)
+        must_close = self._is_draining or bool(self.in_flight) or failed
+        if self._stays_open and self._is_run_open and not must_close:
             self._is_run_open = False
             loggers = (m.backend for m in self._members if isinstance(m.backend, TaskLogger))
             _log_errors(

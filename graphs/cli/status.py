@@ -184,7 +184,8 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     """Show the progress of a run, and its jobs if it has any."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+    ids, items, live = get_run_ids(about), about["input"]["items"], folder.is_in_use()
+    with Journal(folder.journal, ids, items, live=live) as journal:
         counts, spent = journal.count_items(), journal.total_usage()
         failures = journal.count_failures()
         cost = read_cost(folder, get_run_ids(about), journal.usage_by_session)
@@ -263,7 +264,8 @@ def describe_silence(folder: RunFolder) -> Iterator[str]:
         since, minutes = _utc(min(silent.values())), SILENT_S / 60
         yield (
             f"WARNING: {name_endpoints(silent)} answered nothing for {minutes:.0f} minutes of work "
-            f"and more, the first since {since}, while others answered; look at the servers. "
+            f"and more, the first since {since}, while others answered; look at those whose jobs "
+            f"have not ended. "
             f"Counts: fanfold status {shlex.quote(str(folder.path))} --endpoints"
         )
 

@@ -161,7 +161,9 @@ class _ItemCounter:
         if self._journal is None or self._path != folder.path:
             self.__exit__()
             ids, items = get_run_ids(about), int(about["input"]["items"])
-            self._journal, self._path = Journal(folder.journal, ids, items), folder.path
+            live = folder.is_in_use()
+            self._journal = Journal(folder.journal, ids, items, live=live)
+            self._path = folder.path
         else:
             self._journal.follow()
         counts = self._journal.count_items()

@@ -53,7 +53,17 @@ class RateLender:
         self._shares: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._held: list[tuple[float, float]] = []
-        self._changed_at = 0.0
+        self._changed_at = self._updated_at = 0.0
+
+    def begin_run(self, now: float) -> None:
+        """Continue after a pause in which no worker had a task.
+
+        Args:
+            now: Monotonic time in seconds.
+        """
+        if now - self._updated_at > self._hold_s:  # every window has ended in which they worked
+            self._shares.clear()
+        self._seen = dict.fromkeys(self._shares, now)  # the same workers usually come back
 
     def update(self, workers: Collection[str], now: float) -> Mapping[str, float]:
         """Return the share of each worker.
@@ -62,6 +72,7 @@ class RateLender:
             workers: Those that work on a task now.
             now: Monotonic time in seconds.
         """
+        self._updated_at = now
         self._held = [(until, part) for until, part in self._held if until > now]
         self._seen |= dict.fromkeys(workers, now)
         for worker in [w for w, seen in self._seen.items() if now - seen > _LINGER_S]:
@@ -108,6 +119,7 @@ class RateFile:
         self._file, self._lender = rates_file(journal, token), lender
         self._written: Mapping[str, float] = {}
         self._failed = False
+        lender.begin_run(time.monotonic())
 
     def update(self, workers: Collection[str]) -> None:
         """Divide the limits among the workers, and write their shares if they changed; blocks."""
@@ -173,7 +185,9 @@ async def follow_share(task: ShardTask, limiter: RateLimiter, worker: str) -> As
         return
     file = rates_file(Path(task.journal), task.run["token"])
     shares = await asyncio.to_thread(_read_shares, file)
-    if shares is not None and worker not in shares:
+    if shares is None:  # the share of an earlier run says nothing about this one
+        limiter.set_share(min(limiter.base_share, limiter.share or limiter.base_share))
+    elif worker not in shares:
         limiter.set_share(0.0)  # until the coordinator has seen this worker, which takes seconds
     following = asyncio.create_task(_follow(file, limiter, worker))
     try:

@@ -365,9 +365,12 @@ def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
     """Learn from earlier sessions how long items of this process take; blocks.
 
     Returns:
-        The times; None if workers or batches do the work, which goes on elsewhere.
+        The times; None if workers or batches do the work, which goes on elsewhere, or if no item
+        is open.
     """
     if tools.coordinator is not None or tools.batches is not None:
+        return None
+    if not journal.count_items().open:
         return None
     total, times = tools.progress.total, tools.progress.times
     for index in random.Random(0).sample(range(total), min(total, _SAMPLED_TIMES)):

@@ -99,14 +99,14 @@ class Cascade(Operator):
         answers, more = size.items * size.answer_tokens, self.samples or 1
         plans = [LevelPlan("small", more * size.items, more * prompt, more * answers, True)]
         if self.samples is None:
-            probed, more = min(_PROBED, size.items) / max(1, size.items), _SAMPLES - 1
+            probed, most, more = min(_PROBED, size.items), max(1, size.items), _SAMPLES - 1
             name = "small, again, only without log probabilities"
             plans = [
                 LevelPlan(
                     "small, log probabilities",
-                    int(probed * size.items),
-                    int(probed * prompt),
-                    int(probed * answers),
+                    probed,
+                    probed * prompt // most,
+                    probed * answers // most,
                     True,
                 ),
                 *plans,

@@ -544,7 +544,8 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
         return _Node(group, failed=[answer.id])
     node = _Node(group)
     for found in answer.output["statements"]:
-        known = [name for name in dict.fromkeys(found["ids"]) if name in ids]
+        named = dict.fromkeys(name.strip("[] ") for name in found["ids"])
+        known = [name for name in named if name in ids]
         node.unknown += len(found["ids"]) - len(known)
         sources = dict.fromkeys(source for name in known for source in ids[name])
         node.statements.append(_Statement(found["text"], tuple(sources)))

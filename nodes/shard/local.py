@@ -219,6 +219,8 @@ class _ShardRunner:
         self, group: asyncio.TaskGroup, context: Context, gate: Gate, stack: AsyncExitStack
     ) -> None:
         has_turn = self._tools.order is None
+        samples = 1 if self._tools.fold is None else self._tools.fold.samples
+        step = -(-_SLICE // samples) * samples  # the samples of a row stay together
         hi = self._shard.lo
         while hi < self._shard.hi:
             if gate.is_closed:
@@ -226,7 +228,7 @@ class _ShardRunner:
             lo = await self._fold_finished(hi)
             if lo == self._shard.hi or gate.is_closed:
                 return
-            hi = min(lo + _SLICE, self._shard.hi)
+            hi = min(lo + step, self._shard.hi)
             for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
                 if record is not None:
                     self._fold(record, item)

@@ -36,6 +36,10 @@ class ItemTimes:
         if record["status"] == "done" and record["requests"]:
             self._latest.append(record["latency_s"])
             self._own += not is_earlier
+            if self._own == _LEAST_TIMES and not is_earlier:  # these alone show how it goes now
+                own = list(self._latest)[-_LEAST_TIMES:]
+                self._latest.clear()
+                self._latest.extend(own)
 
     @property
     def is_current(self) -> bool:

@@ -120,6 +120,22 @@ async def test_samples_that_fail(lab_of: LabMaker) -> None:
         assert again.progress["requests"] == 120 + sum(failed.values())
 
 
+async def test_rows_across_the_slices_of_a_shard_are_counted_once(lab_of: LabMaker) -> None:
+    """A retry reads the ended items of a shard in slices, which must not divide a row."""
+    async with lab_of(items=100, ttft_s=0.0, tpot_s=0.0) as lab:
+        lab.config["shard"] = {"items": 300}
+        aggregate = await with_samples(lab).undisturbed()
+        lab.config["limits"]["hedge"] = False
+        lab.config["task"] |= {"repairs": 0}
+        lab.fleet.add_fault(FaultRule("bad_schema", p=0.01, draw="item"))  # 36, 193 and 292
+        result = await lab.live(await lab.begin())
+        assert 0 < result.progress["failed"] < 10
+        lab.fleet.reset()
+        again = await lab.live(retry_failed=True)
+        assert again.exit_code == 0
+        assert again.aggregate == aggregate
+
+
 async def test_a_cache_answers_no_sample_with_another(lab_of: LabMaker) -> None:
     """Without seeds the samples ask the same; each has its own answer, once over two runs."""
     async with lab_of(items=10, ttft_s=0.0, tpot_s=0.0) as lab:

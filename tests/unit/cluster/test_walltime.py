@@ -87,8 +87,10 @@ async def test_the_gate_is_closed_in_time() -> None:
         assert not gate.is_closed
 
 
-def times_of(seconds: float, items: int, is_earlier: bool = False) -> ItemTimes:
-    times = ItemTimes()
+def times_of(
+    seconds: float, items: int, is_earlier: bool = False, after: ItemTimes | None = None
+) -> ItemTimes:
+    times = after or ItemTimes()
     record = {"status": "done", "requests": 1, "latency_s": seconds}
     for _ in range(items):
         times.add(record, is_earlier)
@@ -102,6 +104,7 @@ def times_of(seconds: float, items: int, is_earlier: bool = False) -> ItemTimes:
         (times_of(500.0, 20), False),  # they fit
         (times_of(700.0, 19), False),  # too few
         (times_of(700.0, 20, is_earlier=True), False),  # this session must try
+        (times_of(30.0, 20, after=times_of(700.0, 256, is_earlier=True)), False),  # it is faster
         (None, False),
     ],
 )

@@ -34,6 +34,7 @@ class Server:
         self.answer = web.json_response({"text": "spoken", "usage": {"type": "duration"}})
         self.status = dict[str, list[int]]()
         self.headers = list[dict[str, str]]()
+        self.queries = list[str]()
         self.port = 0
 
     async def transcribe(self, request: web.Request) -> web.Response:
@@ -54,15 +55,18 @@ class Server:
 
     async def send_file(self, request: web.Request) -> web.Response:
         self.headers.append(dict(request.headers))
+        self.queries.append(request.raw_path.partition("?")[2])
         name = request.match_info["name"]
         targets = {
             "moved": "speech.MP3",
             "away": f"http://localhost:{self.port}/files/a.wav",
             "local": "file:///etc/hostname",
+            "data": "data:audio/wav;base64,AA",
+            "bracket": "http://[x/b",
             "loop": "loop",
         }
         if name in targets:
-            raise web.HTTPFound(targets[name])
+            return web.Response(status=302, headers={"Location": targets[name]})
         if statuses := self.status.get(name):
             return web.Response(status=statuses.pop(0))
         if name == "large":
@@ -191,17 +195,18 @@ async def test_a_host_that_fails_once_is_asked_again(
     [
         ("away", "redirects to another place: files are not fetched from localhost; allow it"),
         ("local", "redirects to another place: give the URL of a file"),
+        ("data", "redirects to a data URL"),
+        ("bracket", "redirects to a malformed URL"),
         ("loop", "more than 5 redirects"),
         ("large", "larger than 26,214,400 bytes"),
         ("gone", "HTTP 404"),
-        ("busy", "HTTP 503"),
     ],
 )
 async def test_a_file_that_cannot_be_fetched(
     server: Server, monkeypatch: pytest.MonkeyPatch, path: str, message: str
 ) -> None:
     monkeypatch.setattr(files, "_WAIT", wait_exponential(multiplier=0.01))
-    server.status = {"gone": [404], "busy": [503] * 3}
+    server.status = {"gone": [404]}
     url = f"http://127.0.0.1:{server.port}/files/{path}?signature=1"
     with pytest.raises(InvalidItemError, match=message) as caught:
         await ask(server, url, "127.0.0.1")
@@ -209,10 +214,22 @@ async def test_a_file_that_cannot_be_fetched(
     assert not server.forms
 
 
-async def test_a_host_that_is_dead(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_host_that_is_dead_or_busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The item is not to blame: the file may be there later."""
     monkeypatch.setattr(files, "_WAIT", wait_exponential(multiplier=0.01))
-    with pytest.raises(InvalidItemError, match=r"the file http://127.0.0.1:9/a.wav: .*connect"):
+    with pytest.raises(EndpointError, match=r"the file http://127.0.0.1:9/a.wav: .*connect"):
         await ask(server, "http://127.0.0.1:9/a.wav", "127.0.0.1")
+    server.status = {"busy": [503] * 3}
+    with pytest.raises(EndpointError, match="HTTP 503") as caught:
+        await ask(server, f"http://127.0.0.1:{server.port}/files/busy?signature=1", "127.0.0.1")
+    assert "signature" not in caught.value.message
+
+
+async def test_a_url_is_fetched_as_it_is_written(server: Server) -> None:
+    """Its query may be signed."""
+    query = "x=a%2Fb%3Aq&y=%e4"
+    await ask(server, f"http://127.0.0.1:{server.port}/files/a.wav?{query}", "127.0.0.1")
+    assert server.queries == [query]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +249,7 @@ async def test_a_host_that_is_dead(server: Server, monkeypatch: pytest.MonkeyPat
         ("http://good/\n", "malformed"),
         ("http://good.bad/a", "not fetched from good.bad"),
         ("https://bad/a", "not fetched from bad; allow it with --allowed-media-domains bad"),
+        ("http://[::1]/a", "not fetched from IPv6 addresses (::1); name the host"),
         ("http://good/a", None),
         ("https://GOOD:81/a?b#c", None),
         ("data:audio/wav;base64,AA", None),

@@ -43,6 +43,32 @@ def test_a_worker_between_two_tasks_keeps_its_share() -> None:
     assert lender.update({"a"}, 126.0) == {"a": 1.0}
 
 
+@pytest.mark.parametrize("pause_s", [25.0, 300.0])
+def test_workers_keep_their_shares_between_two_runs(pause_s: float) -> None:
+    lender = RateLender(1 / 2, WINDOW_S)
+    lender.update({"a", "b"}, 0.0)
+    shares = {"a": 0.5, "b": 0.5}
+    assert lender.update({"a", "b"}, 11.0) == shares
+    lender.begin_run(11.0 + pause_s)
+    assert lender.update({"a", "b"}, 12.0 + pause_s) == shares
+
+
+def test_other_workers_have_shares_at_once_after_a_long_pause() -> None:
+    lender = RateLender(1 / 2, WINDOW_S)
+    lender.update({"a", "b"}, 0.0)
+    lender.begin_run(300.0)
+    assert lender.update({"c", "d"}, 301.0) == {"c": 0.5, "d": 0.5}
+
+
+def test_other_workers_wait_after_a_short_pause() -> None:
+    lender = RateLender(1 / 2, WINDOW_S)
+    lender.update({"a", "b"}, 0.0)
+    lender.begin_run(30.0)
+    assert lender.update({"c", "d"}, 31.0) == {"a": 0.25, "b": 0.25, "c": 0.0, "d": 0.0}
+    assert sum(lender.update({"c", "d"}, 60.0).values()) == 0.0
+    assert lender.update({"c", "d"}, 140.0) == {"c": 0.5, "d": 0.5}
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 40.0), st.sets(st.sampled_from("abcdefgh"), max_size=8)),

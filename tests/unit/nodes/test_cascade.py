@@ -270,6 +270,14 @@ def test_the_plan_is_that_of_the_worst_case() -> None:
     assert make_operator(SETTINGS | {"samples": 5}).plan(size)[0].calls == 5000
 
 
+@pytest.mark.parametrize(("items", "probed"), [(0, 0), (2, 2), (47, 3), (94, 3), (147, 3)])
+def test_as_many_items_as_there_are_show_whether_there_are_log_probabilities(
+    items: int, probed: int
+) -> None:
+    plan = make_operator(SETTINGS).plan(SizeEstimate(items, 50.0, None, 200))
+    assert (plan[0].calls, plan[0].answer_tokens) == (probed, 200 * probed)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("delta", "most"), [(0.1, 30), (0.05, 18)])
 @pytest.mark.parametrize("has_logprobs", [True, False])

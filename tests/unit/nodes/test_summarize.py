@@ -42,11 +42,13 @@ class Model:
     Attributes:
         failed: Questions that fail.
         invents: Whether statements name an id that is not in the question.
+        brackets: Whether it repeats the brackets in which labels are shown.
         levels: Names of the levels, with their questions.
     """
 
     failed: frozenset[str] = frozenset()
     invents: bool = False
+    brackets: bool = False
     levels: list[tuple[str, list[Question]]] = field(default_factory=list)
 
     async def ask(
@@ -62,7 +64,8 @@ class Model:
             return Answer(question.id, None, "TruncatedAnswerError", "cut", {})
         ids = re.findall(r"^\[([^\]]+)\]", question.row["texts"], re.MULTILINE)
         more = ["i999999"] if self.invents else []
-        statement = {"text": f"about {len(ids)}", "ids": [*ids, *more]}
+        named = [f"[{name}]" if self.brackets else name for name in [*ids, *more]]
+        statement = {"text": f"about {len(ids)}", "ids": named}
         return Answer(question.id, {"statements": [statement]}, None, None, {})
 
 
@@ -102,8 +105,9 @@ async def test_groups_get_a_summary_each() -> None:
     assert found["b"]["statements"][0]["sources"] == [f"i{n}" for n in range(1, 41, 2)]
 
 
-async def test_invented_ids_are_left_out_and_counted() -> None:
-    model = Model(invents=True)
+@pytest.mark.parametrize("brackets", [False, True])
+async def test_invented_ids_are_left_out_and_counted(brackets: bool) -> None:
+    model = Model(invents=True, brackets=brackets)
     (result,) = (await summarize(model, 30)).results
     (statement,) = result.output["statements"]
     assert statement["sources"] == [f"i{n}" for n in range(30)]

@@ -178,6 +178,25 @@ async def test_backends_are_closed_with_a_run_that_leaves_work_behind(ends: str)
     work.cancel()
 
 
+async def test_shards_of_the_run_before_are_not_adopted() -> None:
+    """Shards of two runs have the same names, and other items."""
+    site = Site("a", 2)
+
+    async def answer() -> dict[str, Json]:
+        return summary("0-5", range(1))
+
+    site.left = {"0-5": answer()}
+    shards = await opened(site, stays_open=True)
+    assert shards.pool.orphaned == ["0-5"]
+    await until(lambda: shards.pool.in_flight == 0)
+    site.left = {}
+    await shards.pool.close_run()
+    await shards.pool.open_run()
+    assert not shards.pool.is_closed
+    assert shards.pool.orphaned == []
+    await shards.pool.close()
+
+
 async def test_backends_that_did_not_start_are_closed() -> None:
     site = Site("a", 1)
     site.fails = [BackendError("not now")]
