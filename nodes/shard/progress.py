@@ -33,8 +33,9 @@ class ItemTimes:
             record: The record.
             is_earlier: Whether an earlier session wrote it.
         """
-        if record["status"] == "done" and record["requests"]:
-            self._latest.append(record["latency_s"])
+        seconds = record.get("latency_s")
+        if record["status"] == "done" and record["requests"] and isinstance(seconds, int | float):
+            self._latest.append(seconds)
             self._own += not is_earlier
             if self._own == _LEAST_TIMES and not is_earlier:  # these alone show how it goes now
                 own = list(self._latest)[-_LEAST_TIMES:]

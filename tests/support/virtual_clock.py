@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -81,12 +82,19 @@ class _JumpingSelector(selectors.DefaultSelector):
 def run_virtual(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine in virtual time; ``time.monotonic`` and ``perf_counter`` show that time.
 
+    Threads that run already, those of other tests' servers for example, keep the real time.
+
     Args:
         main: Makes the coroutine, inside the loop's time.
     """
-    loop = VirtualLoop()
+    loop, here = VirtualLoop(), threading.get_ident()
+    others = {thread.ident for thread in threading.enumerate() if thread.ident != here}
+
+    def show(real: Callable[[], float]) -> Callable[[], float]:
+        return lambda: real() if threading.get_ident() in others else loop.now
+
     with ExitStack() as stack:
         for name in ("monotonic", "perf_counter"):
-            stack.enter_context(mock.patch.object(time, name, loop.time))
+            stack.enter_context(mock.patch.object(time, name, show(getattr(time, name))))
         runner = stack.enter_context(asyncio.Runner(loop_factory=lambda: loop))
         return runner.run(main())

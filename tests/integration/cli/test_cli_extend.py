@@ -327,15 +327,15 @@ def test_running_source_is_refused(shell: Shell) -> None:
 
 KILL = """
 import os, signal
-from fanfold.backends.storage import journal_file
+from fanfold.backends.storage.journal_writer import JournalWriter
 from fanfold.graphs.cli.app import main
-write, count = journal_file.JournalWriter.write, [0]
+write, count = JournalWriter.write, [0]
 def deadly(self, record):
     count[0] += 1
     if count[0] == {lines}:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(self, record)
-journal_file.JournalWriter.write = deadly
+JournalWriter.write = deadly
 main()
 """
 

@@ -21,7 +21,7 @@ RECORD = BatchRecord(1, 1, "/c/a.jsonl", "/c/a.out", "ab", 0, 100)
 async def journal(folder: Path) -> None:
     writer = JournalWriter(folder / "0001.jsonl", {"run": "r"}, 60.0)
     writer.write({"index": 0})
-    await writer.flush()
+    await writer.flush(at_once=True)
     await writer.close()
 
 

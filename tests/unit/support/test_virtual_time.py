@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -37,6 +38,27 @@ def test_the_clock_stands_while_a_thread_works() -> None:
         return between
 
     assert run_virtual(main) == 0.0
+
+
+def test_threads_of_others_keep_the_real_time() -> None:
+    asked, told = threading.Event(), threading.Event()
+    seen = list[float]()
+
+    def look() -> None:
+        asked.wait(30)
+        seen.append(time.monotonic())
+        told.set()
+
+    async def main() -> None:
+        await asyncio.sleep(86_400.0)
+        asked.set()
+        told.wait(30)
+
+    thread, before = threading.Thread(target=look), time.monotonic()
+    thread.start()
+    run_virtual(main)
+    thread.join()
+    assert before <= seen[0] < before + 3600
 
 
 def test_a_deadlock_is_an_error() -> None:
