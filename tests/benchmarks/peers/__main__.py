@@ -94,7 +94,7 @@ def main() -> None:
     """Measure, and write ``docs/benchmarks/peers/``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=4_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=DOCS / "peers", help="folder for the figures")
     given = parser.parse_args()
     machine = describe_machine()
