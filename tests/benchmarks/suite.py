@@ -1,7 +1,7 @@
 """``make bench-quick`` and ``make bench``: the published figures.
 
 Each case runs whole processes against a simulated fleet in another process, and alternates its
-sides round by round. ``bench-quick`` takes at most 3 minutes, ``bench`` at most 30 on two cores.
+sides round by round. ``bench-quick`` takes about 4 minutes on two cores.
 """
 
 from __future__ import annotations
