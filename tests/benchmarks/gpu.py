@@ -3,7 +3,7 @@
 For anyone with a server of vLLM and a GPU: both clients send the same prompts to the same server,
 with the same number in flight and the same length of answers, and alternate round by round. Each
 round has prompts of its own, so that the server's prefix cache helps neither. ``vllm`` must be
-on the PATH, or be named by ``--vllm``.
+on the PATH, or be named by ``--vllm``, with its extra ``bench``.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def run_fanfold(folder: Path, given: argparse.Namespace) -> float:
     }
     (folder / "bench.json").write_text(json.dumps(settings))
     command = [sys.executable, "-P", "-m", "fanfold", "run", "bench.json", "--out", "run", "--json"]
-    subprocess.run([*command, "--no-report"], cwd=folder, check=True, stdout=subprocess.PIPE)
+    subprocess.run([*command, "--no-report"], cwd=folder, check=False, stdout=subprocess.PIPE)
     rows: list[dict[str, Any]] = pq.read_table(folder / "run" / "results.parquet").to_pylist()
-    assert all(row["status"] == "done" for row in rows), "not all items were answered"
+    # answers end at their limit, so that items count as truncated
+    assert all(row["completion_tokens"] == given.tokens for row in rows), "not all were answered"
     ends = [datetime.fromisoformat(str(row["finished_at"])).timestamp() for row in rows]
     begins = [end - row["latency_s"] for end, row in zip(ends, rows, strict=True)]
     return float(sum(row["completion_tokens"] for row in rows) / (max(ends) - min(begins)))
