@@ -159,3 +159,26 @@ def test_the_next_run_has_what_is_left_of_a_quota() -> None:
             assert fleet.limiter.quota is None
 
     run_virtual(run)
+
+
+def test_an_endpoint_that_leaves_and_returns_begins_anew_and_is_remembered() -> None:
+    """It may be another server: neither the width nor the speed of the old one applies to it."""
+
+    async def run() -> None:
+        runs = Runs(2)
+        specs = [EndpointSpec(url) for url in runs.servers]
+        async with runs.fleet() as fleet:
+            await ask(fleet, 64)
+            before = fleet.endpoints[0]
+            before.limit.width = 60
+            fleet.update(specs[1:])
+            fleet.update(specs)
+            assert fleet.endpoints[0] is before
+            assert (before.width, before.latency_s) == (8, 0.0)
+            await ask(fleet, 64)
+            speed = before.latency_s
+            assert speed > 0
+        async with runs.fleet() as fleet:
+            assert fleet.endpoints[0].latency_s == speed
+
+    run_virtual(run)

@@ -161,6 +161,17 @@ async def test_backends_that_stay_open_are_started_once_for_several_runs() -> No
     assert (site.closed, shards.pool.is_closed) == (1, True)
 
 
+async def test_a_backend_that_has_failed_is_not_kept_for_the_next_run() -> None:
+    site = Site("a", 1)
+    shards = await opened(site, stays_open=True)
+    member = await shards.pool.acquire()
+    assert member is not None
+    member.release()
+    member.failure = BackendError("it cannot be reached")
+    await shards.pool.close_run()
+    assert (site.closed, shards.pool.is_closed) == (1, True)
+
+
 @pytest.mark.parametrize("ends", ["stopped", "in flight"])
 async def test_backends_are_closed_with_a_run_that_leaves_work_behind(ends: str) -> None:
     """Their workers must not write to the journal of a run that has ended."""
