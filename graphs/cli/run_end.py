@@ -9,7 +9,8 @@ from typing import Any
 from ...backends.budget.cost import describe_cost
 from ...backends.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED
 from ..jobs.usage import job_report_offline
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import print_json, print_messages
+from ..run.rich_console import Terminal
 from ..run.run_result import RunResult
 from . import status
 from .evaluation_text import (

@@ -13,7 +13,8 @@ from ...backends.core.money import NANO_PER_USD
 from ...backends.core.values import is_count
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import print_json, print_messages
+from ..run.rich_console import Terminal
 from ..run.stage_folder import describe_stage, find_models, is_operator, list_stage_runs
 from .format import Column, format_usd_amount, make_table
 

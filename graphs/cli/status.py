@@ -41,14 +41,9 @@ from ...backends.storage.run_folder import (
     read_silent_endpoints,
     read_state,
 )
-from ..run.console import (
-    Terminal,
-    format_count,
-    print_json,
-    print_message,
-    print_messages,
-)
+from ..run.console import format_count, print_json, print_messages
 from ..run.next_steps import FINISHED, continue_lines, find_next_command
+from ..run.rich_console import Terminal, print_message
 from .evaluation_text import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
