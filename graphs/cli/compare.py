@@ -17,7 +17,7 @@ from rich.text import Text
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
-from ...configs.evaluation import METRICS
+from ...configs.figure_names import METRICS
 from ..run.console import open_data_stream, print_messages
 from ..run.rich_console import Terminal
 from .evaluation_text import format_figure, format_interval

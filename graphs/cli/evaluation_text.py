@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ...backends.core.errors import FanfoldError
 from ...backends.storage.run_folder import EVALUATION_REFUSED, RunFolder, read_evaluation
-from ...configs.evaluation import METRICS, MISSING_CAUSES
+from ...configs.figure_names import METRICS, MISSING_CAUSES
 from .format import Column, format_cell, make_table
 
 _IN_STATUS: Final = ("accuracy", "f1_macro", "kappa", "mae", "rmse", "spearman")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -86,6 +85,8 @@ def schema_text() -> str:
 
 
 def _shipped(name: str) -> str:
+    from importlib.resources import files
+
     return (files("fanfold.backends.workers.globus") / name).read_text(encoding="utf-8")
 
 

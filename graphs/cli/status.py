@@ -25,7 +25,7 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
-from ...backends.budget.pricing import read_price
+from ...backends.budget.price import read_price
 from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
