@@ -51,7 +51,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ...configs.resolve import Overrides
+    from ...configs.overrides import Overrides
 
 _SHOWN_LOGGERS: Final = (
     "fanfold.backends.discovery.connect.choice",

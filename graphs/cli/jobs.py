@@ -23,7 +23,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ...configs.resolve import Overrides
+    from ...configs.overrides import Overrides
 
 chain = Group("chain", help="Commands that the job script calls.", hidden=True)
 

@@ -206,7 +206,7 @@ class OutputMode:
 def take_overrides(*names: str) -> Decorator[Any]:
     """Add shared options to a command.
 
-    The command gets them as one :class:`~fanfold.configs.resolve.Overrides`, its parameter
+    The command gets them as one :class:`~fanfold.configs.overrides.Overrides`, its parameter
     ``changes``, and ``as_json``, ``quiet`` and ``no_report`` as ``output``.
 
     Args:
@@ -223,7 +223,7 @@ def take_overrides(*names: str) -> Decorator[Any]:
 
 
 def _call(command: Callable[..., Any], names: tuple[str, ...], **given: Any) -> Any:
-    from ...configs.resolve import Overrides
+    from ...configs.overrides import Overrides
 
     shared = {name: given.pop(name) for name in names}
     if "quiet" in shared:

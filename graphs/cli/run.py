@@ -20,7 +20,7 @@ from ...backends.core.errors import (
 from ...backends.core.money import NANO_PER_USD
 from ...backends.storage.run_folder import RunFolder, get_run_ids, is_vacant, open_folder
 from ...configs.loader import LoadedConfig
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ..run.checkpoints import check_saver
 from ..run.console import print_json, print_messages
 from ..run.extend import Extension

@@ -24,7 +24,7 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...configs.loader import LoadedConfig, load_config, make_portable
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ...configs.serialize import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
