@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import escape_controls
+from ..run.console import describe_other_groups
 
 if TYPE_CHECKING:
     from ..run.forecast import Forecast, Range, RunPlan
@@ -314,8 +315,8 @@ def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
         )
     else:
         yield Text("no groups", style="italic")
-    if others := stage["others"]:
-        yield Text(f"and {others:,} items in further groups (max_groups)", style="italic")
+    if others := describe_other_groups(stage):
+        yield Text(f"{others} (max_groups)", style="italic")
 
 
 def _facts(stage: Mapping[str, Any], hidden: Collection[str] = _HIDDEN) -> Table:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import pyarrow as pa
 from markupsafe import Markup
 
+from ..run.console import describe_other_groups
 from .charts import Charts
 from .molecules import SMILES_NAMES, DrawMolecule
 from .rows import TableColumn
@@ -155,8 +156,8 @@ class FindingMaker:
             name != "group" and all(_is_number(row.get(name, 0)) for row in flat) for name in head
         ]
         notes = [f"the first {_MOST_ROWS:,} of {len(flat):,} rows"] * (len(flat) > _MOST_ROWS)
-        if others := entry.get("others"):
-            notes.append(f"{others:,} items in further groups")
+        if others := describe_other_groups(entry):
+            notes.append(others)
         title, svg = _title(entry), None
         ranges = [found for one in groups if (found := _find_range(one))][:_MOST_BARS]
         if self.charts and ranges:
