@@ -262,6 +262,14 @@ def test_an_item_is_in_the_group_of_each_of_its_elements() -> None:
     assert top["a"]["rows"][0]["output"] == {"x": [{"k": "a", "v": 1}, {"k": "a", "v": 3}]}
 
 
+def test_ids_of_more_than_64_bits_are_groups_of_their_own() -> None:
+    found = one({"op": "count", "group_by": "x"}, outcomes([2**63 + 1, 2**63, -(2**63), 2**63]))
+    sizes = {group["group"]: group["size"] for group in found["groups"]}
+    assert sizes == {"0x8000000000000000": 2, "0x8000000000000001": 1, -(2**63): 1}
+    counts = one({"op": "histogram", "field": "x"}, outcomes([2**63 + 1, 2**63, 2**63]))["counts"]
+    assert [entry["count"] for entry in counts] == [2, 1]
+
+
 def test_long_names_of_groups_are_cut() -> None:
     found = grouped({"op": "count", "group_by": "x"}, outcomes(["é" * 300 + "a", "é" * 300 + "b"]))
     assert found["é" * 199 + "…"]["size"] == 2
