@@ -262,6 +262,7 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
+        await stack.enter_async_context(note_counts(folder, tools))
         times = await asyncio.to_thread(_learn_times, tools, journal)
         stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
         yield tools
