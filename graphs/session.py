@@ -33,7 +33,7 @@ from ..backends.core.errors import (
     JournalError,
     RunStoppedError,
 )
-from ..backends.core.money import NANO_PER_USD
+from ..backends.core.terminal import count_nouns
 from ..backends.core.types import Shard
 from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
@@ -388,7 +388,7 @@ async def run_pilot(
                 chosen = _choose_items(tools, count, about["input"]["digest"])
                 async with show_progress(tools, console, options.quiet):
                     await _run_items(tools, chosen, stop, folder)
-                this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
+                this["outcome"] = f"pilot of {count_nouns(len(chosen), 'item')}; resumable"
                 this.update(count_for_list(tools))
             return await asyncio.to_thread(_measure_pilot, tools, loaded, about, chosen)
 

@@ -22,7 +22,7 @@ import orjson
 
 from ..core.errors import ConfigurationError, JournalError
 from ..core.types import Json
-from ..core.values import check_counts
+from ..core.values import check_counts, is_count
 
 PROVENANCE_VERSION: Final = 2
 EVALUATION_VERSION: Final = 1

@@ -155,7 +155,7 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "Endpoints", ", ".join(endpoints[:_MOST_NAMES]) + (f" and {more:,} more" * (more > 0))
     yield "Input", shorten(str(data.about["input"]["source"]))
     if known := data.about.get("from"):
-        yield "Taken over", f"{known['done']:,} answers of run {known['run']}"
+        yield "Taken over", f"{count_nouns(known['done'], 'answer')} of run {known['run']}"
 
 
 def _list_operator_facts(operator: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,7 @@ async def note_counts(folder: RunFolder, tools: RunTools) -> AsyncIterator[None]
 
     A failure is a warning, once: the journal has the items.
     """
-    failed = False
+    failed, ended = False, asyncio.Event()
 
     async def write() -> None:
         nonlocal failed
@@ -46,15 +46,15 @@ async def note_counts(folder: RunFolder, tools: RunTools) -> AsyncIterator[None]
             failed = True
 
     async def follow() -> None:
-        while True:
+        while not ended.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_NOTE_S):
+                    await ended.wait()
             await write()
-            await asyncio.sleep(_NOTE_S)
 
     following = asyncio.create_task(follow())
     try:
         yield
     finally:
-        following.cancel()
-        with suppress(asyncio.CancelledError):
-            await following
-        await write()
+        ended.set()  # not cancelled: its thread would go on writing
+        await following
