@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphDrained
@@ -291,10 +291,16 @@ class Session:
         )
 
 
+_UNITS: Final = {"usd": "USD", "node_hours": "node-hours"}
+"""Limits whose name is no word."""
+
+
 def _reason(interrupts: Sequence[Interrupt], tools: OpenRun) -> str:
     """Return which limit is exhausted, and the total required to finish."""
     question: dict[str, Any] = interrupts[0].value
-    needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
+    needs = (
+        f"{value:,} {_UNITS.get(name, name)}" for name, value in question["total_to_finish"].items()
+    )
     to_finish = ", ".join(needs)
     reason = tools.gate.reason or question["why"]
     left = tools.batches is not None and tools.batches.report().batches and tools.gate.left
