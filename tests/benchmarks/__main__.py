@@ -19,6 +19,7 @@ from . import (
     parts,
     ranking,
     resume,
+    resume_runs,
     reuse,
     shards,
     stages,
@@ -71,7 +72,7 @@ def main() -> None:  # noqa: PLR0912 - a branch for each measurement
     if "resume" in names:
         resume.measure(200_000)
     if "resume_runs" in names:
-        resume.measure_runs(max(given.items))
+        resume_runs.measure(max(given.items))
     if "reuse" in names:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "shards" in names:
