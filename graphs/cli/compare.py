@@ -19,7 +19,7 @@ from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
 from ...configs.evaluation import METRICS
 from ..report.texts import has_long_word
-from ..run.console import Terminal, open_data_stream, print_messages
+from ..run.console import Terminal, open_data_stream, print_line, print_messages
 from .evaluation_text import format_figure, format_interval
 from .format import Column, format_cell, format_duration, format_usd_amount, make_table
 
@@ -109,10 +109,8 @@ def _open_target(target: Path) -> Any:
 
 def show_comparison(found: dict[str, Any], fields: list[str], console: Console) -> None:
     """Print a comparison: fields, changed items, gold figures, cost and latency."""
-    for line in head_lines(found):
-        console.print(Text(format_cell(line, None).plain), soft_wrap=True)
-    for line in field_lines(found):
-        console.print(Text(format_cell(line, None).plain), soft_wrap=True)
+    for line in (*head_lines(found), *field_lines(found)):
+        print_line(console, format_cell(line, None).plain)
     _print_table("agreement", field_columns(found), console)
     chosen = found["fields"] if fields else _choose_fields(found)
     for one in chosen:
@@ -124,7 +122,7 @@ def show_comparison(found: dict[str, Any], fields: list[str], console: Console) 
         title = f"{one['field']} against {one['gold']}"
         _print_table(title, gold_columns(one), console)
         for line in difference_lines(one):
-            console.print(Text(line), soft_wrap=True)
+            print_line(console, line)
     _print_table("cost and latency", side_columns(found), console)
     if found["settings"]:
         console.print(Text("settings that differ (A → B)", style="bold"))
@@ -144,7 +142,7 @@ def _choose_fields(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _print_table(title: str, columns: Sequence[Column], console: Console) -> None:
-    console.print(Text(format_cell(title, None).plain, style="bold"), soft_wrap=True)
+    print_line(console, format_cell(title, None).plain, "bold")
     for part in make_table(columns, console.width):
         console.print(part)
 

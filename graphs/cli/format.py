@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import escape_controls
+from ..run.console import print_line
 
 if TYPE_CHECKING:
     from ..run.forecast import Forecast, Range, RunPlan
@@ -237,7 +238,7 @@ def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Co
             if name := format_cell(stage.get(key)).plain:
                 title += f": {name}"
         mark = "   simulated: true" if simulated else ""
-        console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
+        print_line(console, f"{title}{mark}", "bold")
         for part in _tables(stage, console.width):
             console.print(part)
 
