@@ -292,7 +292,7 @@ def _seconds(value: float | None) -> str:
 
 
 _STYLE: Final = (
-    ":root{color-scheme:light dark;--m:#66727f;--l:#e3e7ec}"
+    ":root{color-scheme:light dark;--m:#56626f;--l:#e3e7ec}"
     "@media(prefers-color-scheme:dark){:root{--m:#98a4b0;--l:#2c343d}}"
     'body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",Arial,sans-serif;'
     "font-variant-numeric:tabular-nums;margin:0 auto;max-width:1440px;padding:28px 32px}"
