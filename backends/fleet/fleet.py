@@ -108,7 +108,11 @@ class Fleet:
             self.endpoints, self.policy, self._transport, self.limiter.quota
         )
         self._sender = RequestSender(
-            self._transport, self._monitor, simulated, self.policy.own_fields
+            self._transport,
+            self._monitor,
+            simulated,
+            self.policy.own_fields,
+            self.policy.optional_fields,
         )
         balancer, hedge = self._monitor.balancer, self.policy.hedge
         self._hedger = Hedger(hedge, balancer, self._sender.send) if hedge else None

@@ -48,6 +48,12 @@ _LABEL_SHARE: Final = 2
 _STATEMENT_TOKENS: Final = 40
 """Tokens of a short statement in an answer, without its labels."""
 
+_ANSWER: Final = 1024
+"""Tokens of an answer if the settings do not say it, at least if the context has room."""
+_LEAST_ANSWER: Final = 256
+_ANSWER_PART: Final = 4
+"""Part of the context, one in so many, that such an answer may take."""
+
 _LEAF: Final = """\
 {instruction}
 
@@ -267,6 +273,13 @@ class Summarize(Operator):
             return self.group_tokens
         left = _MOST_GROUP if context is None else context - answer - _OVERHEAD
         return max(100, min(_MOST_GROUP, left - len(self.prompt) // 3))
+
+    def choose_answer_tokens(self, context_tokens: int | None) -> int:
+        """Return what statements and labels need, at most a part of the model's context."""
+        wanted = max(_ANSWER, _LABEL_SHARE * self.statements * _STATEMENT_TOKENS)
+        if context_tokens is None:
+            return wanted
+        return min(wanted, max(_LEAST_ANSWER, context_tokens // _ANSWER_PART))
 
     def find_warnings(self, answer_tokens: int) -> list[str]:
         """Return a line if answers are likely to be cut off."""
