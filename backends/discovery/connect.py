@@ -652,7 +652,9 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
     if share is not None:
         policy = replace(policy, rate_limit=replace(policy.rate_limit, share=share))
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
-    opening = Fleet(specs, policy, simulated=ready.simulated, cache=cache, memory=memory)
+    opening = Fleet(
+        specs, policy, simulated=ready.simulated, cache=cache, memory=memory, model=ready.model
+    )
     async with opening as fleet:
         if endpoint_set is None or endpoint_set.source is None:
             yield fleet
