@@ -72,6 +72,7 @@ from .batch_output import write_batch_output
 from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
 from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
+from .noted_counts import note_counts
 from .pipeline_resources import PipelineResources
 from .prepare import (
     check_requests,
@@ -262,8 +263,12 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        times = await asyncio.to_thread(_learn_times, tools, journal)
-        stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
+        await stack.enter_async_context(note_counts(folder, tools))
+        stack.enter_context(
+            close_at_deadline(
+                tools.gate, options.deadline, await asyncio.to_thread(_learn_times, tools, journal)
+            )
+        )
         yield tools
 
 
@@ -383,7 +388,7 @@ def _gate(config: RunConfig) -> Gate:
     """Return the gate for items in flight; shards on workers are bounded by their backends."""
     backend, drain_s = config.backend, config.limits.drain_s
     if backend.is_remote:
-        return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shards")
+        return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shard")
     if backend.is_batch:
         return Gate(backend.lines * backend.active, drain_s, left=_BATCHES_LEFT)
     return Gate(config.limits.streams, drain_s)
