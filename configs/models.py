@@ -441,7 +441,7 @@ class LimitsConfig(Section):
     endpoint_tokens_per_min: Annotated[float, Field(gt=0)] | None = None
     retry_budget: Annotated[float, Field(gt=0, le=100)] | None = None
     affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    order: Literal["auto", "input"] = "input"
+    order: Literal["auto", "input"] = "auto"
     load: Literal["metrics", "load"] | None = None
     walltime_s: PositiveDuration | None = None
     body_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 64 * 2**20

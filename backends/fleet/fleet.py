@@ -359,7 +359,7 @@ class Fleet:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: No item can succeed any more.
         """
-        return self._call(body, self._send)
+        return self._call(body, self._send, shorten=True)
 
     async def attach_file(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a request with the content of the file that it names, if it names one.
@@ -404,11 +404,11 @@ class Fleet:
                 log.calls -= 1
 
     def _call(
-        self, body: Mapping[str, Any], send: SendFunction[T]
+        self, body: Mapping[str, Any], send: SendFunction[T], *, shorten: bool = False
     ) -> Awaitable[tuple[T, Endpoint]]:
         if self._load is not None:
             self._load.start()
-        return self._retrier.call(body, send)
+        return self._retrier.call(body, send, shorten=shorten)
 
 
 def _seed_sample(body: Mapping[str, Any], log: CallLog | None) -> Mapping[str, Any]:

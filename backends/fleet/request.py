@@ -94,7 +94,7 @@ class RequestCharge:
 
     Attributes:
         log: The item's log, or None.
-        body: The request.
+        body: The request as it is sent; its answer may be limited further than that of the call.
         reservation: What is reserved for it; None if there is no limit, or it has ended.
         ended: Whether its end is known.
         endpoint_usage: The item's usage of its endpoint; None until it is sent, or without a log.
@@ -132,7 +132,12 @@ class RequestCharge:
 
     @classmethod
     async def reserve(
-        cls, log: CallLog | None, body: Mapping[str, Any], lost: LostRequests | None = None
+        cls,
+        log: CallLog | None,
+        body: Mapping[str, Any],
+        lost: LostRequests | None = None,
+        *,
+        shorten: bool = False,
     ) -> RequestCharge:
         """Reserve the maximum cost of a request.
 
@@ -140,6 +145,7 @@ class RequestCharge:
             log: The item's log, or None.
             body: The request.
             lost: The lost requests of its call, or None.
+            shorten: Whether its answer may be limited further if the budget is short.
 
         Raises:
             BudgetExhaustedError: The budget does not cover it.
@@ -153,7 +159,14 @@ class RequestCharge:
                 "the model's configured max_tokens, or set one in the call"
             )
             raise ConfigurationError(msg)
-        return cls(log, body, await log.account.reserve(max_usage(body), body, log), lost=lost)
+        most = max_usage(body)
+        # Other kinds of requests, and those for several answers, keep their limit.
+        shorten = shorten and URL_FIELD not in body and int(body.get("n") or 1) == 1
+        reservation = await log.account.reserve(most, body, log, shorten=shorten)
+        answer = reservation.usage.completion
+        if answer is not None and answer != most.completion:
+            body = lower_max_tokens(body, answer)
+        return cls(log, body, reservation, lost=lost)
 
     def reserve_again(self) -> RequestCharge | None:
         """Reserve the same for a second request, if the budget covers it at once."""
