@@ -264,11 +264,8 @@ async def open_run(
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
         await stack.enter_async_context(note_counts(folder, tools))
-        stack.enter_context(
-            close_at_deadline(
-                tools.gate, options.deadline, await asyncio.to_thread(_learn_times, tools, journal)
-            )
-        )
+        times = await asyncio.to_thread(_learn_from_records, tools, journal, budget)
+        stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
         yield tools
 
 
@@ -366,8 +363,10 @@ def _check_trace(options: OpenOptions) -> None:
         raise ConfigurationError(msg)
 
 
-def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
-    """Learn from earlier sessions how long items of this process take; blocks.
+def _learn_from_records(
+    tools: OpenRun, journal: Journal, budget: RunBudget | None
+) -> ItemTimes | None:
+    """Learn from earlier sessions how long items and answers of this process are; blocks.
 
     Returns:
         The times; None if workers or batches do the work, which goes on elsewhere, or if no item
@@ -378,9 +377,12 @@ def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
     if not journal.count_items().open:
         return None
     total, times = tools.progress.total, tools.progress.times
-    for index in random.Random(0).sample(range(total), min(total, _SAMPLED_TIMES)):
+    for index in random.Random(0).sample(range(total), min(total, _SAMPLED_RECORDS)):
         if journal.is_finished(index):
-            times.add(journal.read_record(index), is_earlier=True)
+            record = journal.read_record(index)
+            times.add(record, is_earlier=True)
+            if budget is not None and record["requests"] == 1 and record["completion_tokens"]:
+                budget.budget.lengths.add(record["completion_tokens"])
     return times
 
 
@@ -394,8 +396,8 @@ def _gate(config: RunConfig) -> Gate:
     return Gate(config.limits.streams, drain_s)
 
 
-_SAMPLED_TIMES: Final = 512
-"""Items that are looked at for the times of earlier sessions."""
+_SAMPLED_RECORDS: Final = 512
+"""Records of earlier sessions that are looked at."""
 _BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 
