@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
 from ...configs.evaluation import METRICS
@@ -243,7 +244,7 @@ def difference_lines(one: dict[str, Any]) -> Iterator[str]:
         return
     what = "mean absolute error" if one["mcnemar_p"] is None else "accuracy"
     yield (
-        f"{what} of B minus A over {difference['n']:,} items answered by both: "
+        f"{what} of B minus A over {count_nouns(difference['n'], 'item')} answered by both: "
         f"{format_figure(difference['value'])} ({format_interval(difference)})"
     )
     if one["mcnemar_p"] is not None:
@@ -343,7 +344,9 @@ def render_page(found: dict[str, Any]) -> str:
         parts.append(_render_table(f"{one['field']}: changed items first", row_columns(one)))
         total = one["both"] + one["only_a"] + one["only_b"]
         if total > len(one["rows"]):
-            parts.append(f"<p>{len(one['rows']):,} of {total:,} items; more with --limit N</p>")
+            parts.append(
+                f"<p>{len(one['rows']):,} of {count_nouns(total, 'item')}; more with --limit N</p>"
+            )
     if found["settings"]:
         listed = "".join(f"<li>{_escape(line)}</li>" for line in found["settings"])
         parts.append(f"<h2>Settings that differ (A → B)</h2><ul>{listed}</ul>")

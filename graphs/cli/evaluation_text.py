@@ -8,6 +8,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from ...backends.core.errors import FanfoldError
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import EVALUATION_REFUSED, RunFolder, read_evaluation
 from ...configs.evaluation import METRICS, MISSING_CAUSES
 from ..run.console import print_line
@@ -31,7 +32,7 @@ def show_evaluations(evaluations: list[dict[str, Any]], console: Console) -> Non
 
 
 def _head(one: Mapping[str, Any]) -> str:
-    parts = [f"{one['answered']:,} of {one['items']:,} items answered"]
+    parts = [f"{one['answered']:,} of {count_nouns(one['items'], 'item')} answered"]
     causes = [
         f"{count:,} {MISSING_CAUSES.get(cause, cause)}"
         for cause, count in one["missing_by_cause"].items()

@@ -11,6 +11,8 @@ from typing import Any, Final
 import pyarrow as pa
 from markupsafe import Markup
 
+from ...backends.core.terminal import count_nouns
+from ..run.console import describe_other_groups
 from .charts import Charts
 from .molecules import SMILES_NAMES, DrawMolecule
 from .rows import TableColumn
@@ -162,8 +164,8 @@ class FindingMaker:
             name != "group" and all(_is_number(row.get(name, 0)) for row in flat) for name in head
         ]
         notes = [f"the first {_MOST_ROWS:,} of {len(flat):,} rows"] * (len(flat) > _MOST_ROWS)
-        if others := entry.get("others"):
-            notes.append(f"{others:,} items in further groups")
+        if others := describe_other_groups(entry):
+            notes.append(others)
         title, svg = _title(entry), None
         ranges = [found for one in groups if (found := _find_range(one))][:_MOST_BARS]
         if self.charts and ranges:
@@ -179,7 +181,11 @@ class FindingMaker:
         head = list(dict.fromkeys(str(name) for row in rows[:_MOST_ROWS] for name in row))
         cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
         more = len(rows) - _MOST_ROWS
-        note = f"the first {_MOST_ROWS:,} of {len(rows):,}" if more > 0 else f"{len(rows):,} rows"
+        note = (
+            f"the first {_MOST_ROWS:,} of {len(rows):,}"
+            if more > 0
+            else count_nouns(len(rows), "row")
+        )
         numbers = [all(_is_number(row.get(name)) for row in rows) for name in head]
         return Finding(
             _title(entry), note, None, (), list(map(shorten, head)), cells, numbers, False
@@ -305,7 +311,11 @@ def _title(entry: Mapping[str, Any]) -> str:
 
 
 def _missing(count: object) -> str:
-    return f"{count:,} items without a usable value" if isinstance(count, int) and count else ""
+    return (
+        f"{count_nouns(count, 'item')} without a usable value"
+        if isinstance(count, int) and count
+        else ""
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -188,7 +188,7 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
     yield "Input", shorten(str(data.about["input"]["source"]))
     yield from _list_selection(data.about)
     if known := data.about.get("from"):
-        yield "Taken over", f"{known['done']:,} answers of run {known['run']}"
+        yield "Taken over", f"{count_nouns(known['done'], 'answer')} of run {known['run']}"
 
 
 def _list_selection(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -234,6 +234,7 @@ AGGREGATE: list[Mapping[str, Any]] = [
             {"group": None, "size": 1, "mean": None, "quantiles": {"0.5": None}},
         ],
         "others": 7,
+        "other_groups": 2,
     },
     {
         "op": "top_k",
@@ -277,7 +278,7 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
     groups = found[titles.index("Statistics of x by kind")]
     assert list(groups.head)[:3] == ["group", "size", "mean"]
     assert list(groups.rows[1])[1:3] == ["1", "\u2013"]
-    assert groups.note.startswith("7 items in further groups")
+    assert groups.note.startswith("7 items in 2 smaller groups not shown")
     assert "<img" not in str(groups.svg)
     later = found[titles.index("Of a later version")]
     assert ["groups 1 values n", "3"] in [list(line) for line in later.rows]
