@@ -93,7 +93,7 @@ def list_runs(path: Path, as_json: bool) -> None:
             console.print(part)
         if any(run.done is None for run in runs):
             print_messages([f"{_UNKNOWN}: not counted; 'fanfold status DIR' reads the journal"])
-        if any(run.noted for run in runs):
+        if any(_NOTED in _format_items(run) for run in runs):
             what = "as noted every 10 seconds; 'fanfold status DIR' reads the journal"
             print_messages([f"{_NOTED}: {what}"])
     print_messages([f"not listed: {reason}" for reason in damaged.values()])
