@@ -287,7 +287,8 @@ class TaskConfig(Section):
         fold: How the answers of the samples become one: ``vote``, ``mean``, or one of them by
             field; None averages numbers (``type: number``) and lets all else vote.
         certainty: Field of the answer for whose value the server's probability is recorded; None
-            asks for none. The server must return log probabilities (``logprobs``).
+            asks for none. Answers of a server that returns no log probabilities (``logprobs``), or
+            refuses the field, have none.
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
             which replaces fanfold's item graph; or such a Runnable with its own model, whose
             calls are not counted.

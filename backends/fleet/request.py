@@ -353,6 +353,7 @@ class RequestSender:
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
         own_fields: Whether each request chooses its fields itself.
+        optional_fields: Fields without which a request is sent to endpoints that refuse them.
 
     Attributes:
         simulated: The same, settled by the first answer.
@@ -364,9 +365,10 @@ class RequestSender:
         monitor: HealthMonitor,
         simulated: bool | None,
         own_fields: bool = False,
+        optional_fields: frozenset[str] = frozenset(),
     ) -> None:
         self._transport = transport
-        self._own_fields = own_fields
+        self._own_fields, self._optional_fields = own_fields, optional_fields
         self._monitor = monitor
         self._warned = False
         self.simulated = simulated
@@ -419,7 +421,7 @@ class RequestSender:
                 )
             if isinstance(result, Failure):
                 if not self._own_fields:
-                    result = failures.classify_refused_field(result, body)
+                    result = self._check_refused_field(endpoint, result, body)
                 result = await self._soften_failure(endpoint, result, headers, charge)
                 outcome = learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
             else:
@@ -486,6 +488,24 @@ class RequestSender:
         finally:
             endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
             self._monitor.balancer.release(endpoint, seconds, charge.log, charge.tokens, used)
+
+    def _check_refused_field(
+        self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any]
+    ) -> Failure:
+        """Classify a refused field; without an optional one the request is repeated."""
+        failure = failures.classify_refused_field(failure, body)
+        field = failure.refused_field
+        if field not in self._optional_fields:
+            return failure
+        if field not in endpoint.refused_fields:
+            endpoint.refused_fields |= {field}
+            _LOG.warning(
+                "%s refuses the field %s, and is asked without it: its answers have no certainty",
+                endpoint.label,
+                field,
+            )
+        rule = replace(failure.rule, action=RetryAction.SAME, free=True, constant=False)
+        return replace(failure, rule=rule)
 
     async def _soften_failure(
         self,
@@ -570,6 +590,8 @@ class RequestSender:
             body = {**body, "model": endpoint.spec.model}
         if kind is not None:
             body = {name: value for name, value in body.items() if name != URL_FIELD}
+        if endpoint.refused_fields:
+            body = {name: one for name, one in body.items() if name not in endpoint.refused_fields}
         if endpoint.max_answer_tokens is not None:
             fitting = lower_max_tokens(body, endpoint.max_answer_tokens)
             if fitting is not body and not self._warned:

@@ -130,6 +130,8 @@ class AttemptLog(RetryCallState):
         if failure.max_answer_tokens is not None:
             self._corrections += 1
             self._most[endpoint] = failure.max_answer_tokens
+        if failure.refused_field is not None and rule.free:
+            self._corrections += 1
         self.is_final = (
             rule.action is RetryAction.FAIL
             or max(self._corrections, self._refusals) > self._policy.free_retries
