@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.tests.integration.runs.conftest import LabMaker
+from fanfold.tests.support.command_server import Command, get_command_server
 
 pytestmark = pytest.mark.integration
 
@@ -97,12 +97,9 @@ async def test_a_running_run_is_refused_to_others(lab_of: LabMaker) -> None:
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lab.journal_lines)
         lab.fleet.add_fault(FaultRule("hang"))  # it will not end by itself
-        other = await asyncio.create_subprocess_exec(
-            *lab.command(None, "resume", str(lab.out), "--quiet"), stderr=PIPE
-        )
-        _, said = await asyncio.wait_for(other.communicate(), 60)
+        other = await get_command_server().run(Command(("resume", str(lab.out), "--quiet")))
         assert (other.returncode, life.done()) == (2, False)
-        assert b"another process or invocation is working on this run" in said
+        assert "another process or invocation is working on this run" in other.stderr
         life.cancel()
         with pytest.raises(asyncio.CancelledError):
             await life

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import STDOUT
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
-from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.integration.runs.conftest import DEADLINE_S, Lab, LabMaker
+from fanfold.tests.support.command_server import Command, get_command_server
 
 from .test_postgres_saver import server
 
@@ -98,16 +98,12 @@ def assert_no_path(folder: Path, *others: Path | str) -> None:
 
 async def command(cwd: Path, *arguments: str | Path) -> tuple[int, str]:
     """Run the command line in a process of its own, in a working directory of its own."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fanfold", *map(str, arguments)),
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=cwd,
-    )
-    async with asyncio.timeout(60):
+    command = Command(tuple(map(str, arguments)), cwd=str(cwd))
+    process = await get_command_server().start(command, stderr=STDOUT)
+    async with asyncio.timeout(DEADLINE_S):
         said, _ = await process.communicate()
-    return process.returncode or 0, said.decode()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
 
 
 SPELLINGS: dict[str, Callable[[Path], str]] = {
