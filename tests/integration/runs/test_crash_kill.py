@@ -14,7 +14,7 @@ import pytest
 
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.tests.integration.runs.conftest import LabMaker
-from fanfold.tests.support.command_server import Command, get_command_server
+from fanfold.tests.support.command_server import DEADLINE_S, Command, get_command_server
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +29,7 @@ async def test_killed_three_times_in_a_row(lab_of: LabMaker) -> None:
         await lab.killed_at(80, "resume", str(lab.out), "--quiet")
         await lab.killed_at(160, "resume", str(lab.out), "--quiet")
         async with lab.process("resume", str(lab.out), "--json") as process:
-            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            said, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
             assert process.returncode == 0
         told = json.loads(said)
         assert (told["items"], told["done"], told["failed"]) == (200, 200, 0)
@@ -73,7 +73,7 @@ async def test_killed_while_the_results_are_written(lab_of: LabMaker, name: str)
     async with lab_of(items=60, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()
         async with lab.process(wrap=KILLED_BEFORE.format(name=name)) as process:
-            assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
         assert not (lab.out / name).exists()
         assert lab.journal_lines() == 60
         result = await lab.live()

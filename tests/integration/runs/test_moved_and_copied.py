@@ -17,8 +17,8 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
-from fanfold.tests.integration.runs.conftest import DEADLINE_S, Lab, LabMaker
-from fanfold.tests.support.command_server import Command, get_command_server
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S, Command, get_command_server
 
 from .test_postgres_saver import server
 
@@ -58,7 +58,7 @@ async def interrupted(lab: Lab, folder: RunFolder, at: int, **options: Any) -> N
     await lab.until(lambda: session.done() or lab.journal_lines() >= at)
     assert not session.done(), session
     signal.raise_signal(signal.SIGINT)
-    assert (await asyncio.wait_for(session, 60)).exit_code == 5
+    assert (await asyncio.wait_for(session, DEADLINE_S)).exit_code == 5
     assert lab.journal_lines() < lab.items
     lab.life_ended()
 
@@ -254,7 +254,7 @@ async def test_a_copy_made_while_the_original_works(lab_of: LabMaker, tmp_path: 
         assert code == 0, said
         assert not session.done(), "the original works on while the copy is resumed"
         signal.raise_signal(signal.SIGINT)
-        assert (await asyncio.wait_for(session, 60)).reason == "SIGINT"
+        assert (await asyncio.wait_for(session, DEADLINE_S)).reason == "SIGINT"
         result = await lab.live(open_folder(Path("run")), overrides=fast)
         assert (result.exit_code, result.progress["done"], result.aggregate) == (0, 120, aggregate)
         found = json.loads(Path("copy/aggregate.json").read_bytes())
