@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ...backends.core.errors import FanfoldError
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import EVALUATION_REFUSED, RunFolder, read_evaluation
 from ...configs.evaluation import METRICS, MISSING_CAUSES
 from .format import Column, format_cell, make_table
@@ -31,7 +32,7 @@ def show_evaluations(evaluations: list[dict[str, Any]], console: Console) -> Non
 
 
 def _head(one: Mapping[str, Any]) -> str:
-    parts = [f"{one['answered']:,} of {one['items']:,} items answered"]
+    parts = [f"{one['answered']:,} of {count_nouns(one['items'], 'item')} answered"]
     causes = [
         f"{count:,} {MISSING_CAUSES.get(cause, cause)}"
         for cause, count in one["missing_by_cause"].items()

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
 import orjson
@@ -21,7 +21,7 @@ from rich.file_proxy import FileProxy
 from rich.segment import Segment
 from rich.text import Text
 
-from ...backends.core.terminal import escape_controls, escape_json
+from ...backends.core.terminal import count_nouns, escape_controls, escape_json
 
 
 class Terminal(Console):
@@ -206,3 +206,16 @@ def fill_lines(parts: Sequence[str], width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
+
+
+def describe_other_groups(entry: Mapping[str, Any]) -> str:
+    """Return what an aggregator by groups does not show, in words; empty if it shows all."""
+    items, groups = entry.get("others"), entry.get("other_groups")
+    if not items:
+        return ""
+    if groups is not None:
+        return f"{count_nouns(items, 'item')} in {count_nouns(groups, 'smaller group')} not shown"
+    return (
+        f"{count_nouns(items, 'item')} in groups not shown; there are too many values to know the "
+        "largest groups: these are the largest of the first ones (numbers before texts, rising)"
+    )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class RoundRobin(_OtherChoice):
 class PowerOfTwo(_OtherChoice):
     """Each request goes to the one of two random endpoints that has fewer requests."""
 
-    _random = random.Random(0)
+    @cached_property
+    def _random(self) -> random.Random:
+        return random.Random(0)  # one for each run, so that runs repeat exactly
 
     def _pick(self, endpoints: Sequence[Endpoint]) -> Endpoint:
         two = self._random.sample(endpoints, min(2, len(endpoints)))
