@@ -223,16 +223,18 @@ def _columns(runs: list[_Run]) -> list[Column]:
         Column("state", [_format_state(run) for run in runs]),
         Column("items", [_format_items(run) for run in runs], is_number=True),
         Column("failed", [_format_count(run.failed) for run in runs], is_number=True),
+        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
         Column("cost", [_format_cost(run) for run in runs], is_number=True),
         Column("model", [run.model for run in runs]),
         Column("date (UTC)", [run.date[:16].replace("T", " ") for run in runs], is_number=True),
-        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
         Column("name", [run.name for run in runs]),
     ]
 
 
 def _format_state(run: _Run) -> str:
-    return run.state if run.stage is None else f"{run.state}: {run.stage}"
+    """Return the state without its reason, which may be a sentence."""
+    state = run.state.partition(": ")[0]
+    return state if run.stage is None else f"{state}: {run.stage}"
 
 
 def _format_items(run: _Run) -> str:
