@@ -20,7 +20,7 @@ from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
 from ...configs.evaluation import METRICS
 from ..report.texts import has_long_word
-from ..run.console import Terminal, open_data_stream, print_messages
+from ..run.console import Terminal, open_data_stream, print_line, print_messages
 from .evaluation_text import format_figure, format_interval
 from .format import Column, format_cell, format_duration, format_usd_amount, make_table
 
@@ -110,10 +110,8 @@ def _open_target(target: Path) -> Any:
 
 def show_comparison(found: dict[str, Any], fields: list[str], console: Console) -> None:
     """Print a comparison: fields, changed items, gold figures, cost and latency."""
-    for line in head_lines(found):
-        console.print(Text(format_cell(line, None).plain), soft_wrap=True)
-    for line in field_lines(found):
-        console.print(Text(format_cell(line, None).plain), soft_wrap=True)
+    for line in (*head_lines(found), *field_lines(found)):
+        print_line(console, format_cell(line, None).plain)
     _print_table("agreement", field_columns(found), console)
     chosen = found["fields"] if fields else _choose_fields(found)
     for one in chosen:
@@ -125,7 +123,7 @@ def show_comparison(found: dict[str, Any], fields: list[str], console: Console) 
         title = f"{one['field']} against {one['gold']}"
         _print_table(title, gold_columns(one), console)
         for line in difference_lines(one):
-            console.print(Text(line), soft_wrap=True)
+            print_line(console, line)
     _print_table("cost and latency", side_columns(found), console)
     if found["settings"]:
         console.print(Text("settings that differ (A → B)", style="bold"))
@@ -145,7 +143,7 @@ def _choose_fields(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _print_table(title: str, columns: Sequence[Column], console: Console) -> None:
-    console.print(Text(format_cell(title, None).plain, style="bold"), soft_wrap=True)
+    print_line(console, format_cell(title, None).plain, "bold")
     for part in make_table(columns, console.width):
         console.print(part)
 
@@ -295,7 +293,7 @@ def _seconds(value: float | None) -> str:
 
 
 _STYLE: Final = (
-    ":root{color-scheme:light dark;--m:#66727f;--l:#e3e7ec}"
+    ":root{color-scheme:light dark;--m:#56626f;--l:#e3e7ec}"
     "@media(prefers-color-scheme:dark){:root{--m:#98a4b0;--l:#2c343d}}"
     'body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",Arial,sans-serif;'
     "font-variant-numeric:tabular-nums;margin:0 auto;max-width:1440px;padding:28px 32px}"

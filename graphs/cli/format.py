@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import count_nouns, escape_controls
-from ..run.console import describe_other_groups
+from ..run.console import describe_other_groups, print_line
 
 if TYPE_CHECKING:
     from ..run.forecast import Forecast, Range, RunPlan
@@ -239,7 +239,7 @@ def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Co
             if name := format_cell(stage.get(key)).plain:
                 title += f": {name}"
         mark = "   simulated: true" if simulated else ""
-        console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
+        print_line(console, f"{title}{mark}", "bold")
         for part in _tables(stage, console.width):
             console.print(part)
 

@@ -93,7 +93,7 @@ def list_runs(path: Path, as_json: bool) -> None:
             console.print(part)
         if any(run.done is None for run in runs):
             print_messages([f"{_UNKNOWN}: not counted; 'fanfold status DIR' reads the journal"])
-        if any(run.noted for run in runs):
+        if any(_NOTED in _format_items(run) for run in runs):
             what = "as noted every 10 seconds; 'fanfold status DIR' reads the journal"
             print_messages([f"{_NOTED}: {what}"])
     print_messages([f"not listed: {reason}" for reason in damaged.values()])
@@ -223,16 +223,18 @@ def _columns(runs: list[_Run]) -> list[Column]:
         Column("state", [_format_state(run) for run in runs]),
         Column("items", [_format_items(run) for run in runs], is_number=True),
         Column("failed", [_format_count(run.failed) for run in runs], is_number=True),
+        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
         Column("cost", [_format_cost(run) for run in runs], is_number=True),
         Column("model", [run.model for run in runs]),
         Column("date (UTC)", [run.date[:16].replace("T", " ") for run in runs], is_number=True),
-        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
         Column("name", [run.name for run in runs]),
     ]
 
 
 def _format_state(run: _Run) -> str:
-    return run.state if run.stage is None else f"{run.state}: {run.stage}"
+    """Return the state without its reason, which may be a sentence."""
+    state = run.state.partition(": ")[0]
+    return state if run.stage is None else f"{state}: {run.stage}"
 
 
 def _format_items(run: _Run) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import IO, Any, Final
 
 import orjson
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.file_proxy import FileProxy
 from rich.segment import Segment
@@ -81,9 +82,23 @@ def print_message(console: Console, line: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print the result of a command as text lines."""
+    """Print the result of a command as text lines; those of a terminal end between words."""
+    console = Terminal()
     for line in lines:
-        sys.stdout.write(f"{escape_controls(line)}\n")
+        print_line(console, line)
+
+
+def print_line(console: Console, line: str, style: str = "") -> None:
+    """Print a line; a terminal's lines end between words, and go on at the line's indentation."""
+    text = escape_controls(line)
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    if not console.is_terminal:  # unchanged, with its tabs
+        console.file.write(f"{text}\n")
+    elif cell_len(text) <= console.width or len(indent) > console.width // 2:
+        console.print(Text(text, style), soft_wrap=True)
+    else:
+        for part in Text(text.strip(" ")).wrap(console, console.width - len(indent)):
+            console.print(Text(f"{indent}{part.plain.rstrip()}", style), soft_wrap=True)
 
 
 def print_json(data: Any) -> None:

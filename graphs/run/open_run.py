@@ -264,8 +264,13 @@ async def open_run(
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
         await stack.enter_async_context(note_counts(folder, tools))
-        times = await asyncio.to_thread(_learn_from_records, tools, journal, budget)
-        stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
+        stack.enter_context(
+            close_at_deadline(
+                tools.gate,
+                options.deadline,
+                await asyncio.to_thread(_learn_from_records, tools, journal, budget),
+            )
+        )
         yield tools
 
 

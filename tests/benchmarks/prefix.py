@@ -219,6 +219,15 @@ def show(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def _encode(rows: Sequence[Measurement]) -> str:
+    """Return measurements as JSON, one a line, in an order that does not depend on the run."""
+    lines = [
+        json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()})
+        for row in sorted(rows, key=lambda row: (row.workload, row.policy, row.seed))
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
 def main() -> None:
     """Measure the chosen workloads and policies; add them to a JSON file."""
     parser = argparse.ArgumentParser(prog="prefix", description=__doc__)
@@ -245,7 +254,7 @@ def main() -> None:
                 flush=True,
             )
             if given.json:
-                given.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+                given.json.write_text(_encode(rows))
     print(show(rows))
 
 
