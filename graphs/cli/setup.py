@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import click
@@ -99,8 +101,10 @@ def presets_list() -> None:
     """List the presets."""
     from ...configs.preset_files import preset_names, read_preset
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name in preset_names():
-        print(f"{name:24} {read_preset(name).splitlines()[0].removeprefix('# ')}")
+        line = f"{name:24} {read_preset(name).splitlines()[0].removeprefix('# ')}"
+        print(textwrap.fill(line, width, subsequent_indent=" " * 25))
 
 
 @presets.command("show")

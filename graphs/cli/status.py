@@ -42,7 +42,12 @@ from ...backends.storage.run_folder import (
     read_state,
 )
 from ..run.console import format_count, print_json, print_messages
-from ..run.next_steps import FINISHED, continue_lines, find_next_command
+from ..run.next_steps import (
+    FINISHED,
+    continue_lines,
+    find_commands_by_class,
+    find_next_command,
+)
 from ..run.rich_console import Terminal, print_message
 from .evaluation_text import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
@@ -218,7 +223,11 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         sessions = {"sessions": len(about["sessions"])}
         found = {"aggregate": aggregate} if aggregate else {}
         found |= evaluation_facts(folder)
-        print_json(facts | costs | sessions | found | {"next_command": command} | chain)
+        commands = {
+            "next_command": command,
+            "next_by_class": find_commands_by_class(folder, failures),
+        }
+        print_json(facts | costs | sessions | found | commands | chain)
         return
     table = Table(show_header=False)
     table.add_column(no_wrap=True)

@@ -11,12 +11,12 @@ import io
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import IO, Any, Final
 
 import orjson
 
-from ...backends.core.terminal import escape_controls, escape_json
+from ...backends.core.terminal import count_nouns, escape_controls, escape_json
 
 
 def print_messages(lines: Iterable[str]) -> None:
@@ -36,9 +36,15 @@ def print_messages(lines: Iterable[str]) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print the result of a command as text lines."""
-    for line in lines:
-        sys.stdout.write(f"{escape_controls(line)}\n")
+    """Print the result of a command as text lines; those of a terminal end between words."""
+    if sys.stdout.isatty():
+        from .rich_console import Terminal, print_line  # noqa: PLC0415 - rich takes 0.1 s
+
+        console = Terminal()
+        for line in lines:
+            print_line(console, line)
+    else:  # unchanged, with its tabs
+        sys.stdout.writelines(f"{escape_controls(line)}\n" for line in lines)
 
 
 def print_json(data: Any) -> None:
@@ -166,3 +172,16 @@ def fill_lines(parts: Sequence[str], width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
+
+
+def describe_other_groups(entry: Mapping[str, Any]) -> str:
+    """Return what an aggregator by groups does not show, in words; empty if it shows all."""
+    items, groups = entry.get("others"), entry.get("other_groups")
+    if not items:
+        return ""
+    if groups is not None:
+        return f"{count_nouns(items, 'item')} in {count_nouns(groups, 'smaller group')} not shown"
+    return (
+        f"{count_nouns(items, 'item')} in groups not shown; there are too many values to know the "
+        "largest groups: these are the largest of the first ones (numbers before texts, rising)"
+    )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Final
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
@@ -60,3 +61,16 @@ def print_message(console: Console, line: str) -> None:
     console.print(Text(f"{words}:" if commands else words))
     for command in commands:
         console.print(Text(f"  {command}"), soft_wrap=True)
+
+
+def print_line(console: Console, line: str, style: str = "") -> None:
+    """Print a line; a terminal's lines end between words, and go on at the line's indentation."""
+    text = escape_controls(line)
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    if not console.is_terminal:  # unchanged, with its tabs
+        console.file.write(f"{text}\n")
+    elif cell_len(text) <= console.width or len(indent) > console.width // 2:
+        console.print(Text(text, style), soft_wrap=True)
+    else:
+        for part in Text(text.strip(" ")).wrap(console, console.width - len(indent)):
+            console.print(Text(f"{indent}{part.plain.rstrip()}", style), soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import uuid
@@ -21,6 +22,7 @@ from fanfold.configs.loader import load_config
 from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_workers_kill import marked
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -163,7 +165,7 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
             async with lab.process(*arguments) as process:
                 await lab.until(partial(has_lines, folder))
                 process.kill()
-                assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
             assert not (folder / "results.parquet").exists()  # it was at work
             assert all((lab.out / done / "results.parquet").exists() for done in RUNS[:number])
@@ -245,7 +247,7 @@ async def test_levels_that_ask_other_questions_are_refused(lab_of: LabMaker) -> 
         async with lab.process() as process:
             await lab.until(partial(has_lines, level))
             process.kill()
-            await asyncio.wait_for(process.wait(), 60)
+            await asyncio.wait_for(process.wait(), DEADLINE_S)
         about = level / "provenance.json"
         changed = json.loads(about.read_text())
         changed["input"]["digest"] = "0" * len(changed["input"]["digest"])
@@ -325,8 +327,47 @@ async def test_a_pipeline_that_is_stopped_leaves_no_worker(
         async with lab.process() as process:
             await lab.until(partial(has_lines, lab.out / "stages/claims"))
             process.send_signal(signal.SIGINT)
-            assert await asyncio.wait_for(process.wait(), 60) == 5
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 5
         await lab.until(lambda: not marked(token))
         (session,) = RunFolder(lab.out).read_provenance()["sessions"]
         assert "SIGINT" in session["outcome"]
         assert not (lab.out / "stages/claims/results.parquet").exists()
+
+
+def find_workers(root: Path) -> list[int]:
+    """Return the worker processes that have written journals and are alive."""
+    pids = {int(pid) for found in workers_of(root).values() for pid in found}
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(PROCESSES, id="processes"),
+        pytest.param({"kind": "launched", "workers": 2}, id="launched"),
+    ],
+)
+async def test_workers_of_a_pipeline_that_are_killed_in_and_between_stages(
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch, backend: dict[str, Any]
+) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.2) as lab:
+        staged(lab)
+        await begin(lab, lab.home / "undisturbed")
+        expected = outputs(lab.home / "undisturbed")
+        lab.config["backend"] = backend
+        token = uuid.uuid4().hex
+        monkeypatch.setenv("FANFOLD_TEST_TOKEN", token)
+        lab.fleet.reset()
+        async with lab.process() as process:
+            await lab.until(partial(has_lines, lab.out / "stages/screen"))
+            await lab.until(lambda: find_workers(lab.out))
+            os.kill(find_workers(lab.out)[0], signal.SIGKILL)  # in a stage
+            await lab.until((lab.out / "stages/screen/results.parquet").exists)
+            for pid in find_workers(lab.out):
+                os.kill(pid, signal.SIGKILL)  # between two stages, or as the next one begins
+            assert await asyncio.wait_for(process.wait(), 300) == 0
+        assert outputs(lab.out) == expected
+        asked = [int(one["asked"]) for one in lab.fleet.stats(prompts=True)["prompts"].values()]
+        assert sum(asked) - len(asked) <= 2 * 2 * STREAMS
+        await lab.until(lambda: not marked(token))
