@@ -88,7 +88,7 @@ class CountConfig(AggregatorConfig):
     Attributes:
         op: ``count``.
         group_by: Field of the answer or the input; there is a result for each of its values.
-        max_groups: Maximum number of such values; items with further ones are only counted.
+        max_groups: Maximum number of such values; of more, the most frequent ones are shown.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -106,7 +106,7 @@ class StatsConfig(AggregatorConfig):
         field: Field of the answer or the input.
         quantiles: Quantiles, each from 0 to 1.
         group_by: Field of the answer or the input; there is a result for each of its values.
-        max_groups: Maximum number of such values; items with further ones are only counted.
+        max_groups: Maximum number of such values; of more, the most frequent ones are shown.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -128,7 +128,7 @@ class HistogramConfig(AggregatorConfig):
         low: Lower end of the bins; None: ``minimum`` in the schema.
         high: Upper end of the bins; None: ``maximum`` in the schema.
         group_by: Field of the answer or the input; there is a result for each of its values.
-        max_groups: Maximum number of such values; items with further ones are only counted.
+        max_groups: Maximum number of such values; of more, the most frequent ones are shown.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -152,7 +152,7 @@ class TopKConfig(AggregatorConfig):
         order: Whether the largest or the smallest values come first.
         show: Columns and fields to show beside the value.
         group_by: Field of the answer or the input; there is a result for each of its values.
-        max_groups: Maximum number of such values; items with further ones are only counted.
+        max_groups: Maximum number of such values; of more, the most frequent ones are shown.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -174,7 +174,7 @@ class CollectConfig(AggregatorConfig):
         limit: Maximum number of answers.
         field: Field of the answer or the input; None: the whole answer.
         group_by: Field of the answer or the input; there is a result for each of its values.
-        max_groups: Maximum number of such values; items with further ones are only counted.
+        max_groups: Maximum number of such values; of more, the most frequent ones are shown.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -192,7 +192,7 @@ class AgreementConfig(AggregatorConfig):
     Attributes:
         op: ``agreement``.
         group_by: Field of the answer or the input; there is a result for each of its values.
-        max_groups: Maximum number of such values; items with further ones are only counted.
+        max_groups: Maximum number of such values; of more, the most frequent ones are shown.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(

@@ -287,7 +287,8 @@ class TaskConfig(Section):
         fold: How the answers of the samples become one: ``vote``, ``mean``, or one of them by
             field; None averages numbers (``type: number``) and lets all else vote.
         certainty: Field of the answer for whose value the server's probability is recorded; None
-            asks for none. The server must return log probabilities (``logprobs``).
+            asks for none. Answers of a server that returns no log probabilities (``logprobs``), or
+            refuses the field, have none.
         graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
             which replaces fanfold's item graph; or such a Runnable with its own model, whose
             calls are not counted.
@@ -440,7 +441,7 @@ class LimitsConfig(Section):
     endpoint_tokens_per_min: Annotated[float, Field(gt=0)] | None = None
     retry_budget: Annotated[float, Field(gt=0, le=100)] | None = None
     affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    order: Literal["auto", "input"] = "input"
+    order: Literal["auto", "input"] = "auto"
     load: Literal["metrics", "load"] | None = None
     walltime_s: PositiveDuration | None = None
     body_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 64 * 2**20

@@ -110,7 +110,7 @@ class CascadeConfig(OperatorConfig):
         tolerance: Largest difference of two numbers that agree.
         samples: Answers of the small model to each item, whose agreement is the certainty; None:
             the certainty is the probability of the field's tokens, or the agreement of five
-            answers if the server returns no log probabilities.
+            answers if the server returns no log probabilities or refuses to.
         seed: Decides which items the model of the stage answers to measure the agreement.
     """
 

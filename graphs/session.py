@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphDrained
@@ -33,7 +33,7 @@ from ..backends.core.errors import (
     JournalError,
     RunStoppedError,
 )
-from ..backends.core.money import NANO_PER_USD
+from ..backends.core.terminal import count_nouns
 from ..backends.core.types import Shard
 from ..backends.discovery.connect import make_fleet_policy
 from ..backends.storage.journal_file import RunIds
@@ -49,6 +49,7 @@ from .run.estimate import count_nodes, limit_rates, make_run_plan, read_messages
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.monitor import show_progress
 from .run.next_steps import FINISHED
+from .run.noted_counts import count_for_list
 from .run.prepare import ReadyRun, describe_session
 from .run.run_result import RunResult
 from .run.shard_plan import UNBOUNDED_STEPS
@@ -126,7 +127,7 @@ async def run_session(
             result = await session.run_graph()
             this["outcome"] = result.reason or FINISHED
             this["settings"] = await asyncio.to_thread(folder.digest_settings)
-            this.update(exit_code=result.exit_code, **_counts_at_end(tools))
+            this.update(exit_code=result.exit_code, **count_for_list(tools))
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
@@ -290,10 +291,16 @@ class Session:
         )
 
 
+_UNITS: Final = {"usd": "USD", "node_hours": "node-hours"}
+"""Limits whose name is no word."""
+
+
 def _reason(interrupts: Sequence[Interrupt], tools: OpenRun) -> str:
     """Return which limit is exhausted, and the total required to finish."""
     question: dict[str, Any] = interrupts[0].value
-    needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
+    needs = (
+        f"{value:,} {_UNITS.get(name, name)}" for name, value in question["total_to_finish"].items()
+    )
     to_finish = ", ".join(needs)
     reason = tools.gate.reason or question["why"]
     left = tools.batches is not None and tools.batches.report().batches and tools.gate.left
@@ -303,14 +310,6 @@ def _reason(interrupts: Sequence[Interrupt], tools: OpenRun) -> str:
 
 def _stages(parts: dict[str, Any]) -> Any:
     return parts.get("v"), [part["of"] for part in parts["stages"]]
-
-
-def _counts_at_end(tools: OpenRun) -> dict[str, Any]:
-    """Return what a session notes about the run at its end, so that lists read no journal."""
-    progress = tools.progress
-    nano = progress.usage.nano_usd + progress.node_time.nano_usd
-    usd = nano / NANO_PER_USD if nano else None
-    return {"done": progress.done, "failed": progress.failed, "usd": usd}
 
 
 def _counts(tools: OpenRun) -> dict[str, Any]:
@@ -395,8 +394,8 @@ async def run_pilot(
                 chosen = _choose_items(tools, count, about["input"]["digest"])
                 async with show_progress(tools, console, options.quiet):
                     await _run_items(tools, chosen, stop, folder)
-                this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
-                this.update(_counts_at_end(tools))
+                this["outcome"] = f"pilot of {count_nouns(len(chosen), 'item')}; resumable"
+                this.update(count_for_list(tools))
             return await asyncio.to_thread(_measure_pilot, tools, loaded, about, chosen)
 
 

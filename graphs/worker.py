@@ -33,6 +33,7 @@ from ..backends.core.errors import BackendError, FanfoldError
 from ..backends.core.messages import ShardResult, ShardTask, own_version
 from ..backends.core.money import TokenPrices
 from ..backends.core.protocols import CallLog, PromptCounter
+from ..backends.core.terminal import count_nouns
 from ..backends.core.types import Item, Json, Shard
 from ..backends.core.values import STATUSES, json_size
 from ..backends.discovery.connect import (
@@ -504,7 +505,7 @@ def _fit_message(result: ShardResult, carry: int) -> ShardResult:
 
 
 def _describe_dropped(count: int) -> str:
-    return f"{count} records did not fit in the result"
+    return f"{count_nouns(count, 'record')} did not fit in the result"
 
 
 def _make_error_result(task: Any, error: FanfoldError) -> ShardResult:

@@ -17,6 +17,7 @@ import orjson
 from ..core.disk import sync_folder
 from ..core.errors import ConfigurationError, JournalError
 from ..core.money import Amount
+from ..core.terminal import count_nouns
 from ..core.types import CHAT_URL, Usage
 from ..core.values import check_counts, is_count, parse_json
 from ..storage.run_folder import write_bytes, write_json
@@ -224,7 +225,7 @@ class BatchFolder:
         except (OSError, ValueError, TypeError) as error:
             raise JournalError(f"{path}: the requests of a batch are damaged: {error}") from None
         if len(found) != record.lines:
-            msg = f"{path}: {len(found)} requests, but the batch has {record.lines}"
+            msg = f"{path}: {count_nouns(len(found), 'request')}, but the batch has {record.lines}"
             raise JournalError(msg)
         return found
 
@@ -486,9 +487,10 @@ def describe_open_batches(records: Iterable[BatchRecord]) -> list[str]:
     if not open_:
         return []
     lines, tokens = sum(r.lines for r in open_), sum(r.most_tokens for r in open_)
-    what = "1 batch" if len(open_) == 1 else f"{len(open_):,} batches"
+    what = count_nouns(len(open_), "batch", "batches")
     found = [
-        f"{what} with {lines:,} requests cannot be recalled and may cost up to {tokens:,} tokens; "
+        f"{what} with {count_nouns(lines, 'request')} cannot be recalled and may cost up to "
+        f"{tokens:,} tokens; "
         "resume the run to collect the answers"
     ]
     found += [

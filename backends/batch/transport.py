@@ -27,6 +27,7 @@ from ..core.errors import (
 )
 from ..core.money import Amount, TokenPrices
 from ..core.protocols import CURRENT_CALLS, CallLog
+from ..core.terminal import count_nouns
 from ..core.types import Usage
 from ..discovery.connect import ReadyEndpoints
 from ..fleet import transport as completions
@@ -413,7 +414,8 @@ class BatchTransport:
     def _explain_gone(self, record: BatchRecord) -> str:
         path = self._folder.state_path(record.number)
         return (
-            f"batch {record.number}: {record.output_folder} with its {record.answered:,} answers "
+            f"batch {record.number}: {record.output_folder} with its "
+            f"{count_nouns(record.answered, 'answer')} "
             "is gone, and items of the run are not recorded yet; restore it and resume, or delete "
             f"{path} to submit their requests again"
         )
@@ -689,7 +691,8 @@ class BatchTransport:
             f"batch {record.number}: it is not known whether the service has it: the run ended "
             f"while it was submitted, and the service does not list {record.input_file}. fanfold "
             "waits for it and does not submit it again. If you are sure that the service never "
-            f"accepted it, stop the run, delete {path}, and resume: its {record.lines:,} requests "
+            f"accepted it, stop the run, delete {path}, and resume: its "
+            f"{count_nouns(record.lines, 'request')} "
             "are then submitted in a new batch"
         )
 
@@ -783,7 +786,7 @@ class BatchTransport:
             record.answered,
             record.failed,
             record.missing,
-            f", {record.foreign:,} lines of others ignored" if record.foreign else "",
+            f", {count_nouns(record.foreign, 'line')} of others ignored" if record.foreign else "",
             f" ({record.reason})" if record.reason else "",
         )
 

@@ -35,7 +35,7 @@ from .limits import (
     read_limits,
     report_limits,
 )
-from .reservations import BudgetBalance, ItemAccount
+from .reservations import AnswerLengths, BudgetBalance, ItemAccount
 from .spend_log import Lease, SpendLog, SpendLogs, open_spend_logs, read_lease_clock
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Budget:
         balance: What is left.
         needed: Amount of the last refused reservation, or None.
         count_prompt: Counts prompts as the model does, used when the budget is short; or None.
+        lengths: Lengths of answers, used when the budget is short.
     """
 
     def __init__(
@@ -93,12 +94,13 @@ class Budget:
         )
         self.needed: Amount | None = None
         self.count_prompt: PromptCounter | None = None
+        self.lengths = AnswerLengths()
         self._warned = set[tuple[str, float]]()
 
     def open_account(self) -> ItemAccount:
         """Return an account for one item."""
-        settings = self.settings
-        return ItemAccount(self.balance, settings.prices, settings.repairs, self.count_prompt)
+        prices, repairs = self.settings.prices, self.settings.repairs
+        return ItemAccount(self.balance, prices, repairs, self.count_prompt, self.lengths)
 
     def charge_probe(self, usage: Usage) -> None:
         """Charge what a probe of an endpoint has used; no item records it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -227,6 +227,19 @@ def read_cost(folder: RunFolder, run: RunIds, sessions: Mapping[int, UsageTotals
     logs, total = open_spend_logs(folder, run), UsageTotals.total(sessions.values())
     unaccounted = logs.unaccounted({session: spent.amount for session, spent in sessions.items()})
     return Cost(total, logs.total_node_time(), unaccounted, total.nano_usd > 0)
+
+
+def sum_costs(costs: Iterable[Cost]) -> Cost:
+    """Return what several runs have cost together."""
+    total = Cost(UsageTotals())
+    for one in costs:
+        total = Cost(
+            UsageTotals.total([total.usage, one.usage]),
+            total.node_time.plus(one.node_time),
+            total.unaccounted.plus(one.unaccounted),
+            total.priced or one.priced,
+        )
+    return total
 
 
 def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:

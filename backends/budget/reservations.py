@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -447,6 +448,37 @@ def _within(amount: Amount, most: Amount) -> bool:
     )
 
 
+_ANSWERS: Final = 1024
+_LEAST_ANSWERS: Final = 200
+_MOST_ANSWERS: Final = 0.995
+_ANSWER_MARGIN: Final = 1.25
+
+
+class AnswerLengths:
+    """A length that hardly any answer exceeds, learnt from the latest ones."""
+
+    def __init__(self) -> None:
+        self._latest = deque[int](maxlen=_ANSWERS)
+        self._most: int | None = None
+        self._new = 0
+
+    def add(self, tokens: int) -> None:
+        """Learn from an answer."""
+        self._latest.append(tokens)
+        self._new += 1
+
+    @property
+    def most(self) -> int | None:
+        """Return the length in tokens; None if there were too few answers."""
+        if len(self._latest) < _LEAST_ANSWERS:
+            return None
+        if self._most is None or self._new >= _LEAST_ANSWERS:
+            ranked, self._new = sorted(self._latest), 0
+            longest = ranked[int(_MOST_ANSWERS * len(ranked))]
+            self._most = math.ceil(_ANSWER_MARGIN * longest)
+        return self._most
+
+
 _REPAIR_TOKENS: Final = 512
 """Tokens of the repair prompt, besides the answer that is sent back."""
 
@@ -460,6 +492,7 @@ class ItemAccount:
         repairs: How often an answer may be sent back. Repairs are reserved with the first
             request, so that an item that has started can finish.
         count: Counts prompts as the model does, used when the budget is short; or None.
+        lengths: Lengths of the answers of all items, used when the budget is short.
 
     Attributes:
         waiting: Calls of the item that wait for a reservation.
@@ -473,6 +506,7 @@ class ItemAccount:
         "_closed",
         "_count",
         "_known",
+        "_lengths",
         "_lock",
         "_log",
         "_pool",
@@ -488,8 +522,10 @@ class ItemAccount:
         prices: TokenPrices,
         repairs: int,
         count: PromptCounter | None = None,
+        lengths: AnswerLengths | None = None,
     ) -> None:
         self._balance, self._prices, self._count = balance, prices, count
+        self._lengths = lengths or AnswerLengths()
         self._repairs, self._asking = repairs, 0
         self._beginning = self._begun = self._known = self._closed = False
         self._pool, self._lock = Amount(), Lock()
@@ -519,7 +555,12 @@ class ItemAccount:
         return any(self.reserved)
 
     async def reserve(
-        self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
+        self,
+        most: Usage,
+        body: Mapping[str, Any],
+        log: CallLog | None = None,
+        *,
+        shorten: bool = False,
     ) -> Reservation:
         """Reserve what one request may cost; wait while others may release something.
 
@@ -527,6 +568,7 @@ class ItemAccount:
             most: Upper bound of its tokens.
             body: The request, for an exact count when the budget is short.
             log: The item's calls, which show if it can release reservations while it waits.
+            shorten: Whether a shorter answer may be reserved if the rest does not cover this one.
 
         Raises:
             BudgetExhaustedError: The budget is too small and no holder will release any.
@@ -538,11 +580,11 @@ class ItemAccount:
             self._balance.add_holder(self)
         try:
             if self._beginning:
-                usage = await self._reserve_further(most, body)
+                usage = await self._reserve_further(most, body, shorten=shorten)
             else:
                 self._beginning = True
                 try:
-                    usage = await self._reserve_first(most, body)
+                    usage = await self._reserve_first(most, body, shorten=shorten)
                 finally:
                     self._beginning = self._begun
             return self._make_reservation(usage)
@@ -561,16 +603,21 @@ class ItemAccount:
         self._balance.settle(reservation.amount, used)
         self._forget()
 
-    def price(self, usage: Usage) -> Amount:
-        """Return what a request costs."""
-        return self._prices.amount(usage)
+    def settle_answer(self, reservation: _Reservation, usage: Usage) -> None:
+        """Settle a request by the usage that its answer reports."""
+        if usage.completion is not None:
+            self._lengths.add(usage.completion)
+        self.end(reservation, self._prices.amount(usage))
 
-    async def _reserve_first(self, most: Usage, body: Mapping[str, Any]) -> Usage:
+    async def _reserve_first(self, most: Usage, body: Mapping[str, Any], *, shorten: bool) -> Usage:
         """Reserve the first request and its repairs; return the usage they are based on."""
         usage, repairs = most, self._sum_repairs(most)
         if not self._balance.try_reserve(self._prices.amount(usage).plus(repairs)):
             usage = await self._count_usage(most, body)
             repairs = self._sum_repairs(usage)
+            if shorten and self._is_short(self._prices.amount(usage).plus(repairs)):
+                usage = self._shorten(usage)
+                repairs = self._sum_repairs(usage)
             await self._balance.reserve(self._prices.amount(usage).plus(repairs), holder=self)
         self._begun = True
         with self._lock:
@@ -579,11 +626,15 @@ class ItemAccount:
             self._release_pool()
         return usage
 
-    async def _reserve_further(self, most: Usage, body: Mapping[str, Any]) -> Usage:
+    async def _reserve_further(
+        self, most: Usage, body: Mapping[str, Any], *, shorten: bool
+    ) -> Usage:
         """Reserve a further request, from the amount reserved for repairs if it is enough."""
         if self._draw_from_pool(self._prices.amount(most)):
             return most
         usage = await self._count_usage(most, body)
+        if shorten and self._is_short(self._prices.amount(usage)):
+            usage = self._shorten(usage)
         if not self._draw_from_pool(self._prices.amount(usage)):
             # A waiting item holds no repairs; otherwise two items could wait for each other.
             self._release_pool()
@@ -595,6 +646,17 @@ class ItemAccount:
         """Return an upper bound of a request's usage; count the prompt if a counter is set."""
         prompt = None if self._count is None else await self._count(body)
         return most if prompt is None else Usage(prompt, most.completion)
+
+    def _is_short(self, amount: Amount) -> bool:
+        """Return True if the rest of the budget does not cover an amount now."""
+        return min(self._balance.left.minus(amount)) < 0
+
+    def _shorten(self, usage: Usage) -> Usage:
+        """Limit the answer of a request to what hardly any answer exceeds."""
+        most, asked = self._lengths.most, usage.completion
+        if most is None or asked is None or asked <= most:
+            return usage
+        return Usage(usage.prompt, most)
 
     def _sum_repairs(self, usage: Usage) -> Amount:
         prompt, answer, total = usage.prompt or 0, usage.completion or 0, Amount()
@@ -640,21 +702,22 @@ class ItemAccount:
 class _Reservation:
     """Reservation for one request."""
 
-    __slots__ = ("_account", "_open", "_usage", "amount")
+    __slots__ = ("_account", "_open", "amount", "usage")
 
     def __init__(self, usage: Usage, amount: Amount, account: ItemAccount) -> None:
-        self._usage, self._account = usage, account
+        self.usage, self._account = usage, account
         self.amount, self._open = amount, True
 
     def settle(self, usage: Usage) -> None:
         if usage.prompt is None or usage.completion is None:
             self.settle_all()
-        else:
-            self._end(self._account.price(usage))
+        elif self._open:
+            self._open = False
+            self._account.settle_answer(self, usage)
 
     def settle_all(self) -> Usage:
         self._end(self.amount)
-        return self._usage
+        return self.usage
 
     def release(self, *, sent: bool) -> None:
         self._end(Amount(requests=int(sent)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from ..core.errors import EXIT_BUDGET, EXIT_DONE, EXIT_FAILURES, EXIT_USAGE, JournalError
+from ..core.terminal import count_nouns
 from ..core.types import Json
 
 if TYPE_CHECKING:
@@ -354,7 +355,7 @@ def next_job(chain: JobChain, open_items: int) -> NextJob:
         )
     if (why := _limit_reached(chain)) is not None:
         return NextJob(False, why)
-    return NextJob(True, f"{open_items:,} items remain")
+    return NextJob(True, f"{count_nouns(open_items, 'item')} left")
 
 
 def _last(chain: JobChain) -> Job | None:
@@ -392,7 +393,7 @@ def _limit_reached(chain: JobChain) -> str | None:
     most, hours = chain.options.get("jobs"), chain.options.get("node_hours")
     begun = [job for job in chain.recent if job.began is not None]
     if most is not None and len(begun) >= most:
-        return f"the chain has reached its limit of {most} jobs (--jobs)"
+        return f"the chain has reached its limit of {count_nouns(most, 'job')} (--jobs)"
     if hours is None or not begun:
         return None
     used = sum(job.nodes * job.wall_s for job in begun) / 3600

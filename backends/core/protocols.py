@@ -158,6 +158,11 @@ PromptCounter: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
 class Reservation(Protocol):
     """The amount reserved for one request; the first call of one of its methods ends it."""
 
+    @property
+    def usage(self) -> Usage:
+        """Return the most tokens that the request may use, as it is sent."""
+        ...
+
     def settle(self, usage: Usage) -> None:
         """Charge what an answer used, and release the rest; charge all if the usage is unknown."""
         ...
@@ -184,7 +189,12 @@ class Account(Protocol):
         ...
 
     async def reserve(
-        self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
+        self,
+        most: Usage,
+        body: Mapping[str, Any],
+        log: CallLog | None = None,
+        *,
+        shorten: bool = False,
     ) -> Reservation:
         """Reserve the maximum cost of one request, waiting for amounts that others may release.
 
@@ -192,6 +202,8 @@ class Account(Protocol):
             most: The most tokens that it may use.
             body: The request, to be counted more exactly if the budget is scarce.
             log: The item's calls: whether its reservations can be released while it waits.
+            shorten: Whether a scarce budget may reserve a shorter answer, by those that it has
+                seen; the request must then be sent with that limit.
 
         Raises:
             BudgetExhaustedError: The remaining budget does not cover it, and no other call will

@@ -26,9 +26,9 @@ def escape_json(text: str) -> str:
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def count_nouns(number: int, noun: str) -> str:
-    """Return a number of things, with the plural where it is due."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count_nouns(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number of things, with the plural where it is due: by default with an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -23,6 +23,7 @@ from ...configs.endpoints import (
 )
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, MissingExtraError, RunStoppedError
+from ..core.terminal import count_nouns
 from ..fleet.endpoint import ApiKey, EndpointSpec, normalize_base_url
 from .login import TOKEN_VARIABLE, read_login_token
 from .probe import SelectedModel, select_model
@@ -110,8 +111,7 @@ async def _probe_candidate(config: RunConfig, endpoint_set: EndpointSet) -> Endp
 
 
 def _why(matched: SelectedModel) -> str:
-    count = len(matched.specs)
-    return f"{count} endpoint{'s' if count > 1 else ''} for {matched.model}"
+    return f"{count_nouns(len(matched.specs), 'endpoint')} for {matched.model}"
 
 
 async def _candidates(

@@ -25,6 +25,7 @@ from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.types import CHAT_URL, Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
+from ..fleet.failures import LOGPROBS_FIELD
 from ..fleet.fleet import Fleet, FleetClient
 from ..fleet.memory import FleetMemory
 from ..fleet.policy import (
@@ -111,6 +112,7 @@ def make_fleet_policy(
         body_bytes=limits.body_bytes,
         own_fields=config.input.is_batch,
         file_hosts=frozenset(config.batch.allowed_media_domains),
+        optional_fields=frozenset(_ask_certainty(config)),
         **grouped,
     )
 
@@ -366,7 +368,7 @@ choice_logger = logging.getLogger(f"{__name__}.choice")
 
 def _ask_certainty(config: RunConfig) -> dict[str, bool]:
     """Return the field of a request that asks for the log probabilities of the tokens."""
-    return {"logprobs": True} if config.task.certainty is not None else {}
+    return {LOGPROBS_FIELD: True} if config.task.certainty is not None else {}
 
 
 def make_model_params(config: RunConfig, name: str) -> ModelParams:
@@ -650,7 +652,9 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
     if share is not None:
         policy = replace(policy, rate_limit=replace(policy.rate_limit, share=share))
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
-    opening = Fleet(specs, policy, simulated=ready.simulated, cache=cache, memory=memory)
+    opening = Fleet(
+        specs, policy, simulated=ready.simulated, cache=cache, memory=memory, model=ready.model
+    )
     async with opening as fleet:
         if endpoint_set is None or endpoint_set.source is None:
             yield fleet

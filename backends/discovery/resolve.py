@@ -445,4 +445,5 @@ def make_node_plan(
         restarts=node.restarts,
         linger_s=node.linger_s,
         key=None if key == "EMPTY" else key,
+        model=config.model.name or "",
     )

@@ -24,6 +24,7 @@ from ...configs.endpoints import AEGIS_FILE, AEGIS_REGISTRY_FILE
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.permissions import find_file_risk, find_path_risk
+from ..core.terminal import count_nouns
 from ..fleet.endpoint import (
     NO_KEY,
     ApiKey,
@@ -490,7 +491,11 @@ class RegistrySource:
         kept = {u: s for u, s in self._known.items() if self._missing[u] < self._patience}
         self._known = kept | listed
         if not self._known:
-            found = f"{len(services)} servers, none healthy yet" if services else "no server yet"
+            found = (
+                f"{count_nouns(len(services), 'server')}, none healthy yet"
+                if services
+                else "no server yet"
+            )
             raise NoEndpointError(
                 f"{self._where}: {self.url} lists {found} (endpoints.wait_s waits for one)"
             )

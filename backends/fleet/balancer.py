@@ -7,7 +7,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -158,7 +158,6 @@ class LoadBalancer:
         affinity: The same.
         quota: The quota of the whole process, or None.
         in_flight: Requests in flight.
-        alive: Endpoints that are in use.
         long_resting: Endpoints that rest for so long that another endpoint is the better choice.
     """
 
@@ -171,7 +170,7 @@ class LoadBalancer:
         affinity: Affinity | None = None,
     ) -> None:
         self.quota: Quota | None = None
-        self._over_quota: set[Endpoint] = set()
+        self._over_quota: dict[Endpoint, None] = {}
         self._streams = streams
         self.affinity = affinity
         self._slack = (affinity.policy if affinity else AffinityPolicy()).slack
@@ -190,10 +189,15 @@ class LoadBalancer:
         self._extra = 0
         self._extra_of: dict[int, int] = {}
         self.in_flight = 0
-        self.alive: set[Endpoint] = set()
+        self._alive: dict[Endpoint, None] = {}
         self.long_resting: set[Endpoint] = set()
         for endpoint in endpoints:
             self.refresh(endpoint)
+
+    @property
+    def alive(self) -> Set[Endpoint]:
+        """Return the endpoints that are in use, in the order in which they came into use."""
+        return self._alive.keys()
 
     @property
     def is_starved(self) -> bool:
@@ -208,7 +212,7 @@ class LoadBalancer:
         which would raise its limit.
         """
         return (
-            endpoint.in_flight * len(self.alive) < self.in_flight
+            endpoint.in_flight * len(self._alive) < self.in_flight
             and endpoint.in_flight >= endpoint.width
             and endpoint.limit.is_exploring
         )
@@ -340,7 +344,7 @@ class LoadBalancer:
             _settle(self.quota, tokens, used)
         if endpoint.quota is not None:
             _settle(endpoint.quota, tokens, used)
-            self._over_quota.discard(endpoint)
+            self._over_quota.pop(endpoint, None)
             endpoint.over_quota = False
         self.in_flight -= 1
         endpoint.in_flight -= 1
@@ -395,7 +399,10 @@ class LoadBalancer:
 
     def refresh(self, endpoint: Endpoint) -> None:
         """Rank an endpoint again after its state changed, and serve waiting calls."""
-        (self.alive.add if endpoint.alive else self.alive.discard)(endpoint)
+        if endpoint.alive:
+            self._alive[endpoint] = None
+        else:
+            self._alive.pop(endpoint, None)
         self._rank(endpoint)
         self._serve_waiters()
 
@@ -428,9 +435,9 @@ class LoadBalancer:
     ) -> Collection[Endpoint]:
         """Return the endpoints that a call passes over, depending on which others are alive."""
         near = self.alive - self.long_resting if self.long_resting else self.alive
-        if not near.issubset(avoid):
+        if any(endpoint not in avoid for endpoint in near):
             return avoid
-        return () if self.alive.issubset(unfit) else unfit
+        return () if all(endpoint in unfit for endpoint in self.alive) else unfit
 
     def _choose(
         self,
@@ -471,7 +478,7 @@ class LoadBalancer:
         if own is not None and (wait := own.reserve(tokens, count_reserved=count_reserved)):
             if waits:
                 endpoint.over_quota = True
-                self._over_quota.add(endpoint)
+                self._over_quota[endpoint] = None
                 self._await_quota(own, wait)
             return False
         if shared is not None and (wait := shared.reserve(tokens, count_reserved=count_reserved)):

@@ -385,6 +385,7 @@ class Endpoint:
         queue_width: Limit of requests in flight above which they would wait inside the server, or
             None if unknown.
         max_answer_tokens: Longest answer in tokens that may be requested, or None if unknown.
+        refused_fields: Optional fields of requests that it has refused.
         longest: Longest answer in tokens among accepted requests.
         longest_asked: The field of the last such request from which that was taken.
         stats: Its statistics.
@@ -425,6 +426,7 @@ class Endpoint:
         "queue_width",
         "quota",
         "refusals",
+        "refused_fields",
         "refused_items",
         "resting",
         "rests_until",
@@ -467,6 +469,7 @@ class Endpoint:
         self.queue_width: int | None = None
         self.refusals = 0
         self.max_answer_tokens = spec.max_model_len
+        self.refused_fields: frozenset[str] = frozenset()
         self.longest = 0
         self.longest_asked: object = None
         self._corrections: dict[int, int] = {}
@@ -495,6 +498,7 @@ class Endpoint:
         self.spec, self.quota, self.limit = fresh.spec, fresh.quota, fresh.limit
         self.standby, self.standby_at = fresh.standby, fresh.standby_at
         self.max_answer_tokens = fresh.max_answer_tokens
+        self.refused_fields = fresh.refused_fields
         self.breaker.close()
         self.retired = self.ejected = self.over_quota = False
         self.latency_s, self.foreign_load, self.queue_width = 0.0, 0, None

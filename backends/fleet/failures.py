@@ -343,12 +343,14 @@ class Failure:
             refused.
         accepts_others: Whether the endpoint has recently answered another item with the same key;
             for a refusal for now: since it refused this item before.
+        refused_field: The field that all requests share and that was refused, or None.
     """
 
     error: EndpointError
     rule: RetryRule
     max_answer_tokens: int | None = None
     accepts_others: bool = False
+    refused_field: str | None = None
 
     @property
     def is_refusal(self) -> bool:
@@ -630,12 +632,11 @@ _ADVICE: Final[Mapping[str, str]] = {
     ),
     "seed": f"set model.seed: null{_NEW_RUN}",
     "response_format": _SCHEMA_ADVICE,
-    "logprobs": (
-        "this server returns no log probabilities: set cascade.samples in a stage with cascade, "
-        f"or leave out task.certainty{_NEW_RUN}"
-    ),
 }
 """What to set if a server refuses a field of the request, and how a run goes on with it."""
+LOGPROBS_FIELD: Final = "logprobs"
+"""Field of a request for the log probabilities of the answer's tokens."""
+_LOGPROBS: Final = re.compile(r"\blog[ _-]?prob")
 _ROLE_ADVICE: Final = f"set model.system_role: user or developer{_NEW_RUN}"
 _VARIABLE_FIELDS: Final = frozenset({"messages", "model", "stream"})
 _LENGTH_FIELDS: Final = frozenset({"max_tokens", "max_completion_tokens"})
@@ -694,18 +695,21 @@ def classify_refused_field(failure: Failure, body: Mapping[str, Any]) -> Failure
         return failure
     if failure.rule.kind is not RequestRefusedError:
         return failure
-    advice = _find_refused_field(_list_statements(answer.body), body)
-    if advice is None:
+    found = _find_refused_field(_list_statements(answer.body), body)
+    if found is None:
         return failure
-    error = failure.error
+    (field, advice), error = found, failure.error
     message = error.message.removesuffix(f" ({failure.rule.advice})") + f" ({advice})"
     refused = RequestRefusedError(message, error.endpoint, error.status, error.code)
     refused.__cause__ = answer
-    return Failure(refused, replace(_REFUSED, constant=True, advice=advice))
+    rule = replace(_REFUSED, constant=True, advice=advice)
+    return Failure(refused, rule, refused_field=field)
 
 
-def _find_refused_field(statements: Iterable[str], body: Mapping[str, Any]) -> str | None:
-    """Return what to set if one of the statements refuses a field of the request.
+def _find_refused_field(
+    statements: Iterable[str], body: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """Return the field that one of the statements refuses, and what to set.
 
     A refusal of the answer's format counts under any of its names, which differ between servers.
     """
@@ -714,17 +718,20 @@ def _find_refused_field(statements: Iterable[str], body: Mapping[str, Any]) -> s
     keywords = set(_list_keywords(body.get("response_format")))
     for statement in statements:
         if has_role and _ROLE.search(statement) and _DENIAL.search(statement):
-            return _ROLE_ADVICE
+            return "messages", _ROLE_ADVICE
         for field in fields:
             if _refuses_field(statement, field.lower(), body[field]):
-                return _ADVICE.get(field, f"remove {field} from model.extra_body{_NEW_RUN}")
+                other = f"remove {field} from model.extra_body{_NEW_RUN}"
+                return field, _ADVICE.get(field, other)
         if _SCHEMA.search(statement) or _refuses_schema(statement, keywords):
-            return _SCHEMA_ADVICE
+            return "response_format", _SCHEMA_ADVICE
     return None
 
 
 def _refuses_field(statement: str, field: str, value: Any) -> bool:
     """Return True if a statement refuses a field; an ordinary word alone does not name a field."""
+    if field == LOGPROBS_FIELD:
+        return _LOGPROBS.search(statement) is not None
     if field in _LENGTH_FIELDS:
         has_limit = isinstance(value, int) and find_lower_number(statement, value) is not None
         denied = _LENGTH_DENIAL.search(statement) and not has_limit

@@ -65,6 +65,7 @@ class Fleet:
         cache: Answers that equal requests share, or None: each request is sent.
         transport: Sends the requests of this loop; None opens HTTP connections.
         memory: What earlier fleets have learned, or None; it has quotas and connections, too.
+        model: The model that is asked, if ``memory`` keeps several models apart.
 
     Attributes:
         policy: Limits, retries and timeouts.
@@ -88,13 +89,14 @@ class Fleet:
         cache: RequestCache | None = None,
         transport: Transport | None = None,
         memory: FleetMemory | None = None,
+        model: str | None = None,
     ) -> None:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
         ensure_open_files(self.policy.streams)
         self._specs = tuple(merge_spellings(endpoints, by_model=False))
-        self._memory = memory
+        self._memory, self._model = memory, model
         if memory is not None:
             limiter = memory.get_limiter(self.policy.rate_limit)
         self.limiter = limiter or RateLimiter(self.policy.rate_limit)
@@ -108,7 +110,11 @@ class Fleet:
             self.endpoints, self.policy, self._transport, self.limiter.quota
         )
         self._sender = RequestSender(
-            self._transport, self._monitor, simulated, self.policy.own_fields
+            self._transport,
+            self._monitor,
+            simulated,
+            self.policy.own_fields,
+            self.policy.optional_fields,
         )
         balancer, hedge = self._monitor.balancer, self.policy.hedge
         self._hedger = Hedger(hedge, balancer, self._sender.send) if hedge else None
@@ -168,7 +174,7 @@ class Fleet:
     def _remember(self, endpoint: Endpoint) -> Endpoint:
         """Let a new endpoint go on with what earlier fleets have learned about it."""
         if self._memory is not None:
-            self._memory.take_over(endpoint, self.policy)
+            self._memory.take_over(endpoint, self.policy, self._model)
         return endpoint
 
     def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
@@ -353,7 +359,7 @@ class Fleet:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: No item can succeed any more.
         """
-        return self._call(body, self._send)
+        return self._call(body, self._send, shorten=True)
 
     async def attach_file(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a request with the content of the file that it names, if it names one.
@@ -398,11 +404,11 @@ class Fleet:
                 log.calls -= 1
 
     def _call(
-        self, body: Mapping[str, Any], send: SendFunction[T]
+        self, body: Mapping[str, Any], send: SendFunction[T], *, shorten: bool = False
     ) -> Awaitable[tuple[T, Endpoint]]:
         if self._load is not None:
             self._load.start()
-        return self._retrier.call(body, send)
+        return self._retrier.call(body, send, shorten=shorten)
 
 
 def _seed_sample(body: Mapping[str, Any], log: CallLog | None) -> Mapping[str, Any]:

@@ -527,6 +527,14 @@ class HealthMonitor:
             pause = min(policy.outage_s, *(e.breaker.pause_s for e in unhealthy))
             await asyncio.sleep(max(0.0, pause - len(unhealthy) / policy.outage_probes_per_s))
             await self._probe_all()
+            self._refresh_returned()
+        self._refresh_returned()
+
+    def _refresh_returned(self) -> None:
+        """Rank endpoints that another fleet has found alive, with which they share a breaker."""
+        for endpoint in self._endpoints:
+            if endpoint.alive and endpoint not in self.balancer.alive:
+                self.refresh(endpoint)
 
     async def _probe_all(self) -> list[asyncio.Task[None]]:
         """Start a probe of each unhealthy endpoint, at a limited rate."""

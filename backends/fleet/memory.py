@@ -37,14 +37,15 @@ class FleetMemory:
             self._transports[key] = Transport(policy)
         return self._transports[key]
 
-    def take_over(self, endpoint: Endpoint, policy: FleetPolicy) -> None:
+    def take_over(self, endpoint: Endpoint, policy: FleetPolicy, model: str | None = None) -> None:
         """Let an endpoint go on with what an earlier fleet has learned about it, and remember it.
 
         Args:
             endpoint: The endpoint, not used yet.
             policy: The policy of its fleet.
+            model: The model that its fleet asks, where the endpoint has no name of its own for it.
         """
-        key = _identify(endpoint.spec, policy)
+        key = _identify(endpoint.spec, policy, model)
         if (earlier := self._endpoints.get(key)) is not None:
             endpoint.take_over(earlier)
         self._endpoints[key] = endpoint
@@ -56,7 +57,7 @@ class FleetMemory:
             await transport.aclose()
 
 
-def _identify(spec: EndpointSpec, policy: FleetPolicy) -> Hashable:
+def _identify(spec: EndpointSpec, policy: FleetPolicy, model: str | None) -> Hashable:
     """Return what two fleets must have in common to know the same about an endpoint."""
-    where = identify_endpoint(spec.url), spec.model
+    where = identify_endpoint(spec.url), spec.model or model
     return *where, spec.max_in_flight, policy.limit, policy.breaker

@@ -300,6 +300,7 @@ class FleetPolicy:
         own_fields: Whether each request chooses its fields itself, so that the refusal of a field
             is the fault of its item.
         file_hosts: Hosts from which files that requests name are fetched.
+        optional_fields: Fields without which a request is sent to endpoints that refuse them.
     """
 
     streams: int = 256
@@ -317,6 +318,7 @@ class FleetPolicy:
     body_bytes: int = 64 * 2**20
     own_fields: bool = False
     file_hosts: frozenset[str] = frozenset()
+    optional_fields: frozenset[str] = frozenset()
 
     @classmethod
     def from_limits(

@@ -94,7 +94,7 @@ class RequestCharge:
 
     Attributes:
         log: The item's log, or None.
-        body: The request.
+        body: The request as it is sent; its answer may be limited further than that of the call.
         reservation: What is reserved for it; None if there is no limit, or it has ended.
         ended: Whether its end is known.
         endpoint_usage: The item's usage of its endpoint; None until it is sent, or without a log.
@@ -132,7 +132,12 @@ class RequestCharge:
 
     @classmethod
     async def reserve(
-        cls, log: CallLog | None, body: Mapping[str, Any], lost: LostRequests | None = None
+        cls,
+        log: CallLog | None,
+        body: Mapping[str, Any],
+        lost: LostRequests | None = None,
+        *,
+        shorten: bool = False,
     ) -> RequestCharge:
         """Reserve the maximum cost of a request.
 
@@ -140,6 +145,7 @@ class RequestCharge:
             log: The item's log, or None.
             body: The request.
             lost: The lost requests of its call, or None.
+            shorten: Whether its answer may be limited further if the budget is short.
 
         Raises:
             BudgetExhaustedError: The budget does not cover it.
@@ -153,7 +159,14 @@ class RequestCharge:
                 "the model's configured max_tokens, or set one in the call"
             )
             raise ConfigurationError(msg)
-        return cls(log, body, await log.account.reserve(max_usage(body), body, log), lost=lost)
+        most = max_usage(body)
+        # Other kinds of requests, and those for several answers, keep their limit.
+        shorten = shorten and URL_FIELD not in body and int(body.get("n") or 1) == 1
+        reservation = await log.account.reserve(most, body, log, shorten=shorten)
+        answer = reservation.usage.completion
+        if answer is not None and answer != most.completion:
+            body = lower_max_tokens(body, answer)
+        return cls(log, body, reservation, lost=lost)
 
     def reserve_again(self) -> RequestCharge | None:
         """Reserve the same for a second request, if the budget covers it at once."""
@@ -340,6 +353,7 @@ class RequestSender:
         simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
             the first one shows (None).
         own_fields: Whether each request chooses its fields itself.
+        optional_fields: Fields without which a request is sent to endpoints that refuse them.
 
     Attributes:
         simulated: The same, settled by the first answer.
@@ -351,9 +365,10 @@ class RequestSender:
         monitor: HealthMonitor,
         simulated: bool | None,
         own_fields: bool = False,
+        optional_fields: frozenset[str] = frozenset(),
     ) -> None:
         self._transport = transport
-        self._own_fields = own_fields
+        self._own_fields, self._optional_fields = own_fields, optional_fields
         self._monitor = monitor
         self._warned = False
         self.simulated = simulated
@@ -406,7 +421,7 @@ class RequestSender:
                 )
             if isinstance(result, Failure):
                 if not self._own_fields:
-                    result = failures.classify_refused_field(result, body)
+                    result = self._check_refused_field(endpoint, result, body)
                 result = await self._soften_failure(endpoint, result, headers, charge)
                 outcome = learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
             else:
@@ -473,6 +488,24 @@ class RequestSender:
         finally:
             endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
             self._monitor.balancer.release(endpoint, seconds, charge.log, charge.tokens, used)
+
+    def _check_refused_field(
+        self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any]
+    ) -> Failure:
+        """Classify a refused field; without an optional one the request is repeated."""
+        failure = failures.classify_refused_field(failure, body)
+        field = failure.refused_field
+        if field not in self._optional_fields:
+            return failure
+        if field not in endpoint.refused_fields:
+            endpoint.refused_fields |= {field}
+            _LOG.warning(
+                "%s refuses the field %s, and is asked without it: its answers have no certainty",
+                endpoint.label,
+                field,
+            )
+        rule = replace(failure.rule, action=RetryAction.SAME, free=True, constant=False)
+        return replace(failure, rule=rule)
 
     async def _soften_failure(
         self,
@@ -557,6 +590,8 @@ class RequestSender:
             body = {**body, "model": endpoint.spec.model}
         if kind is not None:
             body = {name: value for name, value in body.items() if name != URL_FIELD}
+        if endpoint.refused_fields:
+            body = {name: one for name, one in body.items() if name not in endpoint.refused_fields}
         if endpoint.max_answer_tokens is not None:
             fitting = lower_max_tokens(body, endpoint.max_answer_tokens)
             if fitting is not body and not self._warned:

@@ -130,6 +130,8 @@ class AttemptLog(RetryCallState):
         if failure.max_answer_tokens is not None:
             self._corrections += 1
             self._most[endpoint] = failure.max_answer_tokens
+        if failure.refused_field is not None and rule.free:
+            self._corrections += 1
         self.is_final = (
             rule.action is RetryAction.FAIL
             or max(self._corrections, self._refusals) > self._policy.free_retries
@@ -243,8 +245,16 @@ class Retrier:
         self._repeated = 0
         self._failed = 0
 
-    async def call(self, body: Mapping[str, Any], send: SendFunction[T]) -> tuple[T, Endpoint]:
+    async def call(
+        self, body: Mapping[str, Any], send: SendFunction[T], *, shorten: bool = False
+    ) -> tuple[T, Endpoint]:
         """Send one request until its answer is good.
+
+        Args:
+            body: The request.
+            send: Sends it to an endpoint.
+            shorten: Whether the answer may be limited further if the budget is short; if it is
+                cut there, the request is repeated with its own limit.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
@@ -258,9 +268,13 @@ class Retrier:
             prefix = self._affinity.make_key(body)
         lost, answered = LostRequests(), None
         try:
-            charge = await RequestCharge.reserve(log, body, lost)
+            charge = await RequestCharge.reserve(log, body, lost, shorten=shorten)
             endpoint = await self._acquire_endpoint(charge, None, prefix=prefix)
-            result, endpoint = await send(endpoint, body, charge)
+            result, endpoint = await send(endpoint, charge.body, charge)
+            if charge.body is not body and _is_cut(result):
+                charge = await RequestCharge.reserve(log, body, lost)
+                endpoint = await self._acquire_endpoint(charge, endpoint, prefix=prefix)
+                result, endpoint = await send(endpoint, body, charge)
             if isinstance(result, Failure) or _is_empty(result):
                 attempts = AttemptLog(self._policy)
 
@@ -426,6 +440,11 @@ def _is_empty(result: object) -> bool:
     if isinstance(result, OpenStream):
         return result.is_empty
     return isinstance(result, dict) and transport.is_empty(result)
+
+
+def _is_cut(result: object) -> bool:
+    """Return True if an answer ends at its limit of tokens."""
+    return isinstance(result, dict) and transport.is_cut(result)
 
 
 _RECENT: Final = 512

@@ -686,6 +686,11 @@ def is_empty(document: Mapping[str, Any]) -> bool:
     return regular and not any(map(message.get, CONTENT_FIELDS))
 
 
+def is_cut(document: Mapping[str, Any]) -> bool:
+    """Return True if a good answer ends at its limit of tokens."""
+    return any(choice.get("finish_reason") == "length" for choice in document.get("choices") or ())
+
+
 def _inner_status(error_body: ErrorBody) -> int:
     code = error_body.code or ""
     # only three decimal digits: int() refuses other digits, and thousands of them

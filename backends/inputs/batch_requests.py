@@ -10,6 +10,7 @@ from typing import Any, Final
 from ...configs.endpoints import explain_refused_fields
 from ..core.errors import InputError
 from ..core.request_urls import GATEWAY_URLS, REQUEST_KINDS, REQUEST_URLS
+from ..core.terminal import count_nouns
 from ..core.types import CHAT_URL, Json, Row
 from .base import RowSource
 
@@ -51,7 +52,9 @@ def _explain_models(where: str, named: str, before: str, source: RowSource) -> s
     """Return what to do with a file whose lines name several models; reads all of it."""
     lines = (line for _, line in source.rows() if find_problem(line) is None)
     counts = Counter(model for line in lines if (model := get_model(line)) is not None)
-    shown = ", ".join(f"{name!r} ({count:,} lines)" for name, count in counts.most_common(_MODELS))
+    shown = ", ".join(
+        f"{name!r} ({count_nouns(count, 'line')})" for name, count in counts.most_common(_MODELS)
+    )
     more = f" and {len(counts) - _MODELS:,} more" if len(counts) > _MODELS else ""
     return (
         f"{where}: the model is {named!r}, but lines before it name {before!r}. The file names "

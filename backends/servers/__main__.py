@@ -14,7 +14,7 @@ import time
 
 from ..core.errors import FanfoldError
 from ..core.terminal import escape_controls
-from .lock import NodeLock
+from .lock import NodeLock, ServedModel, write_served_model
 from .node_supervisor import SupervisorControl, serve_on_demand
 from .plan import NodePlan, node_files
 
@@ -29,6 +29,7 @@ def main() -> int:
         lock = NodeLock.acquire_with_retries(node_files(plan))
         if lock is None:
             return 0
+        write_served_model(node_files(plan), ServedModel(plan.model, on_demand=True))
         if os.fork():
             os._exit(0)  # the lock stays with the child
         lock.write_owner()

@@ -15,7 +15,14 @@ from typing import Final
 from tenacity import AsyncRetrying, RetryError, retry_if_result, stop_after_delay, wait_fixed
 
 from ..core.errors import ConfigurationError, RunStoppedError
-from .lock import hold_user_lock, is_served
+from .lock import (
+    ServedModel,
+    hold_user_lock,
+    is_served,
+    read_owner,
+    read_served_model,
+    request_stop_when_unused,
+)
 from .plan import NodeFiles, NodePlan, node_files
 
 logger = logging.getLogger(__name__)
@@ -36,6 +43,8 @@ async def use_servers(
 ) -> AsyncIterator[Path]:
     """Use this node's servers while the block runs, and start them if no process serves the node.
 
+    Servers of another model that a worker started are ended first, once they have no user.
+
     Args:
         plan: The servers.
         stop_reason: Returns why to stop waiting, or None; may block for a moment.
@@ -50,20 +59,72 @@ async def use_servers(
     """
     files = node_files(plan)
     await asyncio.to_thread(files.create_folders)
-    async with hold_user_lock(files):
-        await _wait_until_up(plan, files, stop_reason)
-        yield files.endpoints
+    while True:
+        await _end_other_servers(plan, files, stop_reason)
+        async with hold_user_lock(files):
+            try:
+                await _wait_until_up(plan, files, stop_reason)
+            except _OtherModelError:
+                continue
+            yield files.endpoints
+            return
+
+
+class _OtherModelError(Exception):
+    """Meanwhile another worker has started servers of another model."""
+
+
+def _find_other_model(plan: NodePlan, files: NodeFiles) -> ServedModel | None:
+    """Return what the node serves if that is another model; blocks."""
+    served = read_served_model(files) if is_served(files) else None
+    if served is None or not served.name or not plan.model or served.name == plan.model:
+        return None
+    return served
+
+
+async def _end_other_servers(
+    plan: NodePlan, files: NodeFiles, stop_reason: Callable[[], str | None]
+) -> None:
+    """Let servers of another model end, which may need the same accelerators and ports.
+
+    Raises:
+        RunStoppedError: They run for the whole job, or the wait was stopped.
+    """
+    before: ServedModel | None = None
+    while (served := await asyncio.to_thread(_find_other_model, plan, files)) is not None:
+        if served.on_demand:
+            await asyncio.to_thread(request_stop_when_unused, files)
+            if before is None:
+                text = "%s: waits until the servers of model %s have ended, to start those of %s"
+                logger.info(text, plan.host, served.name, plan.model)
+        elif served == before:  # asked twice: its file may be that of an earlier process
+            msg = (
+                f"{plan.host}: its servers serve {served.name!r}, and the run needs "
+                f"{plan.model!r}; {read_owner(files)} runs them: end it, or use another node"
+            )
+            raise RunStoppedError(msg)
+        before = served
+        if why := await asyncio.to_thread(stop_reason):
+            msg = f"{plan.host}: {why} before the servers of {served.name!r} had ended"
+            raise RunStoppedError(msg)
+        await asyncio.sleep(_POLL_S)
 
 
 async def _wait_until_up(
     plan: NodePlan, files: NodeFiles, stop_reason: Callable[[], str | None]
 ) -> None:
-    """Wait until a server is ready; start the supervisor if there is none."""
+    """Wait until a server is ready; start the supervisor if there is none.
+
+    Raises:
+        _OtherModelError: The node serves another model.
+    """
     starts = 0
 
     async def is_up() -> bool:
         nonlocal starts
         if await asyncio.to_thread(is_served, files):
+            if await asyncio.to_thread(_find_other_model, plan, files) is not None:
+                raise _OtherModelError
             if await asyncio.to_thread(files.endpoints.is_file):
                 return True
         elif starts >= _MAX_STARTS:

@@ -13,10 +13,11 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
 
+import orjson
 from tenacity import Retrying, retry_if_result, stop_after_attempt, wait_fixed
 
 from ..core.errors import BackendError
@@ -201,6 +202,42 @@ def request_stop_when_unused(files: NodeFiles) -> None:
         BackendError: The file cannot be opened.
     """
     os.close(_open_lock_file(_local_lock_path(files, "over")))
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the process that serves a node has said about itself.
+
+    Attributes:
+        name: The model, or empty if it is not known.
+        on_demand: Whether it serves the node only while it has users.
+    """
+
+    name: str
+    on_demand: bool
+
+
+def write_served_model(files: NodeFiles, served: ServedModel) -> None:
+    """Say what the servers of this node serve, as the holder of its lock; blocks.
+
+    Raises:
+        BackendError: The file cannot be written.
+    """
+    path = _local_lock_path(files, "model")
+    temporary = path.with_suffix(".model.tmp")
+    try:
+        temporary.write_bytes(orjson.dumps(asdict(served)))
+        temporary.replace(path)
+    except OSError as error:
+        raise BackendError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read_served_model(files: NodeFiles) -> ServedModel | None:
+    """Return what the process that serves the node serves, if it is known; blocks."""
+    try:
+        return ServedModel(**orjson.loads(_local_lock_path(files, "model").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class NodeUsers:

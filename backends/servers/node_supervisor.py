@@ -24,12 +24,14 @@ from .events import EventLog
 from .lock import (
     NodeLock,
     NodeUsers,
+    ServedModel,
     WatchdogClient,
     hold_user_lock,
     is_on_demand,
     read_owner,
     request_stop_when_unused,
     run_watchdog,
+    write_served_model,
 )
 from .plan import NodeFiles, NodePlan, node_files
 from .server_process import fetch
@@ -347,6 +349,8 @@ async def serve_or_standby(plan: NodePlan, control: SupervisorControl) -> None:
     async with hold_user_lock(files):
         lock = await _acquire_lock(plan, files, control)
         if lock is not None:
+            served = ServedModel(plan.model, on_demand=False)
+            await asyncio.to_thread(write_served_model, files, served)
             await run_supervisor(plan, lock, control)
             return
     if await asyncio.to_thread(is_on_demand, files):

@@ -71,6 +71,7 @@ class NodePlan:
         linger_s: Seconds that the servers stay up without a user.
         key: Key of the endpoints, or None.
         watching: How they are monitored.
+        model: The model that they serve, or empty if it is not known.
     """
 
     host: str
@@ -83,6 +84,7 @@ class NodePlan:
     linger_s: float
     key: str | None = field(default=None, repr=False)
     watching: WatchSettings = WatchSettings()
+    model: str = ""
 
     def server_address(self, server: ServerPlan) -> str:
         """Return ``address:port`` of a server, as in endpoints files."""

@@ -21,6 +21,7 @@ import orjson
 from ..core.checksum import CRC_END, CRC_FIELD, CRC_TAIL_BYTES, check_crc
 from ..core.errors import JournalError
 from ..core.money import UsageTotals
+from ..core.terminal import count_nouns
 from ..core.types import Json
 from ..core.values import COUNT_FIELDS, MAX_COUNT, STATUSES, check_record
 
@@ -532,7 +533,8 @@ def find_record_problem(record: dict[str, Any], items: int) -> str | None:
         found = "a second header" if "v" in record else "not a record of an item"
         return f"{found}; the file was damaged or edited"
     if not 0 <= index < items:
-        return f"item {record.get('id')!r} has index {index}, this run has {items} items"
+        found = f"item {record.get('id')!r} has index {index}"
+        return f"{found}, this run has {count_nouns(items, 'item')}"
     try:
         check_record(record)
     except ValueError as error:

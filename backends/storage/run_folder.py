@@ -22,7 +22,7 @@ import orjson
 
 from ..core.errors import ConfigurationError, JournalError
 from ..core.types import Json
-from ..core.values import check_counts
+from ..core.values import check_counts, is_count
 
 PROVENANCE_VERSION: Final = 2
 EVALUATION_VERSION: Final = 1
@@ -119,6 +119,11 @@ class RunFolder:
     def raised_limits(self) -> Path:
         """Return the limits raised at a pause, which override the settings."""
         return self._budget_root / "caps.json"
+
+    @property
+    def noted_counts(self) -> Path:
+        """Return the file of the counts that lists of runs show."""
+        return self.path / "counts.json"
 
     @property
     def silent_endpoints(self) -> Path:
@@ -665,6 +670,44 @@ def _taken(path: Path) -> ConfigurationError:
 def utc_timestamp() -> str:
     """Return the current time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+_COUNTS_VERSION: Final = 1
+
+
+def write_noted_counts(folder: RunFolder, counts: Mapping[str, Json]) -> None:
+    """Write the counts of a run, as its last session knows them.
+
+    Args:
+        folder: The run's folder.
+        counts: ``done``, ``failed`` and ``usd``.
+
+    Raises:
+        JournalError: The file cannot be written.
+    """
+    noted = {"v": _COUNTS_VERSION, "noted": utc_timestamp(), **counts}
+    write_json(folder.noted_counts, noted)
+
+
+def read_noted_counts(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the counts that the last session noted, and when; None if there are none.
+
+    Raises:
+        JournalError: The file is damaged.
+    """
+    path = folder.noted_counts
+    try:
+        found: Any = orjson.loads(path.read_bytes())
+        if found["v"] != _COUNTS_VERSION:
+            raise ValueError(f"version {found['v']!r}")
+        counts = {name: found[name] for name in ("noted", "done", "failed", "usd")}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
+    if not (is_count(counts["done"]) and is_count(counts["failed"])):
+        raise JournalError(f"{path}: has no counts; remove it")
+    return counts
 
 
 _SILENT_VERSION: Final = 1

@@ -45,6 +45,7 @@ class BackendPool:
         self._first_worker, self._no_worker = FirstWorkerTimer(policy.queue_s), ""
         self._is_draining = False
         self._ticker: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._orphaned = dict[str, InFlightTask]()
 
     async def open_run(self, folder: Path | None = None) -> None:
@@ -228,8 +229,16 @@ class BackendPool:
             await self.close()
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Close all backends within ``grace_s`` and a little more."""
+        """Close all backends within ``grace_s`` and a little more.
+
+        Closing goes on if the caller is cancelled; a further call waits for its end.
+        """
         self.is_closed = True
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(grace_s))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, grace_s: float) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
             with suppress(asyncio.CancelledError):

@@ -17,6 +17,7 @@ from ...backends.budget.pricing import read_price
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import find_properties
 from ...backends.core.money import NANO_PER_USD
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json, Row
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.results_schema import INPUT_ROW
@@ -341,7 +342,7 @@ class _Comparer:
         if not common:
             first, second = (", ".join(ids[:_SHOWN_IDS]) for ids in self._ids)
             raise ConfigurationError(
-                f"{a.path} has {self._sizes[0]:,} items ({first}, …) and {b.path} has "
+                f"{a.path} has {count_nouns(self._sizes[0], 'item')} ({first}, …) and {b.path} has "
                 f"{self._sizes[1]:,} ({second}, …), but no id is in both: compare runs over the "
                 "same items, with the same input.id"
             )
@@ -373,7 +374,7 @@ class _Comparer:
             )
         for run, source in zip(self._runs, self._sources, strict=True):
             if still_open := source.journal.count_items().open:
-                yield f"{run.path}: {still_open:,} items have not ended"
+                yield f"{run.path}: {count_nouns(still_open, 'open item')}"
 
     # -- fields ----------------------------------------------------------------------------
 

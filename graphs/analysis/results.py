@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ...backends.core.errors import ConfigurationError, JournalError, MissingExtraError
 from ...backends.core.fields import FieldPath, resolve_field
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.inputs.column_types import describe_type
 from ...backends.storage.journal import Journal
@@ -166,7 +167,7 @@ class ResultTable:
         return column, keys, kind
 
     def _title(self) -> str:
-        return f"{len(self):,} rows"
+        return count_nouns(len(self), "row")
 
     def _repr_html_(self) -> str:
         """Return the first rows as a table for notebooks; all texts are escaped."""
@@ -180,9 +181,9 @@ class ResultTable:
         )
         notes = []
         if len(self) > len(cells):
-            notes.append(f"{len(self) - len(cells):,} more rows")
+            notes.append(f"{count_nouns(len(self) - len(cells), 'more row')}")
         if more := len(table.schema.names) - min(len(names), _SHOWN_COLUMNS):
-            notes.append(f"{more:,} more columns")
+            notes.append(f"{count_nouns(more, 'more column')}")
         note = f"<p>… {', '.join(notes)}</p>" if notes else ""
         return (
             f"<div><p>{_escape(self._title())}</p>"

@@ -145,7 +145,8 @@ def _pipeline_lines(loaded: LoadedConfig, found: PipelineEstimate) -> Iterator[s
     if any(limits.model_dump(include={"usd", "tokens", "requests"}).values()) and any(found.kept):
         kept = found.kept
         yield (
-            f"kept for stages that reduce: {kept.requests:,} requests, {kept.tokens:,} tokens"
+            f"kept for stages that reduce: {count_nouns(kept.requests, 'request')}, "
+            f"{kept.tokens:,} tokens"
             + (f", {format_usd_amount(kept.nano_usd / NANO_PER_USD)}" if kept.nano_usd else "")
         )
 
@@ -210,7 +211,8 @@ def _sample_line(found: Estimate) -> str:
         return "sample: no valid item"
     about = "" if counted.exact else "about "
     return (
-        f"sample: {counted.items:,} prompts, {about}{counted.tokens.likely:,.0f} tokens on "
+        f"sample: {count_nouns(counted.items, 'prompt')}, {about}{counted.tokens.likely:,.0f} "
+        "tokens on "
         f"average, {counted.longest:,} at most ({counted.how})"
     )
 
@@ -258,7 +260,8 @@ def _batch_lines(config: RunConfig, found: Estimate) -> Iterator[str]:
     if (batches := _count_batches(config, found)) is not None:
         lines, backend = found.plan.items, config.backend
         yield (
-            f"batches: {batches:,} files with {lines:,} requests, {backend.lines:,} at most in "
+            f"batches: {count_nouns(batches, 'file')} with {count_nouns(lines, 'request')}, "
+            f"{backend.lines:,} at most in "
             f"each, {backend.active:,} at a time, in {backend.dir}; invalid answers and missing "
             "lines add some; a submitted batch cannot be recalled"
         )
@@ -274,7 +277,8 @@ def _unlimited_lines(found: Estimate) -> list[str]:
     if not found.unlimited:
         return []
     return [
-        f"{found.unlimited:,} requests have no max_tokens: their answers may be longer than these "
+        f"without max_tokens: {count_nouns(found.unlimited, 'request')}, whose answers may be "
+        "longer than these "
         "figures assume"
     ]
 

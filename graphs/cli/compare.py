@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
 from ...configs.evaluation import METRICS
-from ..run.console import Terminal, open_data_stream, print_messages
+from ..report.texts import has_long_word
+from ..run.console import Terminal, open_data_stream, print_line, print_messages
 from .evaluation_text import format_figure, format_interval
 from .format import Column, format_cell, format_duration, format_usd_amount, make_table
 
@@ -108,10 +110,8 @@ def _open_target(target: Path) -> Any:
 
 def show_comparison(found: dict[str, Any], fields: list[str], console: Console) -> None:
     """Print a comparison: fields, changed items, gold figures, cost and latency."""
-    for line in head_lines(found):
-        console.print(Text(format_cell(line, None).plain), soft_wrap=True)
-    for line in field_lines(found):
-        console.print(Text(format_cell(line, None).plain), soft_wrap=True)
+    for line in (*head_lines(found), *field_lines(found)):
+        print_line(console, format_cell(line, None).plain)
     _print_table("agreement", field_columns(found), console)
     chosen = found["fields"] if fields else _choose_fields(found)
     for one in chosen:
@@ -123,7 +123,7 @@ def show_comparison(found: dict[str, Any], fields: list[str], console: Console) 
         title = f"{one['field']} against {one['gold']}"
         _print_table(title, gold_columns(one), console)
         for line in difference_lines(one):
-            console.print(Text(line), soft_wrap=True)
+            print_line(console, line)
     _print_table("cost and latency", side_columns(found), console)
     if found["settings"]:
         console.print(Text("settings that differ (A → B)", style="bold"))
@@ -143,7 +143,7 @@ def _choose_fields(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _print_table(title: str, columns: Sequence[Column], console: Console) -> None:
-    console.print(Text(format_cell(title, None).plain, style="bold"), soft_wrap=True)
+    print_line(console, format_cell(title, None).plain, "bold")
     for part in make_table(columns, console.width):
         console.print(part)
 
@@ -244,7 +244,7 @@ def difference_lines(one: dict[str, Any]) -> Iterator[str]:
         return
     what = "mean absolute error" if one["mcnemar_p"] is None else "accuracy"
     yield (
-        f"{what} of B minus A over {difference['n']:,} items answered by both: "
+        f"{what} of B minus A over {count_nouns(difference['n'], 'item')} answered by both: "
         f"{format_figure(difference['value'])} ({format_interval(difference)})"
     )
     if one["mcnemar_p"] is not None:
@@ -293,15 +293,23 @@ def _seconds(value: float | None) -> str:
 
 
 _STYLE: Final = (
-    ":root{color-scheme:light dark}"
-    "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
-    "h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}"
-    "table{border-collapse:collapse;display:block;overflow-x:auto}"
-    "th,td{border-bottom:1px solid #8886;padding:.25rem .7rem;text-align:left;vertical-align:top;"
-    "overflow-wrap:anywhere}"
-    "th{font-weight:600}td.n,th.n{text-align:right;white-space:nowrap;"
-    "font-variant-numeric:tabular-nums}"
-    ".w{border-left:4px solid #c60;padding:.3rem .8rem}"
+    ":root{color-scheme:light dark;--m:#56626f;--l:#e3e7ec}"
+    "@media(prefers-color-scheme:dark){:root{--m:#98a4b0;--l:#2c343d}}"
+    'body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",Arial,sans-serif;'
+    "font-variant-numeric:tabular-nums;margin:0 auto;max-width:1440px;padding:28px 32px}"
+    "h1{font-size:26px;line-height:1.25;margin:0 0 8px;overflow-wrap:anywhere}"
+    "h2{font-size:17px;margin:32px 0 8px;overflow-wrap:anywhere}"
+    "p,li{margin:2px 0;overflow-wrap:anywhere}ul{margin:0;padding-left:18px}"
+    ".s{overflow:auto;max-height:34rem;border:1px solid var(--l);border-radius:6px;"
+    "width:fit-content;max-width:100%}"
+    "table{border-collapse:collapse;font-size:14px}"
+    "th,td{border-bottom:1px solid var(--l);padding:5px 14px;text-align:left;vertical-align:top;"
+    "overflow-wrap:break-word;min-width:3.5em;max-width:34em}"
+    "th{color:var(--m);font-weight:600;white-space:nowrap;position:sticky;top:0;background:Canvas}"
+    "tr:last-child td{border-bottom:0}"
+    ".n{text-align:right;white-space:nowrap}.long{overflow-wrap:anywhere}"
+    ".w{border-left:3px solid #c60;padding:4px 12px;margin:8px 0}"
+    "@media print{.s{max-height:none}}"
 )
 _LONGEST: Final = 2_000
 """Characters of a cell of the page."""
@@ -324,8 +332,9 @@ def render_page(found: dict[str, Any]) -> str:
         f"<h1>{_escape(title)}</h1>"
     ]
     parts += [f'<p class="w">{_escape(warning)}</p>' for warning in found["warnings"]]
-    lines = (*head_lines(found), *field_lines(found))
-    parts += [f"<p>{_escape(line)}</p>" for line in lines]
+    parts += [f"<p>{_escape(line)}</p>" for line in head_lines(found)]
+    fields = "".join(f"<li>{_escape(line)}</li>" for line in field_lines(found))
+    parts.append(f"<ul>{fields}</ul>")
     parts += [_render_table("Agreement", field_columns(found))]
     for one in found["gold"]:
         parts.append(_render_table(f"{one['field']} against {one['gold']}", gold_columns(one)))
@@ -335,7 +344,9 @@ def render_page(found: dict[str, Any]) -> str:
         parts.append(_render_table(f"{one['field']}: changed items first", row_columns(one)))
         total = one["both"] + one["only_a"] + one["only_b"]
         if total > len(one["rows"]):
-            parts.append(f"<p>{len(one['rows']):,} of {total:,} items; more with --limit N</p>")
+            parts.append(
+                f"<p>{len(one['rows']):,} of {count_nouns(total, 'item')}; more with --limit N</p>"
+            )
     if found["settings"]:
         listed = "".join(f"<li>{_escape(line)}</li>" for line in found["settings"])
         parts.append(f"<h2>Settings that differ (A → B)</h2><ul>{listed}</ul>")
@@ -349,22 +360,24 @@ def _render_table(title: str, columns: Sequence[Column]) -> str:
         for kind, column in zip(classes, columns, strict=True)
     )
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td{k}>{_cell(v)}</td>" for k, v in zip(classes, row, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(_cell(v, kind) for kind, v in zip(classes, row, strict=True)) + "</tr>"
         for row in zip(*(column.cells for column in columns), strict=True)
     )
     return (
-        f"<h2>{_escape(title)}</h2><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{rows}</tbody></table>"
+        f'<h2>{_escape(title)}</h2><div class="s" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _cell(value: Json) -> str:
+def _cell(value: Json, kind: str) -> str:
     if value is None:
-        return "-"
+        return f"<td{kind}>-</td>"
     text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    return _escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
+    if not kind and has_long_word(text):
+        kind = ' class="long"'
+    return (
+        f"<td{kind}>{_escape(text if len(text) <= _LONGEST else f'{text[: _LONGEST - 1]}…')}</td>"
+    )
 
 
 def _escape(text: str) -> str:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich.text import Text
-
 from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
 from ...backends.discovery.connect import open_endpoint_set
@@ -25,7 +23,7 @@ from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.resolve import Overrides
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import Terminal, print_json, print_lines, print_messages
 from ..run.prepare import check_endpoints
 from .format import Column, make_table
 
@@ -62,7 +60,7 @@ def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
             _print(listed.rows, _NOW)
         for row in listed.rows:
             if row["error"]:
-                Terminal().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
+                print_lines([f"{row[_ENDPOINT]}: {row['error']}"])
     if listed.problem is not None:
         print_messages([f"Error: {listed.problem}"])
         return EXIT_USAGE

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import (
     EVALUATION_REFUSED,
@@ -92,7 +93,7 @@ def evaluate_run(path: Path, options: GoldOptions, as_json: bool) -> None:
         return
     show_evaluations(found, Terminal())
     if left:
-        print_messages([f"{left:,} items have not ended and count as missing"])
+        print_messages([f"{count_nouns(left, 'open item')}, counted as missing"])
     print_messages(
         [f"Evaluation: {folder.evaluation}"]
         if kept

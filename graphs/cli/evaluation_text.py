@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from rich.console import Console
-from rich.text import Text
 
 from ...backends.core.errors import FanfoldError
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import EVALUATION_REFUSED, RunFolder, read_evaluation
 from ...configs.evaluation import METRICS, MISSING_CAUSES
+from ..run.console import print_line
 from .format import Column, format_cell, make_table
 
 _IN_STATUS: Final = ("accuracy", "f1_macro", "kappa", "mae", "rmse", "spearman")
@@ -21,17 +22,17 @@ _MOST_SHOWN: Final = 12
 def show_evaluations(evaluations: list[dict[str, Any]], console: Console) -> None:
     """Print comparisons: figures with intervals, classes and confusion matrix."""
     for one in evaluations:
-        console.print(Text(_head(one), style="bold"), soft_wrap=True)
+        print_line(console, _head(one), "bold")
         for table in (_metrics(one), _classes(one), _confusion(one)):
             if table and table[0].cells:
                 for part in make_table(table, console.width, splits=True):
                     console.print(part)
         for note in one["notes"]:
-            console.print(Text(f"note: {format_cell(note, None).plain}"), soft_wrap=True)
+            print_line(console, f"note: {format_cell(note, None).plain}")
 
 
 def _head(one: Mapping[str, Any]) -> str:
-    parts = [f"{one['answered']:,} of {one['items']:,} items answered"]
+    parts = [f"{one['answered']:,} of {count_nouns(one['items'], 'item')} answered"]
     causes = [
         f"{count:,} {MISSING_CAUSES.get(cause, cause)}"
         for cause, count in one["missing_by_cause"].items()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.results import write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import open_folder
 from ..run.console import open_data_stream, print_messages
@@ -66,7 +67,7 @@ def export_results(  # noqa: PLR0913 - one for each option of the command
             with _open_target(target) as stream:
                 rows = _write_text(source, form, stream, safe_csv)
         total = len(source.store) // (1 if source.fold is None else source.fold.samples)
-        print_messages([f"{target}: {rows:,} of {total:,} items as {form}"])
+        print_messages([f"{target}: {rows:,} of {count_nouns(total, 'item')} as {form}"])
 
 
 def _choose_format(given: str | None, target: Path | None) -> str:

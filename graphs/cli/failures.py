@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.terminal import escape_controls
+from ...backends.core.terminal import count_nouns, escape_controls
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
@@ -90,7 +90,7 @@ def _print(
     ended = counts.done + counts.failed
     mark = "SIMULATED: " if about["simulated"] else ""
     still = f"; {counts.open:,} not finished" if counts.open else ""
-    head = f"{mark}{counts.failed:,} failed of {ended:,} items that have ended{still}"
+    head = f"{mark}{counts.failed:,} failed of {count_nouns(ended, 'item')} that ended{still}"
     console.print(Text(head, style="bold"))
     for row in rows:
         console.print()
@@ -119,8 +119,8 @@ def _class_lines(row: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     yield 1, f"error: {_shorten(example['error'])}"
     if example["endpoint"] is not None:
         sent = example["requests"] or 0
-        repairs = f", {_plural(example['repairs'], 'repair')}" if example["repairs"] else ""
-        yield 1, f"endpoint: {example['endpoint']}, {_plural(sent, 'request')}{repairs}"
+        repairs = f", {count_nouns(example['repairs'], 'repair')}" if example["repairs"] else ""
+        yield 1, f"endpoint: {example['endpoint']}, {count_nouns(sent, 'request')}{repairs}"
     if example["messages"] is None:
         yield 1, "row of the input (no message of a request is known):"
         yield 2, _shorten(example["row"])
@@ -135,10 +135,6 @@ def _class_lines(row: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     else:
         yield 1, "response:"
         yield 2, _shorten(example["response"], example["response_bytes"])
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def _shorten(value: Any, size: int | None = None) -> str:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...backends.core.terminal import escape_controls
+from ...backends.core.terminal import count_nouns, escape_controls
+from ..run.console import describe_other_groups, print_line
 
 if TYPE_CHECKING:
     from ..run.forecast import Forecast, Range, RunPlan
@@ -138,7 +139,7 @@ def _measured_times(found: Forecast, plan: RunPlan) -> Iterator[str]:
     likely, high = format_duration(found.seconds.likely), format_duration(found.seconds.high)
     yield f"time at {streams}: {likely} at the measured latency, {high} at most"
     if found.node_hours is not None and plan.nodes is not None:
-        nodes = f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''}"
+        nodes = count_nouns(plan.nodes, "node")
         yield f"node-hours: {format_range(found.node_hours, _hours)} on {nodes}"
 
 
@@ -195,8 +196,9 @@ def _percent(share: float) -> str:
 def describe_items(items: int, samples: int) -> str:
     """Return the number of items, and how many of them each row has if it is not one."""
     if samples == 1:
-        return f"{items:,} items"
-    return f"{items:,} items ({items // samples:,} rows, {samples:,} samples of each)"
+        return count_nouns(items, "item")
+    rows = count_nouns(items // samples, "row")
+    return f"{count_nouns(items, 'item')} ({rows}, {samples:,} samples of each)"
 
 
 _CELL: Final = 80
@@ -237,7 +239,7 @@ def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Co
             if name := format_cell(stage.get(key)).plain:
                 title += f": {name}"
         mark = "   simulated: true" if simulated else ""
-        console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
+        print_line(console, f"{title}{mark}", "bold")
         for part in _tables(stage, console.width):
             console.print(part)
 
@@ -279,7 +281,7 @@ def _final_result(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text
     else:
         yield format_cell(found) if found else Text("no rows", style="italic")
     if stage.get("more"):
-        yield Text(f"the first {len(found):,} rows (limit)", style="italic")
+        yield Text(f"the first {count_nouns(len(found), 'row')} (limit)", style="italic")
 
 
 def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
@@ -314,8 +316,8 @@ def _groups(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
         )
     else:
         yield Text("no groups", style="italic")
-    if others := stage["others"]:
-        yield Text(f"and {others:,} items in further groups (max_groups)", style="italic")
+    if others := describe_other_groups(stage):
+        yield Text(f"{others} (max_groups)", style="italic")
 
 
 def _facts(stage: Mapping[str, Any], hidden: Collection[str] = _HIDDEN) -> Table:

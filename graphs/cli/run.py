@@ -18,6 +18,7 @@ from ...backends.core.errors import (
     RunStoppedError,
 )
 from ...backends.core.money import NANO_PER_USD
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import RunFolder, get_run_ids, is_vacant, open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.resolve import Overrides
@@ -48,7 +49,8 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
     kind = "SIMULATED: " if found.simulated else ""
     stats = found.stats
     yield (
-        f"{kind}pilot: {found.items:,} of {found.total:,} items, spread over the input: "
+        f"{kind}pilot: {found.items:,} of {count_nouns(found.total, 'item')}, spread over the "
+        "input: "
         f"{found.done:,} done, {found.failed:,} failed"
     )
     if stats is None or found.forecast is None:
@@ -57,11 +59,12 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
     for name, count in sorted(stats.failed.items(), key=lambda pair: -pair[1]):
         yield f"  {count:,} x {name}"
     if stats.unreported:
-        yield f"  the endpoint reported no tokens for {stats.unreported:,} items"
+        yield f"  the endpoint reported no tokens for {count_nouns(stats.unreported, 'item')}"
     usage = stats.usage
     requests = round(stats.requests.likely * stats.items)
     yield (
-        f"  {requests:,} requests, {usage.prompt or 0:,} prompt + {usage.completion or 0:,} "
+        f"  {count_nouns(requests, 'request')}, {usage.prompt or 0:,} prompt + "
+        f"{usage.completion or 0:,} "
         "completion tokens"
     )
     if lost := round(stats.lost.likely * stats.items):
@@ -69,7 +72,7 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
     yield from _pilot_cost_lines(found)
     median, late = map(format_duration, stats.latencies)
     yield f"  latency: median {median}, 95 % within {late}"
-    yield f"estimate for all {found.total:,} items:"
+    yield f"estimate for all {count_nouns(found.total, 'item')}:"
     for line in (
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
@@ -92,7 +95,7 @@ def is_interactive() -> bool:
 def confirm_rest(left: int) -> bool:
     """Ask whether to continue with the other items; no answer means no."""
     try:  # Ctrl-C may come before the question is printed
-        sys.stderr.write(f"Continue with the other {left:,} items? [y/N] ")
+        sys.stderr.write(f"Continue with the other {count_nouns(left, 'item')}? [y/N] ")
         sys.stderr.flush()
         return sys.stdin.readline().strip().casefold() in {"y", "yes"}
     except KeyboardInterrupt:
@@ -311,5 +314,5 @@ def _about(folder: RunFolder) -> list[str]:
         lines.append(f"skipped {found['skipped_total']:,}: {names}{more}")
         lines.append(f"  {skipped[0]['id']}: {skipped[0]['reason']}; all reasons: provenance.json")
     if found["invalid"]:
-        lines.append(f"{found['invalid']:,} items are invalid and will fail without a call")
+        lines.append(f"{count_nouns(found['invalid'], 'invalid item')} will fail without a call")
     return lines

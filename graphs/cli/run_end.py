@@ -8,6 +8,7 @@ from typing import Any
 
 from ...backends.budget.cost import describe_cost
 from ...backends.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED
+from ...backends.core.terminal import count_nouns
 from ..jobs.usage import job_report_offline
 from ..run.console import Terminal, print_json, print_messages
 from ..run.run_result import RunResult
@@ -74,12 +75,13 @@ def _is_finished(result: RunResult) -> bool:
 def _last_lines(result: RunResult, quiet: bool) -> list[str]:
     progress, folder = result.progress, result.folder
     kind = "SIMULATED: " if result.simulated else ""
-    reused = f"{progress['reused']:,} answers reused, " * (progress["reused"] > 0)
+    reused = f"{count_nouns(progress['reused'], 'answer')} reused, " * (progress["reused"] > 0)
     wasted = progress["tokens"]["wasted"]
     bound = "at most " if result.cost is not None and result.cost.usage.lost_tokens else ""
     lines = [
         f"{kind}{progress['done']:,} done, {progress['failed']:,} failed of "
-        f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
+        f"{progress['items']:,} in {result.seconds:,.1f} s; "
+        f"{count_nouns(progress['requests'], 'request')}, "
         f"{reused}{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
         + (f", {bound}{wasted:,} wasted" if wasted else "")
     ]

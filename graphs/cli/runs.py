@@ -12,7 +12,13 @@ from ...backends.core.errors import ConfigurationError, FanfoldError
 from ...backends.core.money import NANO_PER_USD
 from ...backends.core.values import is_count
 from ...backends.storage.journal import Journal
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
+from ...backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    open_folder,
+    read_noted_counts,
+    read_state,
+)
 from ..run.console import Terminal, print_json, print_messages
 from ..run.stage_folder import describe_stage, find_models, is_operator, list_stage_runs
 from .format import Column, format_usd_amount, make_table
@@ -21,6 +27,7 @@ _MOST_READ: Final = 4 << 20
 """Bytes of a journal that are read to count the items of a session that has not ended."""
 
 _UNKNOWN: Final = "?"
+_NOTED: Final = "~"
 _NOTHING: Final = "-"
 
 
@@ -42,6 +49,8 @@ class _Run:
         model: Name of the model.
         date: When the last session ended, or began.
         simulated: Whether the answers are simulated; None if no endpoint has answered yet.
+        noted: When the counts were noted, if the run may have gone on since; None for the counts
+            of the journal, or of the end of the last session.
     """
 
     folder: str
@@ -57,6 +66,7 @@ class _Run:
     model: str
     date: str
     simulated: bool | None
+    noted: str | None = None
 
 
 def list_runs(path: Path, as_json: bool) -> None:
@@ -83,6 +93,9 @@ def list_runs(path: Path, as_json: bool) -> None:
             console.print(part)
         if any(run.done is None for run in runs):
             print_messages([f"{_UNKNOWN}: not counted; 'fanfold status DIR' reads the journal"])
+        if any(_NOTED in _format_items(run) for run in runs):
+            what = "as noted every 10 seconds; 'fanfold status DIR' reads the journal"
+            print_messages([f"{_NOTED}: {what}"])
     print_messages([f"not listed: {reason}" for reason in damaged.values()])
     if not runs and not damaged:
         print_messages([f"{path}: no run folder, and none directly in it"])
@@ -138,47 +151,49 @@ def _read_run(path: Path) -> _Run:
             model=find_models(folder, about),
             date=str(last.get("ended") or last.get("started") or ""),
             simulated=None if about["simulated"] is None else bool(about["simulated"]),
+            noted=counts.noted,
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         msg = f"{folder.provenance}: damaged ({type(error).__name__}: {error})"
         raise ConfigurationError(msg) from None
 
 
-def _read_counts(
-    folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]
-) -> tuple[int | None, int | None, float | None]:
-    """Return the items done and failed, and dollars.
-
-    A session notes them at its end. While it runs, or after a kill, only the journal has them; a
-    large one is not read for a list.
-    """
-    if is_count(last.get("done")) and is_count(last.get("failed")):
-        usd = last.get("usd")
-        return last["done"], last["failed"], usd if isinstance(usd, int | float) else None
-    if sum(file.stat().st_size for file in folder.journal.glob("*.jsonl")) > _MOST_READ:
-        return None, None, None
-    ids = get_run_ids(about)
-    with Journal(folder.journal, ids, about["input"]["items"]) as journal:
-        counts, cost = journal.count_items(), read_cost(folder, ids, journal.usage_by_session)
-    usd = None if cost.nano_usd is None else cost.nano_usd / NANO_PER_USD
-    return counts.done, counts.failed, usd
-
-
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Items by state, and dollars; None if unknown."""
+    """Items by state, dollars, and when they were noted; None if unknown."""
 
     done: int | None = None
     failed: int | None = None
     ended: int | None = None
     usd: float | None = None
+    noted: str | None = None
 
 
 def _count_items(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]) -> _Counts:
-    done, failed, usd = _read_counts(folder, about, last)
-    if done is None or failed is None:
-        return _Counts()
-    return _Counts(done, failed, done + failed, usd)
+    """Return the counts of a run.
+
+    A session has them at its end. While it runs, or after a kill, the journal has them; for a large
+    one, the session's last note is shown.
+    """
+    if is_count(last.get("done")) and is_count(last.get("failed")):
+        usd = last.get("usd")
+        return _make_counts(
+            last["done"], last["failed"], usd if isinstance(usd, int | float) else None
+        )
+    if sum(file.stat().st_size for file in folder.journal.glob("*.jsonl")) > _MOST_READ:
+        noted = read_noted_counts(folder)
+        if noted is None:
+            return _Counts()
+        return _make_counts(noted["done"], noted["failed"], noted["usd"], str(noted["noted"]))
+    ids = get_run_ids(about)
+    with Journal(folder.journal, ids, about["input"]["items"]) as journal:
+        counts, cost = journal.count_items(), read_cost(folder, ids, journal.usage_by_session)
+    usd = None if cost.nano_usd is None else cost.nano_usd / NANO_PER_USD
+    return _make_counts(counts.done, counts.failed, usd)
+
+
+def _make_counts(done: int, failed: int, usd: float | None, noted: str | None = None) -> _Counts:
+    return _Counts(done, failed, done + failed, usd, noted)
 
 
 def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]) -> _Counts:
@@ -187,6 +202,7 @@ def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str
         ended = last["done"] + last["failed"]
         return _Counts(last["done"], last["failed_in_stages"], ended, last.get("usd"))
     found = [_count_items(run, run.read_provenance(), {}) for run in list_stage_runs(folder)]
+    noted = min((one.noted for one in found if one.noted), default=None)
     if any(one.done is None for one in found):
         return _Counts()
     usd = sum(one.usd or 0.0 for one in found) or None
@@ -195,9 +211,9 @@ def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str
 
     first = RunFolder(folder.stages / about["stages"][0])
     if found and not is_operator(first.path):
-        return _Counts(found[0].done, failed, found[0].ended, usd)
+        return _Counts(found[0].done, failed, found[0].ended, usd, noted)
     ended = about["input"]["items"] if is_finished(first) else 0  # the items of an operator
-    return _Counts(ended, failed, ended, usd)
+    return _Counts(ended, failed, ended, usd, noted)
 
 
 def _columns(runs: list[_Run]) -> list[Column]:
@@ -207,23 +223,26 @@ def _columns(runs: list[_Run]) -> list[Column]:
         Column("state", [_format_state(run) for run in runs]),
         Column("items", [_format_items(run) for run in runs], is_number=True),
         Column("failed", [_format_count(run.failed) for run in runs], is_number=True),
+        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
         Column("cost", [_format_cost(run) for run in runs], is_number=True),
         Column("model", [run.model for run in runs]),
         Column("date (UTC)", [run.date[:16].replace("T", " ") for run in runs], is_number=True),
-        Column("simulated", [_format_simulated(run.simulated) for run in runs]),
         Column("name", [run.name for run in runs]),
     ]
 
 
 def _format_state(run: _Run) -> str:
-    return run.state if run.stage is None else f"{run.state}: {run.stage}"
+    """Return the state without its reason, which may be a sentence."""
+    state = run.state.partition(": ")[0]
+    return state if run.stage is None else f"{state}: {run.stage}"
 
 
 def _format_items(run: _Run) -> str:
     """Return the number of items, and how many of them have ended if not all have."""
     if run.ended is None:
         return f"{_UNKNOWN}/{run.items:,}"
-    return f"{run.items:,}" if run.ended == run.items else f"{run.ended:,}/{run.items:,}"
+    mark = _NOTED if run.noted else ""
+    return f"{run.items:,}" if run.ended == run.items else f"{mark}{run.ended:,}/{run.items:,}"
 
 
 def _format_count(count: int | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import orjson
 
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.terminal import count_nouns
 from ...backends.discovery.resolve import has_own_servers, make_node_plan
 from ...backends.servers.node_supervisor import SupervisorControl, serve_or_standby
 from ...backends.servers.plan import NodePlan
@@ -95,7 +96,7 @@ def serve_simulated(fields: dict[str, Any], file: Path) -> None:
             raise ConfigurationError(f"{file}: cannot be written: {error.strerror}") from None
         print_messages(
             [
-                f"SIMULATED fleet of {spec.nodes} nodes serving {spec.model!r}",
+                f"SIMULATED fleet of {count_nouns(spec.nodes, 'node')} serving {spec.model!r}",
                 f"endpoints: {file}  (fanfold run CONFIG --endpoints {file})",
                 f"control: {fleet.control_url}   Ctrl-C stops it",
             ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
+import textwrap
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -113,8 +115,10 @@ def presets_list() -> None:
     """List the presets."""
     from ...configs.preset_files import preset_names, read_preset
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name in preset_names():
-        print(f"{name:24} {read_preset(name).splitlines()[0].removeprefix('# ')}")
+        line = f"{name:24} {read_preset(name).splitlines()[0].removeprefix('# ')}"
+        print(textwrap.fill(line, width, subsequent_indent=" " * 25))
 
 
 @presets.command("show")

@@ -15,6 +15,7 @@ import orjson
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import FieldPath, split_column
 from ...backends.core.templates import ItemPrompt
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.storage.results import ResultLayout
 from ...backends.storage.results_schema import INPUT_ROW, ResultRow
@@ -89,7 +90,10 @@ def show_rows(  # noqa: PLR0913, PLR0917 - one for each option of the command
         console.print(part)
     if len(found) > limit:
         print_messages(
-            [f"the first {limit:,} rows; more with --limit N, all with: fanfold results {path}"]
+            [
+                f"the first {count_nouns(limit, 'row')}; more with --limit N, all with: "
+                f"fanfold results {path}"
+            ]
         )
 
 

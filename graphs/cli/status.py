@@ -48,7 +48,12 @@ from ..run.console import (
     print_message,
     print_messages,
 )
-from ..run.next_steps import FINISHED, continue_lines, find_next_command
+from ..run.next_steps import (
+    FINISHED,
+    continue_lines,
+    find_commands_by_class,
+    find_next_command,
+)
 from .evaluation_text import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
@@ -223,7 +228,11 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
         sessions = {"sessions": len(about["sessions"])}
         found = {"aggregate": aggregate} if aggregate else {}
         found |= evaluation_facts(folder)
-        print_json(facts | costs | sessions | found | {"next_command": command} | chain)
+        commands = {
+            "next_command": command,
+            "next_by_class": find_commands_by_class(folder, failures),
+        }
+        print_json(facts | costs | sessions | found | commands | chain)
         return
     table = Table(show_header=False)
     table.add_column(no_wrap=True)

@@ -21,6 +21,7 @@ from ...backends.cluster.scripts import (
 )
 from ...backends.core.errors import BackendError, ConfigurationError
 from ...backends.core.permissions import find_path_risk
+from ...backends.core.terminal import count_nouns
 from ...backends.discovery.resolve import has_own_servers
 from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
 from ...configs.endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
@@ -231,7 +232,8 @@ def _check_bounds(plan: JobPlan, options: SubmitOptions, loaded: LoadedConfig) -
     due = plan.nodes * plan.walltime_s / 3600
     if options.node_hours is not None and due > options.node_hours:
         msg = (
-            f"--node-hours {options.node_hours:g}: one job of {plan.nodes} nodes may take "
+            f"--node-hours {options.node_hours:g}: one job of "
+            f"{count_nouns(plan.nodes, 'node')} may take "
             f"{due:.2f}; use fewer nodes, a shorter --walltime or more node-hours"
         )
         raise ConfigurationError(msg)
@@ -303,8 +305,9 @@ def _submit_first(plan: JobPlan, options: SubmitOptions) -> str:
 
 def _about(plan: JobPlan, job: str, loaded: LoadedConfig, options: SubmitOptions) -> Iterator[str]:
     found = RunFolder(plan.run).read_provenance()["input"]
-    yield f"{found['items']:,} items from {found['source']}; run folder {plan.run}"
-    yield f"job {job} submitted: {plan.nodes} nodes, {plan.walltime_s / 3600:g} h at most"
+    yield f"{count_nouns(found['items'], 'item')} from {found['source']}; run folder {plan.run}"
+    nodes = count_nouns(plan.nodes, "node")
+    yield f"job {job} submitted: {nodes}, {plan.walltime_s / 3600:g} h at most"
     yield _bounds(options)
     yield f"site {plan.site.name}: {plan.site.tested}; its script: {plan.folder}/job.sh"
     yield from (f"note: {hint}" for hint in plan.site.hints)
@@ -324,7 +327,7 @@ def _about(plan: JobPlan, job: str, loaded: LoadedConfig, options: SubmitOptions
 
 def _bounds(options: SubmitOptions) -> str:
     """Return when the chain ends."""
-    given = [f"after {options.jobs:,} jobs"] if options.jobs is not None else []
+    given = [f"after {count_nouns(options.jobs, 'job')}"] if options.jobs is not None else []
     if options.node_hours is not None:
         given.append(f"before {options.node_hours:g} node-hours are spent")
     others = ", ".join(given) or "no other limit (--jobs, --node-hours)"

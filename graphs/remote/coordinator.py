@@ -559,8 +559,7 @@ class SharedWorkers:
         """Close the backends."""
         if self._open is not None:
             (_, pool), self._open = self._open, None
-            if not pool.is_closed:
-                await pool.close()
+            await pool.close()  # at once if it is closed; else to the end of what was cancelled
 
 
 def _identify_backends(template: TaskTemplate) -> bytes:

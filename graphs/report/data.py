@@ -14,7 +14,7 @@ import orjson
 import yaml
 from markupsafe import Markup
 
-from ...backends.budget.cost import Cost, read_cost
+from ...backends.budget.cost import Cost, read_cost, sum_costs
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.fields import FieldPath
 from ...backends.storage.endpoints_table import FILE_NAME, read_endpoints, sum_sessions
@@ -33,7 +33,7 @@ from ...configs.raw_settings import get_at_path, read_settings
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
-from ..run.stage_folder import read_operator
+from ..run.stage_folder import list_levels, read_operator
 from .charts import Charts, load_charts
 from .evaluation import make_evaluations
 from .findings import Finding, FindingMaker
@@ -76,6 +76,7 @@ class ReportData:
         folder: The run folder.
         operator: Settings of the operator, if the run is its stage; else None.
         place: Place of the run in a pipeline, or None.
+        sessions: Its sessions; of an operator, those of its levels.
     """
 
     about: Mapping[str, Any]
@@ -97,6 +98,7 @@ class ReportData:
     folder: Path
     operator: Mapping[str, Any] | None = None
     place: StagePlace | None = None
+    sessions: Sequence[Mapping[str, Any]] = ()
 
 
 def read_report(folder: RunFolder) -> ReportData:
@@ -124,12 +126,19 @@ def read_report(folder: RunFolder) -> ReportData:
             notices.append(f"No evaluation: {refused}")
         aggregate, report = _read_aggregate(folder)
         findings = [
-            *make_operator_findings(report, _read_first(source) if report else (), maker),
+            *make_operator_findings(
+                report, _read_first(source) if report else (), maker, operator or {}
+            ),
             *make_evaluations(evaluation.get("evaluations") or (), charts),
             *maker.make(aggregate),
         ]
         failures = describe_failures(folder, source.journal, source.store)
-        cost = read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
+        levels = list(list_levels(folder.path)) if operator else []
+        cost = (
+            sum_costs(map(_read_level_cost, levels))
+            if operator
+            else read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
+        )
         if lost := list_lost_files(folder.journal):
             notices.append(describe_lost_files(lost, source.journal))
         prompt = None if source.prompts is None else source.prompts.prompt
@@ -163,7 +172,17 @@ def read_report(folder: RunFolder) -> ReportData:
         folder.path,
         operator,
         folder.read_place(),
+        [one for level in levels for one in level.read_provenance()["sessions"]]
+        if operator
+        else about["sessions"],
     )
+
+
+def _read_level_cost(level: RunFolder) -> Cost:
+    about = level.read_provenance()
+    run = get_run_ids(about)
+    with Journal(level.journal, run, about["input"]["items"]) as journal:
+        return read_cost(level, run, journal.usage_by_session)
 
 
 def _read_first(source: ResultSource) -> list[ResultRow]:

@@ -11,28 +11,33 @@ from typing import Any, Final
 import pyarrow as pa
 from markupsafe import Markup
 
+from ...backends.core.terminal import count_nouns
+from ..run.console import describe_other_groups
 from .charts import Charts
 from .molecules import SMILES_NAMES, DrawMolecule
 from .rows import TableColumn
 from .texts import NONE, shorten, shorten_json, to_text
 
-_DRAWN: Final = 10
+_DRAWN: Final = 8
 """Molecules of a ranking that are drawn."""
 
 _MOST_BARS: Final = 12
 _MOST_ROWS: Final = 100
 _BINS: Final = 24
 _MOST_FIELDS: Final = 6
+_ORDER: Final = {"top_k": 0, "count": 2}
+"""Rankings come first; counts come last, because the head of the page has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A molecule of a ranking."""
+    """A molecule of a ranking; ``reason`` says why it has its rank, if the model was asked."""
 
     rank: int
     id: str
     value: str
     svg: Markup
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Finding:
         rows: The table.
         numbers: Which columns are numbers.
         is_open: Whether the table is shown at once; else it can be opened.
+        is_wide: Whether it takes the whole width.
     """
 
     title: str
@@ -58,6 +64,7 @@ class Finding:
     rows: Sequence[Sequence[str]] = ()
     numbers: Sequence[bool] = ()
     is_open: bool = True
+    is_wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +86,14 @@ class FindingMaker:
     def make(self, aggregate: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         """Yield the finding: the aggregate, then other fields of the answer."""
         seen = set[str]()
-        for entry in sorted(aggregate, key=lambda one: one.get("op") != "top_k"):
+        for entry in sorted(aggregate, key=lambda one: _ORDER.get(str(one.get("op")), 1)):
             groups = entry.get("groups")
             if "group_by" in entry and isinstance(groups, list):
                 yield self._make_groups(entry, groups)
             elif (listed := _list_rows(entry)) is not None:
                 yield self._make_table(entry, listed)
+            elif entry.get("op") == "agreement" and "agreement" in entry:
+                yield _make_agreement(entry)
             else:
                 yield self._make_entry(entry)
             if entry.get("op") in {"histogram", "stats"}:
@@ -155,8 +164,8 @@ class FindingMaker:
             name != "group" and all(_is_number(row.get(name, 0)) for row in flat) for name in head
         ]
         notes = [f"the first {_MOST_ROWS:,} of {len(flat):,} rows"] * (len(flat) > _MOST_ROWS)
-        if others := entry.get("others"):
-            notes.append(f"{others:,} items in further groups")
+        if others := describe_other_groups(entry):
+            notes.append(others)
         title, svg = _title(entry), None
         ranges = [found for one in groups if (found := _find_range(one))][:_MOST_BARS]
         if self.charts and ranges:
@@ -172,7 +181,11 @@ class FindingMaker:
         head = list(dict.fromkeys(str(name) for row in rows[:_MOST_ROWS] for name in row))
         cells = [[_format(row.get(name)) for name in head] for row in rows[:_MOST_ROWS]]
         more = len(rows) - _MOST_ROWS
-        note = f"the first {_MOST_ROWS:,} of {len(rows):,}" if more > 0 else f"{len(rows):,} rows"
+        note = (
+            f"the first {_MOST_ROWS:,} of {len(rows):,}"
+            if more > 0
+            else count_nouns(len(rows), "row")
+        )
         numbers = [all(_is_number(row.get(name)) for row in rows) for name in head]
         return Finding(
             _title(entry), note, None, (), list(map(shorten, head)), cells, numbers, False
@@ -197,16 +210,24 @@ class FindingMaker:
         return Finding(title, note, svg, (), ("range", "items"), rows, (False, True), svg is None)
 
     def _make_stats(self, entry: Mapping[str, Any]) -> Finding:
-        facts = [(name, entry.get(name)) for name in ("count", "mean", "sd", "min", "max")]
-        given = entry.get("quantiles")
-        facts += [(f"quantile {q}", v) for q, v in (given or {}).items()]
-        rows = [[name, _format(value)] for name, value in facts]
+        facts = {name: entry.get(name) for name in ("count", "mean", "sd", "min", "max")}
+        given = entry.get("quantiles") or {}
+        rows = [[name, _format(value)] for name, value in facts.items()]
+        rows += [[f"quantile {q}", _format(value)] for q, value in given.items()]
+        named = {**facts, "median": given.get("0.5")}
+        main = [
+            f"{name} {_format(named[name])}"
+            for name in ("mean", "sd", "median", "min", "max")
+            if named[name] is not None
+        ]
         column = self.columns.get(_column_name(str(entry.get("field"))))
         svg = None
         if self.charts and column is not None and (bins := _count_bins(column.values)):
             svg = self.charts.draw_histogram(bins, _title(entry))
-        note = "; ".join(filter(None, (entry.get("note"), _missing(entry.get("missing")))))
-        return Finding(_title(entry), note, svg, (), ("", "value"), rows, (False, True))
+        notes = [", ".join(main), entry.get("note"), _missing(entry.get("missing"))]
+        note = "; ".join(filter(None, notes))
+        numbers = (False, True)
+        return Finding(_title(entry), note, svg, (), ("", "value"), rows, numbers, svg is None)
 
     def _describe(self, column: TableColumn) -> Finding | None:
         """Return the distribution of a field of the answer; None if it says nothing."""
@@ -224,6 +245,22 @@ class FindingMaker:
         if len(counts) > min(50, max(2, len(known) // 4)):
             return None
         return self._make_counts(title, counts.most_common(), missing)
+
+
+def _make_agreement(entry: Mapping[str, Any]) -> Finding:
+    """Return the agreement of samples: a row for each field, or one for a whole answer."""
+    by_field = {name: value for name, value in entry.items() if isinstance(value, Mapping)}
+    fields = dict.fromkeys(str(field) for one in by_field.values() for field in one)
+    rows = [
+        [shorten(field), *(_format(one.get(field)) for one in by_field.values())]
+        for field in fields
+    ]
+    counts = [
+        f"{value:,} {name.replace('_', ' ')}" for name, value in entry.items() if _is_number(value)
+    ]
+    numbers = (False, *[True] * len(by_field))
+    head = ("field", *by_field)
+    return Finding("Agreement of samples", ", ".join(counts), None, (), head, rows, numbers)
 
 
 def _flatten_group(group: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
@@ -274,7 +311,11 @@ def _title(entry: Mapping[str, Any]) -> str:
 
 
 def _missing(count: object) -> str:
-    return f"{count:,} items without a usable value" if isinstance(count, int) and count else ""
+    return (
+        f"{count_nouns(count, 'item')} without a usable value"
+        if isinstance(count, int) and count
+        else ""
+    )
 
 
 def _is_number(value: object) -> bool:

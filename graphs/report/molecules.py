@@ -15,7 +15,10 @@ SMILES_NAMES: Final = frozenset({"smiles", "canonical_smiles", "isomeric_smiles"
 
 _MOST_CHARACTERS: Final = 400
 _MOST_ATOMS: Final = 120
-_WIDTH, _HEIGHT = 180, 120
+_WIDTH, _HEIGHT = 200, 130
+_BOND: Final = 24
+"""Length of a bond, at most: a small molecule is drawn no larger than others."""
+_FONT_SIZES: Final = (9, 13)
 
 DrawMolecule: TypeAlias = Callable[[Any], Markup | None]
 """Returns the drawing of a SMILES; None if it is none, or too large."""
@@ -42,6 +45,8 @@ def open_drawing() -> Iterator[DrawMolecule | None]:
         options.clearBackground = False
         options.useBWAtomPalette()
         options.bondLineWidth = 1.3
+        options.fixedBondLength = _BOND
+        options.minFontSize, options.maxFontSize = _FONT_SIZES
         drawer.DrawMolecule(molecule)
         drawer.FinishDrawing()
         return clean_svg(drawer.GetDrawingText(), f"structure of {smiles}")

@@ -20,7 +20,7 @@ from ...backends.storage.run_folder import RunFolder, open_folder, write_bytes
 from . import words
 from .data import ReportData, read_report
 from .flags import FLAGS
-from .texts import NONE
+from .texts import NONE, has_long_word
 
 _FOLDER: Final = "templates"
 
@@ -54,6 +54,7 @@ def render_page(data: ReportData) -> bytes:
         lstrip_blocks=True,
         finalize=_show,
     )
+    environment.tests["long_word"] = has_long_word
     environment.filters["number"] = lambda value: NONE if value is None else f"{value:,}"
     template = environment.get_template("report.html.j2")
     text = template.render(

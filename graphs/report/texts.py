@@ -20,6 +20,8 @@ NONE: Final = "\N{EN DASH}"
 _MOST_PARTS: Final = 200
 """Elements of a list or an object in the file."""
 _DEPTH: Final = 8
+_LONGEST_WORD: Final = 30
+"""Characters of a word that a table keeps whole."""
 
 
 def shorten(text: str, size: str | None = None) -> str:
@@ -33,6 +35,11 @@ def shorten(text: str, size: str | None = None) -> str:
         size = f"{len(text):,} characters"
     shown = escape_controls(text[:MOST_CHARACTERS])
     return shown if size is None else f"{shown}… ({size})"
+
+
+def has_long_word(text: object) -> bool:
+    """Return True if a table may break a text inside a word, because no column has its width."""
+    return any(len(word) > _LONGEST_WORD for word in str(text).split())
 
 
 def shorten_json(value: Any, depth: int = 0) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ...backends.budget.cost import Cost, format_dollars, format_unaccounted
@@ -32,9 +32,8 @@ ENDPOINT_NUMBERS: Final = (False, False, *[True] * 9)
 SESSION_HEAD: Final = ("session", "started (UTC)", "took", "outcome", "host", "versions")
 
 
-def describe_time(about: Mapping[str, Any]) -> str:
+def describe_time(sessions: Sequence[Mapping[str, Any]], are_levels: bool = False) -> str:
     """Return when the run worked, and for how long."""
-    sessions = about["sessions"]
     if not sessions:
         return "not started"
     first, last = parse_time(sessions[0].get("started")), parse_time(sessions[-1].get("ended"))
@@ -44,7 +43,7 @@ def describe_time(about: Mapping[str, Any]) -> str:
         start, end = parse_time(one.get("started")), parse_time(one.get("ended"))
         if start is not None and end is not None:
             spent += (end - start).total_seconds()
-    more = f" in {len(sessions)} sessions" if len(sessions) > 1 else ""
+    more = f" in {len(sessions)} sessions" if len(sessions) > 1 and not are_levels else ""
     return begun + (f" · {format_seconds(spent)}{more}" if spent or last else "")
 
 
@@ -78,12 +77,25 @@ def describe_question(data: ReportData) -> list[tuple[str, str]]:
     return [(role, str(text).strip()) for role, text in found if text]
 
 
+def describe_state(data: ReportData) -> str:
+    """Return the state of a run without its reason, which may be a sentence."""
+    return data.state.partition(": ")[0]
+
+
+def list_failures(data: ReportData) -> list[list[str]]:
+    """Return the failed items by error class, each with the error of one item."""
+    return [[one["name"], f"{one['count']:,}", one["error"]] for one in data.failures]
+
+
 def list_missing(data: ReportData) -> Iterator[str]:
     """Yield what the run lacks."""
     counts, found = data.counts, data.about["input"]
     if counts.open:
         are = "has" if counts.open == 1 else "have"
-        yield f"{counts.open:,} of {count_nouns(found['items'], 'item')} {are} not ended"
+        why = f": {data.state}" if describe_state(data) != data.state else ""
+        yield f"{counts.open:,} of {count_nouns(found['items'], 'item')} {are} not ended{why}"
+        if data.settings.get("reduce"):
+            yield "the aggregate (reduce): it is computed when all items have ended"
     if counts.failed:
         have = "has" if counts.failed == 1 else "have"
         yield f"{count_nouns(counts.failed, 'item')} failed and {have} no answer"
@@ -105,14 +117,33 @@ def describe_lead(data: ReportData) -> str:
     items = about["input"]["items"]
     if data.operator is not None:
         made = f"{count_nouns(items, 'result')} of the operator {data.operator['op']}"
-        return " · ".join([made, f"asked of {shorten(str(about['model']))}"])
+        if (given := count_given(about)) is not None:
+            source = f" of stage {name}" if (name := about["selection"].get("from")) else ""
+            made += f" from {count_nouns(given, 'item')}{source}"
+        asked = [f"asked of {shorten(str(about['model']))}"] if data.sessions else []
+        asked += [describe_time(data.sessions, are_levels=True)] if data.sessions else []
+        return " · ".join([made, *asked])
     parts = [
-        f"{count_nouns(items, 'item')} of {shorten(str(about['input']['source']))}",
+        f"{_count_asked(data)} of {shorten(str(about['input']['source']))}",
         f"asked of {shorten(str(about['model']))}",
         *[f"at {_name_some(endpoints)}" for _ in endpoints[:1]],
-        describe_time(about),
+        describe_time(data.sessions),
     ]
     return " · ".join(parts)
+
+
+def _count_asked(data: ReportData) -> str:
+    """Return the number of items; if rows were asked several times, that of the rows."""
+    items, samples = data.about["input"]["items"], get_at_path(data.settings, ("task", "samples"))
+    if isinstance(samples, int) and samples > 1:
+        return f"{count_nouns(items // samples, 'row')}, {samples:,} samples of each,"
+    return count_nouns(items, "item")
+
+
+def count_given(about: Mapping[str, Any]) -> int | None:
+    """Return the number of items that an operator was given; None if it is not recorded."""
+    passed_on = about.get("passed_on")
+    return passed_on.get("passed") if isinstance(passed_on, Mapping) else None
 
 
 def _name_some(names: list[str]) -> str:
@@ -130,6 +161,7 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
     if data.operator is not None:
         yield from _list_operator_facts(data.operator)
         yield "Model", shorten(str(data.about["model"]))
+        yield from _list_selection(data.about)
         return
     schema = task.get("schema")
     if isinstance(schema, Mapping):
@@ -154,8 +186,18 @@ def list_facts(data: ReportData) -> Iterator[tuple[str, str]]:
         more = len(endpoints) - _MOST_NAMES
         yield "Endpoints", ", ".join(endpoints[:_MOST_NAMES]) + (f" and {more:,} more" * (more > 0))
     yield "Input", shorten(str(data.about["input"]["source"]))
+    yield from _list_selection(data.about)
     if known := data.about.get("from"):
-        yield "Taken over", f"{known['done']:,} answers of run {known['run']}"
+        yield "Taken over", f"{count_nouns(known['done'], 'answer')} of run {known['run']}"
+
+
+def _list_selection(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield which results of the stage before are the items of a stage."""
+    where = (about.get("selection") or {}).get("where")
+    if where is not None:
+        counts = about.get("passed_on") or {}
+        total = sum(counts.values())
+        yield "Items where", f"{shorten(str(where))} ({counts.get('passed', 0):,} of {total:,})"
 
 
 def _list_operator_facts(operator: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

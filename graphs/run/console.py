@@ -12,16 +12,17 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
 import orjson
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.file_proxy import FileProxy
 from rich.segment import Segment
 from rich.text import Text
 
-from ...backends.core.terminal import escape_controls, escape_json
+from ...backends.core.terminal import count_nouns, escape_controls, escape_json
 
 
 class Terminal(Console):
@@ -81,9 +82,23 @@ def print_message(console: Console, line: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print the result of a command as text lines."""
+    """Print the result of a command as text lines; those of a terminal end between words."""
+    console = Terminal()
     for line in lines:
-        sys.stdout.write(f"{escape_controls(line)}\n")
+        print_line(console, line)
+
+
+def print_line(console: Console, line: str, style: str = "") -> None:
+    """Print a line; a terminal's lines end between words, and go on at the line's indentation."""
+    text = escape_controls(line)
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    if not console.is_terminal:  # unchanged, with its tabs
+        console.file.write(f"{text}\n")
+    elif cell_len(text) <= console.width or len(indent) > console.width // 2:
+        console.print(Text(text, style), soft_wrap=True)
+    else:
+        for part in Text(text.strip(" ")).wrap(console, console.width - len(indent)):
+            console.print(Text(f"{indent}{part.plain.rstrip()}", style), soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
@@ -206,3 +221,16 @@ def fill_lines(parts: Sequence[str], width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
+
+
+def describe_other_groups(entry: Mapping[str, Any]) -> str:
+    """Return what an aggregator by groups does not show, in words; empty if it shows all."""
+    items, groups = entry.get("others"), entry.get("other_groups")
+    if not items:
+        return ""
+    if groups is not None:
+        return f"{count_nouns(items, 'item')} in {count_nouns(groups, 'smaller group')} not shown"
+    return (
+        f"{count_nouns(items, 'item')} in groups not shown; there are too many values to know the "
+        "largest groups: these are the largest of the first ones (numbers before texts, rising)"
+    )

@@ -34,6 +34,7 @@ from ...backends.core.request_urls import (
     read_input_text,
 )
 from ...backends.core.templates import ItemPrompt
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
@@ -474,7 +475,7 @@ async def open_probed(
         async with open_endpoint_set(config, written) as endpoint_set:
             if config.endpoints.simulated is not None:
                 spec = make_simulation_spec(config)
-                nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+                nodes = count_nouns(spec.nodes, "node")
                 line = f"SIMULATED fleet of {nodes} serving {spec.model!r}"
                 yield ReadyEndpoints(endpoint_set.specs, spec.model, simulated=True), (line,)
                 return

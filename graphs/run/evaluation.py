@@ -14,6 +14,7 @@ import numpy as np
 from ...backends.core.errors import ConfigurationError, InputError
 from ...backends.core.samples import WHOLE
 from ...backends.core.templates import ItemPrompt
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.inputs.base import did_you_mean, format_id
 from ...backends.inputs.formats import open_source
@@ -235,7 +236,7 @@ def describe_unknown_labels(evaluation: Evaluation, unknown: Mapping[str, int]) 
     for name, count in sorted(unknown.items(), key=lambda one: -one[1])[:_SHOWN]:
         close = get_close_matches(name.casefold(), folded, n=1)
         hint = f"; did you mean {folded[close[0]]!r}? Case counts" if close else ""
-        parts.append(f"{name!r} ({count:,} items{hint})")
+        parts.append(f"{name!r} ({count_nouns(count, 'item')}{hint})")
     more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
     return (
         f"gold labels in {evaluation.gold!r} that {evaluation.field_name} cannot have: "

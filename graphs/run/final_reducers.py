@@ -248,7 +248,7 @@ def _call(entry: PythonConfig, rows: Iterator[dict[str, Json]]) -> Json:
             result = function(rows)
     except FanfoldError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a signal's KeyboardInterrupt never comes to this thread
         msg = f"{entry.function} failed: {_describe_error(error, function)}"
         raise ConfigurationError(msg) from error
     try:

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 from ...backends.budget.pricing import Price
 from ...backends.core.errors import ConfigurationError, TruncatedAnswerError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, BudgetLimits
+from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Usage
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import get_run_ids, open_folder
@@ -332,7 +333,7 @@ def measure_items(journal: Journal, total: int, path: Path, limit: AnswerLimit) 
     ended = [index for index in range(total) if journal.is_finished(index)]
     step = max(1, len(ended) // _READ)
     records = [journal.read_record(index) for index in ended[::step]]
-    source = f"{len(ended):,} items of {path}"
+    source = f"{count_nouns(len(ended), 'item')} of {path}"
     return ItemStats.from_records(records, sys.maxsize, source, step, limit)
 
 

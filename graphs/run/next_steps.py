@@ -10,6 +10,7 @@ from typing import Any, Final
 from ...backends.budget.cost import Cost, read_budget
 from ...backends.core.errors import EXIT_BUDGET, TruncatedAnswerError
 from ...backends.core.remedies import find_remedy
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids
@@ -54,6 +55,29 @@ def find_next_command(
     return f"fanfold resume {shlex.quote(str(folder.path))}{options}"
 
 
+def find_commands_by_class(folder: RunFolder, classes: Collection[str]) -> dict[str, str | None]:
+    """Return by error class the command that processes its items again with a chance of success.
+
+    Args:
+        folder: The run's folder.
+        classes: The error classes of its failed items.
+
+    Returns:
+        None for classes whose remedy needs another input or other settings first.
+    """
+    if folder.read_place() is not None:
+        return dict.fromkeys(classes)
+    commands = dict[str, str | None]()
+    for name in classes:
+        if find_remedy(name).is_retry:
+            commands[name] = retry_command(folder)
+        elif name == TruncatedAnswerError.__name__:
+            commands[name] = longer_answers_command(folder)
+        else:
+            commands[name] = None
+    return commands
+
+
 def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -> Iterator[str]:
     """Yield how failed items are processed again.
 
@@ -65,10 +89,11 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
     if folder.read_place() is not None:
         yield "failed items are not passed on to later stages; a new run asks them again"
         return
-    if any(find_remedy(name).is_retry for name in classes):
-        when = "when the run has ended, retry" if running else "retry"
-        yield f"{when} failed items with: {retry_command(folder)}"
     fixed = [name for name in classes if not find_remedy(name).is_retry]
+    if retried := [name for name in classes if name not in fixed]:
+        when = "when the run has ended, retry" if running else "retry"
+        helps = f" (helps {', '.join(retried)})" if fixed else ""
+        yield f"{when} failed items{helps} with: {retry_command(folder)}"
     if TruncatedAnswerError.__name__ in fixed and (command := longer_answers_command(folder)):
         yield f"{TruncatedAnswerError.__name__}: ask again with a higher limit: {command}"
         fixed.remove(TruncatedAnswerError.__name__)
@@ -128,8 +153,9 @@ def truncated_notice(folder: RunFolder) -> str | None:
         return None
     limit = _read_setting(folder, "model", "max_tokens")
     return (
-        f"WARNING: {failed:,} truncated answers are asked again with the same model.max_tokens "
-        f"({limit:,}) and will likely be truncated again; ask them with a higher limit: {command}"
+        f"WARNING: {count_nouns(failed, 'truncated answer')} will be asked again with the same "
+        f"model.max_tokens ({limit:,}) and likely be truncated again; ask with a higher limit: "
+        f"{command}"
     )
 
 

@@ -72,6 +72,7 @@ from .batch_output import write_batch_output
 from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
 from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
+from .noted_counts import note_counts
 from .pipeline_resources import PipelineResources
 from .prepare import (
     check_requests,
@@ -262,8 +263,14 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        times = await asyncio.to_thread(_learn_times, tools, journal)
-        stack.enter_context(close_at_deadline(tools.gate, options.deadline, times))
+        await stack.enter_async_context(note_counts(folder, tools))
+        stack.enter_context(
+            close_at_deadline(
+                tools.gate,
+                options.deadline,
+                await asyncio.to_thread(_learn_from_records, tools, journal, budget),
+            )
+        )
         yield tools
 
 
@@ -361,8 +368,10 @@ def _check_trace(options: OpenOptions) -> None:
         raise ConfigurationError(msg)
 
 
-def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
-    """Learn from earlier sessions how long items of this process take; blocks.
+def _learn_from_records(
+    tools: OpenRun, journal: Journal, budget: RunBudget | None
+) -> ItemTimes | None:
+    """Learn from earlier sessions how long items and answers of this process are; blocks.
 
     Returns:
         The times; None if workers or batches do the work, which goes on elsewhere, or if no item
@@ -373,9 +382,12 @@ def _learn_times(tools: OpenRun, journal: Journal) -> ItemTimes | None:
     if not journal.count_items().open:
         return None
     total, times = tools.progress.total, tools.progress.times
-    for index in random.Random(0).sample(range(total), min(total, _SAMPLED_TIMES)):
+    for index in random.Random(0).sample(range(total), min(total, _SAMPLED_RECORDS)):
         if journal.is_finished(index):
-            times.add(journal.read_record(index), is_earlier=True)
+            record = journal.read_record(index)
+            times.add(record, is_earlier=True)
+            if budget is not None and record["requests"] == 1 and record["completion_tokens"]:
+                budget.budget.lengths.add(record["completion_tokens"])
     return times
 
 
@@ -383,14 +395,14 @@ def _gate(config: RunConfig) -> Gate:
     """Return the gate for items in flight; shards on workers are bounded by their backends."""
     backend, drain_s = config.backend, config.limits.drain_s
     if backend.is_remote:
-        return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shards")
+        return Gate(sys.maxsize, drain_s + STOP_GRACE_S, "shard")
     if backend.is_batch:
         return Gate(backend.lines * backend.active, drain_s, left=_BATCHES_LEFT)
     return Gate(config.limits.streams, drain_s)
 
 
-_SAMPLED_TIMES: Final = 512
-"""Items that are looked at for the times of earlier sessions."""
+_SAMPLED_RECORDS: Final = 512
+"""Records of earlier sessions that are looked at."""
 _BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 

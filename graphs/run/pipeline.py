@@ -19,6 +19,7 @@ from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
+from ...backends.core.selection import Selection
 from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
 from ...backends.discovery.connect import ReadyEndpoints
@@ -132,6 +133,19 @@ class Stage:
         """Return what decides which results are its items."""
         return {"from": self.source, "where": self.config.where, "join": self.config.join}
 
+    def choose_answer_tokens(self, context: int | None) -> int:
+        """Return the most tokens of an answer: as set, or what the operator needs.
+
+        Args:
+            context: The model's context in tokens, or None if it is unknown.
+        """
+        given = (self.loaded.raw.get("model") or {}).get("max_tokens")
+        if given is None and self.config.operator is not None:
+            found = self.make_operator().choose_answer_tokens(context)
+            if found is not None:
+                return found
+        return self.loaded.config.model.max_tokens
+
     def make_operator(self) -> Operator:
         """Return the operator."""
         assert self.config.operator is not None, "the stage has an operator"
@@ -173,7 +187,7 @@ def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
         f"stage {stage.name}: {line}"
         for stage in list_stages(loaded, Path())
         if stage.config.operator is not None
-        for line in stage.make_operator().find_warnings(stage.loaded.config.model.max_tokens)
+        for line in stage.make_operator().find_warnings(stage.choose_answer_tokens(None))
     ]
 
 
@@ -280,8 +294,11 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
     """
     rows = dict[str | None, Mapping[str, Any]]()
     rows[None] = summary.row_schema
+    results = dict[str | None, tuple[Mapping[str, Any] | None, Mapping[str, Any]]]()
     for stage in list_stages(loaded, Path()):
         schema = dict(rows[stage.source])
+        if stage.config.where is not None:
+            _check_where(stage, *results[stage.source])
         if stage.config.join is not None:
             for earlier in rows:
                 if earlier is not None and earlier not in schema["properties"]:
@@ -306,6 +323,16 @@ def check_columns(loaded: LoadedConfig, summary: InputSummary) -> None:
             msg = f"stages: the items have a column {stage.name!r}; rename the stage of this name"
             raise ConfigurationError(f"{loaded.source}: {msg}")
         rows[stage.name] = describe_rows(schema, stage.name, answer)
+        results[stage.name] = answer, schema
+
+
+def _check_where(
+    stage: Stage, answer: Mapping[str, Any] | None, columns: Mapping[str, Any]
+) -> None:
+    try:
+        Selection.parse(str(stage.config.where), answer, columns)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{stage.loaded.source}: where: {error.message}") from None
 
 
 def _check_names(stage: Stage, properties: Mapping[str, Any]) -> None:
@@ -470,6 +497,7 @@ class _OperatorRun:
     def __init__(self, pipeline: Pipeline, stage: Stage, run: RunInner) -> None:
         self._pipeline, self._stage, self._run = pipeline, stage, run
         self._levels, self._asking = 0, False
+        self._answer_tokens = 0
         self._open = list[LevelAnswers]()
 
     async def run(self) -> None:
@@ -480,17 +508,20 @@ class _OperatorRun:
         kept = await asyncio.to_thread(_read_operator, stage)
         if folder.provenance.exists():
             return
-        if "context" not in kept:
+        if "answer_tokens" not in kept:
             ready = await self._pipeline.find_endpoints(stage.loaded)
             lengths = (spec.max_model_len for spec in ready.specs if spec.max_model_len)
+            context = min(lengths, default=None)
             found = {
-                "context": min(lengths, default=None),
+                "context": context,
+                "answer_tokens": stage.choose_answer_tokens(context),
                 "streams": stage.loaded.config.limits.streams,
                 "model": ready.model,
                 "simulated": ready.simulated,
             }
             kept |= found
             await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
+        self._answer_tokens = kept["answer_tokens"]
         place = self._pipeline.make_place(stage, folder)
         await asyncio.to_thread(folder.write_place, place)
         tokens = await asyncio.to_thread(
@@ -503,7 +534,7 @@ class _OperatorRun:
                 ask=self._ask,
                 count_tokens=_count_tokens,
                 context_tokens=kept["context"],
-                answer_tokens=stage.loaded.config.model.max_tokens,
+                answer_tokens=kept["answer_tokens"],
                 streams=kept["streams"],
                 count_exact=tokens.count,
                 folder=folder.path,
@@ -546,7 +577,8 @@ class _OperatorRun:
         self, folder: RunFolder, level: str, task: LevelTask, questions: Iterable[Question]
     ) -> None:
         stage, pipeline = self._stage, self._pipeline
-        loaded = load_stage(pipeline.loaded, stage.number, _level_settings(stage, task))
+        settings = _level_settings(stage, task, self._answer_tokens)
+        loaded = load_stage(pipeline.loaded, stage.number, settings)
         source = NamedRows(f"level {level!r} of stage {stage.name!r}", _iter_questions(questions))
         place = pipeline.make_place(stage, folder)
         if not folder.provenance.exists():
@@ -573,7 +605,9 @@ class _OperatorRun:
         operator = stage.make_operator()
         if isinstance(operator, Cascade):
             task["certainty"] = operator.field
-        loaded = load_stage(self._pipeline.loaded, stage.number, {"task": task})
+        section = {"max_tokens": self._answer_tokens} | (stage.loaded.raw.get("model") or {})
+        settings = {"task": task, "model": section}
+        loaded = load_stage(self._pipeline.loaded, stage.number, settings)
         named = ((one.id, one.row) for one in end.results)
         types = {one.name: one.type for one in store.types} if operator.passes_columns else None
         id_column = store.id_column if operator.passes_columns else None
@@ -745,11 +779,16 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
     return dict(kept)
 
 
-def _level_settings(stage: Stage, task: LevelTask) -> dict[str, Any]:
+def _level_settings(
+    stage: Stage, task: LevelTask, answer_tokens: int | None = None
+) -> dict[str, Any]:
     changes: dict[str, Any] = {"input": {}, "reduce": [dict(one) for one in task.reduce]}
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
-    changes["model"] = {**(stage.loaded.raw.get("model") or {}), **task.model}
+    model = dict(stage.loaded.raw.get("model") or {})
+    if answer_tokens is not None and model.get("max_tokens") is None:
+        model["max_tokens"] = answer_tokens
+    changes["model"] = {**model, **task.model}
     if task.is_requests:  # each request says all but the model
         changes["input"] = {"format": "openai_batch"}
         changes["task"] = {"prompt": BATCH_PROMPT}

@@ -70,6 +70,7 @@ from ...configs.base import expand_home
 from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
+from ...configs.preset_files import is_preset
 from ...configs.serialize import find_lost_secrets, to_yaml
 
 if TYPE_CHECKING:
@@ -514,7 +515,11 @@ def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
     """Yield the command's arguments, with the path of the folder replaced by a placeholder."""
     own = folder.resolve()
     for number, argument in enumerate(arguments):
-        if number == 0 and argument.isalpha():  # the command, also beside a folder of that name
+        is_command = number == 0 and argument.isalpha()
+        is_preset_name = (
+            arguments[0] == "run" and arguments[number - 1] != "--out" and is_preset(argument)
+        )
+        if is_command or is_preset_name:  # also beside a folder of that name
             yield argument
             continue
         *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ...backends.cluster.walltime import Walltime, walltime
 from ...backends.core.errors import RunStoppedError
+from ...backends.core.terminal import count_nouns
 from ...configs.models import RunConfig
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import ItemTimes
@@ -64,7 +65,7 @@ class Shutdown:
         if self._gate is not None and self._times == 1:
             in_flight = self._gate.in_flight
             self._gate.close(name)
-            what = f"{in_flight:,} {self._gate.unit} in flight"
+            what = f"{count_nouns(in_flight, self._gate.unit)} in flight"
             if self._gate.left is not None:
                 what = f"requests that were sent one by one; {self._gate.left}"
             self._say(f"{name}: waiting for {what}; repeat to stop at once")

@@ -123,7 +123,7 @@ def estimate_stages(
     for stage in stages:
         count, per_item = sizes.get(stage.source, (items, tokens))
         config, model = stage.loaded.config, served[stage.name]
-        answer = config.model.max_tokens
+        answer = stage.choose_answer_tokens(model.context)
         prices = _find_prices(stage.loaded, model)
         if stage.config.operator is None:
             fixed = estimate_text_tokens(f"{config.task.system} {config.task.prompt}")

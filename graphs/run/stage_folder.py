@@ -10,6 +10,7 @@ from typing import Any, Final
 import orjson
 
 from ...backends.core.errors import ConfigurationError, JournalError
+from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import RunFolder, open_folder
 
 OPERATOR_FILE: Final = "operator.json"
@@ -48,8 +49,9 @@ def find_run(path: Path, stage: str | None) -> Path:
         run = run / "levels" / found[2]
     if not RunFolder(run).provenance.exists():
         levels = sum(1 for _ in list_levels(folder.stages / found[1]))
-        many = "" if levels == 1 else "s"
-        more = f"; it has {levels:,} level{many}, e.g. --stage {found[1]}/1" if levels else ""
+        more = (
+            f"; it has {count_nouns(levels, 'level')}, e.g. --stage {found[1]}/1" if levels else ""
+        )
         raise ConfigurationError(f"--stage {stage}: it has no results yet{more}")
     return run
 

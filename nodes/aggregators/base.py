@@ -223,6 +223,8 @@ def finite_number(value: Json) -> int | float | None:
 def to_countable(value: Json, longest: int = SHOWN_CHARACTERS) -> str | bool | int | float | None:
     """Return a value that can be counted, None for others: 1.0 is 1, and long texts are cut.
 
+    Integers outside 64 bits, which may be ids, stay different: as hexadecimal text.
+
     Args:
         value: Any JSON value.
         longest: Cut texts to this many characters.
@@ -231,6 +233,8 @@ def to_countable(value: Json, longest: int = SHOWN_CHARACTERS) -> str | bool | i
         return _text(value, longest)
     if isinstance(value, bool):
         return value
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:
+        return _text(hex(value), longest)
     known = finite_number(value)
     return finite_number(int(known)) if isinstance(known, float) and known.is_integer() else known
 

@@ -13,7 +13,13 @@ from ...backends.core.types import Json, Outcome
 from .base import Aggregator, State, parse_field, to_countable
 
 MAX_GROUPS: Final = 1_000
-"""Maximum number of groups."""
+"""Maximum number of groups in a result."""
+
+FOLLOWED_GROUPS: Final = 5_000
+"""Groups that a state has, of which the result shows the largest."""
+
+_FOLLOWED_ROWS: Final = 100_000
+"""Rows of all groups of a state together; with many rows each, it has fewer groups."""
 
 NAME_CHARACTERS: Final = 200
 """Longer texts are cut, and are the same group if they begin alike."""
@@ -36,14 +42,16 @@ class Grouped(Aggregator):
     are the group null. With a field in the elements of a list, an item belongs to the group of
     each element, and there has only the elements of this group.
 
-    Beyond the limit, the groups that come first are kept (booleans, then numbers, then texts, each
-    in rising order), and the items of the others are counted. A group that was dropped stays
-    dropped, so the choice does not depend on the order. Null does not count towards the limit.
+    A result shows the largest groups, and counts the items of the others. Only when all parts are
+    combined is it known which ones are the largest, so a state has more groups than it shows:
+    those that come first (booleans, then numbers, then texts, each in rising order), up to a limit.
+    A group that was dropped stays dropped, so the choice does not depend on the order of the items.
+    Null counts towards neither limit.
 
     Attributes:
         inner: The aggregator.
         group_by: Name of the field.
-        max_groups: Maximum number of groups.
+        max_groups: Maximum number of groups in the result.
         categories: Groups to show even if no item belongs to them.
     """
 
@@ -76,8 +84,9 @@ class Grouped(Aggregator):
             group[0] += len(found)
             self.inner.add(group[1], found)
         # ranking all groups for each new one would make the cost grow with their number
-        if len(groups) > _OVERSHOOT * self.max_groups + 1:
-            state["groups"], others = _drop_groups(groups, self.max_groups)
+        most = _followed_groups(state.get("of") or self.to_spec())
+        if len(groups) > _OVERSHOOT * most + 1:
+            state["groups"], others = _drop_groups(groups, most, _rank)
             state["others"] += others
 
     @staticmethod
@@ -97,19 +106,21 @@ class Grouped(Aggregator):
                 groups[name] = [known_size + size, _without_spec(whole)]
             else:
                 groups[name] = [size, part]
-        groups, others = _drop_groups(groups, of["max_groups"])
+        groups, others = _drop_groups(groups, _followed_groups(of), _rank)
         return {"of": of, "groups": groups, "others": a["others"] + b["others"] + others}
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the result of each group: numbers in rising order, else the largest first."""
-        empty = self.inner.empty()
-        kept, dropped = _drop_groups(state["groups"], self.max_groups)
+        empty, followed = self.inner.empty(), _followed_groups(self.to_spec())
+        groups, unknown = _drop_groups(state["groups"], followed, _rank)
+        unknown += state["others"]
+        kept, others = _drop_groups(groups, self.max_groups, _largest_first(groups))
         results = {name: (0, empty) for name in map(_to_name, self.categories) if name != _NULL}
         results |= {
             name: (size, {"of": empty["of"], **part}) for name, (size, part) in kept.items()
         }
         shown = self.inner.present(empty)
-        groups = [
+        rows = [
             {"group": json.loads(name), "size": size}
             | {k: v for k, v in self.inner.present(part).items() if k not in _HEAD}
             for name, (size, part) in sorted(results.items(), key=_order(results))
@@ -117,8 +128,9 @@ class Grouped(Aggregator):
         head = {key: shown[key] for key in _HEAD if key in shown}
         return head | {
             "group_by": self.group_by,
-            "groups": groups,
-            "others": state["others"] + dropped,
+            "groups": rows,
+            "others": others + unknown,
+            "other_groups": None if unknown else len(groups) - len(kept),
         }
 
     def to_spec(self) -> dict[str, Json]:
@@ -143,12 +155,20 @@ def _to_name(value: Json) -> str:
     return json.dumps(to_countable(value, NAME_CHARACTERS))
 
 
-def _drop_groups(groups: dict[str, Json], most: int) -> tuple[dict[str, Json], int]:
-    """Return the groups within the limit, null beside it, and the number of items in the others."""
+def _followed_groups(of: Mapping[str, Json]) -> int:
+    """Return how many groups a state has at most, null beside them."""
+    rows, shown = int(of.get("k") or of.get("limit") or 1), int(of["max_groups"])
+    return max(shown, min(FOLLOWED_GROUPS, _FOLLOWED_ROWS // rows))
+
+
+def _drop_groups(
+    groups: dict[str, Json], most: int, key: Callable[[str], Json]
+) -> tuple[dict[str, Json], int]:
+    """Return the first groups by a key, null beside them, and the number of items in the others."""
     most += _NULL in groups
     if len(groups) <= most:
         return groups, 0
-    kept = {name: groups[name] for name in sorted(groups, key=_rank)[:most]}
+    kept = {name: groups[name] for name in sorted(groups, key=key)[:most]}
     return kept, sum(size for name, (size, _) in groups.items() if name not in kept)
 
 
@@ -159,6 +179,11 @@ def _rank(name: str) -> tuple[int, Json]:
     if isinstance(value, bool):
         return 1, value
     return (3, value) if isinstance(value, str) else (2, value)
+
+
+def _largest_first(groups: Mapping[str, Json]) -> Callable[[str], Json]:
+    """Return the sort key of the groups by size, null first; of equal ones the first one."""
+    return lambda name: (name != _NULL, -groups[name][0], _rank(name))
 
 
 def _order(results: Mapping[str, object]) -> Callable[[tuple[str, tuple[int, State]]], Json]:

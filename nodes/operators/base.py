@@ -135,7 +135,7 @@ class StageTools:
         count_tokens: Counts the tokens of texts, as a model of the stage does or by an estimate
             that tends to be too high; one stage counts in one way in all of its sessions.
         context_tokens: The model's context in tokens, or None if no endpoint says it.
-        answer_tokens: Most tokens of one answer (``model.max_tokens``).
+        answer_tokens: Most tokens of one answer.
         folder: Folder of the stage, for files that the operator adds; a later session finds them.
         count_exact: Counts the tokens of a text as the model does, None where no endpoint offers
             it; asked for the same texts in the same order, it returns the same in all sessions.
@@ -267,6 +267,15 @@ class Operator(ABC):
     def count_results(self, items: int) -> int:
         """Return the most results of a number of items."""
         return items
+
+    def choose_answer_tokens(self, context_tokens: int | None) -> int | None:
+        """Return the most tokens of one answer if the settings do not say it; None: as a map.
+
+        Args:
+            context_tokens: The model's context in tokens, or None if it is unknown.
+        """
+        del context_tokens
+        return None
 
     def find_warnings(self, answer_tokens: int) -> list[str]:
         """Return a line for each setting that is likely to fail.

@@ -169,6 +169,19 @@ class _Texts:
     blank: set[int] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _LeftOut:
+    """Texts that cannot be compared by their embeddings.
+
+    Attributes:
+        failed: Texts whose request failed.
+        other_lengths: Texts whose embedding has another length than the first one.
+    """
+
+    failed: int = 0
+    other_lengths: int = 0
+
+
 @dataclass(frozen=True)
 class Dedup(Operator):
     """Keep one item of those that say the same; see ``DedupConfig`` for the settings."""
@@ -204,13 +217,13 @@ class Dedup(Operator):
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Compare the texts, then their embeddings."""
         texts = await asyncio.to_thread(self._find_copies, tools)
-        grouping, failed = None, 0
+        grouping, left_out = None, _LeftOut()
         asked = [n for n in range(len(texts.first)) if n not in texts.blank]
         if self.by == "embeddings" and 1 < len(asked) <= MOST_VECTORS:
-            grouping, failed = await self._group(tools, texts, asked)
+            grouping, left_out = await self._group(tools, texts, asked)
         groups = _Groups(self, tools, texts, grouping)
         await asyncio.to_thread(groups.load)
-        report = await asyncio.to_thread(groups.report, failed)
+        report = await asyncio.to_thread(groups.report, left_out)
         return OperatorEnd(groups, report)
 
     def normalize(self, text: str) -> str:
@@ -236,12 +249,12 @@ class Dedup(Operator):
 
     async def _group(
         self, tools: StageTools, texts: _Texts, asked: Sequence[int]
-    ) -> tuple[Grouping, int]:
-        """Group texts by their embeddings; return also the number of those without one."""
+    ) -> tuple[Grouping, _LeftOut]:
+        """Group texts by their embeddings; return also those that cannot be compared."""
         questions = self._questions(tools, [texts.first[n] for n in asked])
         answers = await tools.ask("embeddings", LevelTask({}, is_requests=True), questions)
         path = tools.folder / VECTORS_FILE
-        found_at, vectors = await asyncio.to_thread(_write_vectors, path, answers)
+        found_at, vectors, left_out = await asyncio.to_thread(_write_vectors, path, answers)
         numbers = [asked[at] for at in found_at]
         grouper = Grouper(vectors, self.threshold)
         for start in grouper.blocks:  # between blocks, a stop takes effect
@@ -255,7 +268,7 @@ class Dedup(Operator):
             return [Pair(numbers[p.earlier], numbers[p.later], p.similarity) for p in pairs]
 
         grouping = Grouping(stands, name(found.above), name(found.below))
-        return grouping, len(asked) - len(numbers)
+        return grouping, left_out
 
     def _questions(self, tools: StageTools, indices: Sequence[int]) -> Iterator[Question]:
         for item in read_items(tools, indices):
@@ -296,7 +309,7 @@ class _Groups:
             output = {"size": 1 + len(members), "duplicates": members}
             yield StageResult(item.id, output, item.row)
 
-    def report(self, failed: int) -> dict[str, Any]:
+    def report(self, left_out: _LeftOut) -> dict[str, Any]:
         """Return counts, pairs from both sides of the threshold, and the largest group; blocks."""
         dedup, total = self._dedup, len(self._tools.items)
         kept = sum(n == stands for n, stands in enumerate(self._stands))
@@ -310,7 +323,8 @@ class _Groups:
             "equal_texts": copies,
             "similar_texts": total - copies - kept,
             "without_text": len(self._texts.blank),
-            "without_embedding": failed,
+            "without_embedding": left_out.failed,
+            "other_lengths": left_out.other_lengths,
         }
         if is_compared:
             assert self._grouping is not None, "the texts were compared"
@@ -357,6 +371,12 @@ class _Groups:
             )
         if found["without_embedding"]:
             yield f"{count_nouns(found['without_embedding'], 'text')} without an embedding, kept"
+        if found["other_lengths"]:
+            texts = count_nouns(found["other_lengths"], "text")
+            yield (
+                f"{texts} with an embedding of another length than the first one, kept; do all "
+                "endpoints serve the same model?"
+            )
         for side, words in (("above", "the same"), ("below", "different")):
             for pair in found.get(side, ()):
                 kept, other = pair["kept"], pair["other"]
@@ -378,20 +398,22 @@ def _iter_items(tools: StageTools) -> Iterator[Item]:
         yield from tools.items.read(lo, min(len(tools.items), lo + _SLICE))
 
 
-def _write_vectors(path: Path, answers: Sequence[Answer]) -> tuple[list[int], Halves]:
+def _write_vectors(path: Path, answers: Sequence[Answer]) -> tuple[list[int], Halves, _LeftOut]:
     """Write the vectors of all answers to a file.
 
     Answers that failed, and vectors of another length than the first one, are left out.
 
     Returns:
-        The numbers of the answers that have a vector, and the vectors.
+        The numbers of the answers that have a vector, the vectors, and what has none.
 
     Raises:
         JournalError: The file cannot be written.
     """
     numbers, names, parts, size = list[int](), list[str](), list[bytes](), 0
+    left_out = _LeftOut()
     for number, answer in enumerate(answers):
         if not answer.is_done:
+            left_out.failed += 1
             continue
         halves = unpack_halves(answer.output)
         size = size or len(halves)
@@ -399,6 +421,8 @@ def _write_vectors(path: Path, answers: Sequence[Answer]) -> tuple[list[int], Ha
             numbers.append(number)
             names.append(answer.id)
             parts.append(halves)
+        else:
+            left_out.other_lengths += 1
     data = b"".join(parts)
     width = size // 2
     vectors = np.frombuffer(data, "<f2").reshape(len(numbers), width)
@@ -412,4 +436,4 @@ def _write_vectors(path: Path, answers: Sequence[Answer]) -> tuple[list[int], Ha
         temporary.replace(path)
     except OSError as error:
         raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return numbers, vectors
+    return numbers, vectors, left_out

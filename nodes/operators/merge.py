@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, Final
 
-from ...backends.core.errors import ConfigurationError, InputError
+from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import find_properties, follow_references
 from ...backends.core.samples import SampleFold, make_rule
 from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Item, Json, Row
 from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
+from .parts import PART, PARTS, PARTS_SCHEMA, describe_parts, read_part
 
-_PART: Final = "part"
-_PARTS: Final = "parts"
-"""Column of a document with its parts: of, missing, sources."""
 _SLICE: Final = 256
 
 
@@ -36,7 +34,7 @@ class Merge(Operator):
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the answers and of the parts."""
-        return (self.field, _PART)
+        return (self.field, PART)
 
     def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the schema of merged answers.
@@ -45,10 +43,10 @@ class Merge(Operator):
             ConfigurationError: The items are no parts of documents.
         """
         columns = find_properties(rows)
-        if not {self.field, _PART} <= columns.keys():
+        if not {self.field, PART} <= columns.keys():
             have = ", ".join(columns)
             raise ConfigurationError(
-                f"merge needs the columns {self.field!r} and {_PART!r}, which input.split adds; "
+                f"merge needs the columns {self.field!r} and {PART!r}, which input.split adds; "
                 f"the items have {have}"
             )
         schema = columns[self.field]
@@ -56,9 +54,9 @@ class Merge(Operator):
 
     def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the schema of the columns of documents."""
-        left_out = {self.field, _PART, self.text}
+        left_out = {self.field, PART, self.text}
         kept = {k: v for k, v in rows["properties"].items() if k not in left_out}
-        return {**rows, "properties": kept | {_PARTS: _PARTS_SCHEMA}}
+        return {**rows, "properties": kept | {PARTS: PARTS_SCHEMA}}
 
     def plan(self, size: SizeEstimate) -> list[LevelPlan]:
         """Return no levels: the model is not asked."""
@@ -79,26 +77,6 @@ class Merge(Operator):
         return OperatorEnd(documents, report)
 
 
-_PARTS_SCHEMA: Final[Mapping[str, Any]] = {
-    "type": "object",
-    "properties": {
-        "of": {"type": "integer"},
-        "missing": {"type": "array", "items": {"type": "integer"}},
-        "sources": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "id": {"type": "string"},
-                    "start": {"type": "integer"},
-                    "end": {"type": "integer"},
-                },
-            },
-        },
-    },
-}
-
-
 class _Documents:
     """The results, read from the items whenever they are iterated."""
 
@@ -114,7 +92,7 @@ class _Documents:
         for parts in self._group():
             found["documents"] += 1
             found["parts"] += len(parts)
-            found["missing"] += max(0, _read_part(parts[0])["of"] - len(parts))
+            found["missing"] += max(0, read_part(parts[0])["of"] - len(parts))
         return found
 
     def __iter__(self) -> Iterator[StageResult]:
@@ -125,12 +103,12 @@ class _Documents:
             output = folded
             if self._merge.how == "concat":
                 output = _concat(folded, answers, self._schema, self._schema)
-            yield StageResult(_read_part(parts[0])["document"], output, self._make_row(parts))
+            yield StageResult(read_part(parts[0])["document"], output, self._make_row(parts))
 
     def _group(self) -> Iterator[list[Item]]:
         """Yield the parts of each document, which follow each other."""
         items = self._iter_items()
-        for _, some in groupby(items, key=lambda item: _read_part(item)["document"]):
+        for _, some in groupby(items, key=lambda item: read_part(item)["document"]):
             yield list(some)
 
     def _iter_items(self) -> Iterator[Item]:
@@ -138,19 +116,9 @@ class _Documents:
             yield from self._tools.items.read(lo, min(len(self._tools.items), lo + _SLICE))
 
     def _make_row(self, parts: Sequence[Item]) -> Row:
-        abouts = {_read_part(item)["number"]: (item.id, _read_part(item)) for item in parts}
-        count = _read_part(parts[0])["of"]
-        left_out = (self._merge.field, _PART, self._merge.text)
-        return {name: value for name, value in parts[0].row.items() if name not in left_out} | {
-            _PARTS: {
-                "of": count,
-                "missing": [n for n in range(1, count + 1) if n not in abouts],
-                "sources": [
-                    {"id": name, "start": about["start"], "end": about["end"]}
-                    for name, about in abouts.values()
-                ],
-            }
-        }
+        left_out = (self._merge.field, PART, self._merge.text)
+        kept = {name: value for name, value in parts[0].row.items() if name not in left_out}
+        return kept | {PARTS: describe_parts([(item.id, read_part(item)) for item in parts])}
 
 
 def _make_fold(schema: Mapping[str, Any] | None) -> SampleFold:
@@ -159,21 +127,6 @@ def _make_fold(schema: Mapping[str, Any] | None) -> SampleFold:
 
 _LEAST: Final = 2
 """Samples of a fold, which its result only counts."""
-
-
-def _read_part(item: Item) -> Mapping[str, Any]:
-    """Return what the column of a part says.
-
-    Raises:
-        InputError: It is not one that ``input.split`` made.
-    """
-    found = item.row.get(_PART)
-    kinds = {"document": str, "number": int, "of": int, "start": int, "end": int}
-    if not isinstance(found, dict) or any(
-        not isinstance(found.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise InputError(f"merge: item {item.id!r} has no column {_PART!r} from input.split")
-    return found
 
 
 def _concat(folded: Json, answers: Sequence[Json], schema: Any, root: Mapping[str, Any]) -> Json:

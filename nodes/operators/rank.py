@@ -117,6 +117,12 @@ class Rank(Operator):
             seed=self.seed,
         )
         standing = await tournament.run()
+        if len(tools.items) > 1 and not standing.comparisons:
+            report = self._report(standing, judge, tools, 0)
+            why = (
+                "no answer of the judge orders two items (fanfold failures shows those that failed)"
+            )
+            return OperatorEnd((), report | {"lines": [why]})
         best = await asyncio.to_thread(_read_best, tools, standing.best)
         explained = await self._explain(tools, standing, best) if self.reasons else None
         results = [
@@ -291,7 +297,7 @@ class _Judge:
             letters = list(answer.output["order"])
             order = [known[letter] for letter in dict.fromkeys(letters) if letter in known]
             self.unknown += len(letters) - len(order)
-            orders.append(order)
+            orders.append(order if len(order) > 1 else None)  # one item is no comparison
         return orders
 
 

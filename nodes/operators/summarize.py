@@ -29,6 +29,7 @@ from .base import (
     StageTools,
 )
 from .item_text import escape_braces, list_text_columns, read_ids, read_items, render_item
+from .parts import PART, PARTS, PARTS_SCHEMA, describe_parts, is_part, read_part
 
 SHOWN_IDS: Final = 5
 """Ids of items that a statement shows; ``sources`` has all."""
@@ -47,6 +48,12 @@ _LABEL_SHARE: Final = 2
 """Part of the answer, one in so many, that may consist of labels if each is listed once."""
 _STATEMENT_TOKENS: Final = 40
 """Tokens of a short statement in an answer, without its labels."""
+
+_ANSWER: Final = 1024
+"""Tokens of an answer if the settings do not say it, at least if the context has room."""
+_LEAST_ANSWER: Final = 256
+_ANSWER_PART: Final = 4
+"""Part of the context, one in so many, that such an answer may take."""
 
 _LEAF: Final = """\
 {instruction}
@@ -226,8 +233,10 @@ class Summarize(Operator):
             depth += 1
             groups = await self._pack_nodes(tools, nodes, most)
             nodes = await tree.ask(f"merge {depth}", _MERGE, groups)
-        results = [self._present(node, counts[node.group]) for node in nodes]
+        parts = await asyncio.to_thread(self._list_parts, tools) if self._is_of_parts else {}
+        results = [self._present(node, counts[node.group], parts.get(node.group)) for node in nodes]
         unknown = sum(node.unknown for node in nodes)
+        uncited = sum(not one.sources for node in nodes for one in node.statements)
         report: dict[str, Any] = {
             "op": self.op,
             "items": sum(counts.values()),
@@ -236,8 +245,11 @@ class Summarize(Operator):
             "splits": tree.splits,
             "failed": sum(len(node.failed) for node in nodes),
             "unknown_ids": unknown,
+            "uncited": uncited,
         }
         lines = [_describe_citations(unknown, sum(len(node.failed) for node in nodes))]
+        if uncited:
+            lines.append(f"{count_nouns(uncited, 'statement')} without an id of an item")
         if self.verify:
             found = await self._verify(tools, nodes)
             report["verified"] = found
@@ -272,6 +284,13 @@ class Summarize(Operator):
             return self.group_tokens
         left = _MOST_GROUP if context is None else context - answer - _OVERHEAD
         return max(100, min(_MOST_GROUP, left - len(self.prompt) // 3))
+
+    def choose_answer_tokens(self, context_tokens: int | None) -> int:
+        """Return what statements and labels need, at most a part of the model's context."""
+        wanted = max(_ANSWER, _LABEL_SHARE * self.statements * _STATEMENT_TOKENS)
+        if context_tokens is None:
+            return wanted
+        return min(wanted, max(_LEAST_ANSWER, context_tokens // _ANSWER_PART))
 
     def find_warnings(self, answer_tokens: int) -> list[str]:
         """Return a line if answers are likely to be cut off."""
@@ -357,10 +376,10 @@ class Summarize(Operator):
             used += tokens
         number, found = itertools.count(1), list[_Group | _Node]()
         for group in groups:
-            alone = len(group) == 1
-            found.append(
-                group[0] if alone else _Group(f"merge {next(number)}", group[0].group, group)
-            )
+            if sum(bool(node.statements) for node in group) < _LEAST:
+                found.append(_join(group))  # there is nothing to merge
+            else:
+                found.append(_Group(f"merge {next(number)}", group[0].group, group))
         return found
 
     async def _verify(self, tools: StageTools, nodes: Sequence[_Node]) -> dict[str, Any]:
@@ -394,8 +413,32 @@ class Summarize(Operator):
             if item.id in wanted
         }
 
+    @property
+    def _is_of_parts(self) -> bool:
+        """Return True if each document gets a summary of its parts."""
+        return self.group_by == f"{PART}.document"
+
+    def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the schema of the columns beside a summary: the parts of a document."""
+        del rows
+        properties = {PARTS: PARTS_SCHEMA} if self._is_of_parts else {}
+        return {"type": "object", "properties": properties}
+
     @staticmethod
-    def _present(node: _Node, items: int) -> StageResult:
+    def _list_parts(tools: StageTools) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+        """Return id and place of the parts of each document; blocks."""
+        found = dict[str, list[tuple[str, Mapping[str, Any]]]]()
+        for item in read_items(tools, range(len(tools.items))):
+            if not is_part(item):  # a column of the user's with the same name
+                return {}
+            about = read_part(item)
+            found.setdefault(about["document"], []).append((item.id, about))
+        return found
+
+    @staticmethod
+    def _present(
+        node: _Node, items: int, parts: Sequence[tuple[str, Mapping[str, Any]]] | None
+    ) -> StageResult:
         statements = [
             {"text": one.text, "ids": list(one.sources[:SHOWN_IDS]), "sources": list(one.sources)}
             for one in node.statements
@@ -406,7 +449,8 @@ class Summarize(Operator):
             "failed": node.failed,
             "unknown_ids": node.unknown,
         }
-        return StageResult(node.group, output)
+        row: Row = {} if parts is None else {PARTS: describe_parts(parts)}
+        return StageResult(node.group, output, row)
 
 
 class _Leaf:
@@ -558,6 +602,16 @@ def _iter_members(parts: Iterable[_Group | _Node]) -> Iterator[int]:
             yield from part.members
 
 
+def _join(nodes: Sequence[_Node]) -> _Node:
+    """Return summaries as one, without a question."""
+    return _Node(
+        nodes[0].group,
+        [one for node in nodes for one in node.statements],
+        [name for node in nodes for name in node.failed],
+        sum(node.unknown for node in nodes),
+    )
+
+
 def _merge(nodes: Sequence[_Node], answer: Answer) -> _Node:
     statements = [one for node in nodes for one in node.statements]
     ids = {f"s{at}": one.sources for at, one in enumerate(statements, start=1)}
@@ -575,6 +629,8 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
         return _Node(group, failed=[answer.id])
     node = _Node(group)
     for found in answer.output["statements"]:
+        if not found["text"].strip():
+            continue
         named = dict.fromkeys(name.strip("[] ") for name in found["ids"])
         known = [name for name in named if name in ids]
         node.unknown += len(found["ids"]) - len(known)

@@ -67,7 +67,7 @@ class Gate:
     Args:
         streams: Maximum number of items in flight.
         drain_s: Seconds after closing in which items in flight may finish.
-        what: What is in flight, for messages.
+        what: What is in flight, for messages; one of them.
         left: What goes on elsewhere after a stop, in words; None: nothing does.
 
     Attributes:
@@ -83,7 +83,7 @@ class Gate:
     """
 
     def __init__(
-        self, streams: int, drain_s: float, what: str = "items", left: str | None = None
+        self, streams: int, drain_s: float, what: str = "item", left: str | None = None
     ) -> None:
         self._streams = streams
         self.drain_s, self.unit, self.left = drain_s, what, left

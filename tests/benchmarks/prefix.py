@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class RoundRobin(_OtherChoice):
 class PowerOfTwo(_OtherChoice):
     """Each request goes to the one of two random endpoints that has fewer requests."""
 
-    _random = random.Random(0)
+    @cached_property
+    def _random(self) -> random.Random:
+        return random.Random(0)  # one for each run, so that runs repeat exactly
 
     def _pick(self, endpoints: Sequence[Endpoint]) -> Endpoint:
         two = self._random.sample(endpoints, min(2, len(endpoints)))
@@ -216,6 +219,15 @@ def show(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def _encode(rows: Sequence[Measurement]) -> str:
+    """Return measurements as JSON, one a line, in an order that does not depend on the run."""
+    lines = [
+        json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()})
+        for row in sorted(rows, key=lambda row: (row.workload, row.policy, row.seed))
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
 def main() -> None:
     """Measure the chosen workloads and policies; add them to a JSON file."""
     parser = argparse.ArgumentParser(prog="prefix", description=__doc__)
@@ -242,7 +254,7 @@ def main() -> None:
                 flush=True,
             )
             if given.json:
-                given.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+                given.json.write_text(_encode(rows))
     print(show(rows))
 
 

@@ -52,7 +52,7 @@ class MemoryServer:
         self._open = dict[EngineRequest, asyncio.Future[None]]()
 
     async def complete(self, body: Mapping[str, Any], answer_tokens: int) -> dict[str, Any]:
-        """Answer a request when the engine has computed it.
+        """Answer a request when the engine has computed it, with ``max_tokens`` at most.
 
         Raises:
             aiohttp.ClientError: The server is dead, or dies.
@@ -60,11 +60,13 @@ class MemoryServer:
         if not self.alive:
             raise aiohttp.ClientConnectionError("connection refused")
         self.requests += 1
+        limit = int(body.get("max_tokens") or answer_tokens)
         text = "\n".join(f"{message['role']}:{message['content']}" for message in body["messages"])
         tokens = -(-len(text) // CHARS_PER_TOKEN)
         keys = hash_blocks(text, BLOCK_TOKENS * CHARS_PER_TOKEN)
         future = asyncio.get_running_loop().create_future()
-        request = EngineRequest(keys, tokens, answer_tokens, on_progress=self._on_progress)
+        written = min(answer_tokens, limit)
+        request = EngineRequest(keys, tokens, written, on_progress=self._on_progress)
         self._open[request] = future
         self._driver.submit(request)
         try:
@@ -74,7 +76,7 @@ class MemoryServer:
             raise
         finally:
             self._open.pop(request, None)
-        return _completion(request)
+        return _completion(request, "stop" if answer_tokens <= limit else "length")
 
     def _on_progress(self, request: EngineRequest) -> None:
         future = self._open.get(request)
@@ -101,7 +103,7 @@ class MemoryServer:
         return ServerLoad(self.engine.running, self.engine.waiting)
 
 
-def _completion(request: EngineRequest) -> dict[str, Any]:
+def _completion(request: EngineRequest, reason: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": "yes"}
     total = request.prompt_tokens + request.answer_tokens
     return {
@@ -109,7 +111,7 @@ def _completion(request: EngineRequest) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 1,
         "model": MODEL,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
         "usage": {
             "prompt_tokens": request.prompt_tokens,
             "completion_tokens": request.answer_tokens,

@@ -85,13 +85,24 @@
   const hasFlags = bits.some((one) => one);
   if (hasFlags) columns.splice(2, 0, flagColumn);
   const idColumn = columns.find((one) => one.name === "id");
+  /* Ids are whole, as far as there is room: of all rows the longest counts, of other texts the first rows. */
+  const ruler = document.createElement("canvas").getContext("2d");
+  const measure = (text, weight = 400) => {
+    ruler.font = `${weight} 13px ${getComputedStyle(document.body).fontFamily}`;
+    return ruler.measureText(text).width;
+  };
   const width = (column) => {
     if (column.kind === "flags") return 150;
-    if (column.kind === "number") return 124;
-    let longest = column.label.length;
-    for (let n = 0; n < Math.min(count, 300); n++) longest = Math.max(longest, column.text(n).length);
-    const most = column.source === "key" ? 220 : 300;
-    return Math.round(Math.max(column.kind === "category" ? 130 : 100, Math.min(most, longest * 7.2 + 26)));
+    const named = Math.min(220, measure(column.label, 600) + 52);
+    if (column.kind === "number") return Math.round(Math.max(124, named));
+    const isKey = column.source === "key", most = isKey ? 360 : 300;
+    let longest = "";
+    for (let n = 0; n < (isKey ? count : Math.min(count, 300)); n++) {
+      const text = column.text(n);
+      if (text.length > longest.length) longest = text;
+    }
+    const wanted = measure(longest.slice(0, 200)) * 1.04 + 24;
+    return Math.round(Math.max(column.kind === "category" ? 130 : 100, named, Math.min(most, wanted)));
   };
   for (const column of columns) column.width = width(column);
   const total = columns.reduce((sum, column) => sum + column.width, 0);
@@ -179,7 +190,7 @@
     column.head.classList.toggle("filtered", Boolean(column.filter));
     column.head.setAttribute("aria-sort", sorted !== column ? "none" : falling ? "descending" : "ascending");
     column.arrow.textContent = sorted !== column ? "" : falling ? " ↓" : " ↑";
-    if (column.kind === "number" && column.known) {
+    if (column.kind === "number" && column.parts) {
       const counts = countBins(column, filtered);
       const most = Math.max(1, ...column.all);
       column.parts.forEach((bar, n) => {
@@ -207,6 +218,10 @@
     return found;
   };
   const makeHistogram = (column) => {
+    if (column.low === column.high) {
+      const all = column.known === count ? "all" : whole.format(column.known);
+      return [make("p", { class: "note" }, `${all} ${exact.format(column.low)}`)];
+    }
     const picture = shape("svg", { class: "spark", viewBox: `0 0 ${column.bins} 36`, preserveAspectRatio: "none", "aria-hidden": "true" });
     const counts = countBins(column, false), most = Math.max(1, ...counts);
     column.parts = [];
@@ -247,6 +262,7 @@
       if (column.levels.length > 3) list.append(make("li", {}, make("p", {}, `${whole.format(column.levels.length - 3)} more`)));
       return list;
     }
+    if (!column.distinct) return make("p", { class: "note" }, "no values");
     list.append(make("li", {}, make("p", {}, column.distinct === count ? "all different" : `${whole.format(column.distinct)} different`)));
     for (const [name, number] of column.top.slice(0, 2)) {
       list.append(make("li", {}, make("button", { type: "button", tabindex: -1, title: name, onclick: () => {

@@ -324,7 +324,7 @@ def test_a_file_with_several_models_is_refused_as_a_whole(
     said = shell("batch", "in.jsonl", "out.jsonl", "--endpoints", urls)
     assert said.code == 2
     assert "line 2: the model is 'b', but lines before it name 'simulated-8b'" in said.err
-    assert "The file names 'simulated-8b' (3 lines), 'b' (1 lines), 'c' (1 lines)" in said.err
+    assert "The file names 'simulated-8b' (3 lines), 'b' (1 line), 'c' (1 line)" in said.err
     assert fleet.requests == 0
 
 
@@ -609,7 +609,7 @@ def test_the_estimate_of_a_batch(shell: Shell, fleet: Served) -> None:
     assert '"messages"' not in said.out
     assert "sample: 3 prompts" in said.out
     assert "(answers of 40)" in said.out
-    assert "1 requests have no max_tokens" in said.out
+    assert "without max_tokens: 1 request," in said.out
 
 
 WORKERS = {

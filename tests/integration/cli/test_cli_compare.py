@@ -221,7 +221,15 @@ def test_a_page_has_texts_as_texts(pair: Shell) -> None:
     text = Path("page.html").read_text()
     page = Page(text)
     assert not page.tags & {"script", "img", "link", "iframe", "a"}
-    assert page.attributes <= {"lang", "charset", "http-equiv", "content", "name", "class"}
+    assert page.attributes <= {
+        "lang",
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "class",
+        "tabindex",
+    }
     assert "default-src 'none'" in text
     assert HOSTILE.replace("\x1b", "\N{REPLACEMENT CHARACTER}") in page.text
     assert "\x1b" not in text

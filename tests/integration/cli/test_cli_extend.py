@@ -16,6 +16,8 @@ from typing import Any
 import orjson
 import pytest
 
+from fanfold.backends.core.terminal import count_nouns
+
 from .conftest import SCHEMA, Served, Shell
 
 pytestmark = pytest.mark.integration
@@ -242,7 +244,7 @@ def test_retried_truncated_answers_point_to_a_higher_limit(
     assert json.loads(shell("status", "old", "--json").out)["next_command"] == command
     retried = shell("resume", "old", "--retry-failed", "--quiet")
     count = truncated["TruncatedAnswerError"]
-    assert f"WARNING: {count} truncated answers are asked again with the same" in retried.err
+    assert f"WARNING: {count_nouns(count, 'truncated answer')} will be asked again" in retried.err
     assert retried.err.splitlines()[0].endswith(command)
     said = shell(*command.split()[1:], *YES)
     assert f"asked: {count} " in said.err

@@ -90,8 +90,13 @@ def test_status_names_the_classes_and_the_next_command(shell: Shell) -> None:
     classes = json.loads(shell("failures", "run", "--json").out)["classes"]
     assert facts["failed_by_class"] == {row["class"]: row["count"] for row in classes}
     assert facts["next_command"] == "fanfold resume run --retry-failed"
+    retry, longer = "fanfold resume run --retry-failed", facts["next_by_class"]
+    assert longer.keys() == facts["failed_by_class"].keys()
+    assert longer["EmptyAnswerError"] == retry
+    assert longer["RefusedAnswerError"] is None
     text = shell("status", "run").out
     assert "failures with examples: fanfold failures run\n" in text
+    assert f"failed items (helps EmptyAnswerError) with: {retry}" in " ".join(text.split())
     assert all(row["class"] in text for row in classes)
 
 

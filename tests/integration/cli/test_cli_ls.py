@@ -139,7 +139,7 @@ def test_broken_folders_are_named_and_the_others_listed(some_runs: Shell) -> Non
     assert all(f"not listed: runs/{name}" in lines for name in names)
 
 
-def test_a_killed_run_is_counted_from_its_journal_unless_it_is_large(
+def test_a_killed_run_is_counted_from_its_journal_or_if_large_by_its_last_note(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = "".join(f"{n},text\n" for n in range(3_000))
@@ -150,6 +150,10 @@ def test_a_killed_run_is_counted_from_its_journal_unless_it_is_large(
     try:
         found = wait_for_an_item(shell, run)
         assert found["state"] == "running"
+        assert found["noted"] is None
+        while not (shell.folder / "run" / "counts.json").exists():
+            assert run.poll() is None, "the run ended before it noted its counts"
+            time.sleep(0.1)
     finally:
         run.kill()
         run.wait()
@@ -159,6 +163,16 @@ def test_a_killed_run_is_counted_from_its_journal_unless_it_is_large(
     assert 0 < killed["done"] < 3_000
 
     monkeypatch.setattr(runs, "_MOST_READ", 10)
+    (noted,) = listed(shell)["runs"]
+    assert 0 < noted["done"] <= killed["done"]
+    assert (noted["failed"], noted["noted"] > noted["date"]) == (0, True)
+    said = shell("ls")
+    assert f"~{noted['done']:,}/3,000" in said.out
+    assert "~: as noted every 10 seconds; 'fanfold status DIR' reads the journal" in said.err
+
+    (shell.folder / "run" / "counts.json").write_text("{}")
+    assert "counts.json: cannot be read: 'v'; remove it" in " ".join(shell("ls").err.split())
+    (shell.folder / "run" / "counts.json").unlink()
     (large,) = listed(shell)["runs"]
     assert (large["done"], large["failed"], large["usd"], large["items"]) == (
         None,

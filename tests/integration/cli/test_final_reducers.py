@@ -139,6 +139,7 @@ def test_mistakes_are_found_before_the_first_request(
         ("return object()", "returned object, which cannot be written as JSON"),
         ("return 'x' * 6_000_000", "bytes of JSON, more than 5,000,000"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("return [row['nope'] for row in rows]", "KeyError: 'nope'"),
     ],
 )

@@ -251,3 +251,40 @@ async def test_empty_answers_are_asked_for_twice_more() -> None:
     async with fleet_over(book, book) as fleet:
         assert (await ask(fleet, "q")).content == ""
     assert len(book.asked["q"]) == 3
+
+
+GRADED = ModelParams("m", max_tokens=256, extra_body={"logprobs": True})
+
+
+def refuse_logprobs(item: str, _: int, body: Any) -> web.Response:
+    if "logprobs" not in body and item != "bad":
+        return good(body)
+    error = {"message": "Unsupported parameter: 'logprobs'", "param": "logprobs"}
+    return web.json_response({"error": error}, status=400)
+
+
+async def test_an_optional_field_is_left_out_where_it_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refusing, other = Book(refuse_logprobs), Book(lambda *given: good(given[-1]))
+    policy = replace(POLICY, optional_fields=frozenset({"logprobs"}))
+    async with fleet_over(refusing, other, policy=policy) as fleet:
+        model = FleetClient(fleet, GRADED)
+        questions = [[{"role": "user", "content": f"{n}"}] for n in range(40)]
+        answers = await asyncio.gather(*map(model.ask, questions))
+    assert {answer.content for answer in answers} == {"hello"}
+    asked = list(refusing.asked.values())
+    assert 0 < sum(map(len, asked)) - len(asked) <= POLICY.streams  # only until it is known
+    assert all(len(requests) == 1 for requests in other.asked.values())
+    assert caplog.text.count("refuses the field logprobs") == 1
+
+
+async def test_a_field_that_is_refused_without_being_sent_ends() -> None:
+    book = Book(refuse_logprobs)
+    policy = replace(POLICY, optional_fields=frozenset({"logprobs"}))
+    async with fleet_over(book, policy=policy) as fleet:
+        model = FleetClient(fleet, GRADED)
+        await model.ask([{"role": "user", "content": "ok"}])
+        with pytest.raises(RequestRefusedError, match="logprobs"):
+            await model.ask([{"role": "user", "content": "bad"}])
+    assert len(book.asked["bad"]) <= 1 + 3

@@ -294,12 +294,17 @@ async def test_a_run_in_which_all_items_failed(tmp_path: Path) -> None:
         "task": {"prompt": "Say {text}"},
         "endpoints": {"simulated": {"nodes": 1, "time_scale": 50, "faults": [{"kind": "refusal"}]}},
     }
-    rows = [{"id": str(n), "text": f"text {n}"} for n in range(12)]
+    rows = [{"id": f"PMID-{30_000_000 + n}-WWWWWW", "text": f"text {n}"} for n in range(12)]
     async with opened(make_run(tmp_path, config, rows, 3)) as page:
         await page.wait_for(READY)
         text = await page.evaluate("document.body.innerText")
-        for part in ("RefusedAnswerError", "12 items failed", "run.yaml --from "):
+        for part in ("No item has an answer", "12 items failed", "run.yaml --from "):
             assert part in text
+        finding = await page.evaluate("document.getElementById('finding').innerText")
+        assert "RefusedAnswerError" in finding
+        ids = f"{ROWS}.map((row) => row.firstChild)"
+        assert await page.evaluate(f"{ids}.length") == len(rows)
+        assert await page.evaluate(f"{ids}.every((cell) => cell.scrollWidth <= cell.clientWidth)")
         check_harmless(page)
 
 

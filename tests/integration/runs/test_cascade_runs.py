@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import ClientSession, web
 
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
@@ -101,3 +103,53 @@ async def test_killed_in_each_kind_of_level_it_gives_the_same_answers(lab_of: La
         assert count_asked(lab.fleet)[1] <= 2 * lab.config["limits"]["streams"]
         assert count_asked(small)[0] == ITEMS
         assert count_asked(small)[1] <= 3 + lab.config["limits"]["streams"]
+
+
+async def test_a_server_that_refuses_log_probabilities_is_asked_for_samples(
+    lab_of: LabMaker,
+) -> None:
+    refused = list[str]()
+
+    async def answer(request: web.Request) -> web.Response:
+        data = await request.read()
+        if data and "logprobs" in orjson.loads(data):
+            refused.append(request.path)
+            error = {"message": "logprobs is not supported by this engine"}
+            return web.json_response({"error": error}, status=400)
+        url = f"{server}{request.path}"
+        async with (
+            ClientSession() as session,
+            session.request(request.method, url, data=data or None) as response,
+        ):
+            body = await response.read()
+            return web.Response(body=body, content_type="application/json")
+
+    async with (
+        lab_of(items=20, ttft_s=0.0, responder="labels") as lab,
+        cascaded(lab, accuracy=0.75) as small,
+    ):
+        server = small.urls[0].partition("/node")[0].removesuffix("/v1")
+        app = web.Application()
+        app.add_routes([web.route("*", "/{path:.*}", answer)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        cascade = lab.config["stages"][0]["cascade"]
+        base = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        cascade["small"]["endpoints"] = {"urls": [small.urls[0].replace(server, base)]}
+        lost = lab.config["limits"]["streams"]  # in flight at the kill
+        most = 20 * 6 + 3 + 3 + lost + 2  # an item reserves its repair
+        lab.config["budget"] = {"requests": most}
+        try:
+            async with lab.process() as process:
+                await lab.until(partial(has_lines, lab.out / "stages/label/levels/2"))
+                process.kill()
+                await process.wait()
+            said = await command(lab, "resume", str(lab.out))
+        finally:
+            await runner.cleanup()
+    (label,) = said["stages"]
+    assert (label["state"], label["results"], label["failed"]) == ("finished", 20, 0)
+    assert label["report"]["samples"] == 5
+    assert "agreement of 5 answers" in " ".join(label["report"]["lines"])
+    assert 0 < len(refused) <= 3  # in the first level of the first session only

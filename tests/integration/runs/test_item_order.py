@@ -74,11 +74,13 @@ async def test_workers_keep_the_order(lab: Lab, shared: bool) -> None:
     assert_whole(lab, await lab.live(await lab.begin()))
 
 
-async def test_input_order_by_default(lab: Lab) -> None:
+async def test_groups_are_found_by_default_and_input_keeps_the_order(lab: Lab) -> None:
     del lab.config["limits"]["order"]
     folder = await lab.begin()
-    assert not folder.order.exists()
+    assert folder.order.exists()
+    lab.config["limits"]["order"] = "input"
     run = await prepare_run(load_config(lab.config), lab.home / "other")
+    assert not run.folder.order.exists()
     assert orjson.loads((run.folder.path / "provenance.json").read_bytes())["order"] == {
         "by": "input"
     }

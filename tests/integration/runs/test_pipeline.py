@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import uuid
@@ -330,3 +331,42 @@ async def test_a_pipeline_that_is_stopped_leaves_no_worker(
         (session,) = RunFolder(lab.out).read_provenance()["sessions"]
         assert "SIGINT" in session["outcome"]
         assert not (lab.out / "stages/claims/results.parquet").exists()
+
+
+def find_workers(root: Path) -> list[int]:
+    """Return the worker processes that have written journals and are alive."""
+    pids = {int(pid) for found in workers_of(root).values() for pid in found}
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(PROCESSES, id="processes"),
+        pytest.param({"kind": "launched", "workers": 2}, id="launched"),
+    ],
+)
+async def test_workers_of_a_pipeline_that_are_killed_in_and_between_stages(
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch, backend: dict[str, Any]
+) -> None:
+    async with lab_of(items=ITEMS, ttft_s=0.2) as lab:
+        staged(lab)
+        await begin(lab, lab.home / "undisturbed")
+        expected = outputs(lab.home / "undisturbed")
+        lab.config["backend"] = backend
+        token = uuid.uuid4().hex
+        monkeypatch.setenv("FANFOLD_TEST_TOKEN", token)
+        lab.fleet.reset()
+        async with lab.process() as process:
+            await lab.until(partial(has_lines, lab.out / "stages/screen"))
+            await lab.until(lambda: find_workers(lab.out))
+            os.kill(find_workers(lab.out)[0], signal.SIGKILL)  # in a stage
+            await lab.until((lab.out / "stages/screen/results.parquet").exists)
+            for pid in find_workers(lab.out):
+                os.kill(pid, signal.SIGKILL)  # between two stages, or as the next one begins
+            assert await asyncio.wait_for(process.wait(), 300) == 0
+        assert outputs(lab.out) == expected
+        asked = [int(one["asked"]) for one in lab.fleet.stats(prompts=True)["prompts"].values()]
+        assert sum(asked) - len(asked) <= 2 * 2 * STREAMS
+        await lab.until(lambda: not marked(token))

@@ -80,7 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-        self.answer({"id": "x", "model": "plain", "choices": [choice], "usage": usage})
+        self.answer(
+            {"id": "x", "model": word("model") or "plain", "choices": [choice], "usage": usage}
+        )
 
 
 def main() -> None:

@@ -68,13 +68,26 @@ async def finish(node: Node, process: asyncio.subprocess.Process) -> None:
     assert not node.alive()
 
 
+@pytest.mark.parametrize("linger_s", [0.3, 20.0])
 async def test_the_servers_of_a_stage_end_before_those_of_the_next(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+    node: Node, monkeypatch: pytest.MonkeyPatch, linger_s: float
 ) -> None:
+    """Also if they would stay for longer without a user: the same port serves the next model."""
     monkeypatch.setenv("FANFOLD_HOST", "node7")
-    out = str(node.folder.parent / "r")
-    await finish(node, await fanfold(node, "run", str(write_settings(node)), "--out", out))
+    out = node.folder.parent / "r"
+    settings = write_settings(node)
+    changed = json.loads(settings.read_text())
+    changed["node"]["linger_s"] = linger_s
+    settings.write_text(json.dumps(changed))
+    await finish(node, await fanfold(node, "run", str(settings), "--out", str(out)))
     assert list_ends(node) == ["start", "end"] * 2
+    for name, model in (("a", "small"), ("b", "large")):
+        lines = [
+            json.loads(line)
+            for file in (out / "stages" / name / "journal").glob("*.jsonl")
+            for line in file.read_text().splitlines()[1:]
+        ]
+        assert {line["model"] for line in lines} == {model}
 
 
 async def test_a_stop_in_the_second_stage_ends_its_servers_and_a_resume_starts_them_alone(

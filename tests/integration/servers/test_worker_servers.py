@@ -8,6 +8,7 @@ import signal
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.discovery.node_local import node_endpoints
 from fanfold.backends.servers.client import use_servers
-from fanfold.backends.servers.lock import is_served, read_owner
+from fanfold.backends.servers.lock import is_served, local_lock_folder, read_owner
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.graphs import worker
 from fanfold.graphs.run.prepare import prepare_run
@@ -122,6 +123,54 @@ async def test_servers_outlive_a_worker_for_the_next_one(node: Node) -> None:
     await until(lambda: not is_served(node.files))
     assert not node.alive()
     assert len(node.events("begin")) == 1
+
+
+async def test_servers_of_another_model_are_replaced_at_once(node: Node) -> None:
+    """However long they linger, once no worker uses them."""
+    small = node.plan(linger_s=3600.0, model="small")
+    large = replace(small, model="large")
+    last: list[str] = []
+
+    async def use_large() -> None:
+        async with use_servers(large):
+            last.append("large")
+
+    async with use_servers(small):
+        waiting = [asyncio.create_task(use_large()) for _ in range(3)]
+        await until(lambda: any(local_lock_folder().glob("*.over")))
+        async with use_servers(small):  # they are still those of its model
+            last.append("small")
+    async with asyncio.timeout(60):
+        await asyncio.gather(*waiting)
+        async with use_servers(small):
+            last.append("small")
+    assert last == ["small", *["large"] * 3, "small"]
+    assert [line["event"] for line in node.events() if line["event"] in ("start", "end")] == [
+        *["start", "end"] * 2,
+        "start",
+    ]
+    os.kill(node.events("begin")[-1]["pid"], signal.SIGTERM)
+    await until(lambda: not is_served(node.files))
+
+
+async def test_servers_of_another_model_that_the_job_runs_are_refused(node: Node) -> None:
+    async with node.served(model="small"):
+        await until(node.listed)
+        async with use_servers(node.plan(model="small")), use_servers(node.plan()):
+            pass
+        with pytest.raises(RunStoppedError, match=r"serve 'small', and the run needs 'large'"):
+            async with use_servers(node.plan(model="large")):
+                raise AssertionError
+    assert len(node.events("start")) == 1
+
+
+async def test_a_wait_for_servers_of_another_model_ends_with_the_run(node: Node) -> None:
+    small = node.plan(linger_s=0.1, model="small")
+    async with use_servers(small):
+        with pytest.raises(RunStoppedError, match="the run is over before the servers of 'small'"):
+            async with use_servers(replace(small, model="large"), lambda: "the run is over"):
+                raise AssertionError
+    await until(lambda: not is_served(node.files))
 
 
 async def test_servers_that_a_worker_started_end_with_the_job(node: Node) -> None:

@@ -29,9 +29,15 @@ class Held:
         self.room = True
 
     waiting = 0
+    usage = RESERVED
 
     async def reserve(
-        self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
+        self,
+        most: Usage,
+        body: Mapping[str, Any],
+        log: CallLog | None = None,
+        *,
+        shorten: bool = False,  # noqa: ARG002 - the protocol's form
     ) -> Reservation:
         assert log is not None
         assert most == max_usage(body)

@@ -34,10 +34,13 @@ class Runs:
         self.memory = FleetMemory()
 
     @asynccontextmanager
-    async def fleet(self, policy: FleetPolicy = POLICY) -> AsyncIterator[Fleet]:
+    async def fleet(
+        self, policy: FleetPolicy = POLICY, model: str | None = None
+    ) -> AsyncIterator[Fleet]:
         specs = [EndpointSpec(url) for url in self.servers]
         transport = MemoryTransport(policy, self.servers)
-        async with Fleet(specs, policy, transport=transport, memory=self.memory) as fleet:
+        memory = self.memory
+        async with Fleet(specs, policy, transport=transport, memory=memory, model=model) as fleet:
             yield fleet
 
     @property
@@ -68,6 +71,21 @@ def test_limits_and_speeds_go_on_and_statistics_begin_anew() -> None:
             assert (endpoint.stats.calls, endpoint.has_answered) == (0, False)
             await ask(fleet, 3)
             assert (endpoint.stats.calls, before.stats.calls) == (3, 400)
+
+    run_virtual(run)
+
+
+def test_models_behind_one_address_are_told_apart() -> None:
+    async def run() -> None:
+        runs = Runs()
+        async with runs.fleet(model="small") as fleet:
+            await ask(fleet, 400)
+            small = fleet.endpoints[0].width
+        assert small > POLICY.limit.start
+        async with runs.fleet(model="large") as fleet:
+            assert fleet.endpoints[0].width == POLICY.limit.start
+        async with runs.fleet(model="small") as fleet:
+            assert fleet.endpoints[0].width == small
 
     run_virtual(run)
 
@@ -157,6 +175,25 @@ def test_the_next_run_has_what_is_left_of_a_quota() -> None:
             assert fleet.limiter.estimate_tokens(most) == 57  # not a token for each byte
         async with runs.fleet() as fleet:
             assert fleet.limiter.quota is None
+
+    run_virtual(run)
+
+
+def test_an_endpoint_that_another_fleet_finds_alive_is_used_again() -> None:
+    """Fleets of one memory share its breaker; each ranks its endpoints itself."""
+
+    async def run() -> None:
+        runs = Runs()
+        async with asyncio.timeout(200), runs.fleet() as fleet, runs.fleet() as other:
+            runs.first.kill()
+            asking = asyncio.create_task(ask(fleet, 40))
+            while fleet.health().healthy:  # noqa: ASYNC110 - in virtual time
+                await asyncio.sleep(0.1)
+            runs.first.revive()
+            other.endpoints[0].breaker.close()
+            assert fleet.health().healthy == 0
+            await asking
+            assert fleet.health().healthy == 1
 
     run_virtual(run)
 

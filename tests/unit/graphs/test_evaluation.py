@@ -98,7 +98,7 @@ def test_unknown_gold_labels_are_wrong_and_noted() -> None:
     found = evaluate("label", [("Yes", "yes"), ("Yes", "yes"), ("both", "no"), ("no", "no")])
     (note,) = found["notes"]
     assert "'Yes' (2 items; did you mean 'yes'? Case counts)" in note
-    assert "'both' (1 items)" in note
+    assert "'both' (1 item)" in note
     assert found["metrics"]["accuracy"]["value"] == 0.25
     assert found["confusion"]["labels"] == ["yes", "no", "Yes", "both"]
 

@@ -42,7 +42,7 @@ async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
     await lost(leases, "1.0-1.0")
     await lost(leases, "1.1-2.0")
     shelf.lease_path("1.0-1.0").write_bytes(b"?\n")
-    gate = Gate(1, 0.0, "shards")
+    gate = Gate(1, 0.0, "shard")
     sheet = NodeTimeMeter(lambda: (4, 4), NO_PRICES, lambda _: None, nowhere)
     with caplog.at_level(logging.WARNING, "fanfold.graphs.run.node_time"):
         async with meter_node_time(sheet, gate, RunBudget(budget, leases, shelf)):

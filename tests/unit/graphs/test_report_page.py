@@ -13,14 +13,16 @@ import pytest
 
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.fields import FieldPath
+from fanfold.backends.storage.results_schema import INPUT_ROW, ResultRow
 from fanfold.graphs.report import flags as flags_module
 from fanfold.graphs.report.charts import Charts, clean_svg, load_charts
 from fanfold.graphs.report.evaluation import make_evaluations
 from fanfold.graphs.report.findings import FindingMaker
 from fanfold.graphs.report.flags import FLAGS, RowFacts, is_repetitive
 from fanfold.graphs.report.molecules import open_drawing
+from fanfold.graphs.report.operators import make_operator_findings
 from fanfold.graphs.report.rows import TableColumn
-from fanfold.graphs.report.texts import MOST_CHARACTERS, shorten, shorten_json
+from fanfold.graphs.report.texts import MOST_CHARACTERS, has_long_word, shorten, shorten_json
 from fanfold.graphs.report.timeline import (
     list_points,
     make_heat_map,
@@ -232,6 +234,7 @@ AGGREGATE: list[Mapping[str, Any]] = [
             {"group": None, "size": 1, "mean": None, "quantiles": {"0.5": None}},
         ],
         "others": 7,
+        "other_groups": 2,
     },
     {
         "op": "top_k",
@@ -258,7 +261,6 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
     assert [one.title for one in found] == [
         "Highest score",
         "Highest x by kind",
-        "Counts",
         "Distribution of kind",
         "Distribution of x",
         "Statistics of x",
@@ -266,6 +268,7 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
         "Statistics of x by kind",
         "Distribution of x by kind",
         "Of a later version",
+        "Counts",
     ]
     assert found[0].note == "2 items without a usable value"
     assert list(found[0].head) == ["rank", "id", "score", "smiles", "why"]
@@ -275,12 +278,59 @@ def test_every_aggregator_is_a_finding(charts: Charts, is_drawn: bool) -> None:
     groups = found[titles.index("Statistics of x by kind")]
     assert list(groups.head)[:3] == ["group", "size", "mean"]
     assert list(groups.rows[1])[1:3] == ["1", "\u2013"]
-    assert groups.note.startswith("7 items in further groups")
+    assert groups.note.startswith("7 items in 2 smaller groups not shown")
     assert "<img" not in str(groups.svg)
-    assert ["groups 1 values n", "3"] in [list(line) for line in found[-1].rows]
+    later = found[titles.index("Of a later version")]
+    assert ["groups 1 values n", "3"] in [list(line) for line in later.rows]
     drawn = [one.title for one in found if one.svg is not None]
     pictures = ["Distribution of kind", "Distribution of x", "Statistics of x by kind"]
     assert drawn == (pictures if is_drawn else [])
+
+
+def test_statistics_are_one_line_and_agreement_is_a_table_of_the_fields() -> None:
+    quantiles = {"0.25": 1.0, "0.5": 2.0, "0.75": 3.0}
+    stats = {"op": "stats", "field": "x", "count": 3, "mean": 2.5, "sd": None, "min": 1, "max": 4}
+    votes = {
+        "op": "agreement",
+        "rows": 20,
+        "without_answer": 1,
+        "agreement": {"kind": 0.5, "x": 1.0},
+        "ties": {"kind": 2, "x": 0},
+    }
+    found = list(FindingMaker(None, None).make([stats | {"quantiles": quantiles}, votes]))
+    assert found[0].note == "mean 2.5, median 2, min 1, max 4"
+    assert ["quantile 0.75", "3"] in [list(line) for line in found[0].rows]
+    assert found[1].note == "20 rows, 1 without answer"
+    assert list(found[1].head) == ["field", "agreement", "ties"]
+    assert [list(line) for line in found[1].rows] == [["kind", "0.5", "2"], ["x", "1", "0"]]
+
+
+def test_a_ranking_says_what_was_compared_and_why() -> None:
+    rows: list[ResultRow] = [
+        {
+            "id": f"CHEMBL{n:020}",
+            "output": {"rank": n, "wins": 1 / n, "reason": f"because {n}", "flagged": False},
+            INPUT_ROW: {"smiles": "CCO", "score": {"log_s": -n}},
+        }
+        for n in range(1, 21)
+    ]
+    operator = {"op": "rank", "text": "{smiles} at {score.log_s}"}
+    with open_drawing() as draw:
+        maker = FindingMaker(None, draw)
+        found, facts = make_operator_findings({"op": "rank", "items": 99}, rows, maker, operator)
+    assert list(found.head) == ["rank", "id", "text", "reason", "wins"]  # nothing is flagged
+    assert list(found.rows[1]) == ["2", rows[1]["id"], "CCO at -2", "because 2", "0.5"]
+    assert [(card.rank, card.reason) for card in found.cards[:2]] == [
+        (1, "because 1"),
+        (2, "because 2"),
+    ]
+    assert len(found.rows) > len(found.cards) > 0
+    assert ["items", "99"] in [list(line) for line in facts.rows]
+
+
+def test_a_table_breaks_words_that_no_column_can_hold() -> None:
+    assert not has_long_word("measurement of 1,000 samples, each of them twice or three times")
+    assert has_long_word('{"name":"noise","value":26.6109,"unit":"mV"}')
 
 
 def test_queries_and_functions_are_tables() -> None:

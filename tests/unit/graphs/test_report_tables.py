@@ -89,12 +89,16 @@ def test_figures_of_groups_are_never_left_out(width: int) -> None:
 def test_groups_are_rows(width: int) -> None:
     facts = {"size": 2, "count": 2, "mean": 0.5, "quantiles": {"0.5": 0.25}}
     groups = [{"group": "[red]a", **facts}, {"group": None, **facts, "mean": None}]
-    stage = {"op": "stats", "field": "score", "group_by": "kind", "groups": groups, "others": 1234}
+    head = {"op": "stats", "field": "score", "group_by": "kind"}
+    stage = {**head, "groups": groups, "others": 1234, "other_groups": 1}
     text = shown([stage], width)
     assert text.startswith("stats of score by kind   simulated: true")
     assert all(len(line) <= width for line in text.splitlines())
-    for word in ("kind", "size", "mean", "[red]a", "null", "and 1,234 items in further groups"):
+    left = "1,234 items in 1 smaller group not shown"
+    for word in ("kind", "size", "mean", "[red]a", "null", left):
         assert word in text
+    unknown = shown([{**stage, "other_groups": None}], 1000)
+    assert "1,234 items in groups not shown; there are too many values to know" in unknown
     assert "no groups" in shown([{**stage, "groups": [], "others": 0}], width)
 
 

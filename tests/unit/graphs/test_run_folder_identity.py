@@ -168,6 +168,8 @@ def test_settings_are_read_where_the_folder_lies(tmp_path: Path) -> None:
         (["resume", "../link", "--json"], ["resume", "DIR", "--json"]),
         (["run", "c.yaml", "--out={link}"], ["run", "c.yaml", "--out=DIR"]),
         (["run", "c.yaml", "--out", "../run"], ["run", "c.yaml", "--out", "DIR"]),
+        (["run", "quickstart", "--out", "quickstart"], ["run", "quickstart", "--out", "DIR"]),
+        (["resume", "quickstart"], ["resume", "DIR"]),
         (["--set", "cache={run}/kept"], ["--set", "cache=DIR/kept"]),
         (["--set", "node.serve=x --log {run}/log"], ["--set", "node.serve=x --log DIR/log"]),
         (["--endpoints", "http://h:1/v1"], ["--endpoints", "http://h:1/v1"]),
@@ -180,7 +182,8 @@ def test_commands_are_kept_without_the_folder(
     run, link = tmp_path / "run", tmp_path / "link"
     run.mkdir()
     link.symlink_to("run")
-    (run / "run").symlink_to(".")  # a folder with the name of the command
+    for name in ("run", "quickstart"):  # a folder with the name of the command, or of a preset
+        (run / name).symlink_to(".")
     monkeypatch.chdir(run)
     monkeypatch.setattr(sys, "argv", ["fanfold", *(a.format(run=run, link=link) for a in typed)])
     found = describe_session(RunFolder(Path("..", "run")))["command"]

@@ -65,3 +65,33 @@ def test_elements_of_an_answer_have_its_fields() -> None:
     check("{cites.doi} {x}")
     with pytest.raises(ConfigurationError, match="no column 'cite'"):
         check("{cite}")
+
+
+def test_conditions_are_checked_before_the_first_call() -> None:
+    def check(where: str, first: dict[str, Any] = RANK) -> None:
+        loaded = load(first, SUMMARY)
+        stage = {"name": "s1", "where": where, "reduce": {**SUMMARY, "text": None}}
+        check_columns(load_config(loaded.raw | {"stages": [loaded.raw["stages"][0], stage]}), INPUT)
+
+    check("output.rank < 3 and input.x != 'b'")
+    check("output.items > 3", SUMMARY)
+    with pytest.raises(ConfigurationError, match=r"where: .*no field 'rnk'.*did you mean 'rank'"):
+        check("output.rnk < 3")
+    with pytest.raises(ConfigurationError, match=r"where: .*'y'"):
+        check("input.y == 'a'")
+    with pytest.raises(ConfigurationError, match=r"where: .*'x'"):
+        check("input.x == 'a'", SUMMARY)
+
+
+def estimate_answers(context: int | None = None, **settings: Any) -> list[int]:
+    loaded = load_config(load(RANK, {**SUMMARY, **settings.pop("op", {})}).raw | settings)
+    served = dict.fromkeys(("s0", "s1"), ServedModel("m", simulated=True, context=context))
+    found = estimate_stages(list_stages(loaded, Path("run")), 300, 20.0, served)
+    return [one.levels[0].answer_tokens // one.levels[0].calls for one in found]
+
+
+def test_summaries_may_be_longer_than_other_answers() -> None:
+    assert estimate_answers() == [256, 1024]
+    assert estimate_answers(op={"statements": 30}) == [256, 2400]
+    assert estimate_answers(context=2048) == [256, 512]
+    assert estimate_answers(model={"max_tokens": 300}) == [300, 300]

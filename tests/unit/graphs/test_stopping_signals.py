@@ -30,7 +30,7 @@ async def test_first_waits_second_hurries_third_breaks_off(
     with stop.watch_work(gate, work):
         stop.request_stop("SIGTERM")
         assert (gate.reason, stop.control.drain_reason) == ("SIGTERM", "SIGTERM")
-        assert said.getvalue().startswith("SIGTERM: waiting for 1 items in flight")
+        assert said.getvalue().startswith("SIGTERM: waiting for 1 item in flight")
         stop.request_stop("SIGINT")
         assert not await gate.wait_drained()  # at once
         assert not work.cancelled()

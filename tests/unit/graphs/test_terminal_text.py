@@ -19,6 +19,7 @@ from fanfold.graphs.run.console import (
     Terminal,
     open_data_stream,
     print_json,
+    print_line,
     print_lines,
     print_messages,
     print_traceback,
@@ -75,6 +76,22 @@ def test_all_that_is_said(text: str, capsys: pytest.CaptureFixture[str]) -> None
     assert escape_controls(text) in out
     assert f"Error: {escape_controls(text)}" in err
     assert f"ValueError: {escape_controls(text)}" in err
+
+
+def test_lines_end_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"  A: meta-llama/Llama-3.3-70B-Instruct: {'500 done, ' * 9}0\tfailed"
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    pipe = Terminal(file=io.StringIO())
+    print_line(pipe, line)
+    assert pipe.file.getvalue() == f"{line}\n"  # type: ignore[attr-defined]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = Terminal(file=io.StringIO())
+    screen.width = 40
+    print_line(screen, line)
+    found = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(found) > 2
+    assert all(part.startswith("  ") and len(part) <= 40 for part in found)
+    assert " ".join(found).split() == line.split()
 
 
 @pytest.mark.parametrize("text", EVIL)

@@ -183,14 +183,16 @@ def test_adding_to_a_state_is_combining_with_it(items: list[Outcome], cuts: list
 
 
 def test_groups_beyond_twice_the_limit_are_dropped_while_a_state_grows() -> None:
-    stage = build_aggregators([{"op": "count", "group_by": "label", "max_groups": 10}])
+    # 100,000 rows of 10,000 each: 10 groups
+    spec = {"op": "collect", "limit": 10_000, "group_by": "label", "max_groups": 3}
+    stage = build_aggregators([spec])
     state = stage.empty()
     for n in reversed(range(1_000)):
-        stage.add(state, [Outcome(n, f"{n}", "done", {"label": n % 500})])
+        stage.add(state, [Outcome(n, f"{n}", "done", {"label": n % 500 or 7})])
         assert len(state["stages"][0]["groups"]) <= 21
     (found,) = stage.present(state)
-    assert [(one["group"], one["size"]) for one in found["groups"]] == [(n, 2) for n in range(10)]
-    assert found["others"] == 980
+    assert [(one["group"], one["size"]) for one in found["groups"]] == [(1, 2), (2, 2), (7, 4)]
+    assert (found["others"], found["other_groups"]) == (992, None)
 
 
 @settings(deadline=None)

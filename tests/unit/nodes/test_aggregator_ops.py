@@ -9,6 +9,7 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.types import Json, Outcome
 from fanfold.nodes.aggregators import build_aggregators, combine_states
+from fanfold.nodes.aggregators.grouped import FOLLOWED_GROUPS
 
 
 def outcomes(values: list[Json], field: str = "x") -> list[Outcome]:
@@ -209,15 +210,34 @@ def test_a_result_for_each_group() -> None:
     assert [row["id"] for row in top["b"]["rows"]] == ["i2"]
 
 
-def test_the_first_groups_are_kept_in_any_order() -> None:
+def test_the_largest_groups_are_shown_in_any_order() -> None:
     stage = build_aggregators([{"op": "count", "group_by": "x", "max_groups": 3}])
-    values: list[Json] = ["b", 10, 9, None, "a", True, 9.0, "b", 10, None]
+    values: list[Json] = ["b", 10, 9, None, "a", True, 9.0, "b", 10, None, "b", "c"]
     states = [stage.lift([item]) for item in outcomes(values)]
     found = stage.present(reduce(combine_states, states))[0]
     assert found == stage.present(reduce(combine_states, states[::-1]))[0]
-    sizes = {group["group"]: group["size"] for group in found["groups"]}
-    assert sizes == {9: 2, 10: 2, True: 1, None: 2}
-    assert found["others"] == 3
+    assert found == stage.present(stage.lift(outcomes(values)))[0]
+    sizes = [(group["group"], group["size"]) for group in found["groups"]]
+    assert sizes == [("b", 3), (9, 2), (10, 2), (None, 2)]
+    assert (found["others"], found["other_groups"]) == (3, 3)
+
+
+def test_the_largest_groups_are_found_among_thousands_however_late_they_come() -> None:
+    """The last name has most items, and most of them arrive when others fill the state."""
+    stage = build_aggregators([{"op": "stats", "field": "y", "group_by": "x", "max_groups": 2}])
+    names = [f"n{n:04}" for n in range(FOLLOWED_GROUPS)]
+    answers = [{"x": name, "y": 1} for name in [names[-1], *names, *[names[-1]] * 5, names[7]]]
+    items = [Outcome(n, f"i{n}", "done", one) for n, one in enumerate(answers)]
+    shards = [stage.lift(items[at : at + 500]) for at in range(0, len(items), 500)]
+    (found,) = stage.present(reduce(combine_states, shards))
+    sizes = [(group["group"], group["size"], group["count"]) for group in found["groups"]]
+    assert sizes == [(names[-1], 7, 7), (names[7], 2, 2)]
+    assert (found["others"], found["other_groups"]) == (FOLLOWED_GROUPS - 2,) * 2
+
+    more = stage.lift([Outcome(0, "z", "done", {"x": "z", "y": 2})])
+    (found,) = stage.present(reduce(combine_states, [*shards, more]))
+    assert [group["group"] for group in found["groups"]] == [names[-1], names[7]]
+    assert (found["others"], found["other_groups"]) == (FOLLOWED_GROUPS - 1, None)
 
 
 def test_groups_of_numbers_rise_with_null_last() -> None:
@@ -240,6 +260,14 @@ def test_an_item_is_in_the_group_of_each_of_its_elements() -> None:
     assert shown == {"a": (1, 2, 2), "b": (2, 2, 6), None: (2, 1, 9)}
     top = grouped({"op": "top_k", "field": "x[].v", "group_by": "x[].k", "k": 1}, items)
     assert top["a"]["rows"][0]["output"] == {"x": [{"k": "a", "v": 1}, {"k": "a", "v": 3}]}
+
+
+def test_ids_of_more_than_64_bits_are_groups_of_their_own() -> None:
+    found = one({"op": "count", "group_by": "x"}, outcomes([2**63 + 1, 2**63, -(2**63), 2**63]))
+    sizes = {group["group"]: group["size"] for group in found["groups"]}
+    assert sizes == {"0x8000000000000000": 2, "0x8000000000000001": 1, -(2**63): 1}
+    counts = one({"op": "histogram", "field": "x"}, outcomes([2**63 + 1, 2**63, 2**63]))["counts"]
+    assert [entry["count"] for entry in counts] == [2, 1]
 
 
 def test_long_names_of_groups_are_cut() -> None:

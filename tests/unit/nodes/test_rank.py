@@ -164,12 +164,16 @@ async def test_orders_that_lack_items_and_failed_groups_are_asked_in_others() ->
     assert end.report["failed"] > 0
 
 
-async def test_a_model_that_only_fails_gives_an_unsettled_order() -> None:
+@pytest.mark.parametrize("rubbish", [None, {"order": []}, {"order": ["A", "A", "Z"]}])
+async def test_without_a_comparison_there_is_no_ranking(rubbish: Any) -> None:
     model = Model()
-    model.edit = lambda _: None
+    model.edit = lambda _: rubbish
     end = await rank(texts_of(range(30)), model, k=3)
-    assert not end.report["settled"]
-    assert len(list(end.results)) == 3
+    assert (list(end.results), end.report["settled"]) == ([], False)
+    assert end.report["failed"] == end.report["calls"]
+    assert not any(level == "reasons" for level, _, _ in model.levels)
+    assert "no answer of the judge orders two items" in end.report["lines"][0]
+    assert [one.id for one in (await rank(["alone"], model)).results] == ["m0"]
 
 
 async def test_groups_fit_the_context() -> None:

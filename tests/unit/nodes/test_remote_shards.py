@@ -75,7 +75,7 @@ async def opened(folder: Path, workers: Workers, drain_s: float = 60.0) -> Async
             lab.ledger,
             build_aggregators([{"op": "count"}]),
             nobody,
-            Gate(sys.maxsize, drain_s, "shards"),
+            Gate(sys.maxsize, drain_s, "shard"),
             lab.progress,
             b"",
             True,

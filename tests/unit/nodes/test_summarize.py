@@ -126,6 +126,52 @@ async def test_a_failed_question_is_named_and_loses_no_other_statement(failed: s
     assert sources == {f"i{n}" for n in range(400)} - lost
 
 
+async def test_failed_leaves_leave_nothing_to_merge() -> None:
+    model = Model(frozenset(f"leaf {n}" for n in range(1, 40)))
+    (result,) = (await summarize(model, 400)).results
+    assert [(level, len(asked)) for level, asked in model.levels] == [("leaves", 40)]
+    assert len(result.output["failed"]) == 39
+    (statement,) = result.output["statements"]
+    assert statement["sources"] == [f"i{n}" for n in range(390, 400)]
+
+
+async def test_statements_that_say_or_cite_nothing() -> None:
+    class Vague(Model):
+        def _answer(self, question: Question) -> Answer:
+            said = [{"text": text, "ids": ["t99"]} for text in (" \n", "something")]
+            return Answer(question.id, {"statements": said}, None, None, {})
+
+    end = await summarize(Vague(), 5)
+    (result,) = end.results
+    assert [one["text"] for one in result.output["statements"]] == ["something"]
+    assert (end.report["uncited"], end.report["unknown_ids"]) == (1, 1)
+    assert "1 statement without an id of an item" in end.report["lines"]
+
+
+async def test_a_summary_of_a_document_says_where_its_parts_are() -> None:
+    def part(document: str, number: int) -> dict[str, Any]:
+        return {"document": document, "number": number, "of": 3, "start": number, "end": 9}
+
+    rows = Rows(0)
+    rows.items = [
+        Item(0, "d/p1", {"text": "x", "part": part("d", 1)}),
+        Item(1, "d/p3", {"text": "y", "part": part("d", 3)}),
+    ]
+    tools = StageTools(rows, ("text",), Model().ask, count_tokens, None, 256)
+    summary = Summarize(prompt="Sum", text="{text}", group_by="part.document")
+    (result,) = (await summary.run(tools)).results
+    assert result.row["parts"] == {
+        "of": 3,
+        "missing": [2],
+        "sources": [{"id": "d/p1", "start": 1, "end": 9}, {"id": "d/p3", "start": 3, "end": 9}],
+    }
+    assert "parts" in summary.describe_columns({})["properties"]
+    assert result.output["statements"][0]["sources"] == ["d/p1", "d/p3"]
+    rows.items = [Item(0, "a", {"text": "x", "part": {"document": "own"}})]
+    (result,) = (await summary.run(tools)).results
+    assert (result.id, result.row) == ("own", {})
+
+
 async def test_the_same_items_and_answers_give_the_same_questions() -> None:
     first, second = Model(), Model()
     await summarize(first, 500, group_by="kind")

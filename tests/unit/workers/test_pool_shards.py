@@ -172,6 +172,27 @@ async def test_a_backend_that_has_failed_is_not_kept_for_the_next_run() -> None:
     assert (site.closed, shards.pool.is_closed) == (1, True)
 
 
+async def test_a_close_that_is_cancelled_goes_on_and_is_waited_for() -> None:
+    class Slow(Site):
+        async def close(self, grace_s: float = 10.0) -> None:
+            await release.wait()
+            await super().close(grace_s)
+
+    release, site = asyncio.Event(), Slow("a", 1)
+    pool = (await opened(site, stays_open=True)).pool
+    closing = asyncio.create_task(pool.close())
+    await until(lambda: pool.is_closed)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    again = asyncio.create_task(pool.close())
+    await asyncio.sleep(0)
+    assert (site.closed, again.done()) == (0, False)
+    release.set()
+    await again
+    assert site.closed == 1
+
+
 @pytest.mark.parametrize("ends", ["stopped", "in flight"])
 async def test_backends_are_closed_with_a_run_that_leaves_work_behind(ends: str) -> None:
     """Their workers must not write to the journal of a run that has ended."""

@@ -1,0 +1,74 @@
+"""Parts of documents (``input.split``): where they stand, in the results about a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ...backends.core.errors import InputError
+from ...backends.core.types import Item, Json
+
+PART: Final = "part"
+"""Column of a part: document, number, of, start, end."""
+PARTS: Final = "parts"
+"""Column of a document with its parts: of, missing, sources."""
+
+PARTS_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "of": {"type": "integer"},
+        "missing": {"type": "array", "items": {"type": "integer"}},
+        "sources": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string"},
+                    "start": {"type": "integer"},
+                    "end": {"type": "integer"},
+                },
+            },
+        },
+    },
+}
+
+
+_KINDS: Final = {"document": str, "number": int, "of": int, "start": int, "end": int}
+
+
+def is_part(item: Item) -> bool:
+    """Return True if ``input.split`` made the item."""
+    found = item.row.get(PART)
+    return isinstance(found, dict) and all(
+        isinstance(found.get(name), kind) for name, kind in _KINDS.items()
+    )
+
+
+def read_part(item: Item) -> Mapping[str, Any]:
+    """Return what the column of a part says.
+
+    Raises:
+        InputError: It is not one that ``input.split`` made.
+    """
+    if not is_part(item):
+        raise InputError(f"merge: item {item.id!r} has no column {PART!r} from input.split")
+    about: Mapping[str, Any] = item.row[PART]
+    return about
+
+
+def describe_parts(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Json]:
+    """Return the column ``parts`` of a document.
+
+    Args:
+        parts: Id and column ``part`` of each part that is there; at least one.
+    """
+    count = parts[0][1]["of"]
+    abouts = {about["number"]: (name, about) for name, about in parts}
+    return {
+        "of": count,
+        "missing": [n for n in range(1, count + 1) if n not in abouts],
+        "sources": [
+            {"id": name, "start": about["start"], "end": about["end"]}
+            for name, about in abouts.values()
+        ],
+    }
