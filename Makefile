@@ -1,5 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
+# hundreds of processes start: without bytecode each would compile the package
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .PHONY: help run test test-unit integration_tests test-long check lint fix format reference test-install pictures docs bench bench-quick bench-peers bench-gpu studio clean
@@ -22,13 +24,13 @@ help:
 run: .venv/.run
 	$(BIN)/fanfold run quickstart
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(PYTEST) -n 3 --dist loadgroup
 test-unit: .venv/.dev
-	$(BIN)/python -m pytest -n 3 tests/unit tests/test_architecture.py
+	$(PYTEST) -n 3 tests/unit tests/test_architecture.py
 integration_tests: .venv/.dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/integration tests/conformance
+	$(PYTEST) -n 3 --dist loadgroup tests/integration tests/conformance
 test-long: .venv/.dev
-	$(BIN)/python -m pytest -n 2 -m long
+	$(PYTEST) -n 2 -m long
 check: .venv/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 lint: check

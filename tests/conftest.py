@@ -17,6 +17,7 @@ from hypothesis import settings
 from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.tests.support.command_server import command_server_available
 
 settings.register_profile("fanfold", deadline=None)  # shared machines have slow moments
 settings.load_profile("fanfold")
@@ -28,7 +29,8 @@ def _no_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     tmp_path_factory.getbasetemp()  # pytest's own folders stay where they are
     folder, before = Path(tempfile.mkdtemp(prefix="ff-")), os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    yield
+    with command_server_available():
+        yield
     mark = f"TMPDIR={folder}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -194,6 +194,7 @@ def test_public_names() -> None:
         ("fanfold.graphs.cli.runs", READERS_NEED_NOT),
         ("fanfold.graphs.jobs.chain", READERS_NEED_NOT),
         ("fanfold.configs.preset_files", {"pydantic", "yaml"}),
+        ("fanfold.backends.simulated.serve", {"pydantic", "yaml"}),
         (
             "fanfold.graphs.worker",
             {

@@ -18,14 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 from ...configs.models import RunConfig
 from ..core.errors import BackendError, ConfigurationError, MissingExtraError
 from .faults import FaultRule
-from .spec import SimulationSpec
+from .spec import REFUSED, SimulationSpec
 
 MODULE: Final = "fanfold.backends.simulated"
 _START_S: Final = 120.0
 _STOP_S: Final = 5.0
 _LINES: Final = 20
-REFUSED: Final = 2
-"""Exit code of a fleet that refuses its specification."""
 _LONGEST_LINE: Final = 16 * 1024 * 1024  # one line contains thousands of URLs
 
 

@@ -16,8 +16,7 @@ import orjson
 from ..core.errors import ConfigurationError
 from ..core.process import raise_file_limit
 from .fleet import SimulatedFleet
-from .process import REFUSED
-from .spec import SimulationSpec
+from .spec import REFUSED, SimulationSpec
 
 PROTOCOL: Final = 1
 """Version of the line that the child prints."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
@@ -14,6 +14,9 @@ from .faults import FaultRule
 
 Addressing: TypeAlias = Literal["path", "port", "addr"]
 UsageMode: TypeAlias = Literal["full", "details", "null", "omit"]
+
+REFUSED: Final = 2
+"""Exit code of a fleet's process that refuses its specification."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import ModelParams
 from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
+from fanfold.tests.support.command_server import DEADLINE_S
 from fanfold.tests.support.first_gateway import (
     DeploymentSpec,
     FirstGateway,
@@ -210,7 +211,7 @@ async def test_progress_says_what_is_waited_for() -> None:
             open_fleet(loaded.config, ready) as fleet,
         ):
             waiting = asyncio.create_task(ask(fleet, "Hello"))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 while fleet.health().paused is None:  # noqa: ASYNC110 - it has no event
                     await asyncio.sleep(0.01)
             paused = fleet.health().paused or ""

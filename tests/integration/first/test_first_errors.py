@@ -28,6 +28,7 @@ from fanfold.backends.fleet.policy import BreakerPolicy, FleetPolicy, ModelParam
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.simulated.values import error_body
+from fanfold.tests.support.command_server import DEADLINE_S
 from fanfold.tests.support.first_gateway import (
     ROWS,
     DeploymentSpec,
@@ -119,7 +120,7 @@ async def serve(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110 - a run has no event for it
             await asyncio.sleep(0.01)
 

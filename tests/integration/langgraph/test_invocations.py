@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 from fanfold import FanfoldError, RunContext, build_graph
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.tests.support import command_server
 
 pytestmark = pytest.mark.integration
 
@@ -158,10 +159,8 @@ async def test_a_command_is_refused_while_an_embedded_run_works(fleet: Simulated
     graph = build_graph(settings(fleet), trust_context=True)
     first = asyncio.create_task(graph.ainvoke({"items": rows(20_000)}))  # for a busy machine
     await until(lambda: asked(fleet) >= STREAMS)
-    command = [sys.executable, "-m", "fanfold", "resume", str(the_folder())]
-    done = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, check=False
-    )
+    resume = command_server.Command(("resume", str(the_folder())))
+    done = await command_server.get_command_server().run(resume)
     assert done.returncode == 2
     assert "wait for it or stop it" in " ".join(done.stderr.split())
     first.cancel()

@@ -6,8 +6,7 @@ import asyncio
 import csv
 import json
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -29,8 +28,13 @@ from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run, resume_run
 from fanfold.graphs.run.run_result import RunResult
 from fanfold.graphs.session import RunOptions, execute_run
+from fanfold.tests.support.command_server import (
+    DEADLINE_S,
+    Command,
+    CommandProcess,
+    get_command_server,
+)
 
-DEADLINE_S = 60.0
 STREAMS = 16
 
 TASK = {
@@ -107,31 +111,20 @@ class Lab:
         self.fleet.reset()
         return result.aggregate
 
-    def command(self, wrap: str | None, *arguments: str) -> list[str]:
-        """Return the command line, started by Python code of the test's own if given."""
-        start = ("-c", wrap) if wrap else ("-m", "fanfold")
-        return [sys.executable, *start, *arguments]
-
     @asynccontextmanager
     async def process(
         self, *arguments: str, wrap: str | None = None, group: bool = False
-    ) -> AsyncIterator[Process]:
+    ) -> AsyncIterator[CommandProcess]:
         """Run the command line in another process, which does not outlive the block."""
         settings = self.home / "config.yaml"
         settings.write_bytes(orjson.dumps(self.config))
         arguments = arguments or ("run", str(settings), "--out", str(self.out), "--json")
-        process = await asyncio.create_subprocess_exec(
-            *self.command(wrap, *arguments),
-            stdout=PIPE,
-            stderr=DEVNULL,
-            cwd=self.home,
-            process_group=0 if group else None,
-        )
+        command = Command(arguments, wrap, str(self.home), process_group=0 if group else None)
+        process = await get_command_server().start(command, stderr=DEVNULL)
         try:
             yield process
         finally:
-            if process.returncode is None:
-                process.kill()
+            process.kill()
             await process.communicate()
 
     async def killed_at(self, lines: int, *arguments: str, after_s: float = 0) -> None:

@@ -12,6 +12,7 @@ from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import EXIT_BUDGET
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -36,7 +37,7 @@ def said(lab: Lab) -> int:
 async def told_status(lab: Lab) -> dict[str, Any]:
     """Return what ``fanfold status`` reports."""
     async with lab.process("status", str(lab.out), "--json") as process:
-        told, _ = await asyncio.wait_for(process.communicate(), 60)
+        told, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
     found: dict[str, Any] = json.loads(told)
     return found
 
@@ -95,7 +96,7 @@ async def test_without_a_crash_a_budget_is_used_up_to_the_last_item(lab_of: LabM
         assert 0.98 * cap - 1000 < paid(lab) <= cap
         assert said(lab) == (before := paid(lab))  # settled to the token
         async with lab.process("resume", str(lab.out), "--json") as process:
-            told, _ = await asyncio.wait_for(process.communicate(), 60)
+            told, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
         assert (process.returncode, json.loads(told)["exit_code"]) == (EXIT_BUDGET, EXIT_BUDGET)
         assert paid(lab) == before
 

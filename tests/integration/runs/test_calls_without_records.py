@@ -12,6 +12,7 @@ import pytest
 
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +33,7 @@ def prepare(lab: Lab, budget: dict[str, Any]) -> None:
 
 async def told(lab: Lab, command: str) -> dict[str, Any]:
     async with lab.process(command, str(lab.out), "--json") as process:
-        text, _ = await asyncio.wait_for(process.communicate(), 60)
+        text, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
     found: dict[str, Any] = json.loads(text)
     return found
 
@@ -69,7 +70,7 @@ async def test_a_second_signal_leaves_calls_in_doubt(
             process.send_signal(signal.SIGINT)
             await asyncio.sleep(0.3)
             process.send_signal(signal.SIGINT)
-            await asyncio.wait_for(process.communicate(), 60)
+            await asyncio.wait_for(process.communicate(), DEADLINE_S)
         assert process.returncode == 5
         doubt = await check_bound(lab, exact=True)
         assert 1 <= doubt <= 16
@@ -115,7 +116,7 @@ async def test_calls_of_a_session_that_fails_are_counted(
         await lab.until(lambda: lab.journal_lines() >= 20)
         for node in (0, 1):
             await lab.fleet.kill(node)
-        result = await asyncio.wait_for(life, 60)
+        result = await asyncio.wait_for(life, DEADLINE_S)
         assert result.exit_code == 5
         assert await check_bound(lab, exact=False) >= 1
 
@@ -128,7 +129,7 @@ async def test_nothing_is_in_doubt_after_an_end(lab_of: LabMaker) -> None:
         async with lab.process() as process:
             await lab.until(lambda: lab.journal_lines() >= 20)
             process.send_signal(signal.SIGINT)
-            text, _ = await asyncio.wait_for(process.communicate(), 60)
+            text, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
         assert process.returncode == 5
         assert json.loads(text)["in_doubt"] == {
             "requests": 0,
@@ -167,7 +168,7 @@ async def test_calls_of_a_killed_worker_are_in_doubt(
         assert not life.done()
         os.kill(begun(lab)[0], signal.SIGKILL)
         lab.fleet._faults.clear()
-        result = await asyncio.wait_for(life, 120)
+        result = await asyncio.wait_for(life, DEADLINE_S)
         assert result.exit_code == 0
         assert await check_bound(lab, exact=False) >= 1
 
@@ -201,7 +202,7 @@ async def test_a_second_signal_leaves_calls_of_workers_in_doubt(
             process.send_signal(signal.SIGINT)
             await asyncio.sleep(0.3)
             process.send_signal(signal.SIGINT)
-            await asyncio.wait_for(process.communicate(), 90)
+            await asyncio.wait_for(process.communicate(), DEADLINE_S)
         assert process.returncode == 5
         await lab.until(lab.fleet_is_idle)
         assert await check_bound(lab, exact=False) >= 1

@@ -19,6 +19,7 @@ from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_pipeline import STREAMS, begin, command, has_lines, outputs
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -93,7 +94,7 @@ async def test_killed_in_each_kind_of_level_it_gives_the_same_answers(lab_of: La
             async with lab.process(*arguments) as process:
                 await lab.until(partial(has_lines, folder))
                 process.kill()
-                assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
             arguments = ("resume", str(lab.out))
         again = await command(lab, "resume", str(lab.out))

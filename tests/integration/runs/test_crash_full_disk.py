@@ -11,6 +11,7 @@ import pytest
 from fanfold.backends.core.errors import JournalError
 from fanfold.graphs.run.run_result import RunResult
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S, Command, get_command_server
 
 pytestmark = pytest.mark.integration
 
@@ -31,11 +32,9 @@ async def test_a_journal_that_hits_a_limit(lab_of: LabMaker) -> None:
         lab.fleet.reset()
         said = lab.home / "said.txt"
         with said.open("wb") as errors:
-            process = await asyncio.create_subprocess_exec(
-                *lab.command(LIMITED.format(size=160_000), "resume", str(lab.out), "--quiet"),
-                stderr=errors,
-            )
-            assert await asyncio.wait_for(process.wait(), 60) == 1
+            command = Command(("resume", str(lab.out), "--quiet"), LIMITED.format(size=160_000))
+            process = await get_command_server().start(command, stderr=errors.fileno())
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 1
         lab.life_ended()
         safe = lab.journal_lines()
         assert 0 < safe < 600

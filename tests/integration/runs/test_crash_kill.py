@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.tests.integration.runs.conftest import LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S, Command, get_command_server
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +29,7 @@ async def test_killed_three_times_in_a_row(lab_of: LabMaker) -> None:
         await lab.killed_at(80, "resume", str(lab.out), "--quiet")
         await lab.killed_at(160, "resume", str(lab.out), "--quiet")
         async with lab.process("resume", str(lab.out), "--json") as process:
-            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            said, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
             assert process.returncode == 0
         told = json.loads(said)
         assert (told["items"], told["done"], told["failed"]) == (200, 200, 0)
@@ -73,7 +73,7 @@ async def test_killed_while_the_results_are_written(lab_of: LabMaker, name: str)
     async with lab_of(items=60, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()
         async with lab.process(wrap=KILLED_BEFORE.format(name=name)) as process:
-            assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
         assert not (lab.out / name).exists()
         assert lab.journal_lines() == 60
         result = await lab.live()
@@ -97,12 +97,9 @@ async def test_a_running_run_is_refused_to_others(lab_of: LabMaker) -> None:
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lab.journal_lines)
         lab.fleet.add_fault(FaultRule("hang"))  # it will not end by itself
-        other = await asyncio.create_subprocess_exec(
-            *lab.command(None, "resume", str(lab.out), "--quiet"), stderr=PIPE
-        )
-        _, said = await asyncio.wait_for(other.communicate(), 60)
+        other = await get_command_server().run(Command(("resume", str(lab.out), "--quiet")))
         assert (other.returncode, life.done()) == (2, False)
-        assert b"another process or invocation is working on this run" in said
+        assert "another process or invocation is working on this run" in other.stderr
         life.cancel()
         with pytest.raises(asyncio.CancelledError):
             await life

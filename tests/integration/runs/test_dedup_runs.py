@@ -19,6 +19,7 @@ from fanfold.tests.integration.runs.test_pipeline import (
     lines_of,
     outputs,
 )
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -43,7 +44,7 @@ async def test_killed_and_paused_it_asks_each_text_once(lab_of: LabMaker) -> Non
         async with lab.process() as process:
             await lab.until(partial(has_lines, level))
             process.kill()
-            assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
         await lab.until(lab.fleet_is_idle)
         cut_off = len(lab.fleet.stats(prompts=True)["prompts"]) - lines_of(level)
         assert 0 <= cut_off <= STREAMS  # calls in flight, whose answers nobody has recorded

@@ -21,6 +21,7 @@ from fanfold.graphs.run.prepare import resume_run
 from fanfold.graphs.run.run_result import RunResult
 from fanfold.graphs.run.shutdown import Shutdown
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -42,7 +43,7 @@ async def stopped(lab: Lab, lines: int, *signals: signal.Signals, **options: Any
             heard.clear()
             os.kill(os.getpid(), number)
             await lab.until(lambda: heard)
-        result: RunResult = await asyncio.wait_for(life, 60)
+        result: RunResult = await asyncio.wait_for(life, DEADLINE_S)
     lab.life_ended()
     return result
 
@@ -53,7 +54,7 @@ async def test_the_command_line_ends_with_5_and_can_be_resumed(lab_of: LabMaker)
         async with lab.process() as process:
             await lab.until(lambda: lab.journal_lines() >= 50)
             process.terminate()
-            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            said, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
         assert process.returncode == 5
         told = json.loads(said)
         assert told["done"] == lab.journal_lines() < 200
@@ -133,10 +134,10 @@ async def test_a_signal_while_the_run_is_opened(
         with monkeypatch.context() as patched:
             patched.setattr("fanfold.graphs.run.open_run.ready_endpoints", never)
             life = asyncio.create_task(lab.live(folder))
-            await asyncio.wait_for(opening.wait(), 60)
+            await asyncio.wait_for(opening.wait(), DEADLINE_S)
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(RunStoppedError, match="SIGTERM before the first item"):
-                await asyncio.wait_for(life, 60)
+                await asyncio.wait_for(life, DEADLINE_S)
         assert not folder.is_in_use()
         assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
@@ -160,7 +161,7 @@ async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: LabMaker) -> 
         await lab.until(lambda: lab.journal_lines() >= 20)
         for node in (0, 1):
             await lab.fleet.kill(node)
-        result = await asyncio.wait_for(life, 60)
+        result = await asyncio.wait_for(life, DEADLINE_S)
         assert result.exit_code == 5
         assert "no endpoint recovered" in (result.reason or "")
         assert result.progress["failed"] == 0

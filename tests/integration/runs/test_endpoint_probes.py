@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +14,7 @@ from aiohttp import web
 
 from fanfold import build_graph
 from fanfold.nodes.state import RunInput
+from fanfold.tests.support.command_server import Command, get_command_server
 
 pytestmark = pytest.mark.integration
 
@@ -60,10 +59,8 @@ def settings(urls: list[str]) -> dict[str, Any]:
 
 
 async def command(*arguments: str, folder: Path) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fanfold", *arguments, "--quiet", cwd=folder
-    )
-    assert await asyncio.wait_for(process.wait(), 60) == 0
+    done = await get_command_server().run(Command((*arguments, "--quiet"), cwd=str(folder)))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--pilot", "2", "--yes")], ids=["run", "pilot"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 from concurrent.futures import Executor, Future
@@ -31,6 +30,7 @@ from fanfold.tests.integration.runs.test_workers_kill import (
     the_first,
 )
 from fanfold.tests.integration.workers.academy.academy_run import alive
+from fanfold.tests.support.command_server import Command, get_command_server
 
 pytestmark = [
     pytest.mark.integration,
@@ -69,15 +69,8 @@ async def run_elsewhere(lab: Lab, **backend: Any) -> subprocess.CompletedProcess
     lab.config["backend"] = backend
     settings = lab.home / "config.yaml"
     settings.write_bytes(orjson.dumps(lab.config))
-    return await asyncio.to_thread(
-        subprocess.run,
-        lab.command(None, "run", str(settings), "--out", str(lab.out)),
-        cwd=lab.home,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120.0,
-    )
+    arguments = ("run", str(settings), "--out", str(lab.out))
+    return await get_command_server().run(Command(arguments, cwd=str(lab.home)))
 
 
 async def test_an_executor_whose_workers_never_come(lab_of: LabMaker) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import RunStoppedError
-from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.integration.runs.conftest import STREAMS, Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +23,7 @@ def in_folder(lab: Lab, **settings: Any) -> Any:
 
 
 async def test_hosts_join_and_leave_a_run(lab_of: LabMaker) -> None:
-    async with lab_of(items=200) as lab:
+    async with lab_of(items=400) as lab:
         aggregate = await lab.undisturbed()
         first, second = lab.fleet.urls
         folder = in_folder(lab)
@@ -32,16 +33,24 @@ async def test_hosts_join_and_leave_a_run(lab_of: LabMaker) -> None:
         (folder / "node2").write_text(f"{second}\n")
         await lab.until(lambda: asked(lab)[1] > 5)
         (folder / "node1").unlink()
-        await asyncio.sleep(0.2)  # the folder is read again every 0.02 s
-        await lab.until(lambda: lab.fleet.stats()["nodes"][0]["running"] == 0)
-        before = asked(lab)[0]
-        result = await asyncio.wait_for(life, 60)
+        before = await left_alone(lab, 0, 1)
+        assert not life.done()
+        result = await asyncio.wait_for(life, DEADLINE_S)
         assert (result.exit_code, asked(lab)[0]) == (0, before)
         lab.assert_whole(aggregate, again=0)
 
 
 def asked(lab: Lab) -> list[int]:
     return [node["requests"] for node in lab.fleet.stats()["nodes"]]
+
+
+async def left_alone(lab: Lab, node: int, other: int) -> int:
+    """Wait until the one node gets no request while the other gets many; return its requests."""
+    while True:
+        before = asked(lab)
+        await lab.until(partial(lambda least: asked(lab)[other] >= least, before[other] + STREAMS))
+        if asked(lab)[node] == before[node]:
+            return before[node]
 
 
 async def test_a_run_waits_for_its_hosts(
@@ -57,7 +66,7 @@ async def test_a_run_waits_for_its_hosts(
                 await lab.until(partial(lambda w: w in caplog.text, wanted))
                 assert not begun.done()
                 (folder / f"node{n}").write_text(f"{url}\n")
-            result = await asyncio.wait_for(lab.live(await begun), 60)
+            result = await asyncio.wait_for(lab.live(await begun), DEADLINE_S)
         assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
 

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import STDOUT
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S, Command, get_command_server
 
 from .test_postgres_saver import server
 
@@ -58,7 +58,7 @@ async def interrupted(lab: Lab, folder: RunFolder, at: int, **options: Any) -> N
     await lab.until(lambda: session.done() or lab.journal_lines() >= at)
     assert not session.done(), session
     signal.raise_signal(signal.SIGINT)
-    assert (await asyncio.wait_for(session, 60)).exit_code == 5
+    assert (await asyncio.wait_for(session, DEADLINE_S)).exit_code == 5
     assert lab.journal_lines() < lab.items
     lab.life_ended()
 
@@ -98,16 +98,12 @@ def assert_no_path(folder: Path, *others: Path | str) -> None:
 
 async def command(cwd: Path, *arguments: str | Path) -> tuple[int, str]:
     """Run the command line in a process of its own, in a working directory of its own."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fanfold", *map(str, arguments)),
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=cwd,
-    )
-    async with asyncio.timeout(60):
+    command = Command(tuple(map(str, arguments)), cwd=str(cwd))
+    process = await get_command_server().start(command, stderr=STDOUT)
+    async with asyncio.timeout(DEADLINE_S):
         said, _ = await process.communicate()
-    return process.returncode or 0, said.decode()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
 
 
 SPELLINGS: dict[str, Callable[[Path], str]] = {
@@ -258,7 +254,7 @@ async def test_a_copy_made_while_the_original_works(lab_of: LabMaker, tmp_path: 
         assert code == 0, said
         assert not session.done(), "the original works on while the copy is resumed"
         signal.raise_signal(signal.SIGINT)
-        assert (await asyncio.wait_for(session, 60)).reason == "SIGINT"
+        assert (await asyncio.wait_for(session, DEADLINE_S)).reason == "SIGINT"
         result = await lab.live(open_folder(Path("run")), overrides=fast)
         assert (result.exit_code, result.progress["done"], result.aggregate) == (0, 120, aggregate)
         found = json.loads(Path("copy/aggregate.json").read_bytes())

@@ -22,6 +22,7 @@ from fanfold.configs.loader import load_config
 from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_workers_kill import marked
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -164,7 +165,7 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
             async with lab.process(*arguments) as process:
                 await lab.until(partial(has_lines, folder))
                 process.kill()
-                assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
             assert not (folder / "results.parquet").exists()  # it was at work
             assert all((lab.out / done / "results.parquet").exists() for done in RUNS[:number])
@@ -246,7 +247,7 @@ async def test_levels_that_ask_other_questions_are_refused(lab_of: LabMaker) -> 
         async with lab.process() as process:
             await lab.until(partial(has_lines, level))
             process.kill()
-            await asyncio.wait_for(process.wait(), 60)
+            await asyncio.wait_for(process.wait(), DEADLINE_S)
         about = level / "provenance.json"
         changed = json.loads(about.read_text())
         changed["input"]["digest"] = "0" * len(changed["input"]["digest"])
@@ -326,7 +327,7 @@ async def test_a_pipeline_that_is_stopped_leaves_no_worker(
         async with lab.process() as process:
             await lab.until(partial(has_lines, lab.out / "stages/claims"))
             process.send_signal(signal.SIGINT)
-            assert await asyncio.wait_for(process.wait(), 60) == 5
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 5
         await lab.until(lambda: not marked(token))
         (session,) = RunFolder(lab.out).read_provenance()["sessions"]
         assert "SIGINT" in session["outcome"]

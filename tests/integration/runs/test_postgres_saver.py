@@ -13,6 +13,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.tests.integration.runs.conftest import LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -48,7 +49,7 @@ async def test_run_drain_and_resume(lab_of: LabMaker, server: str) -> None:
         life = asyncio.create_task(lab.live(await lab.begin(), checkpointer=server))
         await lab.until(lambda: lab.journal_lines() >= 40)
         os.kill(os.getpid(), signal.SIGTERM)
-        result = await asyncio.wait_for(life, 60)
+        result = await asyncio.wait_for(life, DEADLINE_S)
         assert result.exit_code == 5
         lab.life_ended()
         before = await asyncio.to_thread(checkpoints, server, result.run_id)
@@ -88,5 +89,5 @@ async def test_what_cannot_be_used_is_refused_before_anything(
         arguments = ("resume", str(lab.out), "--quiet", "--checkpointer", url)
         if "mysql" in url:
             async with lab.process(*arguments) as process:
-                assert await asyncio.wait_for(process.wait(), 60) == 2
+                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 2
         assert lab.journal_lines() == 0

@@ -14,6 +14,7 @@ import pytest
 from fanfold.backends.simulated.judging import measure_text
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_pipeline import STREAMS, begin, command, has_lines, outputs
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -63,7 +64,7 @@ async def test_killed_in_rounds_it_asks_the_same_questions(lab_of: LabMaker) -> 
             async with lab.process(*arguments) as process:
                 await lab.until(partial(has_lines, folder))
                 process.kill()
-                assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
             arguments = ("resume", str(lab.out))
         await command(lab, "resume", str(lab.out))

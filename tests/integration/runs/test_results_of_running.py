@@ -8,8 +8,9 @@ import json
 import pytest
 
 from fanfold import load_results
+from fanfold.tests.support.command_server import DEADLINE_S
 
-from .conftest import DEADLINE_S, LabMaker
+from .conftest import LabMaker
 
 pytestmark = pytest.mark.integration
 

@@ -13,6 +13,7 @@ import pytest
 
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_pipeline import begin, command, lines_of, outputs
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -115,7 +116,7 @@ async def kill_at_each_level(lab: Lab, out: Path, levels: list[int]) -> tuple[in
         async with lab.process(*arguments) as process:
             await lab.until(partial(is_at_work, folder, questions), within_s=_LONG_S)
             process.kill()
-            assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+            assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
         await lab.until(lab.fleet_is_idle, within_s=_LONG_S)
         arguments = ("resume", str(out))
     said: dict[str, Any] = await command(lab, "resume", str(out))

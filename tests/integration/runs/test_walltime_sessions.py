@@ -18,6 +18,7 @@ from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build_bound_graph
 from fanfold.tests.integration.runs.conftest import LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -99,7 +100,7 @@ async def test_a_schedulers_warning_drains(lab_of: LabMaker) -> None:
         await lab.until(lambda: lab.journal_lines() >= 8)
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1):  # none is a hurry
             signal.raise_signal(number)
-        result = await asyncio.wait_for(life, 60)
+        result = await asyncio.wait_for(life, DEADLINE_S)
         assert (result.exit_code, result.reason) == (5, "SIGUSR1")
         assert result.progress["done"] == lab.journal_lines() < 200
         lab.life_ended()

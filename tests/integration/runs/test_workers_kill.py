@@ -18,6 +18,7 @@ from fanfold.backends.storage.run_folder import open_folder
 from fanfold.backends.storage.timeline import read_timeline
 from fanfold.graphs.run.run_result import RunResult
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +69,7 @@ async def lived(lab: Lab, *victims: Callable[[list[int]], Iterable[int]]) -> Run
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
     lab.fleet.add_fault(FaultRule("slow", value=4 * SLOWER))
-    result: RunResult = await asyncio.wait_for(life, 60)
+    result: RunResult = await asyncio.wait_for(life, DEADLINE_S)
     return result
 
 
@@ -150,7 +151,7 @@ async def test_the_coordinator_is_interrupted_and_then_killed(
         async with lab.process(group=True) as process:
             await lab.until(lambda: lab.journal_lines() >= 40)
             os.killpg(process.pid, signal.SIGINT)
-            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            said, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
         assert process.returncode == 5
         assert json.loads(said)["done"] == lab.journal_lines() < 200
         assert not marked(token)

@@ -21,6 +21,7 @@ from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.remote.heartbeat import heartbeat_file
 from fanfold.tests.integration.runs.conftest import LabMaker, assert_timeline
+from fanfold.tests.support.command_server import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -98,7 +99,7 @@ async def test_lives_on_different_backends(lab_of: LabMaker) -> None:
             life = asyncio.create_task(lab.live(folder))
             await lab.until(partial(lambda n: lab.journal_lines() >= n, lines))
             asyncio.get_running_loop().call_soon(_interrupt)
-            result = await asyncio.wait_for(life, 60)
+            result = await asyncio.wait_for(life, DEADLINE_S)
             assert (result.exit_code, result.reason) == (5, "SIGINT")
             assert result.progress["done"] == lab.journal_lines() < 200
             lab.life_ended()

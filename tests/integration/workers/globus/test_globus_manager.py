@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from fanfold.tests.integration.workers.globus.logins import LOGIN
 from fanfold.tests.integration.workers.globus.manager import Manager, configure, start_manager
 from fanfold.tests.integration.workers.globus.processes import kill_process, offspring
 from fanfold.tests.integration.workers.globus.service import GlobusService
+from fanfold.tests.support.command_server import Command, get_command_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("globus manager")]
 
@@ -128,10 +128,8 @@ async def test_a_run_ends_when_its_values_are_refused(manager: Manager, lab_over
     async with lab_over(manager, user_endpoint_config={}) as lab:
         settings = lab.home / "c.yaml"
         settings.write_bytes(orjson.dumps(lab.config))
-        command = lab.command(None, "run", str(settings), "--out", str(lab.out), "--json")
-        ended = await asyncio.to_thread(
-            subprocess.run, command, capture_output=True, text=True, check=False, timeout=60.0
-        )
+        command = Command(("run", str(settings), "--out", str(lab.out), "--json"))
+        ended = await get_command_server().run(command)
     assert ended.returncode == 2, ended.stderr
     assert "'account' is undefined" in ended.stderr
     assert "correct backend.user_endpoint_config" in ended.stderr
