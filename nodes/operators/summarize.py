@@ -16,6 +16,7 @@ import orjson
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
+from ...backends.core.text_tokens import estimate_text_tokens, split_text
 from ...backends.core.types import Item, Json, Row
 from .base import (
     Answer,
@@ -39,6 +40,8 @@ _OVERHEAD: Final = 600
 _SLICE: Final = 256
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
+_LEAST_CUT: Final = 64
+"""Tokens of a text below which it is not cut: the prompt is too long, whatever the text."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
 """Id of the only summary."""
@@ -149,11 +152,35 @@ class _Group:
         id: The name of the question.
         group: The group of the summary that it belongs to.
         members: Indices of items, or summaries.
+        piece: Start and end of the part of its only item's text that it is about, in characters;
+            None: the whole text.
     """
 
     id: str
     group: str
     members: Sequence[Any]
+    piece: tuple[int, int] | None = None
+
+    @property
+    def is_leaf(self) -> bool:
+        """Return True if it is about items."""
+        return not isinstance(self.members[0], _Node)
+
+    def cut(self, text: str) -> list[_Group | _Node]:
+        """Return questions about shorter parts of its only item's text; none if it is short.
+
+        Args:
+            text: The text of the item.
+        """
+        start, end = self.piece or (0, len(text))
+        tokens = estimate_text_tokens(text[start:end])
+        if tokens < _LEAST_CUT:
+            return []
+        halves = split_text(text[start:end], tokens // 2, 0)
+        return [
+            _Group(f"{self.id}.{number}", self.group, self.members, (start + lo, start + hi))
+            for number, (lo, hi) in enumerate(halves, start=1)
+        ]
 
     def split(self) -> list[_Group | _Node]:
         """Return two halves; a single summary needs no question."""
@@ -169,7 +196,7 @@ class _Group:
     @property
     def can_split(self) -> bool:
         """Return True if one of its halves is a shorter question."""
-        return len(self.members) > (_LEAST if isinstance(self.members[0], _Node) else 1)
+        return len(self.members) > (1 if self.is_leaf else _LEAST)
 
 
 @dataclass(frozen=True)
@@ -238,11 +265,16 @@ class Summarize(Operator):
             "groups": len(counts),
             "levels": tree.levels,
             "splits": tree.splits,
+            "cut": len(tree.cut),
             "failed": sum(len(node.failed) for node in nodes),
             "unknown_ids": unknown,
             "uncited": uncited,
         }
         lines = [_describe_citations(unknown, sum(len(node.failed) for node in nodes))]
+        if tree.cut:
+            were = "was" if len(tree.cut) == 1 else "were"
+            items = count_nouns(len(tree.cut), "item")
+            lines.append(f"{items} {were} longer than the model's context, and {were} cut in parts")
         if uncited:
             lines.append(f"{count_nouns(uncited, 'statement')} without an id of an item")
         if self.verify:
@@ -344,14 +376,16 @@ class Summarize(Operator):
         value = _pick(row, self.group_by)
         return value if isinstance(value, str) else orjson.dumps(value).decode()
 
-    def render(self, item: Item, number: int = 99) -> str:
+    def render(self, item: Item, number: int = 99, piece: tuple[int, int] | None = None) -> str:
         """Return the text of an item after its label.
 
         Args:
             item: The item.
             number: Its place in its group; the default has the length of most.
+            piece: Start and end of the part of the text that is shown; None shows all.
         """
-        return _show(_label(number), render_item(item, self.text))
+        text = render_item(item, self.text)
+        return _show(_label(number), text if piece is None else text[slice(*piece)])
 
     @staticmethod
     async def _pack_nodes(
@@ -524,11 +558,13 @@ class _Tree:
     Attributes:
         levels: Levels asked so far.
         splits: Questions that were split because their server refused them as too long.
+        cut: Indices of items whose texts were cut, because one is too long for a question.
     """
 
     def __init__(self, summarize: Summarize, tools: StageTools) -> None:
         self._summarize, self._tools = summarize, tools
         self.levels = self.splits = 0
+        self.cut = set[int]()
 
     async def ask(self, level: str, template: str, parts: Sequence[_Group | _Node]) -> list[_Node]:
         """Return the summary of each group, in order; a group that is too long gives several."""
@@ -541,12 +577,15 @@ class _Tree:
         return [one for one in parts if isinstance(one, _Node)]
 
     def _make_question(self, group: _Group) -> Question:
-        if isinstance(group.members[0], _Node):
+        if not group.is_leaf:
             statements = (one for node in group.members for one in node.statements)
             texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
         else:
             items = read_items(self._tools, group.members)
-            texts = [self._summarize.render(item, at) for at, item in enumerate(items, start=1)]
+            texts = [
+                self._summarize.render(item, at, group.piece)
+                for at, item in enumerate(items, start=1)
+            ]
         return Question(group.id, {"texts": "\n\n".join(texts)})
 
     def _replace(
@@ -559,16 +598,29 @@ class _Tree:
                 found.append(part)
                 continue
             answer = next(next_answer)
-            if answer.error_class == PromptTooLongError.__name__ and part.can_split:
+            halves = list[_Group | _Node]()
+            if answer.error_class == PromptTooLongError.__name__:
+                halves = part.split() if part.can_split else self._cut(part)
+            if halves:
                 self.splits += 1
-                found += part.split()
-            elif isinstance(part.members[0], _Node):
+                found += halves
+            elif not part.is_leaf:
                 found.append(_merge(part.members, answer))
             else:
                 items = read_items(self._tools, part.members)
                 ids = {_label(at): (one.id,) for at, one in enumerate(items, start=1)}
                 found.append(_make_node(part.group, answer, ids))
         return found
+
+    def _cut(self, part: _Group) -> list[_Group | _Node]:
+        """Return questions about parts of the only item of a leaf; none of two summaries."""
+        if not part.is_leaf:
+            return []
+        (item,) = read_items(self._tools, part.members)
+        halves = part.cut(render_item(item, self._summarize.text))
+        if halves:
+            self.cut.update(part.members)
+        return halves
 
 
 def _join(nodes: Sequence[_Node]) -> _Node:
