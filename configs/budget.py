@@ -56,6 +56,11 @@ class BudgetConfig(Section):
     reserve_for_reduce: ReserveConfig | Literal["auto"] = "auto"
 
     @property
+    def limits(self) -> dict[str, float | None]:
+        """Return the limits by the names of their settings."""
+        return {key: getattr(self, key) for key in ("usd", "tokens", "requests", "node_hours")}
+
+    @property
     def counts_tokens(self) -> bool:
         """Return True if a limit depends on the tokens of requests."""
         return self.usd is not None or self.tokens is not None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
+import orjson
 import yaml
 from pydantic import SecretStr
 
@@ -263,7 +265,14 @@ def _safe_key(raw: object, key: SecretStr) -> str:
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
     """Render plain settings as YAML, long texts as blocks."""
-    return yaml.dump(dict(plain), Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
+    return _render_yaml(orjson.dumps(dict(plain)))
+
+
+@lru_cache(maxsize=4)
+def _render_yaml(plain: bytes) -> str:
+    """Render settings that are JSON; kept, because most levels of an operator have the same."""
+    settings = orjson.loads(plain)
+    return yaml.dump(settings, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
 
 
 class _BlockDumper(yaml.SafeDumper):

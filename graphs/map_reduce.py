@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START
@@ -22,6 +22,7 @@ from .caller_policy import CallerPolicy
 from .context import RunContext
 from .run.shard_plan import UNBOUNDED_STEPS
 
+_ITEM_GRAPH: Final = build_item_graph().compile()
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 
 
@@ -41,7 +42,7 @@ def build_bound_graph(
         RunState, bound, check_run_input, input_schema=RunInput, output_schema=RunOutput
     )
     inputs: dict[Any, Any] = {load: LoadState, shard: ShardState}
-    inside: dict[Any, Any] = {shard: build_item_graph().compile()}
+    inside: dict[Any, Any] = {shard: _ITEM_GRAPH}
     for node in (load, dispatch, shard, gather, approve, reduce, stages):
         graph.add_node(
             node.__name__,

@@ -28,11 +28,11 @@ from ..backends.core.money import NANO_PER_USD
 from ..backends.core.terminal import count_nouns
 from ..backends.storage.run_folder import RunFolder
 from ..configs.loader import LoadedConfig
-from .run.console import print_message
 from .run.pipeline import Pipeline, Stage, list_stages, remove_unfinished
 from .run.pipeline_report import PipelineState, read_pipeline
 from .run.pipeline_resources import PipelineResources
 from .run.prepare import ReadyRun
+from .run.rich_console import print_message
 from .run.run_result import RunResult
 from .run.shutdown import Shutdown, handle_signals
 from .run.stage_estimate import make_reserve

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..backends.batch.files import BatchFolder, describe_open_batches
 from ..backends.budget.cost import Cost
-from ..backends.budget.pricing import read_price
+from ..backends.budget.price import read_price
 from ..backends.budget.spend_log import open_spend_logs
 from ..backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ..backends.cluster.walltime import Walltime

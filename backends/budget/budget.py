@@ -424,7 +424,7 @@ def make_budget_settings(
 ) -> BudgetSettings:
     """Return the settings of a run's budget."""
     repairs = 0 if config.task.graph else config.task.repairs
-    caps = read_limits(folder, config.budget)
+    caps = read_limits(folder, config.budget.limits)
     return BudgetSettings(caps, price, repairs, tuple(config.budget.warn_at))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
-from ...configs.budget import BudgetConfig
 from ...configs.raw_settings import read_settings
 from ..core.money import (
     MS_PER_HOUR,
@@ -28,7 +28,7 @@ from ..storage.journal_file import (
     scan_lines,
 )
 from ..storage.run_folder import RunFolder
-from .limits import estimate_total, format_amount, read_limits, report_limits
+from .limits import SETTING_UNITS, estimate_total, format_amount, read_limits, report_limits
 from .spend_log import open_spend_logs
 
 NO_ENDPOINT: Final = "(none)"
@@ -263,8 +263,17 @@ def estimate_total_cost(folder: RunFolder, cost: Cost, counts: ItemCounts) -> di
 
 
 def _read_limits(folder: RunFolder) -> BudgetLimits:
-    config = BudgetConfig.model_validate(read_settings(folder.settings).data.get("budget") or {})
-    return read_limits(folder, config)
+    budget = read_settings(folder.settings).data.get("budget") or {}
+    given = {key: budget.get(key) for key, _ in SETTING_UNITS.values()}
+    if not all(map(_is_limit, given.values())):
+        from ...configs.budget import BudgetConfig  # noqa: PLC0415 - pydantic takes 0.1 s
+
+        given = BudgetConfig.model_validate(budget).limits
+    return read_limits(folder, given)
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
 
 
 def describe_cost(cost: Cost, limits: Collection[str]) -> Iterator[str]:

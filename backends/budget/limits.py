@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
-from ...configs.budget import BudgetConfig
 from ..core.money import MS_PER_HOUR, NANO_PER_USD, Amount, BudgetLimits
 from ..core.types import Json
 from ..storage.journal_file import ItemCounts
@@ -43,13 +43,16 @@ def format_amount(name: str, value: int) -> str:
     return f"{value:,} {name}"
 
 
-def read_limits(folder: RunFolder, config: BudgetConfig) -> BudgetLimits:
+def read_limits(folder: RunFolder, given: Mapping[str, float | None]) -> BudgetLimits:
     """Return a run's limits: those of the settings, overridden by those raised at a pause.
+
+    Args:
+        folder: The run folder.
+        given: The limits of the settings, by their names there.
 
     Raises:
         JournalError: The raised limits cannot be read.
     """
-    given = config.model_dump(include={key for key, _ in SETTING_UNITS.values()})
     return BudgetLimits.from_settings(**{**given, **read_raised_limits(folder.raised_limits)})
 
 

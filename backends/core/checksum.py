@@ -44,6 +44,28 @@ def check_crc(line: bytes, before: int) -> int | None:
     return crc if line.endswith(_CHECKSUM % crc) else None
 
 
+def check_each_line(lines: Sequence[bytes], before: int) -> list[int]:
+    """Return the checksums of lines that follow each other, up to one that does not match.
+
+    Args:
+        lines: The lines, with their ends.
+        before: The checksum of the line before the first.
+    """
+    crcs, crc = list[int](), before
+    for line in lines:
+        crc = zlib.crc32(line[:-CRC_TAIL_BYTES], crc)
+        crcs.append(crc)
+    ends = b"".join([line[-CRC_TAIL_BYTES:] for line in lines])
+    if ends == (_CHECKSUM * len(lines)) % tuple(crcs):
+        return crcs
+    crcs = []
+    for line in lines:
+        if (found := check_crc(line, before)) is None:
+            break
+        crcs.append(before := found)
+    return crcs
+
+
 def check_lines(lines: Sequence[bytes], before: int) -> bool:
     """Return True if the last of some lines that follow each other ends with their checksum.
 

@@ -18,6 +18,9 @@ def estimate_text_tokens(text: str) -> int:
     """Estimate the tokens of a text, with a tendency to be too high."""
     if not text.isascii():  # a run may go on behind a blank that is not ASCII
         return sum(map(_WEIGHTS.__getitem__, _RUN.findall(text)))
+    if text.isprintable() and "  " not in text and text[-1:] != " ":  # single blanks only
+        first, *others = text.split(" ")
+        return _WEIGHTS[first] + sum(map(_AFTER_BLANK.__getitem__, others))
     words = text.rstrip()
     return sum(map(_WEIGHTS.__getitem__, _WORD.findall(words))) + _WEIGHTS[text[len(words) :]]
 
@@ -27,16 +30,35 @@ class _Weights(dict[str, int]):
 
     def __missing__(self, piece: str) -> int:
         weight = sum(map(_weight, _RUN.findall(piece)))
-        is_word = len(piece) <= _LONGEST_KEPT and not _DIGIT.search(piece)  # numbers seldom repeat
-        if is_word and len(self) < _MOST_KEPT:
-            self[piece] = weight
+        if len(piece) <= _LONGEST_KEPT and len(self) < _MOST_KEPT:
+            # long numbers seldom repeat; short ones do: years, and the labels of texts
+            has_digit = _DIGIT.search(piece) is not None
+            if not has_digit or (len(piece) <= _LONGEST_NUMBER and len(self) < _MOST_KEPT // 2):
+                self[piece] = weight
         return weight
 
 
 _DIGIT: Final = re.compile(r"[0-9]")
 _LONGEST_KEPT: Final = 24
+_LONGEST_NUMBER: Final = 6
 _MOST_KEPT: Final = 1 << 15
 _WEIGHTS: Final = _Weights()
+
+
+class _AfterBlank(dict[str, int]):
+    """Tokens of words behind a blank."""
+
+    def __missing__(self, word: str) -> int:
+        if word.isdigit():
+            return 1 - (-len(word) // 3)
+        piece = f" {word}"
+        weight = _WEIGHTS[piece]
+        if piece in _WEIGHTS:
+            self[word] = weight
+        return weight
+
+
+_AFTER_BLANK: Final = _AfterBlank()
 
 
 def _weight(run: str) -> int:

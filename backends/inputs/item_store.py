@@ -189,10 +189,34 @@ class ItemStore:
             IndexError: The range is not within the store.
             JournalError: The file is damaged.
         """
-        if not 0 <= lo <= hi <= len(self):
-            raise IndexError(f"items {lo} to {hi} of {len(self)} in {self._path}")
+        self._check_range(lo, hi)
         with self._convert_errors():
             return list(self._items(lo, hi))
+
+    def read_ids(self, lo: int, hi: int) -> list[str]:
+        """Read the ids of a range of items, without their columns.
+
+        Args:
+            lo: Index of the first item, from 0.
+            hi: Index after the last item, at most ``len(store)``.
+
+        Raises:
+            IndexError: The range is not within the store.
+            JournalError: The file is damaged.
+        """
+        self._check_range(lo, hi)
+        samples, ids = self._header.samples, list[Any]()
+        with self._convert_errors():
+            for _, part in self._iter_parts(lo // samples, -(-hi // samples)):
+                ids += part.column(0).to_pylist()
+        if samples == 1:
+            return ids
+        named = [make_sample_id(name, sample) for name in ids for sample in range(samples)]
+        return named[lo % samples :][: hi - lo]
+
+    def _check_range(self, lo: int, hi: int) -> None:
+        if not 0 <= lo <= hi <= len(self):
+            raise IndexError(f"items {lo} to {hi} of {len(self)} in {self._path}")
 
     def read_at(self, indices: Sequence[int]) -> list[Item]:
         """Read single items.
@@ -314,18 +338,23 @@ class ItemStore:
 
     def _iter_first_samples(self, lo: int, hi: int) -> Iterator[Item]:
         """Yield the first item of each row, with the number of the row as its index."""
+        for start, part in self._iter_parts(lo, hi):
+            columns: list[list[Any]] = [column.to_pylist() for column in part.columns]
+            ids, rows, problems = columns
+            for index, (name, row, problem) in enumerate(
+                zip(ids, rows, problems, strict=True), start=start
+            ):
+                yield Item(index, name, orjson.loads(row), problem)
+
+    def _iter_parts(self, lo: int, hi: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield the parts of batches that have some rows, each with the number of its first row."""
         starts = self._header.starts
         at = bisect_right(starts, lo) - 1
         while lo < hi:
             batch = self._reader.get_batch(at)
             skip = lo - starts[at]
             part = batch.slice(skip, min(hi - lo, batch.num_rows - skip))
-            columns: list[list[Any]] = [column.to_pylist() for column in part.columns]
-            ids, rows, problems = columns
-            for index, (name, row, problem) in enumerate(
-                zip(ids, rows, problems, strict=True), start=lo
-            ):
-                yield Item(index, name, orjson.loads(row), problem)
+            yield lo, part
             lo += part.num_rows
             at += 1
 

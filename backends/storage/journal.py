@@ -31,6 +31,7 @@ from .journal_file import (
     check_renamed_files,
     get_current_run_id,
     index_lines,
+    is_unchanged,
     make_record_key,
     make_worker_prefix,
     parse_answer,
@@ -38,6 +39,7 @@ from .journal_file import (
     scan_lines,
     sum_records,
 )
+from .journal_snapshot import FileEnd, JournalSnapshot, read_snapshot, write_snapshot
 from .run_folder import write_json
 
 if TYPE_CHECKING:
@@ -110,6 +112,9 @@ _MOST_GAP: Final = 4096
 _MOST_TOGETHER: Final = 1 << 20
 """Bytes of records that are read together."""
 
+_SNAPSHOT_BYTES: Final = 1 << 24
+"""Bytes of journal files that take longer to parse than to save the index over them."""
+
 _SHOWN_FILES: Final = 3
 """Missing files that a message names."""
 
@@ -166,11 +171,6 @@ class Journal:
         live: bool = False,
     ) -> None:
         self._folder, self._run = folder, run
-        self._state = bytearray(items)
-        self._classes = dict[str, int]()
-        self._file = array("i", [0]) * items  # 17 bytes per item in all; from bytes it takes more
-        self._start = array("q", [0]) * items
-        self._length = array("i", [0]) * items
         self._paths = sorted(
             folder.glob("*.jsonl"), key=lambda path: (parse_session_number(path), path.stem)
         )
@@ -186,17 +186,77 @@ class Journal:
         self.usage_by_session: dict[int, UsageTotals] = {}
         self._sums: list[UsageTotals] = []
         self._ends: list[int] = []
+        self._reopened = bytearray()
+        self._saved_bytes = 0
         self._check_names()
+        if extents is not None or not self._load_snapshot(items):
+            self._state = bytearray(items)
+            self._classes = dict[str, int]()
+            self._file = array("i", [0]) * items  # 17 bytes per item in all; from bytes: more
+            self._start = array("q", [0]) * items
+            self._length = array("i", [0]) * items
         for number, path in enumerate(self._paths):
-            at = _FollowedFile(number)
+            at = self._followed.setdefault(path, _FollowedFile(number))
             self._read_on(path, at, JournalDelta() if live else None, _end_in(extents, path))
-            self._followed[path] = at
 
     def _check_names(self) -> None:
         try:
             check_renamed_files(self._folder, self._run)
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+
+    def _load_snapshot(self, items: int) -> bool:
+        """Begin with the index that an earlier session saved, if its files are unchanged."""
+        found = read_snapshot(self._folder, self._run, items)
+        if found is None:
+            return False
+        paths = [self._folder / one.name for one in found.files]
+        for path, one in zip(paths, found.files, strict=True):
+            if not is_unchanged(JournalSource(path, self._run), one.end, one.line, one.crc):
+                return False
+        known = set(paths)
+        new = [path for path in self._paths if path not in known]
+        if new and new[0].name == TAKEN_OVER_FILE:  # it is the first file
+            return False
+        self._paths = paths + new
+        self._state, self._classes = found.states, found.classes
+        self._file, self._start, self._length = found.numbers, found.starts, found.lengths
+        self.duplicates, self.usage_by_session = found.duplicates, found.usage
+        for number, (path, one) in enumerate(zip(paths, found.files, strict=True)):
+            self._followed[path] = _FollowedFile(number, one.end, one.line, one.crc)
+            if one.end:
+                self._get_session_usage(number)
+                self._ends[number] = one.end
+        self._saved_bytes = sum(self._ends)
+        return True
+
+    def save_snapshot(self, least_bytes: int = _SNAPSHOT_BYTES) -> None:
+        """Save the index, so that what it is of need not be parsed again; blocks.
+
+        Only for the process that has locked the run, and while no item ends.
+
+        Args:
+            least_bytes: Bytes of the journal that no saved index is of, below which none is saved.
+
+        Raises:
+            JournalError: It cannot be written.
+        """
+        if self._failure is not None or sum(self._ends) - self._saved_bytes < least_bytes:
+            return
+        states = bytearray(self._state)
+        if self._reopened:  # in the journal these items have failed
+            index = states.find(_OPEN)
+            while index >= 0:
+                if self._length[index]:
+                    states[index] = self._reopened[index]
+                index = states.find(_OPEN, index + 1)
+        followed = [(path.name, self._followed[path]) for path in self._paths]
+        files = [FileEnd(name, at.start, at.line, at.crc) for name, at in followed]
+        columns = states, self._file, self._start, self._length
+        usage = self.usage_by_session
+        snapshot = JournalSnapshot(files, self._classes, self.duplicates, usage, *columns)
+        write_snapshot(self._folder, self._run, snapshot)
+        self._saved_bytes = sum(self._ends)
 
     # -- writing -------------------------------------------------------------------------
 
@@ -210,7 +270,7 @@ class Journal:
         """
         self._session = (session, fsync_s)
         self.session_number = max(
-            least, 1 + (parse_session_number(self._paths[-1]) if self._paths else 0)
+            [least, *(1 + parse_session_number(path) for path in self._paths)]
         )
 
     def put(self, record: dict[str, Json]) -> None:
@@ -294,6 +354,7 @@ class Journal:
 
     async def _close(self, writer: JournalWriter) -> None:
         was_reported, at_risk = self._failure is not None, writer.at_risk
+        self._followed[self._paths[self._own]] = _FollowedFile(self._own, *writer.position)
         try:
             await writer.close()
         except JournalError as error:
@@ -440,8 +501,10 @@ class Journal:
             for index, state in enumerate(self._state)
             if state >= _FAILED and (before is None or sessions[self._file[index]] < before)
         ]
+        if failed and not self._reopened:
+            self._reopened = bytearray(len(self._state))
         for index in failed:
-            self._state[index] = _OPEN
+            self._reopened[index], self._state[index] = self._state[index], _OPEN
         return len(failed)
 
     def is_finished(self, index: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from ..core.checksum import CRC_END, CRC_FIELD, CRC_TAIL_BYTES, check_crc
+from ..core.checksum import CRC_END, CRC_FIELD, CRC_TAIL_BYTES, check_crc, check_each_line
 from ..core.errors import JournalError
 from ..core.money import UsageTotals
 from ..core.terminal import count_nouns
@@ -33,6 +33,8 @@ TAKEN_OVER_FILE: Final = "0000.jsonl"
 _LONGEST_HEADER: Final = 4096
 _BATCH_LINES: Final = 256
 """Lines that are checked and summed together."""
+_BLOCK_BYTES: Final = 1 << 18
+"""Bytes that are compared together."""
 _OTHER_FILES: Final = ("heartbeat-", "task-", "stop-", "lock")
 """Prefixes of the names of other files in a journal's folder."""
 
@@ -214,7 +216,7 @@ def _other_version(record: dict[str, Any]) -> str:
 def _check_header(source: JournalSource, record: dict[str, Any]) -> None:
     if record.get("v") != JOURNAL_VERSION:
         raise source.make_error(1, _other_version(record))
-    if not _is_own(record.get("run"), source.run):
+    if not is_own_run(record.get("run"), source.run):
         found, own = record.get("run"), get_current_run_id(source.run)
         raise source.make_error(1, f"belongs to run {found!r}, not to {own!r}")
     kind, name = record.get("kind"), record.get("name")
@@ -226,7 +228,8 @@ def _check_header(source: JournalSource, record: dict[str, Any]) -> None:
         )
 
 
-def _is_own(found: object, run: RunIds) -> bool:
+def is_own_run(found: object, run: RunIds) -> bool:
+    """Return True if a value is one of a run's ids."""
     return found in ((run,) if isinstance(run, str) else run)
 
 
@@ -247,7 +250,7 @@ def check_renamed_files(folder: Path, run: RunIds) -> None:
             continue
         with path.open("rb") as file:
             header = _header_in(file.readline(_LONGEST_HEADER))
-        if header is None or not _is_own(header.get("run"), run):
+        if header is None or not is_own_run(header.get("run"), run):
             continue
         proper = folder / f"{header.get('name')}.jsonl"
         if not proper.exists():
@@ -460,6 +463,38 @@ def index_lines(  # noqa: PLR0913 - where to begin, and where to end
                 return
             key, after = _make_checked_key(one.record), one.start + one.length
             yield IndexedLines([key], [one.length], one.start, after, one.number, one.crc)
+
+
+def is_unchanged(source: JournalSource, end: int, line: int, crc: int) -> bool:
+    """Return True if a file begins with the lines that were read from it earlier.
+
+    Several times as fast as reading them: of each line only the checksum is computed.
+
+    Args:
+        source: The file.
+        end: Position up to which it was read, in bytes.
+        line: Number of the line at that position.
+        crc: Checksum of the line before it.
+    """
+    at, number, before = 0, 1, 0
+    try:
+        with _open_regular(source.path) as file:
+            while at < end:
+                block = file.read(min(end - at, _BLOCK_BYTES))
+                block += file.readline()
+                lines = block.splitlines(keepends=True)
+                crcs = check_each_line(lines, before)
+                if len(crcs) < max(1, len(lines)):
+                    return False
+                if at == 0:
+                    header = _read_object(lines[0])
+                    if header is None:
+                        return False
+                    _check_header(source, header)
+                at, number, before = at + len(block), number + len(lines), crcs[-1]
+    except (OSError, JournalError):  # reading the file tells what is wrong with it
+        return False
+    return (at, number, before) == (end, line, crc)
 
 
 def _read_object(line: bytes) -> dict[str, Any] | None:

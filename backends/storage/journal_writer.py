@@ -60,6 +60,11 @@ class JournalWriter:
         """Return True if a write or a flush failed."""
         return self._failure is not None
 
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Return the file's size, the number of the next line, and the checksum of the last."""
+        return self._written, self._records + 2, self._crc
+
     def write(self, record: dict[str, Json]) -> tuple[int, int]:
         """Append one record, unbuffered.
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import orjson
 
 from ...backends.budget.cost import Cost, read_cost
-from ...backends.budget.pricing import read_price
+from ...backends.budget.price import read_price
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import find_properties
 from ...backends.core.money import NANO_PER_USD

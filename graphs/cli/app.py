@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
-import typer
+import click
 
 from ...backends.core.errors import (
     EXIT_BUDGET,
@@ -21,7 +23,6 @@ from ...backends.core.errors import (
     FanfoldError,
     RunStoppedError,
 )
-from ...backends.core.messages import own_version
 from ..run.console import print_messages, print_traceback, setup_logging
 from . import jobs, setup
 from .options import (
@@ -30,21 +31,27 @@ from .options import (
     COST_BY,
     RUN_OPTIONS,
     SAMPLE_ITEMS,
-    AsJson,
-    Config,
-    Folder,
-    Out,
+    Group,
     OutputMode,
-    Pilot,
-    Stage,
-    Yes,
+    argument,
+    flag,
     nonempty,
-    nonempty_path,
+    number_option,
+    path_option,
+    take_config,
+    take_folder,
+    take_json,
+    take_out,
+    take_output,
     take_overrides,
+    take_pilot,
+    take_stage,
+    take_yes,
+    text_option,
 )
 
 if TYPE_CHECKING:
-    from ...configs.resolve import Overrides
+    from ...configs.overrides import Overrides
 
 _SHOWN_LOGGERS: Final = (
     "fanfold.backends.discovery.connect.choice",
@@ -52,22 +59,29 @@ _SHOWN_LOGGERS: Final = (
 )
 """Loggers that are always shown: what ``endpoints: auto`` chose, and what happens to batches."""
 
-app = typer.Typer(
-    name="fanfold",
-    help="Map-reduce LLM inference on HPC, as a LangGraph graph.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(setup.presets, name="presets")
-app.add_typer(setup.globus, name="globus")
-jobs.add_commands(app)
 
-
-def _show_version(wanted: bool) -> None:
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted:
+        from ...backends.core.messages import own_version
+
         print(f"fanfold {own_version()}")
-        raise typer.Exit
+        context.exit()
+
+
+@click.group(cls=Group, context_settings={"show_default": True})
+@flag("--verbose", "-v", about="Show the log.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+def app(verbose: bool) -> None:
+    """Map-reduce LLM inference on HPC, as a LangGraph graph."""
+    level = logging.INFO if verbose else logging.WARNING
+    setup_logging(level, _SHOWN_LOGGERS)
 
 
 def folder_is_pipeline(path: Path) -> bool:
@@ -77,75 +91,77 @@ def folder_is_pipeline(path: Path) -> bool:
     return open_folder(path).is_pipeline
 
 
-@app.callback()
-def _setup(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
-    level = logging.INFO if verbose else logging.WARNING
-    setup_logging(level, _SHOWN_LOGGERS)
-
-
 @app.command()
+@take_config
+@take_out
 @take_overrides(*RUN_OPTIONS)
-def run(  # noqa: PLR0913 - typer wants one parameter per option
-    config: Config,
-    out: Out = None,
+@take_pilot
+@take_yes
+@path_option(
+    "extends",
+    "--from",
+    metavar="DIR",
+    about="Take over the finished items of this run whose question is the same.",
+)
+@click.option(
+    "--ask-again",
+    metavar="|".join(ASK_AGAIN),
+    help="With --from: finished items to ask again; default: by what has changed.",
+)
+@text_option(
+    "--only",
+    metavar="CONDITIONS",
+    about="With --from: only items that were failed, or e.g. 'output.score > 0.8'.",
+)
+def run(  # noqa: PLR0913 - click passes one argument per option
     *,
+    config: str,
+    out: Path | None,
     changes: Overrides,
     output: OutputMode,
-    pilot: Pilot = None,
-    yes: Yes = False,
-    extends: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="DIR",
-            parser=nonempty_path,
-            help="Take over the finished items of this run whose question is the same.",
-        ),
-    ] = None,
-    ask_again: Annotated[
-        str | None,
-        typer.Option(
-            "--ask-again",
-            metavar="|".join(ASK_AGAIN),
-            help="With --from: finished items to ask again; default: by what has changed.",
-        ),
-    ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option(
-            "--only",
-            metavar="CONDITIONS",
-            parser=nonempty,
-            help="With --from: only items that were failed, or e.g. 'output.score > 0.8'.",
-        ),
-    ] = None,
-) -> None:
+    pilot: int | None,
+    yes: bool,
+    extends: Path | None,
+    ask_again: str | None,
+    only: str | None,
+) -> int:
     """Run a batch, or resume it if the run folder exists."""
     from .run import run_or_resume
 
     changes = replace(changes, pilot=pilot, yes=yes)
     changes = replace(changes, extends=extends, ask_again=ask_again, only=only)
-    raise typer.Exit(run_or_resume(config, out, changes, output))
+    return run_or_resume(config, out, changes, output)
 
 
 @app.command()
+@take_folder
 @take_overrides(*RUN_OPTIONS)
-def resume(folder: Folder, changes: Overrides, output: OutputMode) -> None:
+def resume(folder: Path, changes: Overrides, output: OutputMode) -> int:
     """Resume a run: process only its unfinished items."""
     from .resume import resume_folder
 
-    raise typer.Exit(resume_folder(folder, changes, output))
+    return resume_folder(folder, changes, output)
 
 
 @app.command()
+@argument("source", "IN", "A file in OpenAI's batch format.")
+@argument("target", "OUT", "Output file; lines are added as they end.")
+@click.option(
+    "--endpoints",
+    metavar="URLS|FILE|simulated|auto",
+    multiple=True,
+    help="Endpoints that serve the model; URLs may be repeated.",
+)
+@text_option("--config", metavar="FILE", about="Settings, without input and task.")
+@path_option("--errors", about="Output file for failed lines; default: OUT.")
+@path_option("--folder", metavar="DIR", about="Run folder; default: OUT.fanfold.")
+@click.option(
+    "media_hosts",
+    "--allowed-media-domains",
+    metavar="HOST",
+    multiple=True,
+    help="Host from which audio (file_url) may be fetched; may be repeated.",
+)
 @take_overrides(
     "checkpointer",
     "assignments",
@@ -155,94 +171,49 @@ def resume(folder: Folder, changes: Overrides, output: OutputMode) -> None:
     "metrics_port",
     *BUDGET_OPTIONS,
 )
-def batch(  # noqa: PLR0913 - typer wants one parameter per option
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="IN", parser=nonempty_path, help="A file in OpenAI's batch format."),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", parser=nonempty_path, help="Output file; lines are added as they end."
-        ),
-    ],
+@take_pilot
+@take_yes
+def batch(  # noqa: PLR0913 - click passes one argument per option
     *,
-    endpoints: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--endpoints",
-            metavar="URLS|FILE|simulated|auto",
-            help="Endpoints that serve the model; URLs may be repeated.",
-        ),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config", metavar="FILE", parser=nonempty, help="Settings, without input and task."
-        ),
-    ] = None,
-    errors: Annotated[
-        Path | None,
-        typer.Option(
-            "--errors",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="Output file for failed lines; default: OUT.",
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--folder",
-            metavar="DIR",
-            parser=nonempty_path,
-            help="Run folder; default: OUT.fanfold.",
-        ),
-    ] = None,
-    media_hosts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-media-domains",
-            metavar="HOST",
-            help="Host from which audio (file_url) may be fetched; may be repeated.",
-        ),
-    ] = None,
+    source: Path,
+    target: Path,
+    endpoints: Sequence[str],
+    config: str | None,
+    errors: Path | None,
+    folder: Path | None,
+    media_hosts: Sequence[str],
     changes: Overrides,
     output: OutputMode,
-    pilot: Pilot = None,
-    yes: Yes = False,
-) -> None:
+    pilot: int | None,
+    yes: bool,
+) -> int:
     """Process a file in OpenAI's batch format, or resume it."""
     from .batch import BatchFileNames, run_batch
 
     changes = replace(changes, pilot=pilot, yes=yes)
-    files = BatchFileNames(source, target, errors, folder, tuple(media_hosts or ()))
-    raise typer.Exit(run_batch(files, config, endpoints or [], changes, output))
+    files = BatchFileNames(source, target, errors, folder, tuple(media_hosts))
+    return run_batch(files, config, list(endpoints), changes, output)
 
 
 @app.command()
-def status(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
-    folder: Folder,
-    as_json: AsJson = False,
-    endpoints: Annotated[
-        bool, typer.Option("--endpoints", help="Show statistics per endpoint.")
-    ] = False,
-    usage: Annotated[
-        bool, typer.Option("--usage", help="Add the node utilization of its jobs.")
-    ] = False,
-    batch: Annotated[
-        int | None,
-        typer.Option("--batch", min=1, help="With --usage: concurrent items per server."),
-    ] = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            "--stage",
-            metavar="NAME[/LEVEL]",
-            parser=nonempty,
-            help="Of a pipeline: only this stage, or a level of its operator.",
-        ),
-    ] = None,
+@take_folder
+@take_json
+@flag("--endpoints", about="Show statistics per endpoint.")
+@flag("--usage", about="Add the node utilization of its jobs.")
+@number_option("--batch", about="With --usage: concurrent items per server.")
+@text_option(
+    "--stage",
+    metavar="NAME[/LEVEL]",
+    about="Of a pipeline: only this stage, or a level of its operator.",
+)
+def status(  # noqa: PLR0913 - click passes one argument per option
+    *,
+    folder: Path,
+    as_json: bool,
+    endpoints: bool,
+    usage: bool,
+    batch: int | None,
+    stage: str | None,
 ) -> None:
     """Show the progress of a run."""
     from ..run.stage_folder import find_run, is_operator
@@ -267,15 +238,9 @@ def status(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 
 
 @app.command()
-def ls(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="[DIR]", parser=nonempty_path, help="A folder of runs, or a run folder."
-        ),
-    ] = Path(),
-    as_json: AsJson = False,
-) -> None:
+@argument("folder", "[DIR]", "A folder of runs, or a run folder.", required=False, default=Path())
+@take_json
+def ls(folder: Path, as_json: bool) -> None:
     """List the runs in a folder, the latest first."""
     from .runs import list_runs
 
@@ -283,19 +248,14 @@ def ls(
 
 
 @app.command()
-def watch(
-    folder: Folder,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            "--stage",
-            metavar="NAME[/LEVEL]",
-            parser=nonempty,
-            help="Of a pipeline: this stage or level; default: the one that is worked on.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+@take_folder
+@text_option(
+    "--stage",
+    metavar="NAME[/LEVEL]",
+    about="Of a pipeline: this stage or level; default: the one that is worked on.",
+)
+@take_json
+def watch(folder: Path, stage: str | None, as_json: bool) -> None:
     """Show what the endpoints of a run do over time; Ctrl-C leaves, and the run goes on."""
     from ..run.stage_folder import find_run
     from .watch import watch_run
@@ -304,25 +264,26 @@ def watch(
 
 
 @app.command()
-def show(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
-    folder: Folder,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", metavar="A,B,…", help="Columns, e.g. id,output.score,smiles."),
-    ] = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Show failed items only.")] = False,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            "--sort",
-            metavar="[-]COLUMN",
-            parser=nonempty,
-            help="Rows by a column, e.g. output.score; -output.score has the highest first.",
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of rows.")] = 20,
-    stage: Stage = None,
-    as_json: AsJson = False,
+@take_folder
+@click.option("--columns", metavar="A,B,…", help="Columns, e.g. id,output.score,smiles.")
+@flag("--failed", about="Show failed items only.")
+@text_option(
+    "--sort",
+    metavar="[-]COLUMN",
+    about="Rows by a column, e.g. output.score; -output.score has the highest first.",
+)
+@number_option("--limit", default=20, about="Number of rows.")
+@take_stage
+@take_json
+def show(  # noqa: PLR0913 - click passes one argument per option
+    *,
+    folder: Path,
+    columns: str | None,
+    failed: bool,
+    sort: str | None,
+    limit: int,
+    stage: str | None,
+    as_json: bool,
 ) -> None:
     """Show rows of the results so far."""
     from ..run.stage_folder import find_run
@@ -333,17 +294,16 @@ def show(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 
 
 @app.command()
-def failures(
-    folder: Folder,
-    error_class: Annotated[
-        str | None,
-        typer.Option(
-            "--class", metavar="NAME", help="List the ids of the items with this error class."
-        ),
-    ] = None,
-    stage: Stage = None,
-    as_json: AsJson = False,
-) -> None:
+@take_folder
+@click.option(
+    "error_class",
+    "--class",
+    metavar="NAME",
+    help="List the ids of the items with this error class.",
+)
+@take_stage
+@take_json
+def failures(folder: Path, error_class: str | None, stage: str | None, as_json: bool) -> None:
     """Show the error classes of a run, each with a remedy and an example."""
     if folder_is_pipeline(folder):
         from .stage_status import show_stage_failures
@@ -356,86 +316,60 @@ def failures(
 
 
 @app.command()
-def compare(  # noqa: PLR0913 - typer wants one parameter per option
-    a: Annotated[Path, typer.Argument(metavar="A", parser=nonempty_path, help="A run folder.")],
-    b: Annotated[
-        Path,
-        typer.Argument(
-            metavar="B", parser=nonempty_path, help="Folder of a run over the same items."
-        ),
-    ],
+@argument("a", "A", "A run folder.")
+@argument("b", "B", "Folder of a run over the same items.")
+@click.option(
+    "--field",
+    metavar="NAME",
+    multiple=True,
+    help="Field of the answers to compare; may be repeated; default: all in both.",
+)
+@click.option(
+    "form",
+    "--format",
+    metavar="FORM",
+    help="text, json or html; default: by the suffix, or text.",
+)
+@number_option("--limit", least=0, about="Items to list per field; default: 20, in files 1000.")
+@take_output
+def compare(  # noqa: PLR0913 - click passes one argument per option
     *,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--field",
-            metavar="NAME",
-            help="Field of the answers to compare; may be repeated; default: all in both.",
-        ),
-    ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option("--format", help="text, json or html; default: by the suffix, or text."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=0, help="Items to list per field; default: 20, in files 1000."),
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="Output file; default: stdout.",
-        ),
-    ] = None,
+    a: Path,
+    b: Path,
+    field: Sequence[str],
+    form: str | None,
+    limit: int | None,
+    target: Path | None,
 ) -> None:
     """Compare two runs over the same items: agreement, changes, gold figures, cost, latency."""
     from .compare import compare_folders
 
-    compare_folders((a, b), field or [], form, limit, target)
+    compare_folders((a, b), list(field), form, limit, target)
 
 
 @app.command()
-def evaluate(  # noqa: PLR0913 - typer wants one parameter per option
-    folder: Folder,
+@take_folder
+@text_option(
+    "--gold",
+    metavar="COLUMN",
+    about="Column with the gold values; default: the settings of the run.",
+)
+@text_option("--field", about="Field of the answer to compare.")
+@path_option("--gold-file", about="File with the gold values; default: the input of the run.")
+@text_option(
+    "--gold-id",
+    metavar="COLUMN",
+    about="Column of that file with the ids of the items; default: that of the input.",
+)
+@take_json
+def evaluate(  # noqa: PLR0913 - click passes one argument per option
     *,
-    gold: Annotated[
-        str | None,
-        typer.Option(
-            "--gold",
-            metavar="COLUMN",
-            parser=nonempty,
-            help="Column with the gold values; default: the settings of the run.",
-        ),
-    ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option(
-            "--field", metavar="NAME", parser=nonempty, help="Field of the answer to compare."
-        ),
-    ] = None,
-    gold_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--gold-file",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="File with the gold values; default: the input of the run.",
-        ),
-    ] = None,
-    gold_id: Annotated[
-        str | None,
-        typer.Option(
-            "--gold-id",
-            metavar="COLUMN",
-            parser=nonempty,
-            help="Column of that file with the ids of the items; default: that of the input.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
+    folder: Path,
+    gold: str | None,
+    field: str | None,
+    gold_file: Path | None,
+    gold_id: str | None,
+    as_json: bool,
 ) -> None:
     """Compare the answers of a run with gold values: accuracy, F1, kappa, errors."""
     from .evaluate import GoldOptions, evaluate_run
@@ -444,20 +378,10 @@ def evaluate(  # noqa: PLR0913 - typer wants one parameter per option
 
 
 @app.command()
-def report(
-    folder: Folder,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="File to write; default: DIR/report.html.",
-        ),
-    ] = None,
-    stage: Stage = None,
-) -> None:
+@take_folder
+@path_option("target", "-o", "--output", about="File to write; default: DIR/report.html.")
+@take_stage
+def report(folder: Path, target: Path | None, stage: str | None) -> None:
     """Write a run as one HTML page: finding, items, failures, endpoints, settings."""
     from ..run.stage_folder import find_run
     from .report import show_report
@@ -466,13 +390,10 @@ def report(
 
 
 @app.command()
-def cost(
-    folder: Folder,
-    by: Annotated[
-        str | None, typer.Option("--by", help=f"One row per {', '.join(COST_BY)}.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+@take_folder
+@click.option("--by", metavar="KEY", help=f"One row per {', '.join(COST_BY)}.")
+@take_json
+def cost(folder: Path, by: str | None, as_json: bool) -> None:
     """Show the cost of a run over all its sessions: tokens, dollars, node-hours."""
     if folder_is_pipeline(folder):
         from .stage_status import show_pipeline_cost
@@ -485,50 +406,40 @@ def cost(
 
 
 @app.command()
+@take_config
 @take_overrides("endpoints", "assignments")
-def endpoints(config: Config, changes: Overrides, as_json: AsJson = False) -> None:
+@take_json
+def endpoints(config: str, changes: Overrides, as_json: bool) -> int:
     """List the endpoints and their current state; exit with 2 if none serves the model."""
     from .endpoints import list_endpoints
 
-    raise typer.Exit(list_endpoints(config, changes, as_json))
+    return list_endpoints(config, changes, as_json)
 
 
 @app.command()
-def results(  # noqa: PLR0913 - typer wants one parameter per option
-    folder: Folder,
+@take_folder
+@click.option(
+    "form",
+    "--format",
+    metavar="FORM",
+    help="jsonl, csv or parquet; default: by the suffix, or jsonl.",
+)
+@take_output
+@flag("--safe-csv", about="With csv: put ' before cells that start a formula.")
+@flag("--prompt", about="Add the messages of each item (column prompt).")
+@flag("--raw", about="Add the text of the answer where the run kept it (column raw).")
+@flag("--samples", about="One row per sample, if each row was asked several times.")
+@take_stage
+def results(  # noqa: PLR0913 - click passes one argument per option
     *,
-    form: Annotated[
-        str | None,
-        typer.Option("--format", help="jsonl, csv or parquet; default: by the suffix, or jsonl."),
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="Output file; default: stdout.",
-        ),
-    ] = None,
-    safe_csv: Annotated[
-        bool,
-        typer.Option("--safe-csv", help="With csv: put ' before cells that start a formula."),
-    ] = False,
-    prompt: Annotated[
-        bool, typer.Option("--prompt", help="Add the messages of each item (column prompt).")
-    ] = False,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw", help="Add the text of the answer where the run kept it (column raw)."
-        ),
-    ] = False,
-    samples: Annotated[
-        bool,
-        typer.Option("--samples", help="One row per sample, if each row was asked several times."),
-    ] = False,
-    stage: Stage = None,
+    folder: Path,
+    form: str | None,
+    target: Path | None,
+    safe_csv: bool,
+    prompt: bool,
+    raw: bool,
+    samples: bool,
+    stage: str | None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
     from .export import export_results
@@ -538,24 +449,12 @@ def results(  # noqa: PLR0913 - typer wants one parameter per option
 
 
 @app.command()
+@take_config
 @take_overrides("input_path", "limit", "endpoints", "assignments", *BUDGET_OPTIONS)
-def check(
-    config: Config,
-    changes: Overrides,
-    sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Number of prompts to render and count.")
-    ] = SAMPLE_ITEMS,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            "--like",
-            metavar="DIR",
-            parser=nonempty_path,
-            help="A similar run to take answer lengths and times from.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+@number_option("--sample", default=SAMPLE_ITEMS, about="Number of prompts to render and count.")
+@path_option("--like", metavar="DIR", about="A similar run to take answer lengths and times from.")
+@take_json
+def check(config: str, changes: Overrides, sample: int, like: Path | None, as_json: bool) -> None:
     """Validate the config and estimate tokens, cost and time, without calling the model."""
     from .check import check_config
 
@@ -563,28 +462,29 @@ def check(
 
 
 @app.command()
-def schema(output: setup.Output = None) -> None:
+@take_output
+def schema(target: Path | None) -> None:
     """Write the JSON Schema of a configuration file, for editors."""
     from ...configs.preset_files import read_settings_schema
 
-    setup.write_text(read_settings_schema(), output)
+    setup.write_text(read_settings_schema(), target)
 
 
 @app.command()
-def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
-    nodes: Annotated[int, typer.Option(min=1, help="Number of simulated servers.")] = 8,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="First port; 0 picks free ports.")
-    ] = 0,
-    addressing: Annotated[str, typer.Option(help="path, port or addr.")] = "port",
-    model: Annotated[str, typer.Option(help="Model name.")] = "simulated-8b",
-    responder: Annotated[str, typer.Option(help="schema, esol or agent.")] = "schema",
-    file: Annotated[
-        Path,
-        typer.Option(
-            "--file", metavar="FILE", parser=nonempty_path, help="Endpoints file to write."
-        ),
-    ] = Path("endpoints.txt"),
+@number_option("--nodes", default=8, about="Number of simulated servers.")
+@number_option("--port", least=0, most=65535, default=0, about="First port; 0 picks free ports.")
+@click.option("--addressing", metavar="TEXT", default="port", help="path, port or addr.")
+@click.option("--model", metavar="TEXT", default="simulated-8b", help="Model name.")
+@click.option("--responder", metavar="TEXT", default="schema", help="schema, esol or agent.")
+@path_option("--file", default=Path("endpoints.txt"), about="Endpoints file to write.")
+def simulate(  # noqa: PLR0913 - click passes one argument per option
+    *,
+    nodes: int,
+    port: int,
+    addressing: str,
+    model: str,
+    responder: str,
+    file: Path,
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
     from .servers import serve_simulated
@@ -594,39 +494,35 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 
 
 @app.command()
+@argument("config", "CONFIG|DIR", "A YAML file, a preset or a run folder.", type=nonempty)
+@path_option(
+    "--servers",
+    metavar="DIR",
+    required=True,
+    about="Servers folder: one endpoints file per node.",
+)
+@click.option("--host", metavar="NAME", help="Host name of this node.")
 @take_overrides("assignments")
-def serve(
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG|DIR", parser=nonempty, help="A YAML file, a preset or a run folder."
-        ),
-    ],
-    servers: Annotated[
-        Path,
-        typer.Option(
-            "--servers",
-            metavar="DIR",
-            parser=nonempty_path,
-            help="Servers folder: one endpoints file per node.",
-        ),
-    ],
-    host: Annotated[
-        str | None, typer.Option("--host", metavar="NAME", help="Host name of this node.")
-    ] = None,
-    *,
-    changes: Overrides,
-) -> None:
+def serve(config: str, servers: Path, host: str | None, changes: Overrides) -> None:
     """Run the model servers of this node (section node) until interrupted."""
     from .servers import serve_node
 
     serve_node(config, changes, servers, host)
 
 
+for _command in (jobs.submit, jobs.cancel, jobs.pack, jobs.chain, setup.presets, setup.globus):
+    app.add_command(_command)
+
+
 def main() -> None:
     """Run the command line; report each fanfold error as one message and an exit code."""
     try:
-        app()
+        sys.exit(app.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _print_usage(error)
+        sys.exit(error.exit_code)
+    except click.Abort as error:
+        sys.exit(EXIT_INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else EXIT_OTHER)
     except FanfoldError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             _exit_quietly()
@@ -637,6 +533,13 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - a bug in fanfold: show the whole traceback
         print_traceback(error)
         sys.exit(EXIT_OTHER)
+
+
+def _print_usage(error: click.ClickException) -> None:
+    """Print what is wrong with a command line, without control characters."""
+    text = io.StringIO()
+    error.show(text)
+    print_messages(text.getvalue().splitlines())
 
 
 def _exit_quietly() -> NoReturn:

@@ -21,8 +21,9 @@ from ...backends.storage.run_folder import RunFolder, is_vacant
 from ...configs.base import expand_home
 from ...configs.loader import LoadedConfig, check_settings, override_settings
 from ...configs.models import RunConfig
+from ...configs.overrides import Overrides
 from ...configs.raw_settings import RawSettings, get_at_path, read_settings
-from ...configs.resolve import Overrides, check_metrics, endpoint_settings
+from ...configs.resolve import check_metrics, endpoint_settings
 from .options import OutputMode
 from .run import run_in_folder
 

@@ -22,7 +22,7 @@ from ...backends.discovery.sources import find_registry_file, read_registry_file
 from ...backends.storage.run_folder import EVALUATION_REFUSED
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
 from ..run.pipeline import find_stage_warnings

@@ -18,9 +18,10 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import open_folder
-from ...configs.evaluation import METRICS
+from ...configs.figure_names import METRICS
 from ..report.texts import has_long_word
-from ..run.console import Terminal, open_data_stream, print_line, print_messages
+from ..run.console import open_data_stream, print_messages
+from ..run.rich_console import Terminal, print_line
 from .evaluation_text import format_figure, format_interval
 from .format import Column, format_cell, format_duration, format_usd_amount, make_table
 

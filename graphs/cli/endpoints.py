@@ -22,9 +22,10 @@ from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import open_folder
 from ...configs.loader import LoadedConfig
-from ...configs.resolve import Overrides
-from ..run.console import Terminal, print_json, print_lines, print_messages
+from ...configs.overrides import Overrides
+from ..run.console import print_json, print_lines, print_messages
 from ..run.prepare import check_endpoints
+from ..run.rich_console import Terminal
 from .format import Column, make_table
 
 _NOTHING: Final = "-"

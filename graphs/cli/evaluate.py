@@ -25,8 +25,9 @@ from ...configs.evaluation import (
     resolve_evaluations,
 )
 from ...configs.raw_settings import expand_variables, get_at_path, read_settings
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import print_json, print_messages
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
+from ..run.rich_console import Terminal
 from .evaluation_text import show_evaluations
 
 

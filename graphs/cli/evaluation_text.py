@@ -10,8 +10,8 @@ from rich.console import Console
 from ...backends.core.errors import FanfoldError
 from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import EVALUATION_REFUSED, RunFolder, read_evaluation
-from ...configs.evaluation import METRICS, MISSING_CAUSES
-from ..run.console import print_line
+from ...configs.figure_names import METRICS, MISSING_CAUSES
+from ..run.rich_console import print_line
 from .format import Column, format_cell, make_table
 
 _IN_STATUS: Final = ("accuracy", "f1_macro", "kappa", "mae", "rmse", "spearman")

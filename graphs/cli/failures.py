@@ -15,8 +15,9 @@ from ...backends.core.terminal import count_nouns, escape_controls
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import ItemCounts
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
-from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
+from ..run.console import print_json, print_lines, print_messages
 from ..run.next_steps import continue_lines
+from ..run.rich_console import Terminal, print_message
 
 _SHOWN: Final = 1_000
 """Characters of a text that the terminal shows; ``--json`` has all that is known."""

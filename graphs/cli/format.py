@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import count_nouns, escape_controls
-from ..run.console import describe_other_groups, print_line
+from ..run.console import describe_other_groups
+from ..run.rich_console import print_line
 
 if TYPE_CHECKING:
     from ..run.forecast import Forecast, Range, RunPlan

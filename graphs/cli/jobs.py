@@ -2,72 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from ..run.console import print_messages
-from .options import Folder, Out, nonempty, nonempty_path, take_overrides
+from .options import (
+    Command,
+    Group,
+    argument,
+    flag,
+    nonempty,
+    number_option,
+    path_option,
+    take_folder,
+    take_out,
+    take_overrides,
+)
 
 if TYPE_CHECKING:
-    from ...configs.resolve import Overrides
+    from ...configs.overrides import Overrides
 
-chain = typer.Typer(help="Commands that the job script calls.", no_args_is_help=True, hidden=True)
+chain = Group("chain", help="Commands that the job script calls.", hidden=True)
 
-JobId = Annotated[str, typer.Option("--job", help="Scheduler id of this job.")]
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Register the job commands."""
-    app.command()(submit)
-    app.command()(cancel)
-    app.command()(pack)
-    app.add_typer(chain, name="chain")
+take_job = click.option("--job", metavar="TEXT", required=True, help="Scheduler id of this job.")
 
 
+@click.command(cls=Command)
+@argument("config", "CONFIG|PRESET|DIR", "Settings, or a run to resume.", type=nonempty)
+@click.option("--site", metavar="NAME|FILE", required=True, help="Cluster: a name or a site file.")
+@number_option("--nodes", required=True, about="Nodes per job.")
+@click.option("--walltime", metavar="TIME", required=True, help="Time limit per job: 2h, 90m.")
+@click.option("--queue", metavar="NAME", help="Queue, partition or QOS.")
+@click.option("--account", metavar="NAME", help="Allocation to charge.")
+@take_out
+@number_option("--jobs", about="Maximum jobs in the chain.")
+@click.option(
+    "--node-hours", metavar="N", type=click.FloatRange(0), help="Maximum node-hours of the chain."
+)
+@path_option("pack", "--pack", about="Unpack this environment archive on the nodes first.")
 @take_overrides("input_path", "limit", "assignments")
-def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG|PRESET|DIR", parser=nonempty, help="Settings, or a run to resume."
-        ),
-    ],
-    site: Annotated[
-        str, typer.Option("--site", metavar="NAME|FILE", help="Cluster: a name or a site file.")
-    ],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes per job.")],
-    walltime: Annotated[
-        str, typer.Option("--walltime", metavar="TIME", help="Time limit per job: 2h, 90m.")
-    ],
-    queue: Annotated[
-        str | None, typer.Option("--queue", metavar="NAME", help="Queue, partition or QOS.")
-    ] = None,
-    account: Annotated[
-        str | None, typer.Option("--account", metavar="NAME", help="Allocation to charge.")
-    ] = None,
-    out: Out = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Maximum jobs in the chain.")
-    ] = None,
-    node_hours: Annotated[
-        float | None, typer.Option("--node-hours", min=0, help="Maximum node-hours of the chain.")
-    ] = None,
-    pack: Annotated[
-        Path | None,
-        typer.Option(
-            "--pack",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="Unpack this environment archive on the nodes first.",
-        ),
-    ] = None,
+@flag("--dry-run", about="Print the script; submit nothing.")
+def submit(  # noqa: PLR0913 - click passes one argument per option
     *,
+    config: str,
+    site: str,
+    nodes: int,
+    walltime: str,
+    queue: str | None,
+    account: str | None,
+    out: Path | None,
+    jobs: int | None,
+    node_hours: float | None,
+    pack: Path | None,
     changes: Overrides,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the script; submit nothing.")
-    ] = False,
+    dry_run: bool,
 ) -> None:
     """Run a batch as a chain of cluster jobs, each submitting the next until all is finished."""
     from ..jobs.submit import SubmitOptions, submit_job
@@ -76,38 +67,30 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     submit_job(config, out, changes, options, dry_run)
 
 
-def cancel(
-    folder: Folder,
-    now: Annotated[
-        bool, typer.Option("--now", help="Kill running jobs instead of letting them drain.")
-    ] = False,
-) -> None:
+@click.command(cls=Command)
+@take_folder
+@flag("--now", about="Kill running jobs instead of letting them drain.")
+def cancel(folder: Path, now: bool) -> None:
     """Cancel the jobs of a run; no job follows them."""
     from ..jobs.chain import cancel_jobs
 
     cancel_jobs(folder, now)
 
 
-def pack(
-    target: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            parser=nonempty_path,
-            help="Archive to write: ….tar.gz or ….tar.",
-        ),
-    ] = Path("fanfold-env.tar.gz"),
-    without: Annotated[
-        list[str] | None,
-        typer.Option("--without", metavar="PACKAGE", help="Exclude this package."),
-    ] = None,
-) -> None:
+@click.command(cls=Command)
+@path_option(
+    "target",
+    "-o",
+    "--output",
+    default=Path("fanfold-env.tar.gz"),
+    about="Archive to write: ….tar.gz or ….tar.",
+)
+@click.option("--without", metavar="PACKAGE", multiple=True, help="Exclude this package.")
+def pack(target: Path, without: Sequence[str]) -> None:
     """Pack this Python environment into one archive, to unpack on nodes."""
     from ...backends.cluster.environment import pack_environment
 
-    packed = pack_environment(target, without or [])
+    packed = pack_environment(target, list(without))
     print_messages(
         [
             f"{packed.path}: {len(packed.packages)} packages in {packed.files:,} files, "
@@ -118,21 +101,22 @@ def pack(
 
 
 @chain.command()
-def begin(folder: Folder, job: JobId) -> None:
+@take_folder
+@take_job
+def begin(folder: Path, job: str) -> int:
     """Record that a job starts, and submit its successor."""
     from ..jobs.chain import begin_job
 
-    raise typer.Exit(begin_job(folder, job))
+    return begin_job(folder, job)
 
 
 @chain.command()
-def end(
-    folder: Folder,
-    job: JobId,
-    code: Annotated[int, typer.Option("--code", help="Exit code of the job's run.")],
-    unserved: Annotated[bool, typer.Option("--unserved", help="No model server was left.")] = False,
-) -> None:
+@take_folder
+@take_job
+@click.option("--code", metavar="N", type=int, required=True, help="Exit code of the job's run.")
+@flag("--unserved", about="No model server was left.")
+def end(folder: Path, job: str, code: int, unserved: bool) -> int:
     """Record how a job ended; submit or withdraw its successor."""
     from ..jobs.chain import end_job
 
-    raise typer.Exit(end_job(folder, job, code, unserved))
+    return end_job(folder, job, code, unserved)

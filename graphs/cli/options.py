@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import Parameter, Signature, signature
+from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_type_hints
+from typing import Any, Final, TypeVar
 
-import typer
+import click
 
 SAMPLE_ITEMS: Final = 200
 """Prompts that ``fanfold check`` renders by default."""
@@ -19,20 +19,70 @@ ASK_AGAIN: Final = ("cut", "failed", "all")
 COST_BY: Final = ("model", "endpoint", "node", "day")
 """Keys that costs can be grouped by."""
 
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Decorated], Decorated]
+
+
+class Argument(click.Argument):
+    """An argument of a command, with its help text.
+
+    Args:
+        declarations: Its name.
+        about: The help text.
+        options: Those of click.
+    """
+
+    def __init__(self, declarations: list[str], about: str, **options: Any) -> None:
+        super().__init__(declarations, **options)
+        self.about = about
+
+
+class Command(click.Command):
+    """A command whose help describes its arguments, too."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the arguments, then the options."""
+        arguments = [one for one in self.params if isinstance(one, Argument)]
+        if arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl([(one.make_metavar(ctx), one.about) for one in arguments])
+        super().format_options(ctx, formatter)
+
+
+class Group(click.Group):
+    """A group of commands of class :class:`Command`; its help lists them in order, unabridged."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - overridden
+        """Return the names in the order of their declarations."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the names of commands, each with the first paragraph of its help."""
+        shown = [self.commands[name] for name in self.list_commands(ctx)]
+        rows = [(one.name or "", _summarize(one)) for one in shown if not one.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _summarize(command: click.Command) -> str:
+    return " ".join((command.help or "").partition("\n\n")[0].split())
+
 
 def nonempty(text: str | Path) -> str:
     """Return a file or folder name; reject an empty one, which means the working directory.
 
     Raises:
-        typer.BadParameter: The name is empty, e.g. from an unset shell variable.
+        click.BadParameter: The name is empty, e.g. from an unset shell variable.
     """
     if not str(text):
-        raise typer.BadParameter("is empty; name a file or a folder")
+        raise click.BadParameter("is empty; name a file or a folder")
     try:
         str(text).encode()
     except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
         shown = ascii(str(text)).strip("'")
-        raise typer.BadParameter(f"{shown} is not UTF-8 text") from None
+        raise click.BadParameter(f"{shown} is not UTF-8 text") from None
     return str(text)
 
 
@@ -40,92 +90,92 @@ def nonempty_path(text: str | Path) -> Path:
     """Return a path; reject an empty one.
 
     Raises:
-        typer.BadParameter: The path is empty.
+        click.BadParameter: The path is empty.
     """
     return Path(nonempty(text))
 
 
-Config = Annotated[
-    str, typer.Argument(metavar="CONFIG|PRESET", parser=nonempty, help="A YAML file or a preset.")
-]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=nonempty_path, help="A run folder.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", parser=nonempty_path, help="Run folder.")
-]
-Pilot = Annotated[
-    int | None,
-    typer.Option("--pilot", min=1, help="Run N items first, show an estimate for all, then ask."),
-]
-Yes = Annotated[
-    bool, typer.Option("--yes", help="Continue without asking, after the pilot or a plan.")
-]
-Stage = Annotated[
-    str | None,
-    typer.Option(
-        "--stage",
-        metavar="NAME[/LEVEL]",
-        parser=nonempty,
-        help="Of a pipeline: this stage, or a level of its operator; default: the last stage.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
+def argument(name: str, metavar: str, about: str, **options: Any) -> Decorator[Any]:
+    """Return a decorator that adds a path, or what ``type`` names, as an argument."""
+    given = {"type": nonempty_path} | options
+    return click.argument(name, cls=Argument, metavar=metavar, about=about, **given)
 
-_SHARED: Final[Mapping[str, Any]] = {
-    "input_path": Annotated[
-        str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")
-    ],
-    "limit": Annotated[
-        int | None, typer.Option("--limit", min=1, help="Process only the first N items.")
-    ],
-    "endpoints": Annotated[
-        str | None,
-        typer.Option(
-            "--endpoints",
-            metavar="URLS|FILE|simulated|auto",
-            help="Endpoints that serve the model.",
-        ),
-    ],
-    "checkpointer": Annotated[
-        str | None,
-        typer.Option("--checkpointer", metavar="URL", help="postgresql://… instead of SQLite."),
-    ],
-    "assignments": Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a setting, e.g. limits.streams=64."
-        ),
-    ],
-    "trace": Annotated[
-        bool, typer.Option("--trace", help="Run and trace every item with LangGraph.")
-    ],
-    "as_json": AsJson,
-    "quiet": Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")],
-    "no_report": Annotated[
-        bool, typer.Option("--no-report", help="Write no report.html at the end.")
-    ],
-    "retry_failed": Annotated[bool, typer.Option("--retry-failed", help="Retry failed items.")],
-    "metrics_port": Annotated[
-        int | None,
-        typer.Option(
-            "--metrics-port",
-            min=1,
-            max=65535,
-            help="Serve Prometheus metrics on this loopback port.",
-        ),
-    ],
-    "budget_usd": Annotated[
-        float | None, typer.Option("--budget-usd", metavar="N", help="Total limit in US dollars.")
-    ],
-    "budget_tokens": Annotated[
-        int | None, typer.Option("--budget-tokens", metavar="N", help="Total limit in tokens.")
-    ],
-    "budget_requests": Annotated[
-        int | None, typer.Option("--budget-requests", metavar="N", help="Total limit in requests.")
-    ],
-    "budget_node_hours": Annotated[
-        float | None,
-        typer.Option("--budget-node-hours", metavar="N", help="Total limit in node-hours."),
-    ],
+
+def path_option(*names: str, about: str, metavar: str = "FILE", **options: Any) -> Decorator[Any]:
+    """Return a decorator that adds an option with a path."""
+    return click.option(*names, metavar=metavar, type=nonempty_path, help=about, **options)
+
+
+def text_option(*names: str, about: str, metavar: str = "NAME", **options: Any) -> Decorator[Any]:
+    """Return a decorator that adds an option with a text that is not empty."""
+    return click.option(*names, metavar=metavar, type=nonempty, help=about, **options)
+
+
+def number_option(*names: str, about: str, least: int = 1, **options: Any) -> Decorator[Any]:
+    """Return a decorator that adds an option with a whole number."""
+    most = options.pop("most", None)
+    kind = click.IntRange(least, most)
+    return click.option(*names, metavar="N", type=kind, help=about, **options)
+
+
+def flag(*names: str, about: str) -> Decorator[Any]:
+    """Return a decorator that adds an option without a value."""
+    return click.option(*names, is_flag=True, default=False, help=about)
+
+
+take_config = argument("config", "CONFIG|PRESET", "A YAML file or a preset.", type=nonempty)
+take_folder = argument("folder", "DIR", "A run folder.")
+take_out = path_option("--out", metavar="DIR", about="Run folder.")
+take_output = path_option("target", "-o", "--output", about="Output file; default: stdout.")
+take_pilot = number_option(
+    "--pilot", about="Run N items first, show an estimate for all, then ask."
+)
+take_yes = flag("--yes", about="Continue without asking, after the pilot or a plan.")
+take_stage = text_option(
+    "--stage",
+    metavar="NAME[/LEVEL]",
+    about="Of a pipeline: this stage, or a level of its operator; default: the last stage.",
+)
+take_json = flag("as_json", "--json", about="Print one JSON object at the end.")
+
+_SHARED: Final[Mapping[str, Decorator[Any]]] = {
+    "input_path": click.option(
+        "input_path", "--input", metavar="PATH", help="Input file or folder."
+    ),
+    "limit": number_option("--limit", about="Process only the first N items."),
+    "endpoints": click.option(
+        "--endpoints", metavar="URLS|FILE|simulated|auto", help="Endpoints that serve the model."
+    ),
+    "checkpointer": click.option(
+        "--checkpointer", metavar="URL", help="postgresql://… instead of SQLite."
+    ),
+    "assignments": click.option(
+        "assignments",
+        "--set",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Override a setting, e.g. limits.streams=64.",
+    ),
+    "trace": flag("--trace", about="Run and trace every item with LangGraph."),
+    "as_json": take_json,
+    "quiet": flag("--quiet", about="Show no progress and no tables."),
+    "no_report": flag("--no-report", about="Write no report.html at the end."),
+    "retry_failed": flag("--retry-failed", about="Retry failed items."),
+    "metrics_port": number_option(
+        "--metrics-port", most=65535, about="Serve Prometheus metrics on this loopback port."
+    ),
+    "budget_usd": click.option(
+        "--budget-usd", metavar="N", type=float, help="Total limit in US dollars."
+    ),
+    "budget_tokens": click.option(
+        "--budget-tokens", metavar="N", type=int, help="Total limit in tokens."
+    ),
+    "budget_requests": click.option(
+        "--budget-requests", metavar="N", type=int, help="Total limit in requests."
+    ),
+    "budget_node_hours": click.option(
+        "--budget-node-hours", metavar="N", type=float, help="Total limit in node-hours."
+    ),
 }
 """Options by the field of Overrides or OutputMode that they fill; ``budget_*`` fill its budget."""
 
@@ -153,49 +203,33 @@ class OutputMode:
         return self.as_json or self.quiet
 
 
-def take_overrides(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command shared options in place of its parameter ``changes``.
+def take_overrides(*names: str) -> Decorator[Any]:
+    """Add shared options to a command.
 
-    Typer reads the options from the signature of the command. The command itself gets them as one
-    :class:`~fanfold.configs.resolve.Overrides`, and ``as_json`` and ``quiet`` as ``output``.
+    The command gets them as one :class:`~fanfold.configs.overrides.Overrides`, its parameter
+    ``changes``, and ``as_json``, ``quiet`` and ``no_report`` as ``output``.
 
     Args:
         names: The options, in the order in which ``--help`` shows them.
     """
-    options = [
-        Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=_default(kind))
-        for name, kind in ((name, _SHARED[name]) for name in names)
-    ]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def call(**given: Any) -> None:
-            from ...configs.resolve import Overrides
-
-            shared = {name: given.pop(name) for name in names}
-            if "quiet" in shared:
-                given["output"] = OutputMode(
-                    shared.pop("as_json"), shared.pop("quiet"), shared.pop("no_report", True)
-                )
-            budget = {
-                n.removeprefix("budget_"): shared.pop(n) for n in names if n in BUDGET_OPTIONS
-            }
-            assignments = shared.pop("assignments") or []
-            command(**given, changes=Overrides(assignments, budget=budget, **shared))
-
-        hints = get_type_hints(command, localns={"Overrides": Any}, include_extras=True)
-        shown = list[Parameter]()
-        for name, own in signature(command).parameters.items():
-            if name == "changes":
-                shown += options
-            elif name != "output":
-                shown.append(own.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
-        call.__name__, call.__doc__ = command.__name__, command.__doc__
-        call.__signature__ = Signature(shown)  # type: ignore[attr-defined] # read by inspect
-        call.__annotations__ = {}
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        call = update_wrapper(partial(_call, command, names), command)
+        for name in reversed(names):
+            call = _SHARED[name](call)
         return call
 
     return decorate
 
 
-def _default(kind: Any) -> Any:
-    return False if get_args(kind)[0] is bool else None
+def _call(command: Callable[..., Any], names: tuple[str, ...], **given: Any) -> Any:
+    from ...configs.overrides import Overrides
+
+    shared = {name: given.pop(name) for name in names}
+    if "quiet" in shared:
+        given["output"] = OutputMode(
+            shared.pop("as_json"), shared.pop("quiet"), shared.pop("no_report", True)
+        )
+    budget = {n.removeprefix("budget_"): shared.pop(n) for n in names if n in BUDGET_OPTIONS}
+    assignments = list(shared.pop("assignments"))
+    return command(**given, changes=Overrides(assignments, budget=budget, **shared))

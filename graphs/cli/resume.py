@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...backends.storage.run_folder import open_folder
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ..run.run_result import read_finished_run
 from ..run.stage_folder import check_single_run
 from .options import OutputMode

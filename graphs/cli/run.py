@@ -21,12 +21,13 @@ from ...backends.core.money import NANO_PER_USD
 from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import RunFolder, get_run_ids, is_vacant, open_folder
 from ...configs.loader import LoadedConfig
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ..run.checkpoints import check_saver
-from ..run.console import open_message_console, print_json, print_messages
+from ..run.console import print_json, print_messages
 from ..run.extend import Extension
 from ..run.next_steps import truncated_notice
 from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
+from ..run.rich_console import open_message_console
 from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, execute_run, run_pilot

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...backends.budget.cost import describe_cost
+from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED
 from ...backends.core.terminal import count_nouns
-from ..jobs.usage import job_report_offline
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import print_json, print_messages
+from ..run.rich_console import Terminal
 from ..run.run_result import RunResult
 from . import status
 from .evaluation_text import (
@@ -38,7 +40,7 @@ def print_result(
     path, whole = result.folder.path, result.exit_code != EXIT_INTERRUPTED
     if output.as_json:
         first = {} if pilot is None else {"pilot": pilot}
-        jobs = job_report_offline(path, utilization=whole)
+        jobs = _report_jobs(path, whole)
         print_json(
             {
                 "run": result.run_id,
@@ -63,9 +65,17 @@ def print_result(
         if _is_finished(result):
             show_evaluations(get_evaluations(result.folder), Terminal())
     print_messages(_last_lines(result, output.quiet))
-    if (jobs := job_report_offline(path, utilization=whole)) is not None:
+    if (jobs := _report_jobs(path, whole)) is not None:
         print_messages(list(status.job_lines(jobs)))
     return result.exit_code
+
+
+def _report_jobs(path: Path, utilization: bool) -> dict[str, Any] | None:
+    if not chain_file(path).read().jobs:
+        return None
+    from ..jobs.usage import job_report_offline  # imports the schedulers, which few runs need
+
+    return job_report_offline(path, utilization=utilization)
 
 
 def _is_finished(result: RunResult) -> bool:
@@ -118,7 +128,7 @@ def _last_lines(result: RunResult, quiet: bool) -> list[str]:
 def _batch_files(result: RunResult) -> dict[str, str]:
     """Return the output files in OpenAI's batch format, by name."""
     batch = result.batch
-    files = {"output": batch.output, "errors": batch.errors}
+    files = {} if batch is None else {"output": batch.output, "errors": batch.errors}
     return {name: path for name, path in files.items() if path is not None}
 
 

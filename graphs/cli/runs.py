@@ -19,7 +19,8 @@ from ...backends.storage.run_folder import (
     read_noted_counts,
     read_state,
 )
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import print_json, print_messages
+from ..run.rich_console import Terminal
 from ..run.stage_folder import describe_stage, find_models, is_operator, list_stage_runs
 from .format import Column, format_usd_amount, make_table
 

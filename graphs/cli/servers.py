@@ -18,7 +18,7 @@ from ...backends.simulated.fleet import SimulatedFleet
 from ...backends.simulated.serve import serve_fleet
 from ...backends.simulated.spec import SimulationSpec
 from ...backends.storage.run_folder import open_folder
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ..run.console import print_messages
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -6,35 +6,19 @@ import shlex
 import shutil
 import sys
 import textwrap
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.messages import own_version
-from .options import nonempty_path
+from .options import Group, argument, flag, take_output
 
-globus = typer.Typer(help="Set up Globus Compute endpoints.", no_args_is_help=True)
-
-Client = Annotated[
-    str | None,
-    typer.Option("--client", metavar="MODULE:ATTR", help="Function that creates the SDK's Client."),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "-o", "--output", metavar="FILE", parser=nonempty_path, help="Output file; default: stdout."
-    ),
-]
-Schema = Annotated[
-    bool, typer.Option("--schema", help="Write the schema of the template's values instead.")
-]
+globus = Group("globus", help="Set up Globus Compute endpoints.")
 
 
 @globus.command()
-def register(client: Client = None) -> None:
+@click.option("--client", metavar="MODULE:ATTR", help="Function that creates the SDK's Client.")
+def register(client: str | None) -> None:
     """Log in, register the worker function, and print its id.
 
     Add the id to allowed_functions of an endpoint that has them; set it in backend.function.
@@ -52,10 +36,14 @@ def register(client: Client = None) -> None:
 
 
 @globus.command()
-def template(output: Output = None, schema: Schema = False) -> None:
+@take_output
+@flag("--schema", about="Write the schema of the template's values instead.")
+def template(target: Path | None, schema: bool) -> None:
     """Write an endpoint configuration template for this version of fanfold."""
+    from ...backends.core.messages import own_version
+
     text = schema_text() if schema else template_text(own_version(), str(Path(sys.prefix) / "bin"))
-    write_text(text, output, "" if schema else "; its first lines say where to install it")
+    write_text(text, target, "" if schema else "; its first lines say where to install it")
 
 
 def write_text(text: str, output: Path | None, hint: str = "") -> None:
@@ -99,15 +87,13 @@ def schema_text() -> str:
 
 
 def _shipped(name: str) -> str:
+    from importlib.resources import files
+
     return (files("fanfold.backends.workers.globus") / name).read_text(encoding="utf-8")
 
 
-presets = typer.Typer(help="Ready-made configurations, one per use case.", no_args_is_help=True)
-
-
-Preset = Annotated[
-    str, typer.Argument(metavar="NAME", help="A preset; 'fanfold presets list' lists them.")
-]
+presets = Group("presets", help="Ready-made configurations, one per use case.")
+take_preset = argument("name", "NAME", "A preset; 'fanfold presets list' lists them.", type=str)
 
 
 @presets.command("list")
@@ -122,7 +108,8 @@ def presets_list() -> None:
 
 
 @presets.command("show")
-def presets_show(name: Preset) -> None:
+@take_preset
+def presets_show(name: str) -> None:
     """Print a preset."""
     from ...configs.preset_files import read_preset
 
@@ -130,15 +117,9 @@ def presets_show(name: Preset) -> None:
 
 
 @presets.command("copy")
-def presets_copy(
-    name: Preset,
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[FILE]", parser=nonempty_path, help="File to write; default: NAME.yaml."
-        ),
-    ] = None,
-) -> None:
+@take_preset
+@argument("target", "[FILE]", "File to write; default: NAME.yaml.", required=False)
+def presets_copy(name: str, target: Path | None) -> None:
     """Copy a preset to a file for editing; its endpoints are left blank."""
     from ...configs.preset_files import copy_preset
 

@@ -22,8 +22,9 @@ from ...backends.storage.results_schema import INPUT_ROW, ResultRow
 from ...backends.storage.run_folder import RunFolder, open_folder
 from ...configs.evaluation import read_number
 from ...configs.raw_settings import read_settings
-from ..run.console import Terminal, print_json, print_messages
+from ..run.console import print_json, print_messages
 from ..run.result_rows import list_asked_columns, open_result_source
+from ..run.rich_console import Terminal
 from .format import Column, make_table
 
 _ID: Final = "id"

@@ -15,7 +15,7 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import UsageTotals
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ...configs.loader import load_config
-from ..run.console import Terminal, print_json, print_lines, print_message, print_messages
+from ..run.console import print_json, print_lines, print_messages
 from ..run.pipeline import FINISHED
 from ..run.pipeline_report import (
     LevelState,
@@ -25,6 +25,7 @@ from ..run.pipeline_report import (
     read_pipeline,
     read_stage_budget,
 )
+from ..run.rich_console import Terminal, print_message
 from ..run.stage_folder import find_models, find_run, list_stage_runs
 from .failures import show_failures
 from .format import Column, make_table

@@ -24,13 +24,14 @@ from ...backends.storage.run_folder import (
     write_bytes,
 )
 from ...configs.loader import LoadedConfig, load_config, make_portable
-from ...configs.resolve import Overrides
+from ...configs.overrides import Overrides
 from ...configs.serialize import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
-from ..run.console import Terminal, open_message_console, print_json, print_messages
+from ..run.console import print_json, print_messages
 from ..run.pipeline import find_stage_warnings, prepare_pipeline
 from ..run.pipeline_report import StageState, describe_stages, list_raise_options
+from ..run.rich_console import Terminal, open_message_console
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
 from .options import OutputMode

@@ -25,7 +25,7 @@ from ...backends.budget.cost import (
     read_cost,
     tokens_json,
 )
-from ...backends.budget.pricing import read_price
+from ...backends.budget.price import read_price
 from ...backends.cluster.chain import chain_file
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
@@ -41,19 +41,14 @@ from ...backends.storage.run_folder import (
     read_silent_endpoints,
     read_state,
 )
-from ..run.console import (
-    Terminal,
-    format_count,
-    print_json,
-    print_message,
-    print_messages,
-)
+from ..run.console import format_count, print_json, print_messages
 from ..run.next_steps import (
     FINISHED,
     continue_lines,
     find_commands_by_class,
     find_next_command,
 )
+from ..run.rich_console import Terminal, print_message
 from .evaluation_text import describe_evaluation, evaluation_facts
 from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY

@@ -18,7 +18,8 @@ from ...backends.core.errors import JournalError
 from ...backends.core.values import is_count
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
-from ..run.console import Terminal, fill_lines, format_count, print_json
+from ..run.console import fill_lines, format_count, print_json
+from ..run.rich_console import Terminal
 from ..run.stage_folder import describe_stage, list_stage_runs
 from .format import Column, format_cell, format_duration, make_table
 

@@ -26,8 +26,8 @@ from ...backends.discovery.resolve import has_own_servers
 from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
 from ...configs.endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
 from ...configs.loader import LoadedConfig, load_config
+from ...configs.overrides import Overrides
 from ...configs.raw_settings import get_at_path
-from ...configs.resolve import Overrides
 from ...configs.site import SiteConfig, load_site
 from ..remote.coordinator import STOP_GRACE_S
 from ..run.console import print_messages

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, Final
 
-from ...configs.evaluation import METRICS, MISSING_CAUSES
+from ...configs.figure_names import METRICS, MISSING_CAUSES
 from .charts import Charts
 from .findings import Finding
 from .texts import NONE, shorten

@@ -9,96 +9,42 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import IO, Any, Final
 
 import orjson
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.file_proxy import FileProxy
-from rich.segment import Segment
-from rich.text import Text
 
 from ...backends.core.terminal import count_nouns, escape_controls, escape_json
 
 
-class Terminal(Console):
-    """A console without markup, emoji codes and control characters.
-
-    Args:
-        stderr: Write to standard error.
-        file: Write to this file instead.
-    """
-
-    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
-        super().__init__(stderr=stderr, file=file, highlight=not stderr, markup=False, emoji=False)
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterator[Segment]:
-        """Yield the segments of a renderable, with control characters escaped."""
-        for part in super().render(renderable, options):
-            text = part.text if part.control else escape_controls(part.text)
-            yield part if text == part.text else Segment(text, part.style)
-
-
-def open_message_console() -> Console:
-    """Return a console on standard error, for everything but the results of commands."""
-    return Terminal(stderr=True)
-
-
 def print_messages(lines: Iterable[str]) -> None:
     """Print messages to standard error, without markup."""
-    console = open_message_console()
-    for line in lines:
-        print_message(console, line)
+    if sys.stderr.isatty():
+        from .rich_console import (  # noqa: PLC0415 - rich takes 0.1 s
+            open_message_console,
+            print_message,
+        )
 
-
-_COMMAND: Final = re.compile(r": (?=fanfold \S+ )")
-"""Where a message ends and a command begins."""
-
-
-def print_message(console: Console, line: str) -> None:
-    """Print a message; a terminal's lines end between words.
-
-    A command that does not fit is printed below its message and is not broken, so that it can be
-    copied.
-
-    Args:
-        console: The console.
-        line: The message, without markup.
-    """
-    text = escape_controls(line)
-    if not console.is_terminal or len(text) <= console.width:
-        console.print(Text(text), soft_wrap=True)
-        return
-    words, *commands = _COMMAND.split(text, maxsplit=1)
-    console.print(Text(f"{words}:" if commands else words))
-    for command in commands:
-        console.print(Text(f"  {command}"), soft_wrap=True)
+        console = open_message_console()
+        for line in lines:
+            print_message(console, line)
+    else:
+        sys.stderr.writelines(f"{escape_controls(line)}\n" for line in lines)
+        sys.stderr.flush()
 
 
 def print_lines(lines: Iterable[str]) -> None:
     """Print the result of a command as text lines; those of a terminal end between words."""
-    console = Terminal()
-    for line in lines:
-        print_line(console, line)
+    if sys.stdout.isatty():
+        from .rich_console import Terminal, print_line  # noqa: PLC0415 - rich takes 0.1 s
 
-
-def print_line(console: Console, line: str, style: str = "") -> None:
-    """Print a line; a terminal's lines end between words, and go on at the line's indentation."""
-    text = escape_controls(line)
-    indent = " " * (len(text) - len(text.lstrip(" ")))
-    if not console.is_terminal:  # unchanged, with its tabs
-        console.file.write(f"{text}\n")
-    elif cell_len(text) <= console.width or len(indent) > console.width // 2:
-        console.print(Text(text, style), soft_wrap=True)
-    else:
-        for part in Text(text.strip(" ")).wrap(console, console.width - len(indent)):
-            console.print(Text(f"{indent}{part.plain.rstrip()}", style), soft_wrap=True)
+        console = Terminal()
+        for line in lines:
+            print_line(console, line)
+    else:  # unchanged, with its tabs
+        sys.stdout.writelines(f"{escape_controls(line)}\n" for line in lines)
 
 
 def print_json(data: Any) -> None:
@@ -150,13 +96,18 @@ class _LogHandler(logging.Handler):
         """Write one log line."""
         try:
             line = self.format(record)
-            if sys.stderr.isatty() and not isinstance(sys.stderr, FileProxy):
-                print_message(open_message_console(), line)
+            if sys.stderr.isatty() and not _shows_progress():
+                print_messages([line])
             else:  # rich wraps what is written while it shows progress
                 sys.stderr.write(f"{line}\n")
                 sys.stderr.flush()
         except Exception:  # noqa: BLE001 - as the handlers of the standard library do
             self.handleError(record)
+
+
+def _shows_progress() -> bool:
+    proxy = sys.modules.get("rich.file_proxy")
+    return proxy is not None and isinstance(sys.stderr, proxy.FileProxy)
 
 
 _PACKAGE: Final = (__package__ or "").partition(".")[0]

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from ...backends.batch.files import check_batch_settings
 from ...backends.batch.transport import get_deployment
-from ...backends.budget.pricing import Price, describe_missing_price, look_up_price
+from ...backends.budget.price import Price
+from ...backends.budget.pricing import describe_missing_price, look_up_price
 from ...backends.budget.tokens import (
     LEAST_SHARE,
     LIKELY_SHARE,

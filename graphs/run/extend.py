@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from ...backends.budget.pricing import read_price
+from ...backends.budget.price import read_price
 from ...backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ...backends.core.errors import ConfigurationError, InvalidItemError, TruncatedAnswerError
 from ...backends.core.images import add_images

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
-from ...backends.budget.pricing import Price
+from ...backends.budget.price import Price
 from ...backends.core.errors import ConfigurationError, TruncatedAnswerError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, BudgetLimits
 from ...backends.core.terminal import count_nouns

@@ -484,6 +484,7 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
         if lost:
             logger.warning("%s", describe_lost_files(lost, journal))
         write_extents(folder.journal, journal.extents())
+        _save_snapshot(journal)
         logs = open_spend_logs(folder, get_run_ids(about))
         place = folder.read_place()
         return _RunFiles(
@@ -508,6 +509,14 @@ def _record_extents(folder: RunFolder, journal: Journal) -> None:
         write_extents(folder.journal, journal.extents())
     except JournalError as error:
         logger.warning("%s", error.message)  # only the notice of a missing file depends on it
+    _save_snapshot(journal)
+
+
+def _save_snapshot(journal: Journal) -> None:
+    try:
+        journal.save_snapshot()
+    except JournalError as error:
+        logger.warning("%s; the next session reads the whole journal", error.message)
 
 
 def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:

@@ -26,6 +26,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -498,13 +499,19 @@ def describe_session(folder: RunFolder) -> dict[str, Any]:
         "pid": os.getpid(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": dict(_read_versions()),
         "command": [
             "fanfold" if (name := Path(sys.argv[0]).name) == "__main__.py" else name,
             *mask_arguments(_strip_folder(sys.argv[1:], folder.path)),
         ],
         "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
     }
+
+
+@cache
+def _read_versions() -> Mapping[str, str]:
+    """Return the versions of the main packages; read once, for all levels of a pipeline."""
+    return {name: version(name) for name in _PACKAGES}
 
 
 def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...backends.batch.files import BatchFolder, describe_open_batches
 from ...backends.budget.cost import Cost
@@ -20,9 +20,11 @@ from ...backends.storage.run_folder import (
     read_aggregate_file,
     read_file_stamp,
 )
-from ...configs.models import BatchConfig
 from ...configs.raw_settings import get_at_path, read_settings
 from .next_steps import FINISHED
+
+if TYPE_CHECKING:
+    from ...configs.models import BatchConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class RunResult:
         budget: Spent amount and cap, by limit.
         cost: Cost of all sessions; None until this session has ended.
         open_batches: Messages about batches whose answers are not collected.
-        batch: Files in OpenAI's batch format, if the run writes them.
+        batch: Its files in OpenAI's batch format; None if the result is read from the folder.
     """
 
     exit_code: int
@@ -55,7 +57,7 @@ class RunResult:
     budget: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
     open_batches: tuple[str, ...] = ()
-    batch: BatchConfig = field(default_factory=BatchConfig)
+    batch: BatchConfig | None = None
 
 
 def read_finished_run(folder: RunFolder) -> RunResult | None:

@@ -19,7 +19,7 @@ from ...configs.models import RunConfig
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import ItemTimes
 from ..remote.coordinator import STOP_GRACE_S
-from .console import print_message
+from .rich_console import print_message
 
 T = TypeVar("T")
 

@@ -114,6 +114,10 @@ class Items(Protocol):
         """Return the items ``lo`` to ``hi`` (exclusive); blocks."""
         ...
 
+    def read_ids(self, lo: int, hi: int) -> list[str]:
+        """Return the ids of the items ``lo`` to ``hi`` (exclusive); blocks."""
+        ...
+
 
 async def cannot_count(_text: str) -> int | None:
     """Return None: there is no exact count."""

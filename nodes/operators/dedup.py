@@ -30,7 +30,7 @@ from .base import (
     StageResult,
     StageTools,
 )
-from .item_text import list_text_columns, read_items, render_item
+from .item_text import list_text_columns, read_ids, read_items, render_item
 
 MOST_VECTORS: Final = 50_000
 """Different texts up to which embeddings are compared; time grows with the square."""
@@ -292,8 +292,8 @@ class _Groups:
     def load(self) -> None:
         """Collect the ids of the items that are left out; blocks."""
         left_out = [n for n, stands in enumerate(self._stands) if n != stands]
-        items = read_items(self._tools, [self._texts.first[n] for n in left_out])
-        names = {n: item.id for n, item in zip(left_out, items, strict=True)}
+        ids = read_ids(self._tools, (self._texts.first[n] for n in left_out))
+        names = dict(zip(left_out, ids, strict=True))
         for number, stands in enumerate(self._stands):
             own = [names[number]] if number in names else []
             own += self._texts.copies.get(number, [])

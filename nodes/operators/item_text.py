@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import pairwise
-from typing import Final
+from typing import Final, TypeVar
 
 import orjson
 
@@ -14,6 +13,9 @@ from ...backends.core.types import Item
 from .base import StageTools
 
 _SLICE: Final = 256
+_GAP: Final = 32
+"""Distance of indices up to which one read is faster than two."""
+_T = TypeVar("_T")
 
 
 def list_text_columns(text: str | None) -> tuple[str, ...]:
@@ -34,13 +36,33 @@ def _parse_text(text: str) -> Template:
     return Template.parse(text, "reduce.text")
 
 
-def read_items(tools: StageTools, indices: Sequence[int]) -> Iterator[Item]:
-    """Yield items by rising indices, consecutive ones in reads of some hundred; blocks."""
-    for at in range(0, len(indices), _SLICE):
-        some = indices[at : at + _SLICE]
-        starts = [0, *(n for n, (a, b) in enumerate(pairwise(some), 1) if b != a + 1)]
-        for lo, hi in pairwise([*starts, len(some)]):
-            yield from tools.items.read(some[lo], some[hi - 1] + 1)
+def read_items(tools: StageTools, indices: Iterable[int]) -> Iterator[Item]:
+    """Yield the items at some indices, which mostly rise, in reads of some hundred; blocks."""
+    return _read(tools.items.read, indices)
+
+
+def read_ids(tools: StageTools, indices: Iterable[int]) -> Iterator[str]:
+    """Yield the ids of the items at some indices, as `read_items` does; blocks."""
+    return _read(tools.items.read_ids, indices)
+
+
+def _read(read: Callable[[int, int], list[_T]], indices: Iterable[int]) -> Iterator[_T]:
+    """Yield what ``read`` returns for each index; a read includes short gaps between them."""
+    for some in _group_near(indices):
+        lo, hi = some[0], some[-1] + 1
+        found = read(lo, hi)
+        yield from found if len(some) == len(found) else (found[at - lo] for at in some)
+
+
+def _group_near(indices: Iterable[int]) -> Iterator[list[int]]:
+    some = list[int]()
+    for index in indices:
+        if some and not (0 < index - some[-1] <= _GAP and index - some[0] < _SLICE):
+            yield some
+            some = []
+        some.append(index)
+    if some:
+        yield some
 
 
 def escape_braces(text: str) -> str:

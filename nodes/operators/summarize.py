@@ -7,7 +7,7 @@ import bisect
 import itertools
 import random
 import re
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -29,7 +29,7 @@ from .base import (
     StageResult,
     StageTools,
 )
-from .item_text import escape_braces, list_text_columns, read_items, render_item
+from .item_text import escape_braces, list_text_columns, read_ids, read_items, render_item
 from .parts import PART, PARTS, PARTS_SCHEMA, describe_parts, is_part, read_part
 
 SHOWN_IDS: Final = 5
@@ -161,11 +161,6 @@ class _Group:
     members: Sequence[Any]
     piece: tuple[int, int] | None = None
 
-    @property
-    def is_leaf(self) -> bool:
-        """Return True if it is about items."""
-        return not isinstance(self.members[0], _Node)
-
     def cut(self, text: str) -> list[_Group | _Node]:
         """Return questions about shorter parts of its only item's text; none if it is short.
 
@@ -194,9 +189,14 @@ class _Group:
         ]
 
     @property
+    def is_merge(self) -> bool:
+        """Return True if it is about summaries."""
+        return isinstance(self.members[0], _Node)
+
+    @property
     def can_split(self) -> bool:
         """Return True if one of its halves is a shorter question."""
-        return len(self.members) > (1 if self.is_leaf else _LEAST)
+        return len(self.members) > (_LEAST if self.is_merge else 1)
 
 
 @dataclass(frozen=True)
@@ -482,6 +482,20 @@ class Summarize(Operator):
         return StageResult(node.group, output, row)
 
 
+class _Leaf:
+    """A leaf that is still open: its items and their estimated tokens."""
+
+    __slots__ = ("items", "tokens", "used")
+
+    def __init__(self) -> None:
+        self.items, self.tokens, self.used = list[int](), list[int](), 0
+
+    def add(self, index: int, tokens: int) -> None:
+        self.items.append(index)
+        self.tokens.append(tokens)
+        self.used += tokens
+
+
 class _Packer:
     """Packs items into leaves that fit, in the order in which they are added.
 
@@ -493,7 +507,7 @@ class _Packer:
     def __init__(self, summarize: Summarize, tools: StageTools, most: int) -> None:
         self._summarize, self._tools, self._most = summarize, tools, most
         self._listed = _most_labels(tools.answer_tokens)
-        self._open = dict[str, list[tuple[int, int]]]()
+        self._open = dict[str, _Leaf]()
         self._closed = dict[str, list[list[int]]]()
         self._ratio: float | None = None
         self._raw = 0.0
@@ -501,44 +515,46 @@ class _Packer:
 
     async def add(self, group: str, index: int, tokens: int) -> None:
         """Add an item with its estimated tokens."""
-        leaf = self._open.setdefault(group, [])
-        self._closed.setdefault(group, [])
-        used = sum(one for _, one in leaf) + tokens
-        is_full = used * (self._ratio or 1.0) > self._most or len(leaf) >= self._listed
-        if leaf and is_full:
+        leaf = self._open.get(group)
+        if leaf is None:
+            leaf = self._open[group] = _Leaf()
+            self._closed[group] = []
+        used = (leaf.used + tokens) * (self._ratio or 1.0)
+        if leaf.items and (used > self._most or len(leaf.items) >= self._listed):
             leaf = await self._close(group)
-        leaf.append((index, tokens))
+        leaf.add(index, tokens)
 
     async def end(self) -> dict[str, list[list[int]]]:
         """Return the indices of the items of each leaf, by group."""
         for group in self._open:
-            while self._open[group]:
+            while self._open[group].items:
                 await self._close(group)
         return self._closed
 
-    async def _close(self, group: str) -> list[tuple[int, int]]:
+    async def _close(self, group: str) -> _Leaf:
         """Close the leaf of a group; return the next one, which has what did not fit."""
-        leaf, kept = self._open[group], len(self._open[group])
-        estimate = sum(tokens for _, tokens in leaf)
-        if self._ratio is None or (estimate > self._most and not self._skip):
+        leaf = self._open[group]
+        kept = len(leaf.items)
+        if self._ratio is None or (leaf.used > self._most and not self._skip):
             kept = await self._count_fitting(leaf)
         else:
             self._skip = max(0, self._skip - 1)
-        self._closed[group].append([index for index, _ in leaf[:kept]])
-        self._open[group] = leaf[kept:]
-        return self._open[group]
+        self._closed[group].append(leaf.items[:kept])
+        left = self._open[group] = _Leaf()
+        for index, tokens in zip(leaf.items[kept:], leaf.tokens[kept:], strict=True):
+            left.add(index, tokens)
+        return left
 
-    async def _count_fitting(self, leaf: Sequence[tuple[int, int]]) -> int:
+    async def _count_fitting(self, leaf: _Leaf) -> int:
         """Return how many items from the beginning fit by the tokenizer, at least one."""
-        indices = [index for index, _ in leaf]
-        items = await asyncio.to_thread(lambda: list(read_items(self._tools, indices)))
-        texts, kept = [self._summarize.render(item) for item in items], len(leaf)
+        items = await asyncio.to_thread(lambda: list(read_items(self._tools, leaf.items)))
+        texts, kept = [self._summarize.render(item) for item in items], len(items)
         while True:
             exact = await self._tools.count_exact("\n\n".join(texts[:kept]))
             if exact is None:
                 self._ratio = self._ratio or 1.0
                 break
-            self._learn(exact / max(1, sum(tokens for _, tokens in leaf[:kept])))
+            self._learn(exact / max(1, sum(leaf.tokens[:kept])))
             if exact <= self._most or kept == 1:
                 break
             kept = max(1, min(kept - 1, int(kept * self._most / exact)))
@@ -570,57 +586,67 @@ class _Tree:
         """Return the summary of each group, in order; a group that is too long gives several."""
         task, name, rounds = self._summarize.make_task(template), level, 0
         while asked := [one for one in parts if isinstance(one, _Group)]:
-            answers = await self._tools.ask(name, task, map(self._make_question, asked))
+            answers = await self._tools.ask(name, task, self._iter_questions(asked))
             parts = await asyncio.to_thread(self._replace, parts, answers)
             self.levels, rounds = self.levels + 1, rounds + 1
             name = f"{level}, split {rounds}"
         return [one for one in parts if isinstance(one, _Node)]
 
-    def _make_question(self, group: _Group) -> Question:
-        if not group.is_leaf:
-            statements = (one for node in group.members for one in node.statements)
-            texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
-        else:
-            items = read_items(self._tools, group.members)
-            texts = [
-                self._summarize.render(item, at, group.piece)
-                for at, item in enumerate(items, start=1)
-            ]
-        return Question(group.id, {"texts": "\n\n".join(texts)})
+    def _iter_questions(self, groups: Sequence[_Group]) -> Iterator[Question]:
+        items = read_items(self._tools, _iter_members(groups))
+        for group in groups:
+            if group.is_merge:
+                statements = (one for node in group.members for one in node.statements)
+                texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
+            else:
+                some = itertools.islice(items, len(group.members))
+                texts = [
+                    self._summarize.render(item, at, group.piece)
+                    for at, item in enumerate(some, start=1)
+                ]
+            yield Question(group.id, {"texts": "\n\n".join(texts)})
 
     def _replace(
         self, parts: Sequence[_Group | _Node], answers: Sequence[Answer]
     ) -> list[_Group | _Node]:
         """Return the parts with summaries, or halves, in place of the groups."""
         found, next_answer = list[_Group | _Node](), iter(answers)
+        names = read_ids(self._tools, _iter_members(parts))
         for part in parts:
             if isinstance(part, _Node):
                 found.append(part)
                 continue
             answer = next(next_answer)
+            own = [] if part.is_merge else list(itertools.islice(names, len(part.members)))
             halves = list[_Group | _Node]()
             if answer.error_class == PromptTooLongError.__name__:
                 halves = part.split() if part.can_split else self._cut(part)
             if halves:
                 self.splits += 1
                 found += halves
-            elif not part.is_leaf:
+            elif part.is_merge:
                 found.append(_merge(part.members, answer))
             else:
-                items = read_items(self._tools, part.members)
-                ids = {_label(at): (one.id,) for at, one in enumerate(items, start=1)}
+                ids = {_label(at): (one,) for at, one in enumerate(own, start=1)}
                 found.append(_make_node(part.group, answer, ids))
         return found
 
     def _cut(self, part: _Group) -> list[_Group | _Node]:
         """Return questions about parts of the only item of a leaf; none of two summaries."""
-        if not part.is_leaf:
+        if part.is_merge:
             return []
         (item,) = read_items(self._tools, part.members)
         halves = part.cut(render_item(item, self._summarize.text))
         if halves:
             self.cut.update(part.members)
         return halves
+
+
+def _iter_members(parts: Iterable[_Group | _Node]) -> Iterator[int]:
+    """Yield the indices of the items of all leaves, in order."""
+    for part in parts:
+        if isinstance(part, _Group) and not part.is_merge:
+            yield from part.members
 
 
 def _join(nodes: Sequence[_Node]) -> _Node:
@@ -667,7 +693,7 @@ def _label(number: int) -> str:
 
 def _show(label: str, text: str) -> str:
     """Return a text after its label; labels inside the text get round brackets."""
-    return f"[{label}] " + _LABEL.sub(r"(\1)", text)
+    return f"[{label}] " + (_LABEL.sub(r"(\1)", text) if "[" in text else text)
 
 
 def _most_labels(answer_tokens: int) -> int:

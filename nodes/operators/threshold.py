@@ -17,8 +17,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 AskLarge = Callable[[Sequence[int]], Awaitable[Sequence[bool | None]]]
@@ -31,6 +32,8 @@ _TRUNCATION: Final = 0.75
 """Largest share of the wealth that one bet may lose; 3/4 as in the paper's experiments."""
 _LEAST_LABELS: Final = 50
 """Labels of a step before its mean may end the search."""
+_LEAST_ROUND: Final = 32
+"""Labels to which a round is filled with those that later steps need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class BettingTest:
             delta: Probability of a wrong "reached".
         """
         self._total = total
-        self._bound = bound
+        self.bound = bound
         self._log_goal = math.log(1 / delta)
         self._log_wealth = 0.0
         self.seen = 0
@@ -86,7 +89,7 @@ class BettingTest:
     def add(self, value: bool) -> None:
         """Bet on the next value."""
         # The mean of the values that are left if the mean of all is just the bound.
-        left = (self._total * self._bound - self._sum) / (self._total - self.seen)
+        left = (self._total * self.bound - self._sum) / (self._total - self.seen)
         if left <= 0:
             self.reached = True
         elif not self.reached:
@@ -101,7 +104,7 @@ class BettingTest:
         self._sum += value
         mean = (0.5 + self._sum) / (self.seen + 1)
         self._squares += (value - mean) ** 2
-        if self.seen == self._total and self._sum >= self._total * self._bound - 1e-9:
+        if self.seen == self._total and self._sum >= self._total * self.bound - 1e-9:
             self.reached = True
 
     @property
@@ -140,19 +143,21 @@ async def allocate(  # noqa: PLR0913  (the settings of one cascade)
     turn = {item: place for place, item in enumerate(order)}
     answered = [item for item in range(count) if certainties[item] > -math.inf]
     answered.sort(key=lambda item: (-certainties[item], turn[item]))
-    agrees: dict[int, bool] = {}
-    accepted = tried = 0
-    for end in sorted({max(1, round(len(answered) * n / steps)) for n in range(1, steps + 1)}):
-        if end > len(answered):
-            break
-        tried += 1
+    ends = sorted({max(1, round(len(answered) * n / steps)) for n in range(1, steps + 1)})
+    tests = [
         # Items of the large model agree; the small model's may miss the target by as much.
-        bound = 1 - (1 - target) * count / end
-        if not await _reaches(
-            answered[:end], bound, delta, agrees, turn, ask_large, round_size, end - accepted
-        ):
+        _Step(end, end - before, BettingTest(end, 1 - (1 - target) * count / end, delta))
+        for before, end in pairwise([0, *ends])
+        if end <= len(answered)
+    ]
+    sample = _Sample(answered, turn, ask_large, round_size)
+    accepted = tried = 0
+    for number, step in enumerate(tests):
+        tried += 1
+        if not await sample.reaches(step, tests[number + 1 :]):
             break
-        accepted = end
+        accepted = step.end
+    agrees = sample.agrees
     small = [item for item in answered[:accepted] if item not in agrees]
     kept = set(small)
     return Allocation(
@@ -167,55 +172,91 @@ async def allocate(  # noqa: PLR0913  (the settings of one cascade)
     )
 
 
-async def _reaches(  # noqa: PLR0913, PLR0917
-    items: Sequence[int],
-    bound: float,
-    delta: float,
-    agrees: dict[int, bool],
-    turn: dict[int, int],
-    ask_large: AskLarge,
-    round_size: int,
-    gain: int,
-) -> bool:
-    """Return True if the agreement of the items is shown to reach the bound.
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One threshold.
 
-    The items are sampled in the order of ``turn``, which is a uniform order of any set of them; so
-    labels of earlier steps serve again. More labels than the step can gain are not asked for.
-    A round has no more labels than the test needs if all of them agree.
+    Attributes:
+        end: Number of items whose certainty reaches it.
+        gain: Items that the step before has not.
+        test: Tests whether their agreement reaches the bound; nothing has been added.
     """
-    if bound <= 0:
-        return True
-    test = BettingTest(len(items), bound, delta)
-    queue = sorted(items, key=turn.__getitem__)
-    spent = 0
-    while not test.reached:
-        waiting = queue[test.seen :]
-        ready = next((n for n, item in enumerate(waiting) if item not in agrees), len(waiting))
-        if ready == 0:
-            if not waiting or (test.seen >= _LEAST_LABELS and test.mean < bound) or spent >= gain:
+
+    end: int
+    gain: int
+    test: BettingTest
+
+
+class _Sample:
+    """The labels of a sample, in one uniform order of all items.
+
+    The order is uniform for each set of the items, so that labels of one step serve all others.
+
+    Attributes:
+        agrees: Whether the answers about an item agree, by item.
+    """
+
+    def __init__(
+        self,
+        answered: Sequence[int],
+        turn: Mapping[int, int],
+        ask_large: AskLarge,
+        round_size: int,
+    ) -> None:
+        self.agrees = dict[int, bool]()
+        self._ask_large, self._round_size = ask_large, round_size
+        self._place = {item: place for place, item in enumerate(answered)}
+        self._queue = sorted(answered, key=turn.__getitem__)
+
+    async def reaches(self, step: _Step, later: Sequence[_Step]) -> bool:
+        """Return True if the agreement of a step's items is shown to reach its bound.
+
+        More labels than the step can gain are not asked for. A round has no more labels than the
+        test needs if all of them agree. A short round also has those that later steps need then:
+        each round waits for its slowest answer, and if such a step is not reached, the large model
+        answers its items anyway.
+        """
+        test, spent = copy.copy(step.test), 0
+        waiting = self._list_items(step)
+        item = next(waiting, None)
+        while not test.reached:
+            if item is not None and item in self.agrees:
+                test.add(self.agrees[item])
+                item = next(waiting, None)
+                continue
+            if item is None or _is_hopeless(test) or spent >= step.gain:
                 return False
-            asked = _list_needed(test, waiting, agrees)[: min(round_size, max(gain - spent, 1))]
-            answers = await ask_large(asked)
-            for item, answer in zip(asked, answers, strict=True):
-                agrees[item] = bool(answer)
-            spent += len(asked)
-            continue
-        for item in waiting[:ready]:
-            test.add(agrees[item])
-            if test.reached:
-                return True
-    return True
+            needed = self._list_needed(step, min(self._round_size, step.gain - spent))
+            spent += len(needed)
+            await self._ask(needed, later)
+        return True
+
+    async def _ask(self, needed: Collection[int], later: Sequence[_Step]) -> None:
+        """Ask for the labels that a step needs, and for some that later steps would need."""
+        most = min(self._round_size, _LEAST_ROUND)
+        asked = dict.fromkeys(needed)
+        for step in later:
+            if len(asked) >= most:
+                break
+            asked |= dict.fromkeys(self._list_needed(step, min(most, step.gain)))
+        items = list(asked)[: max(len(needed), most)]
+        answers = await self._ask_large(items)
+        self.agrees |= {item: bool(one) for item, one in zip(items, answers, strict=True)}
+
+    def _list_items(self, step: _Step) -> Iterator[int]:
+        return (item for item in self._queue if self._place[item] < step.end)
+
+    def _list_needed(self, step: _Step, most: int) -> list[int]:
+        """Return the items without a label that a step needs if all of them agree."""
+        bold, needed = copy.copy(step.test), list[int]()
+        for item in self._list_items(step):
+            if bold.reached or len(needed) >= most:
+                break
+            bold.add(self.agrees.get(item, True))
+            if item not in self.agrees:
+                needed.append(item)
+        return needed
 
 
-def _list_needed(
-    test: BettingTest, waiting: Sequence[int], agrees: Mapping[int, bool]
-) -> list[int]:
-    """Return the items without a label that the test needs if all of them agree."""
-    bold, needed = copy.copy(test), list[int]()
-    for item in waiting:
-        if bold.reached:
-            break
-        bold.add(agrees.get(item, True))
-        if item not in agrees:
-            needed.append(item)
-    return needed
+def _is_hopeless(test: BettingTest) -> bool:
+    return test.seen >= _LEAST_LABELS and test.mean < test.bound

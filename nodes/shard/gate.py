@@ -6,7 +6,6 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
@@ -87,7 +86,8 @@ class Gate:
     ) -> None:
         self._streams = streams
         self.drain_s, self.unit, self.left = drain_s, what, left
-        self._waiting = deque[asyncio.Future[bool]]()
+        self._waiting = list[tuple[int, int, asyncio.Future[bool]]]()
+        self._count = itertools.count()
         self._over, self._closing = asyncio.Event(), asyncio.Event()
         self._over.set()
         self._deadline = 0.0
@@ -105,8 +105,12 @@ class Gate:
         """Return True if no further item may begin."""
         return self.reason is not None
 
-    async def acquire(self) -> bool:
-        """Wait for a slot, first come, first served.
+    async def acquire(self, turn: int = 0) -> bool:
+        """Wait for a slot.
+
+        Args:
+            turn: Tasks with a lower number go first, those with the same one as they come. A shard
+                that ends early is in the checkpoint; of many half done, none would be.
 
         Returns:
             True if a slot was taken; False if the gate is closed.
@@ -119,7 +123,7 @@ class Gate:
             self._over.clear()
             return True
         slot: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append(slot)
+        heapq.heappush(self._waiting, (turn, next(self._count), slot))
         try:
             granted = await slot
         except asyncio.CancelledError:
@@ -132,9 +136,9 @@ class Gate:
         return granted
 
     def release(self) -> None:
-        """Free a slot, or give it to the task that has waited longest."""
+        """Free a slot, or give it to the waiting task whose turn it is."""
         while self._waiting:
-            slot = self._waiting.popleft()
+            slot = heapq.heappop(self._waiting)[2]
             if not slot.done():
                 slot.set_result(True)
                 self.started_at = time.monotonic()
@@ -156,10 +160,10 @@ class Gate:
         self.reason, self.error = reason, error
         self._deadline = time.monotonic() + self.drain_s + early_s
         self._closing.set()
-        while self._waiting:
-            slot = self._waiting.popleft()
+        for *_, slot in self._waiting:
             if not slot.done():
                 slot.set_result(False)
+        self._waiting.clear()
 
     @contextmanager
     def poll_stop(self, stop_reason: Callable[[], str | None]) -> Iterator[None]:

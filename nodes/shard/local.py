@@ -180,6 +180,7 @@ class _ShardRunner:
         self._shard, self._tools, self._stop_reason = shard, tools, stop_reason
         self._recorder = RecordBuilder(tools)
         self._tasks = dict[asyncio.Task[None], CallLog]()
+        self._finished = list[tuple[int, int]]()  # ranges to fold in once all others have begun
 
     async def watch_gate(self) -> None:
         """Close the gate when the run must stop, and cancel items that then take too long."""
@@ -214,6 +215,7 @@ class _ShardRunner:
         context.run(DETACH_TASKS.set, True)
         async with AsyncExitStack() as stack:
             await self._start_slices(group, context, gate, stack)
+        await self._fold_finished()
 
     async def _start_slices(
         self, group: asyncio.TaskGroup, context: Context, gate: Gate, stack: AsyncExitStack
@@ -225,8 +227,8 @@ class _ShardRunner:
         while hi < self._shard.hi:
             if gate.is_closed:
                 return
-            lo = await self._fold_finished(hi)
-            if lo == self._shard.hi or gate.is_closed:
+            lo = self._skip_finished(hi)
+            if lo == self._shard.hi:
                 return
             hi = min(lo + step, self._shard.hi)
             for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
@@ -245,8 +247,8 @@ class _ShardRunner:
                 self._tasks[task] = calls
                 task.add_done_callback(self._on_item_done)
 
-    async def _fold_finished(self, lo: int) -> int:
-        """Fold in the items from ``lo`` on that have ended; return the first that was not."""
+    def _skip_finished(self, lo: int) -> int:
+        """Leave out the items from ``lo`` on that have ended; return the first that was not."""
         tools = self._tools
         if tools.order is not None:  # those that have ended are anywhere in the input
             return lo
@@ -255,20 +257,27 @@ class _ShardRunner:
         end -= (end - self._shard.lo) % samples  # the samples of a row stay together
         if end - lo < _SLICE and end < self._shard.hi:
             return lo
-        try:
+        self._finished.append((lo, end))
+        return end
+
+    async def _fold_finished(self) -> None:
+        """Fold in the items that were left out, while others are in flight."""
+        tools = self._tools
+        for lo, hi in self._finished:
             async with tools.folding:
                 if tools.gate.is_closed:
-                    return lo
-                part = await asyncio.to_thread(fold_range, tools, lo, end)
+                    return
+                try:
+                    part = await asyncio.to_thread(fold_range, tools, lo, hi)
+                except ConfigurationError as error:  # a histogram has too many different values
+                    tools.gate.close(error.message, error)
+                    return
             self.part.merge(part.tally, part.state())
-        except ConfigurationError as error:  # a histogram has too many different values
-            tools.gate.close(error.message, error)
-        return end
 
     async def _acquire_slot(self) -> bool:
         """Wait for a slot; most shards wait here when the run must stop."""
         gate = self._tools.gate
-        if not await gate.acquire():
+        if not await gate.acquire(self._shard.lo):
             return False
         self._check_stop()
         if gate.is_closed:

@@ -2,8 +2,8 @@
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``ranking``, ``resume``, ``budget`` and
-``limits`` take minutes and run only when they are named.
+``storm``, ``streams``, ``shards``, ``stages``, ``start``, ``ranking``, ``resume``, ``resume_runs``,
+``budget`` and ``limits`` take minutes and run only when they are named.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from . import (
     parts,
     ranking,
     resume,
+    resume_runs,
     reuse,
     shards,
     stages,
@@ -33,6 +34,7 @@ NAMES = (
     "parts",
     "ranking",
     "resume",
+    "resume_runs",
     "reuse",
     "shards",
     "stages",
@@ -69,6 +71,8 @@ def main() -> None:  # noqa: PLR0912 - a branch for each measurement
         ranking.measure(given.seeds)
     if "resume" in names:
         resume.measure(200_000)
+    if "resume_runs" in names:
+        resume_runs.measure(max(given.items))
     if "reuse" in names:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "shards" in names:

@@ -13,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-import typer.main
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
@@ -179,8 +178,7 @@ def _show_option(option: Mapping[str, Any]) -> str:
 
 def write_commands() -> str:
     """Return the page with all commands."""
-    root = typer.main.get_command(app)
-    return "".join(_iter_page(root))
+    return "".join(_iter_page(app))
 
 
 def _iter_page(root: Any) -> Iterator[str]:
@@ -235,8 +233,12 @@ def _parameters(command: Any) -> Iterator[str]:
         more = ""
         if isinstance(default, str | int | Path) and not isinstance(default, bool):
             more = f" (default: {default})"
-        cells = (f"`{name}`", f"{one.help or ''}{more}")
+        cells = (f"`{name}`", f"{_describe(one)}{more}")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _describe(parameter: Any) -> str:
+    return str(parameter.about if _is_argument(parameter) else parameter.help)
 
 
 WITH_METHODS: Final = frozenset({"MapReduceAgent", "ResultTable", "RunResults"})

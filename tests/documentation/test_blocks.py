@@ -12,7 +12,6 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-import typer.main
 import yaml
 
 from fanfold.configs.json_schema import make_schema
@@ -62,7 +61,7 @@ def mark(page: str) -> Any:
 
 def parse(command: Command) -> None:
     """Parse a command line of fanfold; an unknown command or option raises."""
-    group: Any = typer.main.get_command(app)
+    group: Any = app
     words = command.words[1:]
     while hasattr(group, "commands"):
         group = group.commands[words.pop(0)]

@@ -240,6 +240,7 @@ def add_command(copy: Copy) -> None:
     kind = "a command"
     copy.add(kind, "graphs/cli/toy.py", "def say(name):\n    print(f'toy {name}')\n")
     command = """@app.command()
+@argument("name", "NAME", "A toy.", type=str)
 def toy(name: str) -> None:
     from .toy import say
 
@@ -247,7 +248,7 @@ def toy(name: str) -> None:
 
 
 """
-    copy.add(kind, "graphs/cli/app.py", command, at="@app.command()\ndef simulate(")
+    copy.add(kind, "graphs/cli/app.py", command, at='@app.command()\n@number_option("--nodes"')
 
 
 def test_each_step_list_is_enough(copy: Copy) -> None:

@@ -24,6 +24,9 @@ READERS = [
     ["resume", "r"],
     ["cancel", "r"],
 ]
+PLAIN = [["--help"], ["presets", "list"], ["cancel", "r"]]
+"""Commands that print plain lines."""
+
 CHECKERS = [
     ["check", "c.yaml"],
     ["endpoints", "c.yaml"],
@@ -53,7 +56,8 @@ def run_commands(commands: list[list[str]], packages: set[str]) -> str:
 
 def test_commands_import_only_what_they_need(shell: Shell) -> None:
     assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
-    heavy = ENGINES | {"pyarrow", "aiohttp", "numpy", "tiktoken"}
+    assert run_commands(PLAIN, ENGINES | {"pydantic", "rich"}).splitlines()[-1] == "[]"
+    heavy = ENGINES | {"pyarrow", "aiohttp", "numpy", "tiktoken", "pydantic"}
     *said, found = run_commands(READERS, heavy).splitlines()
     assert found == "[]"
     assert any("map-reduce" in line.casefold() for line in said)

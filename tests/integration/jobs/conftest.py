@@ -18,7 +18,7 @@ import fanfold
 from fanfold.backends.cluster.chain import JobChain, chain_file
 from fanfold.backends.simulated.process import MODULE
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.resolve import Overrides
+from fanfold.configs.overrides import Overrides
 from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
 
 from .slurm import PrivateSlurm, private_slurm

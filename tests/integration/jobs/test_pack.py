@@ -14,9 +14,9 @@ from fanfold.backends.cluster.environment import pack_environment
 from fanfold.backends.core.errors import ConfigurationError
 
 NEEDED = {  # of what is run below; all packages would take a minute
-    *("fanfold", "typer", "typer-slim", "click", "rich", "pygments", "markdown-it-py", "mdurl"),
-    *("shellingham", "orjson", "pydantic", "pydantic-core", "annotated-types", "pyyaml"),
-    *("typing-extensions", "typing-inspection", "jsonschema-rs", "annotated-doc", "colorama"),
+    *("fanfold", "click", "rich", "pygments", "markdown-it-py", "mdurl"),
+    *("orjson", "pydantic", "pydantic-core", "annotated-types", "pyyaml"),
+    *("typing-extensions", "typing-inspection", "jsonschema-rs", "colorama"),
 }
 
 

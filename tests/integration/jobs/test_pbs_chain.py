@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.cluster.schedulers import Pbs
-from fanfold.configs.resolve import Overrides
+from fanfold.configs.overrides import Overrides
 from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
 from fanfold.graphs.jobs.usage import job_report
 

@@ -11,7 +11,7 @@ import pytest
 from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.resolve import Overrides
+from fanfold.configs.overrides import Overrides
 from fanfold.graphs.jobs.chain import cancel_jobs
 from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
 from fanfold.graphs.jobs.usage import job_report

@@ -63,6 +63,16 @@ async def test_results_are_those_of_a_local_run(lab_of: LabMaker, shared: bool) 
         assert_timeline(lab.out)
 
 
+async def test_launched_workers_report_their_timeline(lab_of: LabMaker) -> None:
+    async with lab_of(items=150, ttft_s=0.0) as lab:
+        lab.config["limits"]["hedge"] = False
+        aggregate = await lab.undisturbed()
+        lab.config["backend"] = {"kind": "launched", "workers": 2}
+        assert (await lab.live(await lab.begin())).exit_code == 0
+        lab.assert_whole(aggregate, again=0)
+        assert_timeline(lab.out)
+
+
 async def test_orders_and_summaries_of_bounded_size(
     lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

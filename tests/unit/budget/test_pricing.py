@@ -6,12 +6,11 @@ from typing import Any
 import orjson
 import pytest
 
+from fanfold.backends.budget.price import Price, read_price
 from fanfold.backends.budget.pricing import (
-    Price,
     explain_no_price,
     find_model_price,
     find_token_prices,
-    read_price,
 )
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.money import TokenPrices

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.resolve import Overrides
+from fanfold.configs.overrides import Overrides
 from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
 
 SETTINGS: dict[str, Any] = {

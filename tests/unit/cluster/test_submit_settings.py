@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fanfold.configs.models import RunConfig
-from fanfold.configs.resolve import Overrides
+from fanfold.configs.overrides import Overrides
 from fanfold.configs.site import load_site
 from fanfold.graphs.jobs.submit import SubmitOptions, _make_job_plan, _resolve_settings, _scripts
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.budget.pricing import Price
+from fanfold.backends.budget.price import Price
 from fanfold.backends.core.money import BudgetLimits
 from fanfold.graphs.cli.format import (
     budget_lines,

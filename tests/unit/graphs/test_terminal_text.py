@@ -16,15 +16,14 @@ from rich.text import Text
 from fanfold.backends.core.terminal import CONTROLS, escape_controls, escape_json
 from fanfold.graphs.cli.format import format_cell, show_aggregate
 from fanfold.graphs.run.console import (
-    Terminal,
     open_data_stream,
     print_json,
-    print_line,
     print_lines,
     print_messages,
     print_traceback,
     setup_logging,
 )
+from fanfold.graphs.run.rich_console import Terminal, print_line
 
 EVIL = [
     "\x1b[2J\x1b]0;title\x07",

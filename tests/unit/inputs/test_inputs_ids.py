@@ -108,6 +108,8 @@ def test_each_sample_has_an_id(tmp_path: Path) -> None:
     with ItemStore(target) as store:
         ids = ["a", "a~2", "a~3", "b", "b~2", "b~3"]
         assert list(store.iter_ids()) == ids
+        ranges = [(lo, hi) for lo in range(7) for hi in range(lo, 7)]
+        assert [store.read_ids(*one) for one in ranges] == [ids[lo:hi] for lo, hi in ranges]
         items = store.read(1, 5)
         assert [(item.id, item.index, item.sample) for item in items] == [
             ("a~2", 1, 1),

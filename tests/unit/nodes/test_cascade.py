@@ -49,6 +49,9 @@ class Rows:
     def read(self, lo: int, hi: int) -> list[Item]:
         return self.items[lo:hi]
 
+    def read_ids(self, lo: int, hi: int) -> list[str]:
+        return [one.id for one in self.items[lo:hi]]
+
 
 class Models:
     """A large model that knows the truth, and a small one that is right as often as it is sure."""

@@ -110,6 +110,19 @@ async def test_places_go_to_who_waits_longest() -> None:
     assert order == list(range(20))
 
 
+async def test_places_go_to_the_lowest_turn() -> None:
+    gate, order = Gate(1, 60.0), list[int]()
+
+    async def user(turn: int) -> None:
+        assert await gate.acquire(turn)
+        order.append(turn)
+        await asyncio.sleep(0)
+        gate.release()
+
+    await asyncio.gather(*(user(turn) for turn in (9, 4, 7, 4, 0, 2)))
+    assert order == [9, 0, 2, 4, 4, 7]  # the first one found the gate free
+
+
 async def test_a_place_handed_over_counts_until_the_gate_is_closed() -> None:
     """Closed between the handing over and the waking up: nobody begins, and nobody is missed."""
     gate = Gate(1, 60.0)

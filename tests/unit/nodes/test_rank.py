@@ -36,6 +36,9 @@ class Rows:
     def read(self, lo: int, hi: int) -> list[Item]:
         return self.items[lo:hi]
 
+    def read_ids(self, lo: int, hi: int) -> list[str]:
+        return [one.id for one in self.items[lo:hi]]
+
 
 class Model:
     """Orders texts by the value that they state; one that says "rank me first" wins."""

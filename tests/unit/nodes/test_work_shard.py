@@ -147,6 +147,27 @@ async def test_finished_items_are_folded_not_asked(tmp_path: Path) -> None:
     assert third.asked == []
 
 
+async def test_open_items_begin_before_finished_ones_are_folded(tmp_path: Path) -> None:
+    first = Bench(tmp_path, answer)
+    async with first.open() as tools:
+        await first.work(tools, 0, 130)
+    last_began = asyncio.Event()
+
+    async def act(item: Item) -> ItemState:
+        if item.index == TOTAL - 1:
+            last_began.set()
+        return await answer(item)
+
+    second = Bench(tmp_path, act)
+    async with second.open() as tools:
+        async with tools.folding:  # as another shard that folds has it
+            working = asyncio.create_task(second.work(tools))
+            await last_began.wait()
+        part = await working
+        assert part is not None
+        assert part.to_update()["tally"] == {"done": TOTAL, "failed": 0}
+
+
 async def test_what_is_returned_is_on_disk(tmp_path: Path) -> None:
     bench = Bench(tmp_path, answer)
     async with bench.open() as tools:
