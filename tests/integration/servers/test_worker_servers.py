@@ -204,6 +204,27 @@ async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> N
     await until(lambda: not is_served(node.files))
 
 
+@pytest.mark.parametrize("change", ["model", "command"])
+async def test_what_was_given_up_does_not_stop_servers_of_another_kind(
+    node: Node, change: str
+) -> None:
+    """The next stage with another model, or a session with a corrected command, starts its own."""
+    node.modes = ("fail",)
+    failed = node.plan(model="first")
+    with pytest.raises(RunStoppedError, match="no memory left"):
+        async with use_servers(failed):
+            raise AssertionError
+    node.modes = ()
+    good = node.plan(model="second" if change == "model" else "first")
+    async with use_servers(good):
+        assert node.listed()
+    await until(lambda: not is_served(node.files))
+    with pytest.raises(RunStoppedError, match="no memory left"):  # it has not been corrected
+        async with use_servers(failed):
+            raise AssertionError
+    await until(lambda: not is_served(node.files))
+
+
 async def test_a_keeper_that_is_killed_is_followed_by_another(node: Node) -> None:
     plan = node.plan(linger_s=0.3)
     async with use_servers(plan):
