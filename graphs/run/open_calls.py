@@ -13,7 +13,6 @@ from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import JournalError
 from ...backends.core.money import Amount, TokenPrices
 from ...backends.core.protocols import CallLog
-from ...backends.core.types import Json
 from ...backends.fleet.request import max_usage
 from .node_time import LineWriter, WriteLine
 

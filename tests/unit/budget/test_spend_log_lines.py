@@ -57,8 +57,8 @@ async def test_a_line_follows_the_one_whose_caller_was_cancelled(
 ) -> None:
     logs = SpendLogs(tmp_path / "budget", RUN)
     async with open_time_log(None, logs, 1) as write:
-        first = asyncio.create_task(write({"open": {"requests": 1}}))
-        await asyncio.to_thread(lambda: slow_files[0].has_begun.wait())
+        first = asyncio.ensure_future(write({"open": {"requests": 1}}))
+        await asyncio.to_thread(slow_files[0].has_begun.wait)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -75,7 +75,7 @@ async def test_the_last_line_of_a_worker_has_its_open_calls(
     async with record_worker_calls(calls, NO_PRICES, logs, 1, "node:7"):
         while not slow_files:  # noqa: ASYNC110 - the file is created in another thread
             await asyncio.sleep(0.001)
-        await asyncio.to_thread(lambda: slow_files[0].has_begun.wait())
+        await asyncio.to_thread(slow_files[0].has_begun.wait)
         calls[1].requests = 5
     assert logs.read_sessions()[1].open_calls == Amount(requests=5)
 
