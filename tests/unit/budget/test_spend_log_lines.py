@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from fanfold.backends.budget import spend_log
-from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.budget.cost import read_cost
+from fanfold.backends.budget.spend_log import SpendLogs, open_spend_logs
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.core.money import NO_PRICES, Amount
+from fanfold.backends.core.money import NO_PRICES, Amount, NodeTime
 from fanfold.backends.core.protocols import CallLog
+from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.graphs.run.node_time import open_time_log
 from fanfold.graphs.run.open_calls import record_worker_calls
 
@@ -99,3 +101,20 @@ def test_lines_go_on_where_the_disk_was_full(tmp_path: Path) -> None:
     log.write({"open": {"requests": 3}}, sync=True)
     log.close()
     assert logs.read_sessions()[1].open_calls == Amount(requests=3)
+
+
+def test_a_reader_of_a_running_session_takes_what_has_arrived(tmp_path: Path) -> None:
+    """A network file system shows zeros first; without a session they are damage."""
+    folder = RunFolder(tmp_path)
+    folder.journal.mkdir(parents=True)
+    log = open_spend_logs(folder, RUN).create(open_spend_logs(folder, RUN).session_path(1))
+    log.write({"held": {"node_ms": 5}}, sync=True)
+    log.close()
+    with open_spend_logs(folder, RUN).session_path(1).open("ab") as file:
+        file.write(bytes(40))
+    with folder.lock():
+        assert read_cost(folder, RUN, {}).node_time == NodeTime(node_ms=5)
+    with pytest.raises(JournalError, match="40 NUL bytes"):
+        read_cost(folder, RUN, {})
+    with folder.lock(), pytest.raises(JournalError, match="40 NUL bytes"):
+        open_spend_logs(folder, RUN).read_sessions()

@@ -305,8 +305,9 @@ async def test_an_item_is_not_cut_without_end_if_no_question_fits() -> None:
     tools = StageTools(rows, ("text",), model.ask, count_tokens, None, 256)
     end = await Summarize("Sum", "{text}").run(tools)
     assert len(model.levels) < 10
-    assert end.results[0].output["failed"]
-    assert end.results[0].output["statements"] == []
+    (result,) = end.results
+    assert result.output["failed"]
+    assert result.output["statements"] == []
 
 
 @pytest.mark.parametrize("group_by", [None, "kind"])
