@@ -75,7 +75,8 @@ class SpendLog:
     """
 
     def __init__(self, path: Path, run: str) -> None:
-        self._path, self._crc = path, 0
+        self._path, self._crc, self._size = path, 0, 0
+        self._failure: JournalError | None = None
         try:
             made = not path.parent.exists()
             path.parent.mkdir(exist_ok=True)
@@ -113,15 +114,37 @@ class SpendLog:
         self._append(orjson.dumps(line), sync=sync)
 
     def _append(self, data: bytes, *, sync: bool) -> None:
-        data, self._crc = add_crc(data, self._crc)
+        if self._failure is not None:
+            raise self._failure
+        line, crc = add_crc(data, self._crc)
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            self._write(line)
+            self._crc, self._size = crc, self._size + len(line)
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
             msg = f"{self._path}: the spend log cannot be written: {error.strerror}"
             raise JournalError(msg) from error
+
+    def _write(self, line: bytes) -> None:
+        """Write a whole line or nothing: after a part of one, no reader could go on."""
+        rest = line
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if rest != line:
+                self._remove_part(error)
+            raise
+
+    def _remove_part(self, error: OSError) -> None:
+        try:
+            self._file.truncate(self._size)
+            self._file.seek(self._size)
+        except OSError:
+            self._failure = JournalError(
+                f"{self._path}: the spend log cannot be written: {error.strerror}"
+            )
 
     def close(self) -> None:
         """Close the file."""

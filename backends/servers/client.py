@@ -79,7 +79,8 @@ def _find_other_model(plan: NodePlan, files: NodeFiles) -> ServedModel | None:
     served = read_served_model(files) if is_served(files) else None
     if served is None or not served.name or not plan.model or served.name == plan.model:
         return None
-    return served
+    # Servers may have several names of models, such as those of adapters.
+    return None if served.servers == plan.compute_servers_digest() else served
 
 
 async def _end_other_servers(

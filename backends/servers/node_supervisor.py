@@ -349,7 +349,7 @@ async def serve_or_standby(plan: NodePlan, control: SupervisorControl) -> None:
     async with hold_user_lock(files):
         lock = await _acquire_lock(plan, files, control)
         if lock is not None:
-            served = ServedModel(plan.model, on_demand=False)
+            served = ServedModel(plan.model, False, plan.compute_servers_digest())
             await asyncio.to_thread(write_served_model, files, served)
             await run_supervisor(plan, lock, control)
             return

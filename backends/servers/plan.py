@@ -97,6 +97,11 @@ class NodePlan:
         served = [self.model, [server.command for server in self.servers]]
         return hashlib.blake2b(orjson.dumps(served), digest_size=16).hexdigest()
 
+    def compute_servers_digest(self) -> str:
+        """Return a digest of its servers, whatever the model is called: they may have several."""
+        servers = [[server.command, sorted(server.env.items())] for server in self.servers]
+        return hashlib.blake2b(orjson.dumps(servers), digest_size=16).hexdigest()
+
     def to_json(self) -> bytes:
         """Return it as JSON; it may hold secrets, so send it by a pipe, never by a file."""
         return orjson.dumps({"v": VERSION, **asdict(self)})
