@@ -224,7 +224,10 @@ def read_cost(folder: RunFolder, run: RunIds, sessions: Mapping[int, UsageTotals
     Raises:
         JournalError: A spend log is damaged.
     """
-    logs, total = open_spend_logs(folder, run), UsageTotals.total(sessions.values())
+    logs, total = (
+        open_spend_logs(folder, run, is_working=False),
+        UsageTotals.total(sessions.values()),
+    )
     unaccounted = logs.unaccounted({session: spent.amount for session, spent in sessions.items()})
     return Cost(total, logs.total_node_time(), unaccounted, total.nano_usd > 0)
 

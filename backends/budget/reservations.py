@@ -427,8 +427,8 @@ class BudgetBalance:
             spent = self.settled.plus(self.reserved)
             await self.append_line({"settled": spent.to_json()}, sync=True)
         finally:
+            self._thread.submit(self._log.close)  # after a line whose caller was cancelled
             self._thread.shutdown(wait=False)
-            self._log.close()
 
 
 def _first(queue: deque[_Waiter]) -> _Waiter:

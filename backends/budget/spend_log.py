@@ -75,7 +75,8 @@ class SpendLog:
     """
 
     def __init__(self, path: Path, run: str) -> None:
-        self._path, self._crc = path, 0
+        self._path, self._crc, self._size = path, 0, 0
+        self._failure: JournalError | None = None
         try:
             made = not path.parent.exists()
             path.parent.mkdir(exist_ok=True)
@@ -113,15 +114,37 @@ class SpendLog:
         self._append(orjson.dumps(line), sync=sync)
 
     def _append(self, data: bytes, *, sync: bool) -> None:
-        data, self._crc = add_crc(data, self._crc)
+        if self._failure is not None:
+            raise self._failure
+        line, crc = add_crc(data, self._crc)
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            self._write(line)
+            self._crc, self._size = crc, self._size + len(line)
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
             msg = f"{self._path}: the spend log cannot be written: {error.strerror}"
             raise JournalError(msg) from error
+
+    def _write(self, line: bytes) -> None:
+        """Write a whole line or nothing: after a part of one, no reader could go on."""
+        rest = line
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if rest != line:
+                self._remove_part(error)
+            raise
+
+    def _remove_part(self, error: OSError) -> None:
+        try:
+            self._file.truncate(self._size)
+            self._file.seek(self._size)
+        except OSError:
+            self._failure = JournalError(
+                f"{self._path}: the spend log cannot be written: {error.strerror}"
+            )
 
     def close(self) -> None:
         """Close the file."""
@@ -172,18 +195,19 @@ class SpendState:
     part: str = ""
 
 
-def read_spend_state(path: Path, run: RunIds) -> SpendState:
+def read_spend_state(path: Path, run: RunIds, *, live: bool = False) -> SpendState:
     """Read a spend log.
 
     Args:
         path: The spend log.
         run: The run's ids.
+        live: Whether a process may be writing it: what has not arrived whole is no damage.
 
     Raises:
         JournalError: The file is damaged or belongs to another run.
     """
     state, source = SpendState(), JournalSource(path, run, HEADER_KIND)
-    for line in scan_lines(source):
+    for line in scan_lines(source, live=live):
         try:
             _apply(state, line.record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -238,10 +262,14 @@ class SpendLogs:
         folder: Folder of the spend logs.
         run: The run's ids; new spend logs carry the current one.
         part: (pipeline) Key of one run: reports count its sessions only; empty: all sessions.
+        live: Whether another process may be writing: what has not arrived whole is no damage.
     """
 
-    def __init__(self, folder: Path, run: RunIds, part: str = "") -> None:
-        self._folder, self._run, self._part = folder, run, part
+    def __init__(self, folder: Path, run: RunIds, part: str = "", *, live: bool = False) -> None:
+        self._folder, self._run, self._part, self._live = folder, run, part, live
+
+    def _read(self, path: Path) -> SpendState:
+        return read_spend_state(path, self._run, live=self._live)
 
     @property
     def part(self) -> str:
@@ -250,7 +278,7 @@ class SpendLogs:
 
     def of_part(self, part: str) -> SpendLogs:
         """Return the same spend logs, whose reports count the sessions of another run."""
-        return SpendLogs(self._folder, self._run, part)
+        return SpendLogs(self._folder, self._run, part, live=self._live)
 
     def session_path(self, session: int) -> Path:
         """Return the path of a session's spend log."""
@@ -302,7 +330,7 @@ class SpendLogs:
         Raises:
             JournalError: The spend log is damaged.
         """
-        return read_spend_state(self.lease_path(lease), self._run)
+        return self._read(self.lease_path(lease))
 
     def read_sessions(self) -> dict[int, SpendState]:
         """Read the spend logs of all sessions.
@@ -315,12 +343,10 @@ class SpendLogs:
                 check_renamed_files(self._folder, self._run)
         except OSError as error:
             raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
-        states = {
-            int(path.stem): read_spend_state(path, self._run) for path in self._session_paths()
-        }
+        states = {int(path.stem): self._read(path) for path in self._session_paths()}
         for path in self._worker_paths():
             state = states.setdefault(parse_session_number(path), SpendState())
-            found = read_spend_state(path, self._run).open_calls
+            found = self._read(path).open_calls
             state.open_calls = state.open_calls.plus(found)
         return states
 
@@ -376,7 +402,7 @@ class SpendLogs:
         if not path.exists():
             never_begun = lease.has_log and now > lease.until + 2 * CLOCK_SKEW_S
             return Amount() if never_begun else lease.amount
-        state = read_spend_state(path, self._run)
+        state = self._read(path)
         if state.settled is not None:
             return state.settled.minimum(lease.amount)
         if now < state.until + state.term + CLOCK_SKEW_S:
@@ -479,21 +505,24 @@ class SpendLogs:
         return total
 
 
-def open_spend_logs(folder: RunFolder, run: RunIds) -> SpendLogs:
+def open_spend_logs(folder: RunFolder, run: RunIds, *, is_working: bool = True) -> SpendLogs:
     """Return the spend logs of a run: its own, or those of the pipeline that it is a part of.
 
     Args:
         folder: The run's folder.
         run: The run's ids.
+        is_working: Whether this process works on the run, rather than only reads it while another
+            one may be writing.
 
     Raises:
         JournalError: The provenance of the pipeline cannot be read.
     """
     place = folder.read_place()
+    root = folder if place is None else RunFolder(place.root)
+    live = not is_working and root.is_in_use()
     if place is None:
-        return SpendLogs(folder.budget, run)
-    about = RunFolder(place.root).read_provenance()
-    return SpendLogs(folder.budget, get_run_ids(about), place.key)
+        return SpendLogs(folder.budget, run, live=live)
+    return SpendLogs(folder.budget, get_run_ids(root.read_provenance()), place.key, live=live)
 
 
 def _is_of_worker(path: Path) -> bool:

@@ -39,7 +39,8 @@ _REMEDIES: Final[Mapping[str, Remedy]] = {
     ),
     "AnswerError": Remedy("look at the model server"),
     "PromptTooLongError": Remedy(
-        "shorten the item, or serve the model with a longer context", is_retry=False
+        "shorten the item or split it (input.split), or serve the model with a longer context",
+        is_retry=False,
     ),
     "RequestRefusedError": Remedy("read the message: it quotes the server"),
     "ModelNotServedError": Remedy("check model.name, endpoints.models and the URL"),

@@ -507,7 +507,6 @@ _MODEL_CODES: Final = frozenset(
     {"NotFoundError", "model_not_found", "endpoint_not_found", "cluster_not_found"}
 )
 """Codes with which a server does not know the model, rather than the URL."""
-_UNSERVED_RULE: Final = replace(_REFUSED, advice="does this endpoint serve the url of the line?")
 _LENGTH_PARAMS: Final = frozenset({"input_tokens", "input_text"})
 _NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_DESCRIPTOR_RULE: Final = RetryRule(
@@ -526,25 +525,27 @@ def classify_answer(answer: HTTPAnswer, endpoint: str) -> Failure:
     return classify_error_body(answer, ErrorBody.parse(answer.body), answer.status, endpoint)
 
 
-def classify_unserved(failure: Failure) -> Failure:
+def classify_unserved(failure: Failure, url: str) -> Failure:
     """Let a request fail whose URL its endpoint does not serve: it is there for other requests.
 
     Args:
         failure: The failure of a request that does not ask for a chat completion.
+        url: Its URL, without that of the endpoint.
     """
     error = failure.error
     is_unserved = error.status in _UNSERVED and error.code not in _MODEL_CODES
     if not is_unserved and error.code != _UNSERVED_CODE:
         return failure
     advice = f" ({failure.rule.advice})"
+    rule = replace(_REFUSED, advice=f"does this endpoint serve {url}?")
     refused = RequestRefusedError(
-        f"{error.message.removesuffix(advice)} ({_UNSERVED_RULE.advice})",
+        f"{error.message.removesuffix(advice)} ({rule.advice})",
         error.endpoint,
         error.status,
         error.code,
     )
     refused.__cause__ = error.__cause__
-    return Failure(refused, _UNSERVED_RULE)
+    return Failure(refused, rule)
 
 
 def classify_error_body(

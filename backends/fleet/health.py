@@ -508,7 +508,7 @@ class HealthMonitor:
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
             return classify_exception(error, endpoint.label, headers)
-        return read_answer(answer, endpoint.label, kind)
+        return read_answer(answer, endpoint.label, url)
 
     @property
     def _unhealthy(self) -> list[Endpoint]:

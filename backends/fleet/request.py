@@ -17,7 +17,7 @@ from ..core.errors import ConfigurationError, PromptTooLongError
 from ..core.images import count_image_tokens, drop_images
 from ..core.protocols import CallLog, EndpointUsage, Reservation
 from ..core.request_urls import URL_FIELD, bound_usage, get_kind
-from ..core.types import Usage
+from ..core.types import CHAT_URL, Usage
 from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction, may_have_used
@@ -417,7 +417,8 @@ class RequestSender:
                 )
                 endpoint.record_heard(task)
                 result = self.check_simulated(
-                    transport.read_answer(answer, endpoint.label, kind), endpoint
+                    transport.read_answer(answer, endpoint.label, body.get(URL_FIELD, CHAT_URL)),
+                    endpoint,
                 )
             if isinstance(result, Failure):
                 if not self._own_fields:

@@ -17,8 +17,8 @@ import orjson
 from yarl import URL
 
 from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
-from ..core.request_urls import RequestKind, read_kind_usage
-from ..core.types import SIMULATED_FINGERPRINT, Reply, Usage
+from ..core.request_urls import REQUEST_KINDS, read_kind_usage
+from ..core.types import CHAT_URL, SIMULATED_FINGERPRINT, Reply, Usage
 from ..core.values import cut_deep_levels, parse_json, parse_token_count, to_json_text
 from . import failures
 from .failures import BodyTooLargeError, ErrorBody, Failure, HTTPAnswer, ProxyError
@@ -318,20 +318,19 @@ CONTENT_FIELDS: Final = ("content", "tool_calls", "refusal", "function_call", "a
 """Fields of a message that hold content."""
 
 
-def read_answer(
-    answer: HTTPAnswer, endpoint: str, kind: RequestKind | None
-) -> dict[str, Any] | Failure:
+def read_answer(answer: HTTPAnswer, endpoint: str, url: str = CHAT_URL) -> dict[str, Any] | Failure:
     """Decode an answer, or return why it is not one.
 
     Args:
         answer: The answer as it came, with any status.
         endpoint: The endpoint's label.
-        kind: The kind of the request; None: it asked for a chat completion.
+        url: The URL of the request, without that of the endpoint.
     """
-    if kind is None:
+    if (kind := REQUEST_KINDS.get(url)) is None:
         return read_completion(answer, endpoint)
     if answer.status != _OK:
-        return failures.classify_unserved(failures.classify_answer(answer.mask_keys(), endpoint))
+        failure = failures.classify_answer(answer.mask_keys(), endpoint)
+        return failures.classify_unserved(failure, url)
     try:
         document = _read_text_answer(answer) if kind.file is not None else None
         document = document or parse_json(answer.body)

@@ -19,6 +19,23 @@ OnDuplicate: TypeAlias = Literal["error", "first", "suffix"]
 
 
 @dataclass(frozen=True, slots=True)
+class ItemEntry:
+    """One item, ready for the store.
+
+    Attributes:
+        id: The item's name.
+        row: Its columns as JSON.
+        problem: Why it must not be sent to the model, or None.
+        values: Its columns.
+    """
+
+    id: str
+    row: bytes
+    problem: str | None
+    values: Row
+
+
+@dataclass(frozen=True, slots=True)
 class SkippedRow:
     """Row that was skipped.
 

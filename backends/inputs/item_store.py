@@ -20,10 +20,8 @@ import pyarrow as pa
 
 from ..core.errors import InputError, JournalError
 from ..core.types import Item, Json, Row, make_sample_id
-from .base import InputSummary, SkippedRow
+from .base import InputSummary, ItemEntry, SkippedRow
 from .column_types import ColumnTypes, decode_schema, describe_columns, encode_schema
-from .formats import open_source
-from .screening import ItemEntry, RowValidator
 
 if TYPE_CHECKING:
     from ...configs.models import InputConfig
@@ -592,6 +590,10 @@ def load_input(  # noqa: PLR0913 - each is given by one kind of caller
         MissingExtraError: A required extra is not installed; nothing was written.
         JournalError: The store cannot be written.
     """
+    # Readers of a store need neither the formats nor the models of the settings.
+    from .formats import open_source  # noqa: PLC0415
+    from .screening import RowValidator  # noqa: PLC0415
+
     if items is not None and not any(isinstance(i, Mapping) and config.id in i for i in items):
         config = config.model_copy(update={"id": None})
     needed = {*columns, *(name for name in (config.id, config.smiles) if name is not None)}

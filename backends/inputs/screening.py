@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import orjson
@@ -17,6 +16,7 @@ from ..core.text_tokens import split_text
 from ..core.types import Json, Row, make_part_id
 from ..core.values import MAX_DEPTH, is_too_deep
 from .base import (
+    ItemEntry,
     OnDuplicate,
     RowSource,
     SkippedRow,
@@ -175,23 +175,6 @@ _SAMPLE_ID: Final = re.compile(r"(.+)~([2-9]|[1-9][0-9]{1,3})", re.DOTALL)
 
 MAX_SKIPPED_ROWS: Final = 1_000
 """Skipped rows that are listed; further ones are only counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class ItemEntry:
-    """One item, ready for the store.
-
-    Attributes:
-        id: The item's name.
-        row: Its columns as JSON.
-        problem: Why it must not be sent to the model, or None.
-        values: Its columns.
-    """
-
-    id: str
-    row: bytes
-    problem: str | None
-    values: Row
 
 
 _TASK: Final = "the task"

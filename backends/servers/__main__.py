@@ -29,7 +29,8 @@ def main() -> int:
         lock = NodeLock.acquire_with_retries(node_files(plan))
         if lock is None:
             return 0
-        write_served_model(node_files(plan), ServedModel(plan.model, on_demand=True))
+        served = ServedModel(plan.model, True, plan.compute_servers_digest())
+        write_served_model(node_files(plan), served)
         if os.fork():
             os._exit(0)  # the lock stays with the child
         lock.write_owner()

@@ -23,7 +23,7 @@ from .lock import (
     read_served_model,
     request_stop_when_unused,
 )
-from .plan import NodeFiles, NodePlan, node_files
+from .plan import NodeFiles, NodePlan, ServerFailure, node_files
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def _find_other_model(plan: NodePlan, files: NodeFiles) -> ServedModel | None:
     served = read_served_model(files) if is_served(files) else None
     if served is None or not served.name or not plan.model or served.name == plan.model:
         return None
-    return served
+    # Servers may have several names of models, such as those of adapters.
+    return None if served.servers == plan.compute_servers_digest() else served
 
 
 async def _end_other_servers(
@@ -156,7 +157,9 @@ async def _wait_until_up(
 
 
 def check_failure(plan: NodePlan) -> None:
-    """Raise an error if a node's servers were given up a short while ago; blocks.
+    """Raise an error if the servers of a plan were given up a short while ago; blocks.
+
+    Those of another model, or with another command, say nothing about these.
 
     Raises:
         RunStoppedError: They were given up; with their last lines.
@@ -164,11 +167,11 @@ def check_failure(plan: NodePlan) -> None:
     files = node_files(plan)
     try:
         age = time.time() - files.failure.stat().st_mtime
-        text = files.failure.read_text(encoding="utf-8")
-    except OSError:
+        failure = ServerFailure.read(files.failure)
+    except (OSError, ValueError):
         return  # no failure
-    if age < _RECENT_FAILURE_S:
-        raise RunStoppedError(f"the servers of {plan.host} were given up: {text}")
+    if age < _RECENT_FAILURE_S and failure.plan == plan.compute_digest():
+        raise RunStoppedError(f"the servers of {plan.host} were given up: {failure.text}")
 
 
 def _start_supervisor(plan: NodePlan, files: NodeFiles) -> None:

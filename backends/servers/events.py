@@ -11,6 +11,7 @@ from typing import Any, Final
 import orjson
 
 from ..core.errors import BackendError
+from .plan import ServerFailure
 
 logger: Final = logging.getLogger(__name__)
 
@@ -88,10 +89,19 @@ def last_errors(servers: Path, log: Path) -> list[str]:
         log: The log of the processes that serve; blocks while it is read.
     """
     files = sorted((servers / "logs").glob("*.failed"))
-    lines = [line for file in files[:_NODES] for line in _text(file).splitlines()]
+    lines = [line for file in files[:_NODES] for line in _read_failure(file).splitlines()]
     if len(files) > _NODES:
         lines.append(f"… and {len(files) - _NODES:,} more nodes: {servers}/logs/*.failed")
     return lines or [f"from {log}:", *_text(log)[-_BYTES:].splitlines()[-_LINES:]]
+
+
+def _read_failure(file: Path) -> str:
+    try:
+        return ServerFailure.read(file).text
+    except OSError as error:
+        return f"({file} cannot be read: {error.strerror})"
+    except ValueError:
+        return f"({file} is damaged)"
 
 
 def _text(file: Path) -> str:

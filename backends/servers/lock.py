@@ -211,10 +211,12 @@ class ServedModel:
     Attributes:
         name: The model, or empty if it is not known.
         on_demand: Whether it serves the node only while it has users.
+        servers: Digest of its servers; equal ones serve the same under all names.
     """
 
     name: str
     on_demand: bool
+    servers: str = ""
 
 
 def write_served_model(files: NodeFiles, served: ServedModel) -> None:

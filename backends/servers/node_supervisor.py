@@ -33,7 +33,7 @@ from .lock import (
     run_watchdog,
     write_served_model,
 )
-from .plan import NodeFiles, NodePlan, node_files
+from .plan import NodeFiles, NodePlan, ServerFailure, node_files
 from .server_process import fetch
 from .server_supervisor import NodeState, ServerSupervisor
 
@@ -325,7 +325,7 @@ class NodeSupervisor:
         reasons = "\n".join(server.failure or server.name for server in self._servers)
         text = f"{self._plan.host}: no server is left\n{reasons}"
         with suppress(OSError):  # the error contains it as well
-            node_files(self._plan).failure.write_text(text, encoding="utf-8")
+            ServerFailure(text, self._plan.compute_digest()).write(node_files(self._plan).failure)
         return text
 
 
@@ -349,7 +349,7 @@ async def serve_or_standby(plan: NodePlan, control: SupervisorControl) -> None:
     async with hold_user_lock(files):
         lock = await _acquire_lock(plan, files, control)
         if lock is not None:
-            served = ServedModel(plan.model, on_demand=False)
+            served = ServedModel(plan.model, False, plan.compute_servers_digest())
             await asyncio.to_thread(write_served_model, files, served)
             await run_supervisor(plan, lock, control)
             return

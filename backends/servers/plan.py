@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,6 +92,16 @@ class NodePlan:
         address = f"[{self.address}]" if ":" in self.address else self.address
         return f"{address}:{server.port}"
 
+    def compute_digest(self) -> str:
+        """Return a digest of what is served: the model, and the commands of its servers."""
+        served = [self.model, [server.command for server in self.servers]]
+        return hashlib.blake2b(orjson.dumps(served), digest_size=16).hexdigest()
+
+    def compute_servers_digest(self) -> str:
+        """Return a digest of its servers, whatever the model is called: they may have several."""
+        servers = [[server.command, sorted(server.env.items())] for server in self.servers]
+        return hashlib.blake2b(orjson.dumps(servers), digest_size=16).hexdigest()
+
     def to_json(self) -> bytes:
         """Return it as JSON; it may hold secrets, so send it by a pipe, never by a file."""
         return orjson.dumps({"v": VERSION, **asdict(self)})
@@ -172,6 +183,40 @@ class NodeFiles:
         except OSError as error:
             msg = f"servers folder {self.folder}: cannot be made: {error.strerror}"
             raise ConfigurationError(msg) from None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFailure:
+    """Why all servers of a node were given up.
+
+    Attributes:
+        text: The last lines of each.
+        plan: Digest of the plan that they belong to.
+    """
+
+    text: str
+    plan: str
+
+    def write(self, file: Path) -> None:
+        """Write it; blocks.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        file.write_bytes(orjson.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read what :meth:`write` wrote; blocks.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is being written, or damaged.
+        """
+        try:
+            return cls(**orjson.loads(file.read_bytes()))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 def node_files(plan: NodePlan) -> NodeFiles:

@@ -481,7 +481,8 @@ def is_unchanged(source: JournalSource, end: int, line: int, crc: int) -> bool:
         with _open_regular(source.path) as file:
             while at < end:
                 block = file.read(min(end - at, _BLOCK_BYTES))
-                block += file.readline()
+                if not block.endswith(b"\n"):
+                    block += file.readline()
                 lines = block.splitlines(keepends=True)
                 crcs = check_each_line(lines, before)
                 if len(crcs) < max(1, len(lines)):

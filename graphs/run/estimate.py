@@ -68,6 +68,7 @@ from ...configs.prices import find_provider_name
 from ...configs.raw_settings import read_settings
 from .final_reducers import check_final_reducers
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
+from .part_length import explain_long_parts, find_longest_parts
 from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
 from .result_rows import make_result_layout
 
@@ -104,6 +105,7 @@ class Sample:
         layout: Columns of the results.
         evaluated: Lines about the gold values of the section evaluate.
         late: A repeated part of the prompts that should stand before others, or None.
+        long_parts: Rows of the longest parts of documents that may exceed the model's context.
     """
 
     summary: InputSummary
@@ -116,6 +118,7 @@ class Sample:
     layout: ResultLayout
     evaluated: tuple[str, ...] = ()
     late: LateRepeat | None = None
+    long_parts: Sequence[Row] = ()
 
 
 def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
@@ -149,6 +152,7 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
             )
             evaluated = _check_gold_values(config, store)
             late = _find_late_repeat(config, store)
+            long_parts = find_longest_parts(config, ready, store)
     return Sample(
         summary,
         rendered,
@@ -160,6 +164,7 @@ def read_sample(config: RunConfig, count: int, ready: ReadyEndpoints) -> Sample:
         layout,
         evaluated,
         late,
+        long_parts,
     )
 
 
@@ -349,6 +354,7 @@ async def estimate_run(
         check_fields(loaded, sampled.summary)
         await check_final_reducers(loaded, sampled.layout)
         counted = await _count_prompts(config, ready, sampled, like)
+        problem = problem or await explain_long_parts(config, ready, sampled.long_parts)
     valid = sampled.summary.items - sampled.summary.invalid
     policy = make_fleet_policy(config, ready.endpoint_set)
     plan = make_run_plan(

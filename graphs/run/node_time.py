@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeAlias
 
 from ...backends.budget.budget import Budget, RunBudget
-from ...backends.budget.spend_log import SpendLogs
+from ...backends.budget.spend_log import SpendLog, SpendLogs
 from ...backends.core.errors import BudgetExhaustedError, FanfoldError, JournalError
 from ...backends.core.money import Amount, NodeTime, TokenPrices
 from ...backends.core.types import Json
@@ -43,16 +44,48 @@ async def open_time_log(
         yield lambda line: balance.append_line(line, sync=False)
         return
     log = await asyncio.to_thread(logs.create, logs.session_path(session))
-    lock = asyncio.Lock()  # a line's checksum continues the line before it
-
-    async def write(line: Mapping[str, Json]) -> None:
-        async with lock:
-            await asyncio.to_thread(log.write, line, sync=False)
-
+    writer = LineWriter(lambda: log)
     try:
-        yield write
+        yield writer.write
     finally:
-        log.close()
+        writer.close()
+
+
+class LineWriter:
+    """Appends lines to a spend log in a thread of its own, one after the other.
+
+    A line's checksum continues that of the line before it, and a line whose caller is cancelled may
+    still be in the thread: the next one must wait for it.
+
+    Args:
+        open_log: Returns the spend log; called in the thread, before the first line.
+    """
+
+    def __init__(self, open_log: Callable[[], SpendLog]) -> None:
+        self._open_log = open_log
+        self._log: SpendLog | None = None
+        self._thread = ThreadPoolExecutor(1, "spend log")
+
+    async def write(self, line: Mapping[str, Json]) -> None:
+        """Append a line.
+
+        Raises:
+            JournalError: It cannot be written.
+        """
+        await asyncio.wrap_future(self._thread.submit(self._append, line))
+
+    def close(self) -> None:
+        """Close the spend log after the last line."""
+        self._thread.submit(self._close)
+        self._thread.shutdown(wait=False)
+
+    def _append(self, line: Mapping[str, Json]) -> None:
+        self._log = self._log or self._open_log()
+        self._log.write(line, sync=False)
+
+    def _close(self) -> None:
+        if self._log is not None:
+            self._log.close()
 
 
 class NodeTimeMeter:
@@ -96,11 +129,12 @@ class NodeTimeMeter:
         """Record the node time, if it has changed."""
         if self._held == self._noted:
             return
-        self._noted = self._held
+        held = self._held
         try:
-            await self._write_line({"held": self._held.to_json()})
+            await self._write_line({"held": held.to_json()})
         except JournalError as error:
             logger.warning("%s", error.message)  # the run ends at the journal's next failing write
+        self._noted = held  # not if cancelled: the line may not have been written
 
 
 @asynccontextmanager

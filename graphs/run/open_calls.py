@@ -9,13 +9,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from ...backends.budget.spend_log import SpendLog, SpendLogs
+from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import JournalError
 from ...backends.core.money import Amount, TokenPrices
 from ...backends.core.protocols import CallLog
-from ...backends.core.types import Json
 from ...backends.fleet.request import max_usage
-from .node_time import WriteLine
+from .node_time import LineWriter, WriteLine
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +51,11 @@ async def record_open_calls(
         nonlocal noted
         if amount == noted:
             return
-        noted = amount
         try:
             await write({"open": amount.to_json()})
         except JournalError as error:
             logger.warning("%s", error.message)  # the run ends at the journal's next failing write
+        noted = amount  # not if cancelled: the line may not have been written
 
     async def record_now() -> None:
         nonlocal before, most
@@ -128,18 +127,9 @@ async def record_worker_calls(
     Yields:
         A function that records the exact amount at once.
     """
-    log: SpendLog | None = None
-
-    async def write(line: Mapping[str, Json]) -> None:
-        nonlocal log
-        if log is None:
-            path = logs.worker_path(session, worker)
-            log = await asyncio.to_thread(logs.create, path)
-        await asyncio.to_thread(log.write, line, sync=False)
-
+    writer = LineWriter(lambda: logs.create(logs.worker_path(session, worker)))
     try:
-        async with record_open_calls(open_calls, prices, write) as record_now:
+        async with record_open_calls(open_calls, prices, writer.write) as record_now:
             yield record_now
     finally:
-        if log is not None:
-            log.close()
+        writer.close()

@@ -198,7 +198,7 @@ def read_pipeline(folder: RunFolder, loaded: LoadedConfig) -> PipelineState:
     sessions = dict[int, UsageTotals]()
     for run in (run for one in stages for run in one.runs):
         sessions |= run.sessions
-    logs = SpendLogs(folder.budget, get_run_ids(folder.read_provenance()))
+    logs = SpendLogs(folder.budget, get_run_ids(folder.read_provenance()), live=folder.is_in_use())
     total = UsageTotals.total(sessions.values())
     recorded = {number: spent.amount for number, spent in sessions.items()}
     doubt = logs.unaccounted(recorded)

@@ -306,6 +306,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         load_rows,
     )
     from .order import store_order  # noqa: PLC0415 - as above
+    from .part_length import check_part_lengths  # noqa: PLC0415 - as above
 
     check_single_task(loaded)
     if not await asyncio.to_thread(is_vacant, path):
@@ -342,6 +343,8 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
                 "was sent"
             )
             raise ConfigurationError(msg)
+        if ready is not None:
+            await check_part_lengths(loaded.config, ready, folder.items)
         order = await asyncio.to_thread(store_order, folder, loaded.config)
         cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
         about: dict[str, Any] = {

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...backends.budget.pricing import describe_missing_price, look_up_price
+from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import NANO_PER_USD, NO_PRICES, Amount, TokenPrices
 from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json, Usage
 from ...backends.core.values import to_json_text
+from ...backends.discovery.connect import ReadyEndpoints
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...configs.budget import ReserveConfig
 from ...configs.loader import LoadedConfig
 from ...nodes.operators import LevelPlan, SizeEstimate
 from .estimate import open_probed, sample_indices
+from .part_length import check_part_lengths
 from .pipeline import Stage, check_columns, list_stages
 from .prepare import check_endpoints, check_input_setting
 
@@ -220,25 +223,27 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
         ConfigurationError: A setting is wrong, or no endpoint serves the model of a stage.
     """
     check_input_setting(loaded)
+    served, lines, groups = dict[str, ServedModel](), dict[str, Sequence[str]](), {}
+    problem = None
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "items.arrow"
         stages = list_stages(loaded, Path(temporary))
         summary = await asyncio.to_thread(load_input, stages[0].loaded.config.input, file, ())
         check_columns(loaded, summary)
         items, tokens = await asyncio.to_thread(measure_rows, file)
-    served, lines, groups = dict[str, ServedModel](), dict[str, Sequence[str]](), {}
-    for name, one in _list_models(stages):
-        check_endpoints(one)
-        key = to_json_text([one.plain["endpoints"], one.plain["model"]["name"]])
-        if key not in groups:
-            async with open_probed(one) as (ready, found):
-                lengths = [spec.max_model_len for spec in ready.specs if spec.max_model_len]
-                context = min(lengths, default=None)
-                groups[key] = ServedModel(ready.model, ready.simulated, context)
-            lines[name] = found
-        served[name] = groups[key]
+        for name, one in _list_models(stages):
+            check_endpoints(one)
+            key = to_json_text([one.plain["endpoints"], one.plain["model"]["name"]])
+            if key not in groups:
+                async with open_probed(one) as (ready, found):
+                    lengths = [spec.max_model_len for spec in ready.specs if spec.max_model_len]
+                    context = min(lengths, default=None)
+                    groups[key] = ServedModel(ready.model, ready.simulated, context)
+                    if one is stages[0].loaded:
+                        problem = await _find_long_parts(one, ready, file)
+                lines[name] = found
+            served[name] = groups[key]
     found_stages = list(estimate_stages(stages, items, tokens, served))
-    problem = None
     unpriced = [one for one in found_stages if not one.prices.priced]
     if loaded.config.budget.usd is not None and unpriced:
         first = unpriced[0].stage
@@ -252,6 +257,14 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
         _sum_reserve(loaded, found_stages),
         problem,
     )
+
+
+async def _find_long_parts(loaded: LoadedConfig, ready: ReadyEndpoints, items: Path) -> str | None:
+    try:
+        await check_part_lengths(loaded.config, ready, items)
+    except ConfigurationError as error:
+        return error.message
+    return None
 
 
 def _list_models(stages: Sequence[Stage]) -> Iterator[tuple[str, LoadedConfig]]:

@@ -16,6 +16,7 @@ import orjson
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
+from ...backends.core.text_tokens import estimate_text_tokens, split_text
 from ...backends.core.types import Item, Json, Row
 from .base import (
     Answer,
@@ -39,6 +40,8 @@ _OVERHEAD: Final = 600
 _SLICE: Final = 256
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
+_LEAST_CUT: Final = 64
+"""Tokens of a text below which it is not cut: the prompt is too long, whatever the text."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
 """Id of the only summary."""
@@ -149,11 +152,30 @@ class _Group:
         id: The name of the question.
         group: The group of the summary that it belongs to.
         members: Indices of items, or summaries.
+        piece: Start and end of the part of its only item's text that it is about, in characters;
+            None: the whole text.
     """
 
     id: str
     group: str
     members: Sequence[Any]
+    piece: tuple[int, int] | None = None
+
+    def cut(self, text: str) -> list[_Group | _Node]:
+        """Return questions about shorter parts of its only item's text; none if it is short.
+
+        Args:
+            text: The text of the item.
+        """
+        start, end = self.piece or (0, len(text))
+        tokens = estimate_text_tokens(text[start:end])
+        if tokens < _LEAST_CUT:
+            return []
+        halves = split_text(text[start:end], tokens // 2, 0)
+        return [
+            _Group(f"{self.id}.{number}", self.group, self.members, (start + lo, start + hi))
+            for number, (lo, hi) in enumerate(halves, start=1)
+        ]
 
     def split(self) -> list[_Group | _Node]:
         """Return two halves; a single summary needs no question."""
@@ -243,11 +265,16 @@ class Summarize(Operator):
             "groups": len(counts),
             "levels": tree.levels,
             "splits": tree.splits,
+            "cut": len(tree.cut),
             "failed": sum(len(node.failed) for node in nodes),
             "unknown_ids": unknown,
             "uncited": uncited,
         }
         lines = [_describe_citations(unknown, sum(len(node.failed) for node in nodes))]
+        if tree.cut:
+            were = "was" if len(tree.cut) == 1 else "were"
+            items = count_nouns(len(tree.cut), "item")
+            lines.append(f"{items} {were} longer than the model's context, and {were} cut in parts")
         if uncited:
             lines.append(f"{count_nouns(uncited, 'statement')} without an id of an item")
         if self.verify:
@@ -349,14 +376,16 @@ class Summarize(Operator):
         value = _pick(row, self.group_by)
         return value if isinstance(value, str) else orjson.dumps(value).decode()
 
-    def render(self, item: Item, number: int = 99) -> str:
+    def render(self, item: Item, number: int = 99, piece: tuple[int, int] | None = None) -> str:
         """Return the text of an item after its label.
 
         Args:
             item: The item.
             number: Its place in its group; the default has the length of most.
+            piece: Start and end of the part of the text that is shown; None shows all.
         """
-        return _show(_label(number), render_item(item, self.text))
+        text = render_item(item, self.text)
+        return _show(_label(number), text if piece is None else text[slice(*piece)])
 
     @staticmethod
     async def _pack_nodes(
@@ -545,11 +574,13 @@ class _Tree:
     Attributes:
         levels: Levels asked so far.
         splits: Questions that were split because their server refused them as too long.
+        cut: Indices of items whose texts were cut, because one is too long for a question.
     """
 
     def __init__(self, summarize: Summarize, tools: StageTools) -> None:
         self._summarize, self._tools = summarize, tools
         self.levels = self.splits = 0
+        self.cut = set[int]()
 
     async def ask(self, level: str, template: str, parts: Sequence[_Group | _Node]) -> list[_Node]:
         """Return the summary of each group, in order; a group that is too long gives several."""
@@ -569,7 +600,10 @@ class _Tree:
                 texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
             else:
                 some = itertools.islice(items, len(group.members))
-                texts = [self._summarize.render(item, at) for at, item in enumerate(some, start=1)]
+                texts = [
+                    self._summarize.render(item, at, group.piece)
+                    for at, item in enumerate(some, start=1)
+                ]
             yield Question(group.id, {"texts": "\n\n".join(texts)})
 
     def _replace(
@@ -584,15 +618,28 @@ class _Tree:
                 continue
             answer = next(next_answer)
             own = [] if part.is_merge else list(itertools.islice(names, len(part.members)))
-            if answer.error_class == PromptTooLongError.__name__ and part.can_split:
+            halves = list[_Group | _Node]()
+            if answer.error_class == PromptTooLongError.__name__:
+                halves = part.split() if part.can_split else self._cut(part)
+            if halves:
                 self.splits += 1
-                found += part.split()
+                found += halves
             elif part.is_merge:
                 found.append(_merge(part.members, answer))
             else:
                 ids = {_label(at): (one,) for at, one in enumerate(own, start=1)}
                 found.append(_make_node(part.group, answer, ids))
         return found
+
+    def _cut(self, part: _Group) -> list[_Group | _Node]:
+        """Return questions about parts of the only item of a leaf; none of two summaries."""
+        if part.is_merge:
+            return []
+        (item,) = read_items(self._tools, part.members)
+        halves = part.cut(render_item(item, self._summarize.text))
+        if halves:
+            self.cut.update(part.members)
+        return halves
 
 
 def _iter_members(parts: Iterable[_Group | _Node]) -> Iterator[int]:

@@ -311,7 +311,7 @@ def test_a_url_that_the_server_does_not_have_fails_its_line_only(
     for line in failed:
         assert line.error is not None
         assert line.error.code == "request_refused"
-        assert "does this endpoint serve the url of the line?" in line.error.message
+        assert "does this endpoint serve /v1/embeddings?" in line.error.message
         assert line.response is not None
         assert line.response.status_code == 404
 

@@ -88,7 +88,7 @@ async def test_a_route_that_no_deployment_offers_fails_its_lines_only() -> None:
         assert code == 3
         assert [line["error"] is None for line in lines] == [False, True, False, True]
         assert lines[0]["error"]["code"] == "request_refused"
-        assert "does this endpoint serve the url of the line?" in lines[0]["error"]["message"]
+        assert "does this endpoint serve /v1/embeddings?" in lines[0]["error"]["message"]
     routes = ("/v1/responses",)
     async with FirstGateway(make_spec(DeploymentSpec(routes=routes))) as gateway:
         Path("run").rename("before")

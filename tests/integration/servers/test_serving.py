@@ -20,6 +20,7 @@ from fanfold.backends.cluster.utilization import read_job_servers
 from fanfold.backends.core.errors import BackendError
 from fanfold.backends.servers.lock import is_served
 from fanfold.backends.servers.node_supervisor import SupervisorControl, serve_or_standby
+from fanfold.backends.servers.plan import ServerFailure
 
 from .conftest import Node, free_port, until
 
@@ -77,7 +78,7 @@ async def test_restarts_are_bounded(node: Node) -> None:
         os.kill(node.pids()[-1], signal.SIGKILL)
     with pytest.raises(BackendError, match="given up after 1 restarts"):
         await asyncio.wait_for(task, 60)
-    assert "no server is left" in node.files.failure.read_text()
+    assert "no server is left" in ServerFailure.read(node.files.failure).text
     assert node.events("end")[-1]["why"] == "given up"
     assert not is_served(node.files)
 

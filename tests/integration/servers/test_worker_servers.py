@@ -19,6 +19,7 @@ from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.discovery.node_local import node_endpoints
 from fanfold.backends.servers.client import use_servers
 from fanfold.backends.servers.lock import is_served, local_lock_folder, read_owner
+from fanfold.backends.servers.plan import NodePlan
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.graphs import worker
 from fanfold.graphs.run.prepare import prepare_run
@@ -125,10 +126,16 @@ async def test_servers_outlive_a_worker_for_the_next_one(node: Node) -> None:
     assert len(node.events("begin")) == 1
 
 
+def rename(plan: NodePlan, model: str) -> NodePlan:
+    """Return the plan for another model, whose name is in the commands of its servers."""
+    servers = (replace(one, command=(*one.command, f"model={model}")) for one in plan.servers)
+    return replace(plan, model=model, servers=tuple(servers))
+
+
 async def test_servers_of_another_model_are_replaced_at_once(node: Node) -> None:
     """However long they linger, once no worker uses them."""
     small = node.plan(linger_s=3600.0, model="small")
-    large = replace(small, model="large")
+    large = rename(small, "large")
     last: list[str] = []
 
     async def use_large() -> None:
@@ -159,8 +166,10 @@ async def test_servers_of_another_model_that_the_job_runs_are_refused(node: Node
         async with use_servers(node.plan(model="small")), use_servers(node.plan()):
             pass
         with pytest.raises(RunStoppedError, match=r"serve 'small', and the run needs 'large'"):
-            async with use_servers(node.plan(model="large")):
+            async with use_servers(rename(node.plan(), "large")):
                 raise AssertionError
+        async with use_servers(node.plan(model="adapter")):  # the same servers have it
+            pass
     assert len(node.events("start")) == 1
 
 
@@ -168,7 +177,7 @@ async def test_a_wait_for_servers_of_another_model_ends_with_the_run(node: Node)
     small = node.plan(linger_s=0.1, model="small")
     async with use_servers(small):
         with pytest.raises(RunStoppedError, match="the run is over before the servers of 'small'"):
-            async with use_servers(replace(small, model="large"), lambda: "the run is over"):
+            async with use_servers(rename(small, "large"), lambda: "the run is over"):
                 raise AssertionError
     await until(lambda: not is_served(node.files))
 
@@ -201,6 +210,27 @@ async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> N
                 raise AssertionError
         assert "torch.OutOfMemoryError: no memory left" in error.value.message
     assert len(node.events("start")) == 1
+    await until(lambda: not is_served(node.files))
+
+
+@pytest.mark.parametrize("change", ["model", "command"])
+async def test_what_was_given_up_does_not_stop_servers_of_another_kind(
+    node: Node, change: str
+) -> None:
+    """The next stage with another model, or a session with a corrected command, starts its own."""
+    node.modes = ("fail",)
+    failed = node.plan(model="first")
+    with pytest.raises(RunStoppedError, match="no memory left"):
+        async with use_servers(failed):
+            raise AssertionError
+    node.modes = ()
+    good = node.plan(model="second" if change == "model" else "first")
+    async with use_servers(good):
+        assert node.listed()
+    await until(lambda: not is_served(node.files))
+    with pytest.raises(RunStoppedError, match="no memory left"):  # it has not been corrected
+        async with use_servers(failed):
+            raise AssertionError
     await until(lambda: not is_served(node.files))
 
 

@@ -262,6 +262,54 @@ async def test_what_cannot_be_split_is_named_and_loses_no_statement() -> None:
     assert all(name.startswith("merge") for name in result.output["failed"])
 
 
+@dataclass
+class NarrowModel(Model):
+    """Refuses questions whose texts are longer than its context."""
+
+    most: int = 1000
+
+    def _answer(self, question: Question) -> Answer:
+        if len(question.row["texts"]) > self.most:
+            return Answer(question.id, None, "PromptTooLongError", "too long", {})
+        return super()._answer(question)
+
+
+@pytest.mark.parametrize("group_by", [None, "kind"])
+async def test_an_item_that_is_too_long_is_cut_and_stays_one_source(group_by: str | None) -> None:
+    words = [f"word{n}" for n in range(900)]
+    sessions = []
+    for _ in range(2):
+        model, rows = NarrowModel(), Rows(5)
+        rows.items[3].row["text"] = " ".join(words)
+        tools = StageTools(rows, ("text", "kind"), model.ask, count_tokens, None, 256)
+        end = await Summarize("Sum", "{text}", group_by=group_by).run(tools)
+        shown = [q.row["texts"] for name, qs in model.levels for q in qs if "leaves" in name]
+        read = " ".join(text for text in shown if len(text) <= model.most)
+        assert [word for word in read.split() if word.startswith("word")] == words
+        assert all(one.output["failed"] == [] for one in end.results)
+        assert sum(one.output["items"] for one in end.results) == 5
+        sources = {s for r in end.results for one in r.output["statements"] for s in one["sources"]}
+        assert sources == {f"i{n}" for n in range(5)}
+        assert end.report["cut"] == 1
+        assert (
+            "1 item was longer than the model's context, and was cut in parts"
+            in (end.report["lines"])
+        )
+        sessions.append(model.levels)
+    assert sessions[0] == sessions[1]  # a later session asks the same
+
+
+async def test_an_item_is_not_cut_without_end_if_no_question_fits() -> None:
+    model, rows = NarrowModel(most=10), Rows(1)
+    rows.items[0].row["text"] = "many words " * 200
+    tools = StageTools(rows, ("text",), model.ask, count_tokens, None, 256)
+    end = await Summarize("Sum", "{text}").run(tools)
+    assert len(model.levels) < 10
+    (result,) = end.results
+    assert result.output["failed"]
+    assert result.output["statements"] == []
+
+
 @pytest.mark.parametrize("group_by", [None, "kind"])
 async def test_groups_are_packed_by_the_tokenizer_where_there_is_one(group_by: str | None) -> None:
     counted = list[str]()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from fanfold.backends.servers.events import last_errors
+from fanfold.backends.servers.plan import ServerFailure
 
 
 def test_some_nodes_tell_and_the_others_are_counted(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     for n in range(5):
-        (tmp_path / "logs" / f"n{n}.failed").write_text(f"n{n}: no server is left\n  | why")
+        failure = ServerFailure(f"n{n}: no server is left\n  | why", "plan")
+        failure.write(tmp_path / "logs" / f"n{n}.failed")
     words = last_errors(tmp_path, tmp_path / "serve-1.log")
     assert words[:2] == ["n0: no server is left", "  | why"]
     assert words[-1] == f"… and 2 more nodes: {tmp_path}/logs/*.failed"

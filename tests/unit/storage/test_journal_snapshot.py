@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.storage.journal import Journal
-from fanfold.backends.storage.journal_file import JournalDelta
+from fanfold.backends.storage.journal_file import JournalDelta, JournalSource, is_unchanged
 from fanfold.backends.storage.journal_snapshot import SNAPSHOT_FILE, read_snapshot
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import journal_lines, write_journal
@@ -144,7 +144,12 @@ def test_a_torn_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     lines = journal_lines(path, [sample(1), sample(2)])
     path.write_bytes(b"".join(lines)[:-9])
     save(tmp_path)
+    found = read_snapshot(tmp_path, "r", ITEMS)
+    assert found is not None
+    one, source = found.files[0], JournalSource(path, "r")
+    assert is_unchanged(source, one.end, one.line, one.crc)  # with the torn line behind it
     path.write_bytes(b"".join(lines))
+    assert is_unchanged(source, one.end, one.line, one.crc)
     with Journal(tmp_path, "r", ITEMS) as journal:
         assert journal.count_items().done == 2
 
