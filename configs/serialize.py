@@ -109,6 +109,8 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         del settings["keep"]
     if config.stages is None:
         del settings["stages"]
+    elif "max_tokens" not in (raw.get("model") or {}):  # an operator then chooses its own
+        del settings["model"]["max_tokens"]
     if config.budget.reserve_for_reduce == "auto":
         del settings["budget"]["reserve_for_reduce"]
     plain: dict[str, Any] = _unexpand(settings, raw)

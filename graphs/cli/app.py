@@ -516,6 +516,7 @@ for _command in (jobs.submit, jobs.cancel, jobs.pack, jobs.chain, setup.presets,
 
 def main() -> None:
     """Run the command line; report each fanfold error as one message and an exit code."""
+    _open_closed_streams()
     try:
         sys.exit(app.main(standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -533,6 +534,18 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - a bug in fanfold: show the whole traceback
         print_traceback(error)
         sys.exit(EXIT_OTHER)
+
+
+def _open_closed_streams() -> None:
+    """Open the standard streams that the shell has closed (``2>&-``).
+
+    Python has None in their place, and the next file that is opened would get their number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - stays open
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def _print_usage(error: click.ClickException) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -206,3 +207,17 @@ def test_a_run_writes_its_report_at_the_end(shell: Shell) -> None:
     for option in ("--no-report", "--json"):
         assert see(100, "resume", "run", option)[2] == 0
     assert not report.exists()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_code(closed: str, tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m fanfold"
+    for folder, code in (("missing", 2), (".", 0)):
+        shown = subprocess.run(
+            ["sh", "-c", f"{command} ls {folder} {closed}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (shown.returncode, "Traceback" in shown.stderr) == (code, False)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSummary
 from fanfold.configs.loader import LoadedConfig, load_config
+from fanfold.configs.serialize import to_yaml
 from fanfold.graphs.run.pipeline import check_columns, list_stages
 from fanfold.graphs.run.stage_estimate import ServedModel, estimate_stages
 
@@ -95,3 +97,14 @@ def test_summaries_may_be_longer_than_other_answers() -> None:
     assert estimate_answers(op={"statements": 30}) == [256, 2400]
     assert estimate_answers(context=2048) == [256, 512]
     assert estimate_answers(model={"max_tokens": 300}) == [300, 300]
+
+
+@pytest.mark.parametrize("settings", [{}, {"model": {"temperature": 0.5}}])
+def test_a_resumed_pipeline_asks_for_answers_of_the_same_length(settings: dict[str, Any]) -> None:
+    loaded = load_config(load(RANK, SUMMARY).raw | settings)
+    resumed = load_config(yaml.safe_load(to_yaml(loaded.plain)))
+    for one in (loaded, resumed):
+        assert [stage.choose_answer_tokens(None) for stage in list_stages(one, Path())] == [
+            256,
+            1024,
+        ]
