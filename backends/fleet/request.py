@@ -160,8 +160,8 @@ class RequestCharge:
             )
             raise ConfigurationError(msg)
         most = max_usage(body)
-        # Other kinds of requests, and those for several answers, keep their limit.
-        shorten = shorten and URL_FIELD not in body and int(body.get("n") or 1) == 1
+        # Other kinds of requests, those for several answers, and odd limits keep their limit.
+        shorten = shorten and URL_FIELD not in body and read_max_tokens(body) == most.completion
         reservation = await log.account.reserve(most, body, log, shorten=shorten)
         answer = reservation.usage.completion
         if answer is not None and answer != most.completion:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 from tenacity import RetryCallState, stop_after_delay
 from tenacity.stop import stop_base
 
-from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.errors import EndpointError, PromptTooLongError, RequestRefusedError, RunStoppedError
 from ..core.protocols import CURRENT_CALLS, CallLog
 from ..core.request_urls import URL_FIELD
 from ..core.types import CHAT_URL
@@ -254,7 +254,7 @@ class Retrier:
             body: The request.
             send: Sends it to an endpoint.
             shorten: Whether the answer may be limited further if the budget is short; if it is
-                cut there, the request is repeated with its own limit.
+                cut there, or the limit refused, the request is repeated with its own limit.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
@@ -271,7 +271,7 @@ class Retrier:
             charge = await RequestCharge.reserve(log, body, lost, shorten=shorten)
             endpoint = await self._acquire_endpoint(charge, None, prefix=prefix)
             result, endpoint = await send(endpoint, charge.body, charge)
-            if charge.body is not body and _is_cut(result):
+            if charge.body is not body and _needs_own_limit(result):
                 charge = await RequestCharge.reserve(log, body, lost)
                 endpoint = await self._acquire_endpoint(charge, endpoint, prefix=prefix)
                 result, endpoint = await send(endpoint, body, charge)
@@ -442,8 +442,13 @@ def _is_empty(result: object) -> bool:
     return isinstance(result, dict) and transport.is_empty(result)
 
 
-def _is_cut(result: object) -> bool:
-    """Return True if an answer ends at its limit of tokens."""
+def _needs_own_limit(result: object) -> bool:
+    """Return True if an answer ends at its limit of tokens, or the request may be refused for it.
+
+    A server may require more tokens, such as those that a model has for its reasoning.
+    """
+    if isinstance(result, Failure):
+        return result.rule.kind is RequestRefusedError
     return isinstance(result, dict) and transport.is_cut(result)
 
 

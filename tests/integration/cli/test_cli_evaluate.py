@@ -180,7 +180,7 @@ def test_an_unfinished_run(labelled: Shell) -> None:
     (one,) = json.loads(said.out)["evaluations"]
     assert one["items"] == 60
     assert one["missing_by_cause"]["unfinished"] == 51
-    assert "have not ended and count as missing" in labelled("evaluate", "r").err
+    assert "51 open items, counted as missing" in labelled("evaluate", "r").err
 
 
 def test_simulated_answers_have_no_figures(labelled: Shell) -> None:

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
@@ -183,16 +184,21 @@ class Account:
 
     def __init__(self) -> None:
         self.ends = list[str]()
+        self.usage = Usage()
 
-    async def reserve(self, *_: object) -> Account:
+    async def reserve(
+        self,
+        most: Usage,
+        *_: object,
+        shorten: bool,  # noqa: ARG002 - the protocol's form
+    ) -> Account:
+        self.usage = most
         return self
 
     def settle(self, _: object) -> None:
         self.ends.append("answered")
 
     def settle_all(self) -> object:
-        from fanfold.backends.core.types import Usage  # noqa: PLC0415
-
         self.ends.append("lost")
         return Usage(10, 4)
 

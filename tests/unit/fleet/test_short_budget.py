@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import orjson
 import pytest
 
 from fanfold.backends.budget.reservations import AnswerLengths, BudgetBalance, ItemAccount
@@ -15,8 +16,10 @@ from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.failures import HTTPAnswer
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.policy import FleetPolicy
+from fanfold.backends.fleet.request import RequestCharge, max_usage
 from fanfold.backends.simulated.engine import EngineSpec
 from fanfold.tests.support.memory_servers import MODEL, MemoryTransport, open_servers
 from fanfold.tests.support.virtual_clock import run_virtual
@@ -109,6 +112,46 @@ def test_the_last_items_before_the_end_reserve_what_answers_take() -> None:
     assert found.whole / found.seconds > with_max.whole / with_max.seconds
 
 
+class ReasoningTransport(CountingTransport):
+    """Transport to servers that require room for the model's reasoning."""
+
+    async def send(
+        self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
+    ) -> HTTPAnswer:
+        if (most := orjson.loads(body)["max_tokens"]) <= 1024:
+            self.limits.append(most)
+            message = b"max_tokens must be greater than thinking.budget_tokens"
+            return HTTPAnswer(400, {}, b'{"error": {"message": "%b"}}' % message, headers)
+        return await super().send(url, body, headers, proxied)
+
+
+def test_a_shorter_limit_that_is_refused_fails_no_item() -> None:
+    async def main() -> tuple[dict[str, Any], list[int], BudgetBalance]:
+        lengths = AnswerLengths()
+        for _ in range(200):
+            lengths.add(100)
+        balance = BudgetBalance(BudgetLimits(tokens=4000), None, str)
+        transport = ReasoningTransport({"question 000001": 1000})
+        held = Amount(0, 2500)
+        await balance.reserve(held)
+        account = ItemAccount(balance, NO_PRICES, 0, count, lengths)
+        CURRENT_CALLS.set(CallLog(index=1, account=account))
+        url = "http://server-0.test:8000/v1"
+        async with Fleet([EndpointSpec(url)], POLICY, transport=transport) as fleet:
+            asked = asyncio.create_task(fleet.post(make_body(1)))
+            await asyncio.sleep(60)
+            balance.settle(held, Amount())
+            answer, _ = await asked
+        account.close()
+        return answer, transport.limits, balance
+
+    answer, limits, balance = run_virtual(main)
+    assert limits == [125, MOST]
+    assert answer["usage"]["completion_tokens"] == 1000
+    assert balance.settled.tokens == answer["usage"]["total_tokens"]
+    assert not any(balance.reserved)
+
+
 @pytest.mark.parametrize("is_enough", [True, False])
 def test_an_answer_that_is_cut_is_asked_for_again_in_full(is_enough: bool) -> None:
     """Its limit is that of the call; if the budget has no room for it, the item stays open."""
@@ -146,3 +189,33 @@ def test_an_answer_that_is_cut_is_asked_for_again_in_full(is_enough: bool) -> No
     else:
         assert limits == [125]
         assert answer is None
+
+
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        ({}, 125),
+        ({"n": 2}, 2 * MOST),
+        ({"max_tokens": float(MOST)}, MOST),
+        ({"max_tokens": MOST + 1, "max_completion_tokens": float(MOST)}, MOST),
+        ({"max_tokens": MOST + 1, "max_completion_tokens": MOST}, 125),
+    ],
+)
+async def test_no_answer_may_be_longer_than_what_is_reserved(
+    change: dict[str, Any], most: int
+) -> None:
+    lengths, balance = AnswerLengths(), BudgetBalance(BudgetLimits(tokens=5000), None, str)
+    for _ in range(200):
+        lengths.add(100)
+    assert balance.try_reserve(Amount(0, 4000))
+    account = ItemAccount(balance, NO_PRICES, 0, count, lengths)
+    log = CallLog(index=1, account=account)
+    asked = asyncio.create_task(RequestCharge.reserve(log, make_body(1) | change, shorten=True))
+    await asyncio.sleep(0)
+    balance.settle(Amount(0, 4000), Amount())
+    charge = await asked
+    reservation = charge.reservation
+    assert reservation is not None
+    assert reservation.usage.completion == max_usage(charge.body).completion == most
+    charge.release(sent=False)
+    account.close()

@@ -224,7 +224,7 @@ async def test_an_endpoint_may_allow_certain_functions_only(
     endpoint_of: StartEndpoint, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The id comes from ``fanfold globus register``, and goes into ``backend.function``."""
-    await asyncio.to_thread(setup.register, LOGIN)
+    await asyncio.to_thread(setup.globus, ["register", "--client", LOGIN], standalone_mode=False)
     known = capsys.readouterr().out.strip()
     config = f"{THREADS}allowed_functions: [{known}]"
     strict = await asyncio.to_thread(endpoint_of, config)
@@ -280,7 +280,7 @@ async def test_a_later_coordinator_finds_what_is_left(
 
 def test_the_template_renders_and_pins_the_version(tmp_path: Path) -> None:
     target = tmp_path / "mine.j2"
-    setup.template(target)
+    setup.globus(["template", "-o", str(target)], standalone_mode=False)
     text = target.read_text()
     cluster = {"account": "it's: mine", "walltime": "00:30:00", "blocks": 3}
     rendered = yaml.safe_load(render_config(text, cluster, tmp_path))
@@ -295,7 +295,7 @@ def test_the_template_renders_and_pins_the_version(tmp_path: Path) -> None:
 
 def test_the_schema_knows_what_the_template_takes(tmp_path: Path) -> None:
     target = tmp_path / "mine.json"
-    setup.template(target, schema=True)
+    setup.globus(["template", "--schema", "-o", str(target)], standalone_mode=False)
     schema = json.loads(target.read_text())
     text = setup.template_text("1", "/bin")
     names = meta.find_undeclared_variables(Environment(autoescape=True).parse(text))
