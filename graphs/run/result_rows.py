@@ -224,10 +224,16 @@ def open_result_source(
 
     Raises:
         ConfigurationError: The settings cannot be read, or a variable in the prompt is not set; or
-            there are no samples.
+            there are no samples, or the folder is that of a pipeline.
         JournalError: The journal, the items or the aggregate are damaged.
     """
     about = folder.read_provenance()
+    if folder.is_pipeline:
+        msg = (
+            f"{folder.path}: is a pipeline; give the folder of one of its stages "
+            f"({', '.join(about['stages'])}), e.g. {folder.stages / about['stages'][0]}"
+        )
+        raise ConfigurationError(msg)
     run: RunIds = get_run_ids(about)
     extents = read_extents(folder)
     settings = read_settings(folder.settings).data

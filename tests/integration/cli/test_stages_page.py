@@ -95,6 +95,7 @@ def test_the_example_runs_and_every_command_shows_it(  # noqa: PLR0915 - of one 
         (("resume", "review/stages/screen"), "is stage 'screen' of a pipeline"),
         (("resume", "review", "--retry-failed"), "--retry-failed is for a single task"),
         (("cost", "review", "--by", "colour"), "stage"),
+        (("compare", "review", "review"), "is a pipeline; give the folder of one of its stages"),
     ],
 )
 def test_mistakes_name_the_way_out(shell: Shell, arguments: tuple[str, ...], text: str) -> None:
