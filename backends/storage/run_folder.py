@@ -705,7 +705,8 @@ def read_noted_counts(folder: RunFolder) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
-    if not (is_count(counts["done"]) and is_count(counts["failed"])):
+    is_amount = counts["usd"] is None or type(counts["usd"]) in {int, float}
+    if not (is_count(counts["done"]) and is_count(counts["failed"]) and is_amount):
         raise JournalError(f"{path}: has no counts; remove it")
     return counts
 
