@@ -700,13 +700,19 @@ def read_noted_counts(folder: RunFolder) -> dict[str, Any] | None:
         found: Any = orjson.loads(path.read_bytes())
         if found["v"] != _COUNTS_VERSION:
             raise ValueError(f"version {found['v']!r}")
-        counts = {name: found[name] for name in ("noted", "done", "failed", "usd")}
+        counts = {name: found.get(name) for name in ("noted", "done", "failed", "usd")}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
-    is_amount = counts["usd"] is None or type(counts["usd"]) in {int, float}
-    if not (is_count(counts["done"]) and is_count(counts["failed"]) and is_amount):
+    usd = counts["usd"]
+    is_amount = isinstance(usd, int | float) and not isinstance(usd, bool) and usd >= 0
+    if not (
+        isinstance(counts["noted"], str)
+        and is_count(counts["done"])
+        and is_count(counts["failed"])
+        and (usd is None or is_amount)
+    ):
         raise JournalError(f"{path}: has no counts; remove it")
     return counts
 

@@ -43,9 +43,9 @@ async def open_time_log(
         balance = spending.budget.balance
         yield lambda line: balance.append_line(line, sync=False)
         return
-    log = await asyncio.to_thread(logs.create, logs.session_path(session))
-    writer = LineWriter(lambda: log)
+    writer = LineWriter(lambda: logs.create(logs.session_path(session)))
     try:
+        await writer.open()
         yield writer.write
     finally:
         writer.close()
@@ -58,13 +58,21 @@ class LineWriter:
     still be in the thread: the next one must wait for it.
 
     Args:
-        open_log: Returns the spend log; called in the thread, before the first line.
+        open_log: Returns the spend log; called in the thread, at the latest before the first line.
     """
 
     def __init__(self, open_log: Callable[[], SpendLog]) -> None:
         self._open_log = open_log
         self._log: SpendLog | None = None
         self._thread = ThreadPoolExecutor(1, "spend log")
+
+    async def open(self) -> None:
+        """Open the spend log.
+
+        Raises:
+            JournalError: It cannot be created.
+        """
+        await asyncio.wrap_future(self._thread.submit(self._open))
 
     async def write(self, line: Mapping[str, Json]) -> None:
         """Append a line.
@@ -79,9 +87,13 @@ class LineWriter:
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
 
+    def _open(self) -> SpendLog:
+        if self._log is None:
+            self._log = self._open_log()
+        return self._log
+
     def _append(self, line: Mapping[str, Json]) -> None:
-        self._log = self._log or self._open_log()
-        self._log.write(line, sync=False)
+        self._open().write(line, sync=False)
 
     def _close(self) -> None:
         if self._log is not None:

@@ -68,6 +68,15 @@ async def test_a_line_follows_the_one_whose_caller_was_cancelled(
         assert logs.read_sessions()[1].open_calls == Amount(requests=2)
 
 
+async def test_a_log_without_lines_is_closed(tmp_path: Path, slow_files: list[SlowFile]) -> None:
+    async with open_time_log(None, SpendLogs(tmp_path / "budget", RUN), 1):
+        (file,) = slow_files
+        assert not file.closed
+    async with asyncio.timeout(30):
+        while not file.closed:  # noqa: ASYNC110 - it is closed in another thread
+            await asyncio.sleep(0.001)
+
+
 async def test_the_last_line_of_a_worker_has_its_open_calls(
     tmp_path: Path, slow_files: list[SlowFile]
 ) -> None:
