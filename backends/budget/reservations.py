@@ -648,8 +648,9 @@ class ItemAccount:
         return most if prompt is None else Usage(prompt, most.completion)
 
     def _is_short(self, amount: Amount) -> bool:
-        """Return True if the rest of the budget does not cover an amount now."""
-        return min(self._balance.left.minus(amount)) < 0
+        """Return True if the rest of the budget lacks now what a shorter answer takes less of."""
+        rest = self._balance.left.minus(amount)
+        return min(rest.tokens, rest.nano_usd) < 0
 
     def _shorten(self, usage: Usage) -> Usage:
         """Limit the answer of a request to what hardly any answer exceeds."""

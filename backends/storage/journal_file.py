@@ -10,11 +10,12 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
@@ -91,7 +92,7 @@ class JournalSource:
         return JournalError(f"{self.path}, line {number}: {what}")
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading; to open a pipe could wait forever."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -117,7 +118,7 @@ def scan_lines(
         JournalError: Any other irregularity, with file and line.
     """
     try:
-        with _open_regular(source.path) as file:
+        with open_regular(source.path) as file:
             file.seek(start)
             for number, line in enumerate(file, first):
                 if live and b"\0" in line:
@@ -427,7 +428,7 @@ def index_lines(  # noqa: PLR0913 - where to begin, and where to end
     least = sys.maxsize if end is None else end
     number, crc, is_regular = first, before, True
     try:
-        with _open_regular(source.path) as file:
+        with open_regular(source.path) as file:
             file.seek(start)
             while is_regular and (lines := list(islice(file, _BATCH_LINES))):
                 keys, lengths, begin = list[RecordKey](), list[int](), start
@@ -478,7 +479,7 @@ def is_unchanged(source: JournalSource, end: int, line: int, crc: int) -> bool:
     """
     at, number, before = 0, 1, 0
     try:
-        with _open_regular(source.path) as file:
+        with open_regular(source.path) as file:
             while at < end:
                 block = file.read(min(end - at, _BLOCK_BYTES))
                 if not block.endswith(b"\n"):

@@ -15,7 +15,7 @@ import orjson
 
 from ..core.errors import JournalError
 from ..core.money import UsageTotals
-from .journal_file import RunIds, get_current_run_id, is_own_run
+from .journal_file import RunIds, get_current_run_id, is_own_run, open_regular
 
 SNAPSHOT_FILE: Final = "index.bin"
 
@@ -111,7 +111,7 @@ def read_snapshot(folder: Path, run: RunIds, items: int) -> JournalSnapshot | No
         items: Number of items of the run.
     """
     try:
-        with (folder / SNAPSHOT_FILE).open("rb") as file:
+        with open_regular(folder / SNAPSHOT_FILE) as file:
             crc, _, head = file.readline().rstrip(b"\n").partition(b" ")
             if crc != b"%08x" % zlib.crc32(head):
                 return None

@@ -219,3 +219,20 @@ async def test_no_answer_may_be_longer_than_what_is_reserved(
     assert reservation.usage.completion == max_usage(charge.body).completion == most
     charge.release(sent=False)
     account.close()
+
+
+async def test_answers_are_not_shortened_for_want_of_requests() -> None:
+    """One that is cut would take a further request."""
+    lengths, balance = AnswerLengths(), BudgetBalance(BudgetLimits(requests=2), None, str)
+    for _ in range(200):
+        lengths.add(100)
+    assert balance.try_reserve(Amount(requests=2))
+    account = ItemAccount(balance, NO_PRICES, 0, count, lengths)
+    log = CallLog(index=1, account=account)
+    asked = asyncio.create_task(RequestCharge.reserve(log, make_body(1), shorten=True))
+    await asyncio.sleep(0)
+    balance.settle(Amount(requests=2), Amount())
+    charge = await asked
+    assert max_usage(charge.body).completion == MOST
+    charge.release(sent=False)
+    account.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -128,6 +129,14 @@ def test_a_damaged_saved_index_is_ignored(tmp_path: Path, cut: int) -> None:
     flipped[cut] ^= 1
     path.write_bytes(flipped)
     assert read_snapshot(tmp_path, "r", ITEMS) is None
+
+
+def test_what_is_no_file_is_ignored(tmp_path: Path) -> None:
+    """To open a pipe could wait forever."""
+    write_journal(tmp_path / "0001.jsonl", [sample(1)])
+    os.mkfifo(tmp_path / SNAPSHOT_FILE)
+    with Journal(tmp_path, "r", ITEMS) as journal:
+        assert journal.count_items().done == 1
 
 
 def test_the_index_of_another_run_is_ignored(tmp_path: Path) -> None:
