@@ -18,6 +18,7 @@ from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
 from ...backends.core.text_tokens import estimate_text_tokens, split_text
 from ...backends.core.types import Item, Json, Row
+from ..item.part import PART, is_part
 from .base import (
     Answer,
     LevelPlan,
@@ -30,7 +31,7 @@ from .base import (
     StageTools,
 )
 from .item_text import escape_braces, list_text_columns, read_ids, read_items, render_item
-from .parts import PART, PARTS, PARTS_SCHEMA, describe_parts, is_part, read_part
+from .parts import PARTS, PARTS_SCHEMA, describe_parts, read_part
 
 SHOWN_IDS: Final = 5
 """Ids of items that a statement shows; ``sources`` has all."""
@@ -458,7 +459,7 @@ class Summarize(Operator):
         """Return id and place of the parts of each document; blocks."""
         found = dict[str, list[tuple[str, Mapping[str, Any]]]]()
         for item in read_items(tools, range(len(tools.items))):
-            if not is_part(item):  # a column of the user's with the same name
+            if not is_part(item.row):  # a column of the user's with the same name
                 return {}
             about = read_part(item)
             found.setdefault(about["document"], []).append((item.id, about))
