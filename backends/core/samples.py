@@ -292,7 +292,7 @@ def concat_answers(
 ) -> Json:
     """Return answers with their lists and texts one after the other, all else as folded.
 
-    Equal texts are repeated once; those of an enum are no texts but categories.
+    Of equal texts one is kept. Those with an enum, a pattern or a format are no texts but values.
 
     Args:
         folded: The answers as one.
@@ -304,7 +304,8 @@ def concat_answers(
     if known and all(isinstance(one, list) for one in known):
         return [element for one in known for element in one]
     found = follow_references(schema, root)
-    if known and all(isinstance(one, str) for one in known) and not {"enum", "const"} & set(found):
+    is_value = bool({"enum", "const", "pattern", "format"} & set(found))
+    if known and all(isinstance(one, str) for one in known) and not is_value:
         return "\n\n".join(dict.fromkeys(known))
     if known and all(isinstance(one, dict) for one in known):
         properties = find_properties(found, root)

@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ...backends.core.samples import SampleFold, concat_answers, make_rule
-from ...backends.core.text_tokens import estimate_text_tokens, split_text
+from ...backends.core.text_tokens import halve_text
 from ...backends.core.types import Json, Row
 
 PART: Final = "part"
 """Column of a part: document, number, of, start, end."""
 
 _KINDS: Final = {"document": str, "number": int, "of": int, "start": int, "end": int}
-_LEAST_CUT: Final = 64
-"""Tokens of a text below which it is not cut: the prompt is too long, whatever the text."""
-_OVERLAP_SHARE: Final = 8
-"""Part of a text, one in so many, that its pieces repeat at most."""
 _LEAST: Final = 2
-"""Samples of a fold, which its result only counts; pieces of a text that is cut."""
+"""Samples of a fold, which its result only counts."""
 
 
 def is_part(row: Row) -> bool:
@@ -53,13 +49,6 @@ class PartSplit:
         text = row.get(self.column)
         if not isinstance(text, str) or not is_part(row):
             return []
-        tokens = estimate_text_tokens(text)
-        if tokens < _LEAST_CUT:
-            return []
-        overlap = min(self.overlap, tokens // _OVERLAP_SHARE)
-        places = list(split_text(text, (tokens + overlap) // 2, overlap))
-        if len(places) < _LEAST:
-            return []
         about = row[PART]
         return [
             {
@@ -67,7 +56,7 @@ class PartSplit:
                 self.column: text[lo:hi],
                 PART: {**about, "start": about["start"] + lo, "end": about["start"] + hi},
             }
-            for lo, hi in places
+            for lo, hi in halve_text(text, self.overlap)
         ]
 
     def join(self, answers: Sequence[Json], places: Sequence[Mapping[str, int]]) -> Json:

@@ -16,7 +16,7 @@ import orjson
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
-from ...backends.core.text_tokens import estimate_text_tokens, split_text
+from ...backends.core.text_tokens import halve_text
 from ...backends.core.types import Item, Json, Row
 from ..item.part import PART, is_part
 from .base import (
@@ -41,8 +41,6 @@ _OVERHEAD: Final = 600
 _SLICE: Final = 256
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
-_LEAST_CUT: Final = 64
-"""Tokens of a text below which it is not cut: the prompt is too long, whatever the text."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
 """Id of the only summary."""
@@ -169,13 +167,9 @@ class _Group:
             text: The text of the item.
         """
         start, end = self.piece or (0, len(text))
-        tokens = estimate_text_tokens(text[start:end])
-        if tokens < _LEAST_CUT:
-            return []
-        halves = split_text(text[start:end], tokens // 2, 0)
         return [
             _Group(f"{self.id}.{number}", self.group, self.members, (start + lo, start + hi))
-            for number, (lo, hi) in enumerate(halves, start=1)
+            for number, (lo, hi) in enumerate(halve_text(text[start:end]), start=1)
         ]
 
     def split(self) -> list[_Group | _Node]:
