@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import orjson
 
 from ...configs.models import PART_COLUMN, InputConfig, SplitConfig
+from ..core.aio import check_stopped
 from ..core.errors import InputError
 from ..core.fields import split_column
 from ..core.text_tokens import split_text
@@ -250,6 +251,7 @@ class RowValidator:
         with ExitStack() as stack:
             check = self._open_check(stack)
             for number, (position, row) in enumerate(self._source.rows(), start=1):
+                check_stopped()
                 entry = self._validate_row(number, position, row, check)
                 if entry is not None:
                     chosen = 0
@@ -388,8 +390,8 @@ def _join_paragraphs(value: Json) -> Json:
 def _explain_no_text(column: str, value: list[Json] | dict[str, Json]) -> str:
     what = "an object" if isinstance(value, dict) else "a list, not only of texts"
     return (
-        f"column {column!r} is {what}, which input.split cannot cut; give it one text, or a list of "
-        "texts, its paragraphs"
+        f"column {column!r} is {what}, which input.split cannot cut; give it one text, or a list "
+        "of texts, its paragraphs"
     )
 
 

@@ -36,6 +36,7 @@ import orjson
 from ...backends.batch.files import check_batch_settings
 from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import find_model_price
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import (
     ConfigurationError,
     JournalError,
@@ -328,7 +329,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         if source is not None:
             summary = await asyncio.to_thread(load_rows, folder.items, source, samples)
         else:
-            summary = await asyncio.to_thread(
+            summary = await call_stoppable(
                 load_input, given, folder.items, columns, items, only=only, samples=samples
             )
         check_fields(loaded, summary)
@@ -585,7 +586,7 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     after = loaded or before
     _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
-    await asyncio.to_thread(_check_unchanged, folder, about, before, after)
+    await call_stoppable(_check_unchanged, folder, about, before, after)
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
