@@ -343,7 +343,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
                 "was sent"
             )
             raise ConfigurationError(msg)
-        if ready is not None:
+        if ready is not None and source is None:  # else they are split further when refused
             await check_part_lengths(loaded.config, ready, folder.items)
         order = await asyncio.to_thread(store_order, folder, loaded.config)
         cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
