@@ -67,9 +67,9 @@ from ..nodes.shard.progress import Progress
 from .remote.deployments import share_watches
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
 from .remote.rate_leases import follow_share
+from .run.fingerprint import compute_question_digest
 from .run.items import make_item_runner
 from .run.open_calls import record_worker_calls
-from .run.prepare import compute_question_digest
 
 _MOST_CARRIES: Final = 2
 """Largest result, as a multiple of its task's `carry`."""

@@ -15,7 +15,6 @@ from typing import IO, Any, Final
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..core.arrow_text import is_read_as_text, parse_texts
 from ..core.errors import JournalError
@@ -226,6 +225,8 @@ def write_parquet(records: Iterable[ResultRow], path: Path, layout: ResultLayout
             is damaged.
     """
     schema, rows = layout.to_arrow(), 0
+    import pyarrow.parquet as pq  # noqa: PLC0415 - few commands write results
+
     with replace_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in iter_batches(records, layout):
             writer.write_batch(batch)

@@ -25,7 +25,6 @@ from ...configs.models import RunConfig
 from ...configs.overrides import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
-from ..run.pipeline import find_stage_warnings
 from ..run.shard_plan import SHOWN_ITEMS
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 
@@ -66,6 +65,8 @@ def check_config(
     """
     loaded, notices = overrides.resolve(config)
     if loaded.config.stages is not None:
+        from ..run.pipeline import find_stage_warnings
+
         print_messages([*notices, *find_stage_warnings(loaded)])
         _check_pipeline(loaded, as_json)
         return

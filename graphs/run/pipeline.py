@@ -22,7 +22,7 @@ from ...backends.core.money import Amount
 from ...backends.core.selection import Selection
 from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
-from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.inputs.base import InputSummary, did_you_mean
 from ...backends.inputs.item_store import (
@@ -63,13 +63,12 @@ from ...nodes.operators import (
     StageTools,
     make_operator,
 )
+from .fingerprint import compute_fingerprint
 from .pipeline_resources import PipelineResources
 from .prepare import (
     ExtendRun,
     ReadyRun,
-    check_endpoints,
     check_input_setting,
-    compute_fingerprint,
     describe_input,
     prepare_run,
     resume_run,
