@@ -224,9 +224,9 @@ def write_parquet(records: Iterable[ResultRow], path: Path, layout: ResultLayout
         JournalError: The file cannot be written (an existing file is then unchanged), or a record
             is damaged.
     """
-    schema, rows = layout.to_arrow(), 0
     import pyarrow.parquet as pq  # noqa: PLC0415 - few commands write results
 
+    schema, rows = layout.to_arrow(), 0
     with replace_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in iter_batches(records, layout):
             writer.write_batch(batch)

@@ -50,8 +50,8 @@ from ...backends.storage.run_folder import (
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
 from ...configs.models import BATCH_PROMPT
-from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
+from ...configs.yaml_text import to_yaml
 from ...nodes.operators import (
     Answer,
     Cascade,

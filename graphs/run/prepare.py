@@ -62,7 +62,8 @@ from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.preset_files import is_preset
-from ...configs.serialize import find_lost_secrets, to_yaml
+from ...configs.serialize import find_lost_secrets
+from ...configs.yaml_text import to_yaml
 from .fingerprint import compute_fingerprint, diff_settings
 
 if TYPE_CHECKING:
