@@ -25,7 +25,7 @@ from ...configs.loader import LoadedConfig
 from ...configs.overrides import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.rich_console import Terminal
-from .format import Column, make_table
+from .tables import Column, make_table
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
