@@ -46,7 +46,6 @@ from ...backends.discovery.connect import (
     make_model_params,
     open_endpoint_set,
 )
-from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import Deployment, ProbeResult, select_model, simplify_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.fleet.endpoint import EndpointSpec, describe_spellings
@@ -67,8 +66,8 @@ from ...configs.prices import find_provider_name
 from ...configs.raw_settings import read_settings
 from .final_reducers import check_final_reducers
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
+from .input_check import check_fields, check_input_setting, check_requests
 from .part_length import explain_long_parts, find_longest_parts
-from .prepare import check_fields, check_input_setting, check_requests
 from .result_rows import make_result_layout
 
 
@@ -479,6 +478,10 @@ async def open_probed(
     """Open the endpoints and yield them with one line for each."""
     config, written = loaded.config, loaded.plain["endpoints"]
     if config.backend.node_endpoints and config.endpoints.simulated is None:
+        from ...backends.discovery.node_local import (  # noqa: PLC0415 - for servers of nodes
+            ready_endpoints,
+        )
+
         async with ready_endpoints(config, written) as ready:
             yield ready, ("each worker uses the endpoints of its own node; not checked from here",)
         return

@@ -64,15 +64,9 @@ from ...nodes.operators import (
     make_operator,
 )
 from .fingerprint import compute_fingerprint
+from .input_check import check_input_setting
 from .pipeline_resources import PipelineResources
-from .prepare import (
-    ExtendRun,
-    ReadyRun,
-    check_input_setting,
-    describe_input,
-    prepare_run,
-    resume_run,
-)
+from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows

@@ -39,8 +39,7 @@ from ...backends.core.fields import split_column
 from ...backends.core.secrets import mask_arguments
 from ...backends.discovery.connect import ReadyEndpoints, check_cache, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
-from ...backends.inputs.base import InputSummary, did_you_mean
-from ...backends.inputs.batch_requests import explain_gateway_refusal, explain_unlimited
+from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
@@ -56,18 +55,18 @@ from ...backends.storage.run_folder import (
     utc_timestamp,
     write_bytes,
 )
-from ...configs.aggregators import FinalReducerConfig, check_aggregators
+from ...configs.aggregators import FinalReducerConfig
 from ...configs.base import expand_home
-from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.preset_files import is_preset
 from ...configs.serialize import find_lost_secrets
 from ...configs.yaml_text import to_yaml
 from .fingerprint import compute_fingerprint, diff_settings
+from .input_check import check_fields, check_input_setting, check_requests
 
 if TYPE_CHECKING:
-    from ...backends.inputs.item_store import EntrySource, ItemStore
+    from ...backends.inputs.item_store import EntrySource
     from .pipeline_resources import PipelineResources
 
 logger = logging.getLogger(__name__)
@@ -280,27 +279,6 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
         await asyncio.to_thread(making.__exit__, type(error), error, error.__traceback__)
         raise
     await asyncio.to_thread(making.__exit__, None, None, None)
-
-
-def check_input_setting(
-    loaded: LoadedConfig, items: Sequence[Mapping[str, Any]] | None = None
-) -> None:
-    """Check that an input is configured, and a folder for its images if it has some.
-
-    Raises:
-        ConfigurationError: There are no items, path or dataset; or no folder.
-    """
-    given, images = loaded.config.input, loaded.config.task.images
-    if items is None and given.path is None and given.dataset is None:
-        msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
-        raise ConfigurationError(msg)
-    has_folder = items is None and given.path is not None
-    if images is not None and images.folder is None and not has_folder and not images.urls:
-        msg = (
-            f"{loaded.source}: task.images: items that are given in memory or by a data set have "
-            "no folder; set task.images.folder, or task.images.urls: true"
-        )
-        raise ConfigurationError(msg)
 
 
 async def _resolve_model(
@@ -543,45 +521,6 @@ def _difference_message(folder: RunFolder, after: LoadedConfig, lines: list[str]
     )
 
 
-_SLICE: Final = 256
-
-
-def check_requests(
-    config: RunConfig,
-    ready: ReadyEndpoints,
-    store: ItemStore,
-    is_finished: Callable[[int], bool] = lambda _: False,
-) -> None:
-    """Check that endpoints and budget fit the requests of a batch, before one is sent; blocks.
-
-    Args:
-        config: The settings.
-        ready: The endpoints.
-        store: The requests.
-        is_finished: Whether a request needs no answer any more.
-
-    Raises:
-        ConfigurationError: The endpoints are behind a gateway that refuses a request, or a budget
-            does not limit the cost of one.
-    """
-    behind = ready.endpoint_set is not None and ready.endpoint_set.gateway is not None
-    counts_tokens = config.budget.counts_tokens
-    if not config.input.is_batch or not (behind or counts_tokens):
-        return
-    for lo in range(0, len(store), _SLICE):
-        for index, item in enumerate(store.read(lo, min(len(store), lo + _SLICE)), lo):
-            if is_finished(index):
-                continue
-            problem = None
-            if behind:
-                problem = explain_gateway_refusal(item.row, by_batch=config.backend.is_batch)
-            if counts_tokens:
-                problem = problem or explain_unlimited(item.row, counts_tokens=True)
-            if problem is not None:
-                msg = f"{config.input.path}, request {item.id!r}: {problem}; no request was sent"
-                raise ConfigurationError(msg)
-
-
 def _check_stored_requests(config: RunConfig, ready: ReadyEndpoints | None, items: Path) -> None:
     from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - as above
 
@@ -600,50 +539,6 @@ async def _check_final_reducers(loaded: LoadedConfig, folder: RunFolder) -> None
     )
 
     await check_final_reducers(loaded, await asyncio.to_thread(read_layout, loaded, folder))
-
-
-def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields that settings name against the answer and the input.
-
-    Raises:
-        ConfigurationError: A field does not exist, or means two things.
-    """
-    try:
-        _check_prompt_fields(loaded.config, summary.row_schema)
-        check_aggregators(
-            loaded.config.reduce,
-            loaded.config.result_schema,
-            summary.row_schema,
-            has_samples=loaded.config.task.samples > 1,
-        )
-        resolve_evaluations(loaded.config.evaluate, loaded.config.result_schema, summary.row_schema)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
-
-
-def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
-    """Check that the fields inside columns that the prompt uses exist in some row.
-
-    A column whose values are no objects, or not only, fails its items instead: it may still have
-    objects with too many keys to be described.
-
-    Raises:
-        ConfigurationError: No row has the field.
-    """
-    texts = [text for _, text in config.parse_prompt().messages]
-    for name, where in {name: text.where for text in texts for name in text.columns}.items():
-        column, keys = split_column(name, inputs["properties"]) or (name, ())
-        at, schema = column, inputs["properties"].get(column, {})
-        for key in keys:
-            if schema.get("type") != "object":
-                break
-            if key not in schema["properties"]:
-                raise ConfigurationError(
-                    f"{where} uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
-                    f"any row; its fields: {', '.join(schema['properties'])}"
-                    f"{did_you_mean(key, schema['properties'])}"
-                )
-            at, schema = f"{at}.{key}", schema["properties"][key]
 
 
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:

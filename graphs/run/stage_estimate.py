@@ -21,9 +21,9 @@ from ...configs.budget import ReserveConfig
 from ...configs.loader import LoadedConfig
 from ...nodes.operators import LevelPlan, SizeEstimate
 from .estimate import open_probed, sample_indices
+from .input_check import check_input_setting
 from .part_length import check_part_lengths
 from .pipeline import Stage, check_columns, list_stages
-from .prepare import check_input_setting
 
 _SAMPLE = 200
 _LIKELY_ANSWER = 128
