@@ -235,6 +235,9 @@ async def open_cache(
 ) -> AsyncIterator[RequestCache | None]:
     """Open the configured response cache; yield None if every request must be sent.
 
+    Without one, a run over parts of documents stores the answers about their pieces, so that they
+    are paid once.
+
     Args:
         config: The settings.
         simulated: Whether the fleet is simulated.
@@ -244,11 +247,12 @@ async def open_cache(
     Raises:
         ConfigurationError: The folder cannot be used.
     """
-    if config.cache == "off":
+    is_off = config.cache == "off"
+    if is_off and (config.input.split is None or own_folder is None):
         yield None
         return
     async with AsyncExitStack() as stack:
-        shared = config.cache != "run"
+        shared = not is_off and config.cache != "run"
         contested = shared or (own_folder is not None and config.backend.is_remote)
         folder = Path(config.cache) if shared else own_folder
         if folder is None:
@@ -264,7 +268,8 @@ async def open_cache(
         reuse = RequestCache(
             store,
             simulated=simulated,
-            sampled=config.cache_sampled,
+            sampled=config.cache_sampled or is_off,
+            marked=is_off,
             patience_s=config.limits.request_timeout_s,
         )
         stack.push_async_callback(reuse.aclose)

@@ -23,6 +23,7 @@ from ...backends.budget.tokens import (
     TokenCounter,
     open_token_counter,
 )
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import ConfigurationError, InvalidItemError, NoEndpointError
 from ...backends.core.images import add_images, show_content
 from ...backends.core.money import BudgetLimits
@@ -353,7 +354,7 @@ async def estimate_run(
         if like is not None:
             limit = AnswerLimit(config.model.max_tokens)
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated, limit)
-        sampled = await asyncio.to_thread(read_sample, config, sample, ready)
+        sampled = await call_stoppable(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
         await check_final_reducers(loaded, sampled.layout)
         counted = await _count_prompts(config, ready, sampled, like)

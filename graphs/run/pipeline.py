@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
+from ...backends.core.aio import call_stoppable
 from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
@@ -236,7 +237,7 @@ async def prepare_pipeline(
             with ItemStore(run.folder.items) as store:
                 summary = store.summary()
         else:
-            summary = await asyncio.to_thread(_load_first, first, place, items)
+            summary = await call_stoppable(_load_first, first, place, items)
         check_columns(loaded, summary)
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ...backends.budget.pricing import find_model_price
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import (
     ConfigurationError,
     JournalError,
@@ -223,7 +224,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         if source is not None:
             summary = await asyncio.to_thread(load_rows, folder.items, source, samples)
         else:
-            summary = await asyncio.to_thread(
+            summary = await call_stoppable(
                 load_input, given, folder.items, columns, items, only=only, samples=samples
             )
         check_fields(loaded, summary)
@@ -240,7 +241,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
                 "was sent"
             )
             raise ConfigurationError(msg)
-        if ready is not None:
+        if ready is not None and source is None:  # else they are split further when refused
             await check_part_lengths(loaded.config, ready, folder.items)
         order = await asyncio.to_thread(store_order, folder, loaded.config)
         cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
@@ -440,7 +441,7 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     after = loaded or before
     _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
-    await asyncio.to_thread(_check_unchanged, folder, about, before, after)
+    await call_stoppable(_check_unchanged, folder, about, before, after)
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...backends.budget.pricing import describe_missing_price, look_up_price
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import NANO_PER_USD, NO_PRICES, Amount, TokenPrices
 from ...backends.core.text_tokens import estimate_text_tokens
@@ -228,7 +229,7 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "items.arrow"
         stages = list_stages(loaded, Path(temporary))
-        summary = await asyncio.to_thread(load_input, stages[0].loaded.config.input, file, ())
+        summary = await call_stoppable(load_input, stages[0].loaded.config.input, file, ())
         check_columns(loaded, summary)
         items, tokens = await asyncio.to_thread(measure_rows, file)
         for name, one in _list_models(stages):
