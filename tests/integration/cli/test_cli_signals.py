@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fanfold.tests.support.command_server import BlockingProcess, Command, started
+from fanfold.tests.support.pdf_files import make_large_pdf
 
 from .conftest import Shell
 
@@ -94,3 +96,30 @@ def test_the_simulated_fleet_ends_on_a_signal(shell: Shell) -> None:
         assert len((shell.folder / "endpoints.txt").read_text().splitlines()) == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
+
+
+def list_children(process: BlockingProcess) -> list[int]:
+    files = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return [int(one) for file in files for one in file.read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_reading_of_pdf_files(shell: Shell, number: signal.Signals) -> None:
+    """Neither their processes nor a run folder are left, and nothing waits for the files."""
+    pytest.importorskip("pypdfium2", reason="PDF files need the extra 'pdf'")
+    papers = shell.folder / "papers"
+    papers.mkdir()
+    for n in range(6):
+        make_large_pdf(papers / f"{n}.pdf", b"(word) Tj 0 -1 Td ", 100_000_000)
+    shell.write(input={"path": "papers"}, task={"prompt": "{text}"})
+    with started(Command(("run", "c.yaml", "--out", "r"))) as process:
+        while not (children := list_children(process)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "interrupted before anything was written" in err
+    assert not [one for one in children if Path(f"/proc/{one}").exists()]
+    assert {path.name for path in shell.folder.iterdir() if path.is_dir()} == {"papers"}
