@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_delay
 
 from ...configs.endpoints import EndpointsConfig
+from ...configs.loader import LoadedConfig
 from ...configs.models import LimitsConfig, RunConfig
-from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.errors import (
+    ConfigurationError,
+    MissingExtraError,
+    NoEndpointError,
+    RunStoppedError,
+)
 from ..core.types import CHAT_URL, Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
@@ -40,15 +46,16 @@ from ..fleet.policy import (
 )
 from ..simulated.process import launch, make_simulation_spec
 from ..storage.response_cache import ResponseCache
-from .auto import choose_endpoints
 from .gateway import describe_members
 from .probe import probe_models, select_model
 from .resolve import (
     PROBE_TIMEOUT_S,
     EndpointSet,
+    check_endpoint_set,
     count_possible_servers,
     fit_requests,
     get_endpoints_key,
+    has_own_servers,
     list_endpoint_specs,
     make_gateway_set,
     open_registry,
@@ -199,6 +206,27 @@ def check_cache(config: RunConfig) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         msg = f"cache: {existing} is not writable; set another folder, or cache: off"
         raise ConfigurationError(msg)
+
+
+def check_endpoints(loaded: LoadedConfig) -> None:
+    """Check the settings of the endpoints without sending a request.
+
+    Raises:
+        ConfigurationError: No endpoint, a malformed URL, an unreadable file, or an unknown
+            simulated fleet.
+    """
+    try:
+        if loaded.config.endpoints.simulated is None:
+            check_endpoint_set(loaded.config.endpoints, loaded.plain["endpoints"])
+        else:
+            make_simulation_spec(loaded.config)
+    except MissingExtraError:
+        raise
+    except NoEndpointError as error:
+        if not (loaded.config.backend.node_endpoints and has_own_servers(loaded.config)):
+            raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 
 
 @asynccontextmanager
@@ -411,6 +439,8 @@ async def open_endpoint_set(
         async with launch(make_simulation_spec(config)) as fleet:
             yield EndpointSet(tuple(map(EndpointSpec, fleet.urls)))
     elif endpoints.auto:
+        from .auto import choose_endpoints  # noqa: PLC0415 - for `auto` only
+
         yield await choose_endpoints(config, os.environ, Path.cwd())
     elif endpoints.aegis_registry is not None:
         source: EndpointSource = open_registry(endpoints)

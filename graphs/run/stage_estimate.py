@@ -15,16 +15,16 @@ from ...backends.core.money import NANO_PER_USD, NO_PRICES, Amount, TokenPrices
 from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json, Usage
 from ...backends.core.values import to_json_text
-from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...configs.budget import ReserveConfig
 from ...configs.loader import LoadedConfig
 from ...nodes.operators import LevelPlan, SizeEstimate
 from .estimate import open_probed, sample_indices
+from .input_check import check_input_setting
 from .part_length import check_part_lengths
 from .pipeline import Stage, check_columns, list_stages
-from .prepare import check_endpoints, check_input_setting
 
 _SAMPLE = 200
 _LIKELY_ANSWER = 128

@@ -25,6 +25,7 @@ from .browser import Page, find_browser, open_browser
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed"),
+    pytest.mark.xdist_group("report browser"),  # its tests share runs
 ]
 
 HOSTILE = [
