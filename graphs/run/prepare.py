@@ -284,6 +284,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     only: Collection[str] | None = None,
     source: EntrySource | None = None,
     place: StagePlace | None = None,
+    probed: ReadyEndpoints | None = None,
 ) -> ReadyRun:
     """Check input and endpoints, and create the run folder.
 
@@ -297,6 +298,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         only: Ids of the rows of the run; None means all of the input.
         source: Items in place of the configured input that have their ids already.
         place: Place of the run in a pipeline.
+        probed: The endpoints if they were just probed; None probes them.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
@@ -333,7 +335,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
             )
         check_fields(loaded, summary)
         await _check_final_reducers(loaded, folder)
-        model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
+        model, simulated, ready = await _resolve_model(loaded, defer_endpoints, probed)
         if loaded.config.backend.is_batch and ready is not None:
             get_deployment(ready)
         await asyncio.to_thread(_check_stored_requests, loaded.config, ready, folder.items)
@@ -427,7 +429,7 @@ def check_endpoints(loaded: LoadedConfig) -> None:
 
 
 async def _resolve_model(
-    loaded: LoadedConfig, defer_endpoints: bool
+    loaded: LoadedConfig, defer_endpoints: bool, probed: ReadyEndpoints | None
 ) -> tuple[str, bool | None, ReadyEndpoints | None]:
     """Return the model's name, whether the endpoints are simulated, and the endpoints if probed.
 
@@ -437,6 +439,8 @@ async def _resolve_model(
         return loaded.config.model.name or "", None, None
     if loaded.config.endpoints.simulated is not None:
         return make_simulation_spec(loaded.config).model, True, None
+    if probed is not None:
+        return probed.model, probed.simulated, probed
     async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready:
         return ready.model, ready.simulated, ready
 

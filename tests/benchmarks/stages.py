@@ -48,6 +48,7 @@ _STAGES: Final[Mapping[str, tuple[int, Mapping[str, Any]]]] = {
     "dedup": (4_000, {"reduce": {"op": "dedup", "by": "embeddings", "text": _TEXT}}),
 }
 """Items and settings of the stage of each operator that asks a model."""
+OPERATORS: Final = tuple(_STAGES)
 _OPTIONS: Final = RunOptions(quiet=True)
 
 
