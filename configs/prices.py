@@ -8,7 +8,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Annotated, Final, Literal
 
-import yaml
 from pydantic import Field
 
 from .base import Section
@@ -115,5 +114,7 @@ def _find_provider(host: str) -> _Provider | None:
 
 @cache
 def _read_prices() -> _PriceList:
+    from .yaml_text import parse_yaml  # noqa: PLC0415 - few processes read prices
+
     text = (files("fanfold.configs") / "data" / "prices.yaml").read_text(encoding="utf-8")
-    return _PriceList.model_validate(yaml.safe_load(text))
+    return _PriceList.model_validate(parse_yaml(text, "prices.yaml"))

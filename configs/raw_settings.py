@@ -10,92 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import is_secret, mask_command
 from .preset_files import is_preset, preset_names, read_preset
 
 _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader; a key given twice in one mapping is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[Any]()
-        for key_node, _ in node.value:
-            key = self._key(key_node)
-            if key in seen:
-                msg = f"key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, msg, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def _key(self, node: yaml.Node) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
-            msg = "a key must be a text"
-            raise yaml.constructor.ConstructorError(None, None, msg, node.start_mark)
-        if node.tag == "tag:yaml.org,2002:merge":
-            return node  # equal to itself only: `<<` may come more than once
-        return self.construct_object(node, deep=True)
-
-
-class _NoAliasLoader(_UniqueKeyLoader):
-    """Rejects aliases, with which a short text can expand without end."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed here")
-        return super().compose_node(parent, index)
-
-
-def parse_value(text: str, source: str) -> Any:
-    """Parse one value that arrived with a request.
-
-    Args:
-        text: The value in YAML.
-        source: Its name in messages.
-
-    Raises:
-        ConfigurationError: It is not YAML or has an alias; the message does not repeat the value.
-    """
-    try:
-        return yaml.load(text, Loader=_NoAliasLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        msg = f"{source}: the value is not valid YAML without aliases; put it in quotes"
-        raise ConfigurationError(msg) from None
-
-
-def parse_yaml(text: str, source: str, *, aliases: bool = True) -> dict[str, Any]:
-    """Parse a configuration file.
-
-    Args:
-        text: The file's text.
-        source: The name of the file in messages.
-        aliases: Whether it may contain aliases.
-
-    Raises:
-        ConfigurationError: It is not YAML or not a mapping of keys; names file and line.
-    """
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader if aliases else _NoAliasLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        msg = f"{source}{line}: not valid YAML: {error.problem or error.context}"
-        raise ConfigurationError(msg) from None
-    except RecursionError:
-        raise ConfigurationError(f"{source}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        msg = f"{source}: not valid YAML: {reason}"
-        raise ConfigurationError(msg) from None
-    if not isinstance(data, dict):
-        found = "an empty file" if data is None else type(data).__name__
-        msg = f"{source}: expected a mapping of settings (name: …, task: …), found {found}"
-        raise ConfigurationError(msg)
-    return data
 
 
 def check_overrides(given: object) -> list[str]:
@@ -125,13 +44,10 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     if not equals or not all(name.strip() for name in path.split(".")):
         msg = f"--set {path}: expected KEY=VALUE, e.g. --set limits.streams=64"
         raise ConfigurationError(msg)
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        shown = "" if is_secret(path) else f" {mask_command(text)!r}"
-        msg = f"--set {path}: the value{shown} is not valid YAML; put it in quotes"
-        raise ConfigurationError(msg) from None
-    set_path(data, path.strip(), value)
+    from .yaml_text import parse_value  # noqa: PLC0415 - workers read no YAML
+
+    shown = "" if is_secret(path) else f" {mask_command(text)!r}"
+    set_path(data, path.strip(), parse_value(text, f"--set {path}", shown))
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:
@@ -276,6 +192,8 @@ def expand_auto(data: dict[str, Any]) -> None:
 def _read_config(config: str | Path | Mapping[str, Any]) -> RawSettings:
     if isinstance(config, Mapping):
         return RawSettings(copy.deepcopy(dict(config)), "settings", Path.cwd())
+    from .yaml_text import parse_yaml  # noqa: PLC0415 - workers read no YAML
+
     if isinstance(config, str) and is_preset(config):
         source = f"preset {config}"
         return RawSettings(parse_yaml(read_preset(config), source), source, Path.cwd(), config)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Final
 
-import orjson
-import yaml
 from pydantic import SecretStr
 
 from ..backends.core.errors import ConfigurationError
@@ -263,33 +260,3 @@ def _safe_key(raw: object, key: SecretStr) -> str:
     if isinstance(raw, str) and _VARIABLES_ONLY.fullmatch(raw):
         return raw
     return "EMPTY" if key.get_secret_value() == "EMPTY" else MASKED
-
-
-def to_yaml(plain: Mapping[str, Any]) -> str:
-    """Render plain settings as YAML, long texts as blocks."""
-    sections = [orjson.dumps({name: section}) for name, section in plain.items()]
-    return "".join(map(_render_section, sections or [b"{}"]))
-
-
-@lru_cache(maxsize=64)
-def _render_section(plain: bytes) -> str:
-    """Render a section that is JSON; kept, because the levels of an operator differ in a few."""
-    section = orjson.loads(plain)
-    return yaml.dump(section, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
-
-
-class _BlockDumper(yaml.SafeDumper):
-    """Writes multi-line texts as literal blocks, and no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # YAML reads each of these as a line break and may replace it by a blank or another one
-    odd = any(mark in value for mark in "\r\x85\u2028\u2029")
-    style = '"' if odd else "|" if "\n" in value else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_BlockDumper.add_representer(str, _text)

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from ..backends.core.errors import ConfigurationError
 from .base import Section, expand_home
-from .raw_settings import parse_yaml
+from .yaml_text import parse_yaml
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FIELD: Final = re.compile(r"\{(\w+)\}")

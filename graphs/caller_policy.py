@@ -35,12 +35,11 @@ from ..configs.raw_settings import (
     REFERENCE_START,
     escape_variables,
     get_at_path,
-    parse_value,
-    parse_yaml,
     read_settings_file,
 )
 from ..configs.resolve import endpoint_settings, resolve_config
 from ..configs.serialize import check_plain, find_lost_secrets
+from ..configs.yaml_text import parse_requested_value, parse_yaml
 from ..nodes.batch.load import describe_unknown_keys
 from .context_schema import VARIABLE_PATTERN, SettingsForm
 
@@ -247,7 +246,7 @@ class CallerPolicy:
             key, equals, text = one.partition("=")
             if not equals:
                 raise ConfigurationError("context: overrides: expected KEY=VALUE")
-            yield key.strip(), parse_value(text, f"context: overrides: {key.strip()}")
+            yield key.strip(), parse_requested_value(text, f"context: overrides: {key.strip()}")
 
     def _iter_settings(
         self, assigned: Iterator[tuple[str, Any]], where: str, base: Path | None = None

@@ -27,7 +27,6 @@ from ..backends.budget.leases import (
     spent_of_lease,
 )
 from ..backends.budget.spend_log import read_lease_clock
-from ..backends.budget.tokens import make_prompt_counter, open_token_counter
 from ..backends.core.aio import LoopThread, SharedResource
 from ..backends.core.errors import BackendError, FanfoldError
 from ..backends.core.messages import ShardResult, ShardTask, own_version
@@ -44,7 +43,6 @@ from ..backends.discovery.connect import (
     open_fleet,
     unpack_deployments,
 )
-from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
 from ..backends.fleet.memory import FleetMemory
@@ -67,9 +65,9 @@ from ..nodes.shard.progress import Progress
 from .remote.deployments import share_watches
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
 from .remote.rate_leases import follow_share
+from .run.fingerprint import compute_question_digest
 from .run.items import make_item_runner
 from .run.open_calls import record_worker_calls
-from .run.prepare import compute_question_digest
 
 _MOST_CARRIES: Final = 2
 """Largest result, as a multiple of its task's `carry`."""
@@ -219,6 +217,11 @@ async def open_task_resources(
             )
         count = None
         if task.lease is not None:
+            from ..backends.budget.tokens import (  # noqa: PLC0415 - for runs with a budget
+                make_prompt_counter,
+                open_token_counter,
+            )
+
             count = make_prompt_counter(await stack.enter_async_context(open_token_counter(ready)))
         yield TaskResources(
             loaded=loaded,
@@ -247,6 +250,10 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
             ready = await share_watches(ready, Path(task.journal), task.run["token"])
         yield ready
     elif config.backend.node_endpoints:
+        from ..backends.discovery.node_local import (  # noqa: PLC0415 - for servers of nodes
+            node_endpoints,
+        )
+
         async with node_endpoints(
             config, written, model, simulated, _make_stop_check(task)
         ) as ready:

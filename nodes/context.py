@@ -21,6 +21,7 @@ from ..backends.core.types import Item, Json, Row, RunKey, Shard
 from .aggregators import AggregatorSet
 from .item.answer import AnswerCheck
 from .item.item_state import ItemState
+from .item.part import PartSplit
 from .shard.gate import Gate
 from .shard.progress import Progress, ProgressStream
 
@@ -52,6 +53,7 @@ class ItemContext:
         delegate: A user's item graph, called with the columns and the messages.
         images: Reads the images that are sent after the prompt; None if there are none.
         certainty: Keys down to the field whose certainty is recorded; None records none.
+        split: How parts that are too long are asked in pieces; None: they fail.
         completions: The client that sends an item's own request in place of the prompt, if items
             are requests.
     """
@@ -64,6 +66,7 @@ class ItemContext:
     completions: CompletionClient | None = None
     images: ImageSource | None = None
     certainty: tuple[str, ...] | None = None
+    split: PartSplit | None = None
 
 
 class ItemRuntime(Protocol):

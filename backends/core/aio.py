@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hasha
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
+from .errors import RunStoppedError
 from .protocols import BLOCKED_LOOPS
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 async def wait_first(*events: Awaitable[Any], timeout_s: float | None = None) -> None:
@@ -29,6 +31,43 @@ async def wait_first(*events: Awaitable[Any], timeout_s: float | None = None) ->
     finally:
         for started_here in futures.difference(events):
             started_here.cancel()
+
+
+_STOP: Final = ContextVar[threading.Event | None]("fanfold_stop", default=None)
+
+
+async def call_stoppable(function: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
+    """Call a function in a thread; if the caller is cancelled, stop the function and wait for it.
+
+    ``asyncio.run`` waits at its end for all threads: one that reads for minutes must not go on.
+
+    Args:
+        function: The function, which calls :func:`check_stopped` repeatedly.
+        arguments: Its arguments.
+        options: Its named arguments.
+    """
+    stop, context = threading.Event(), copy_context()
+    context.run(_STOP.set, stop)
+    call = partial(context.run, partial(function, *arguments, **options))
+    running = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait({running})
+        running.exception()  # it only says that the function was stopped
+        raise
+
+
+def check_stopped() -> None:
+    """Raise an error if the caller of :func:`call_stoppable` was cancelled.
+
+    Raises:
+        RunStoppedError: It was.
+    """
+    stop = _STOP.get()
+    if stop is not None and stop.is_set():
+        raise RunStoppedError("stopped while the input was being read")
 
 
 DETACH_TASKS: Final = ContextVar("fanfold_kept", default=False)

@@ -158,7 +158,13 @@ class AnswerError(FanfoldError):
 
 
 class TruncatedAnswerError(AnswerError):
-    """The answer was cut at ``max_tokens``."""
+    """The answer was cut at ``max_tokens``, or at the end of the context.
+
+    Attributes:
+        is_context_full: Whether the prompt left too little of the context for the answer.
+    """
+
+    is_context_full: bool = False
 
 
 class EmptyAnswerError(AnswerError):

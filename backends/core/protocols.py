@@ -280,6 +280,8 @@ class CallLog:
         lost: The most tokens of requests that may have been paid and brought no answer.
         useful: Tokens of the answer that was used; None: of all answers.
         useful_endpoint: Label of the endpoint that gave this answer.
+        kept: Tokens of earlier answers that were used too, by endpoint.
+        keeps_answers: Whether the answers are stored until the item has ended.
         account: The item's budget; None is no limit.
         reused: Answers taken from earlier requests, at no cost.
         usage_by_endpoint: Usage of each endpoint, by its label.
@@ -324,6 +326,8 @@ class CallLog:
     )
 
     counted: bool = field(default=False, compare=False)
+    kept: dict[str | None, Usage] = field(default_factory=dict, compare=False)
+    keeps_answers: bool = field(default=False, compare=False)
     index: int | None = field(default=None, compare=False)
     sample: int = field(default=0, compare=False)
     max_tokens: int | None = field(default=None, compare=False)
@@ -384,6 +388,13 @@ class CallLog:
         for close in tuple((self.streams or {}).values()):
             close()
 
+    def keep_answer(self) -> None:
+        """Record that the last answer is used, and that others follow."""
+        if self.useful is not None:
+            before = self.kept.get(self.useful_endpoint)
+            used = self.useful if before is None else before + self.useful
+            self.kept[self.useful_endpoint], self.useful = used, Usage(0, 0)
+
     def close(self, *, done: bool) -> None:
         """Record which tokens were useful; the item has ended.
 
@@ -392,11 +403,13 @@ class CallLog:
         """
         if not done:
             return
+        if self.useful is not None:
+            self.keep_answer()
         for one in self.usage_by_endpoint.values():
             if self.useful is None:
                 one.useful = one.usage
-            elif one.endpoint == self.useful_endpoint:
-                one.useful = self.useful
+            elif one.endpoint in self.kept:
+                one.useful = self.kept[one.endpoint]
             else:
                 continue
             one.sink.add_useful(one.useful)

@@ -285,3 +285,36 @@ def _fold_schema(rule: FoldRule, schema: Any, root: Mapping[str, Any]) -> Mappin
 def find_row_error(classes: Sequence[str | None]) -> str | None:
     """Return the most frequent error class of a row's samples; the first of several."""
     return Counter(classes).most_common(1)[0][0]
+
+
+def concat_answers(
+    folded: Json, answers: Sequence[Json], schema: Any, root: Mapping[str, Any]
+) -> Json:
+    """Return answers with their lists and texts one after the other, all else as folded.
+
+    Of equal texts one is kept. Those with an enum, a pattern or a format are no texts but values.
+
+    Args:
+        folded: The answers as one.
+        answers: The answers, in order.
+        schema: Their JSON Schema.
+        root: The schema that its references are resolved in.
+    """
+    known = [one for one in answers if one is not None]
+    if known and all(isinstance(one, list) for one in known):
+        return [element for one in known for element in one]
+    found = follow_references(schema, root)
+    is_value = bool({"enum", "const", "pattern", "format"} & set(found))
+    if known and all(isinstance(one, str) for one in known) and not is_value:
+        return "\n\n".join(dict.fromkeys(known))
+    if known and all(isinstance(one, dict) for one in known):
+        properties = find_properties(found, root)
+        keys = dict.fromkeys(key for one in known for key in one)
+        below = folded if isinstance(folded, dict) else {}
+        return {
+            key: concat_answers(
+                below.get(key), [one.get(key) for one in known], properties.get(key), root
+            )
+            for key in keys
+        }
+    return folded

@@ -131,16 +131,50 @@ def split_text(text: str, tokens: int, overlap: int) -> Iterator[tuple[int, int]
             yield start, len(text)
             return
         limit = max(ruler.find(before + tokens), start + 1)
-        end = _find_end(text, limit - (limit - start) // 4, limit)
+        ends = _list_ends(text, limit - (limit - start) // 4, limit)
+        end = ends[-1] if ends else limit
         yield start, end
-        back = ruler.find(ruler.count_before(end) - overlap) if overlap else end
-        blank = _BLANK.search(text, min(back, end), end)
-        start = max(blank.end() if blank is not None and back < end else min(back, end), start + 1)
+        start = max(_go_back(text, ruler, end, overlap), start + 1)
 
 
-def _find_end(text: str, lo: int, hi: int) -> int:
+_LEAST_CUT: Final = 64
+"""Tokens of a text below which it has no halves: a prompt is too long, whatever the text."""
+_MIDDLE: Final = (3 / 8, 5 / 8)
+"""Share of the tokens before the place at which a text is cut, at least and at most."""
+_OVERLAP_SHARE: Final = 8
+"""Part of a text, one in so many, that both halves may have."""
+
+
+def halve_text(text: str, overlap: int = 0) -> list[tuple[int, int]]:
+    """Return start and end of the halves of a text that is too long for a prompt, in characters.
+
+    The first half ends at the end of a paragraph near the middle if there is one, else of a
+    sentence, else of a word.
+
+    Args:
+        text: The text; a short one has no halves.
+        overlap: Tokens of the end of the first half that the second one repeats; at most an eighth
+            of the text.
+    """
+    ruler = _Ruler(text)
+    if ruler.total < _LEAST_CUT:
+        return []
+    lo, middle, hi = (ruler.find(share * ruler.total) for share in (_MIDDLE[0], 0.5, _MIDDLE[1]))
+    end = min(_list_ends(text, lo, hi), key=lambda one: abs(one - middle), default=middle)
+    start = _go_back(text, ruler, end, min(overlap, ruler.total // _OVERLAP_SHARE))
+    return [(0, end), (start, len(text))]
+
+
+def _go_back(text: str, ruler: _Ruler, end: int, overlap: int) -> int:
+    """Return where the part after one that ends somewhere begins: at a word."""
+    back = min(ruler.find(ruler.count_before(end) - overlap) if overlap else end, end)
+    blank = _BLANK.search(text, back, end)
+    return blank.end() if blank is not None and back < end else back
+
+
+def _list_ends(text: str, lo: int, hi: int) -> list[int]:
+    """Return the ends of paragraphs in a range, else of sentences, else of words."""
     for boundary in _BOUNDARIES:
-        ends = [found.end() for found in boundary.finditer(text, lo, hi)]
-        if ends:
-            return ends[-1]
-    return hi
+        if ends := [found.end() for found in boundary.finditer(text, lo, hi)]:
+            return ends
+    return []

@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_delay
 
 from ...configs.endpoints import EndpointsConfig
+from ...configs.loader import LoadedConfig
 from ...configs.models import LimitsConfig, RunConfig
-from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.errors import (
+    ConfigurationError,
+    MissingExtraError,
+    NoEndpointError,
+    RunStoppedError,
+)
 from ..core.types import CHAT_URL, Usage
 from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
@@ -40,15 +46,16 @@ from ..fleet.policy import (
 )
 from ..simulated.process import launch, make_simulation_spec
 from ..storage.response_cache import ResponseCache
-from .auto import choose_endpoints
 from .gateway import describe_members
 from .probe import probe_models, select_model
 from .resolve import (
     PROBE_TIMEOUT_S,
     EndpointSet,
+    check_endpoint_set,
     count_possible_servers,
     fit_requests,
     get_endpoints_key,
+    has_own_servers,
     list_endpoint_specs,
     make_gateway_set,
     open_registry,
@@ -201,11 +208,35 @@ def check_cache(config: RunConfig) -> None:
         raise ConfigurationError(msg)
 
 
+def check_endpoints(loaded: LoadedConfig) -> None:
+    """Check the settings of the endpoints without sending a request.
+
+    Raises:
+        ConfigurationError: No endpoint, a malformed URL, an unreadable file, or an unknown
+            simulated fleet.
+    """
+    try:
+        if loaded.config.endpoints.simulated is None:
+            check_endpoint_set(loaded.config.endpoints, loaded.plain["endpoints"])
+        else:
+            make_simulation_spec(loaded.config)
+    except MissingExtraError:
+        raise
+    except NoEndpointError as error:
+        if not (loaded.config.backend.node_endpoints and has_own_servers(loaded.config)):
+            raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+
+
 @asynccontextmanager
 async def open_cache(
     config: RunConfig, simulated: bool, own_folder: Path | None
 ) -> AsyncIterator[RequestCache | None]:
     """Open the configured response cache; yield None if every request must be sent.
+
+    Without one, a run over parts of documents stores the answers about their pieces, so that they
+    are paid once.
 
     Args:
         config: The settings.
@@ -216,11 +247,12 @@ async def open_cache(
     Raises:
         ConfigurationError: The folder cannot be used.
     """
-    if config.cache == "off":
+    is_off = config.cache == "off"
+    if is_off and (config.input.split is None or own_folder is None):
         yield None
         return
     async with AsyncExitStack() as stack:
-        shared = config.cache != "run"
+        shared = not is_off and config.cache != "run"
         contested = shared or (own_folder is not None and config.backend.is_remote)
         folder = Path(config.cache) if shared else own_folder
         if folder is None:
@@ -236,7 +268,8 @@ async def open_cache(
         reuse = RequestCache(
             store,
             simulated=simulated,
-            sampled=config.cache_sampled,
+            sampled=config.cache_sampled or is_off,
+            marked=is_off,
             patience_s=config.limits.request_timeout_s,
         )
         stack.push_async_callback(reuse.aclose)
@@ -406,6 +439,8 @@ async def open_endpoint_set(
         async with launch(make_simulation_spec(config)) as fleet:
             yield EndpointSet(tuple(map(EndpointSpec, fleet.urls)))
     elif endpoints.auto:
+        from .auto import choose_endpoints  # noqa: PLC0415 - for `auto` only
+
         yield await choose_endpoints(config, os.environ, Path.cwd())
     elif endpoints.aegis_registry is not None:
         source: EndpointSource = open_registry(endpoints)

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ...configs.backend import COMMAND_FIELDS
 from ...configs.base import expand_home
@@ -20,7 +20,6 @@ from ..core.request_urls import GATEWAY_URLS
 from ..core.secrets import MASKED
 from ..core.templates import find_names, split_command
 from ..fleet.endpoint import ApiKey, EndpointSpec, merge_spellings, normalize_base_url
-from ..servers.plan import NodePlan, list_accelerators, plan_servers
 from ..simulated.process import MODULE
 from .gateway import Gateway
 from .login import CommandToken, LoginToken
@@ -38,6 +37,9 @@ from .sources import (
     parse_pbs,
     read_registry_file,
 )
+
+if TYPE_CHECKING:
+    from ..servers.plan import NodePlan
 
 PROBE_TIMEOUT_S: Final = 5.0
 GATEWAY_VARIABLE: Final = "inference_base_url"
@@ -403,6 +405,12 @@ def make_node_plan(
     Raises:
         ConfigurationError: A setting is missing, or does not fit this node.
     """
+    from ..servers.plan import (  # noqa: PLC0415 - for nodes whose servers fanfold starts
+        NodePlan,
+        list_accelerators,
+        plan_servers,
+    )
+
     environment = os.environ if environment is None else environment
     node, host = config.node, host or get_host_name(environment)
     if node.serve is None:

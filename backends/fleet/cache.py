@@ -181,6 +181,7 @@ class RequestCache:
         store: The store of answers.
         simulated: Whether the fleet is; answers of the other kind do not count.
         sampled: Whether requests at a temperature above 0 share an answer, too.
+        marked: Whether only the requests of items that ask for it (`CallLog.keeps_answers`) do.
         patience_s: Seconds to wait for an answer that another process requests.
     """
 
@@ -190,10 +191,11 @@ class RequestCache:
         *,
         simulated: bool,
         sampled: bool = False,
+        marked: bool = False,
         patience_s: float = 600.0,
     ) -> None:
         self._store, self._simulated, self._sampled = store, simulated, sampled
-        self._patience_s = patience_s
+        self._marked, self._patience_s = marked, patience_s
         self._policy = CachePolicy(sampled)
         self._in_flight: dict[bytes, asyncio.Future[bytes | None]] = {}
         self._read = ThreadBatcher(self._read_batch)
@@ -205,6 +207,7 @@ class RequestCache:
             self._store,
             simulated=self._simulated,
             sampled=self._sampled,
+            marked=self._marked,
             patience_s=self._patience_s,
         )
 
@@ -220,7 +223,7 @@ class RequestCache:
         Args:
             body: The request as it is sent.
         """
-        if not self._policy.is_shareable(body):
+        if (self._marked and not _is_marked()) or not self._policy.is_shareable(body):
             return CacheMiss(self, body, None)
         key, waits = self._key(body), 0
         while True:
@@ -349,6 +352,12 @@ async def _follow(flight: asyncio.Future[bytes | None]) -> bool:
     finally:
         log.following -= 1
     return flight.done()
+
+
+def _is_marked() -> bool:
+    """Return True if the answers to the caller's item are stored."""
+    log = CURRENT_CALLS.get()
+    return log is not None and log.keeps_answers
 
 
 def _is_holding_slot() -> bool:

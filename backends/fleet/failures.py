@@ -372,6 +372,13 @@ class Failure:
         return self.rule.window or self.rule.too_fast
 
     @property
+    def is_loss(self) -> bool:
+        """Return True if the request was lost with its server, and not for taking too long."""
+        rule = self.rule
+        lost = rule.kind in {EndpointLostError, EndpointBusyError}
+        return lost and rule.breaker_effect is BreakerEffect.COUNT and not rule.shrink
+
+    @property
     def is_clear(self) -> bool:
         """Return True if the refusal needs no further attempt: a web page may be transient."""
         return self.rule.action in {RetryAction.EJECT, RetryAction.REKEY}

@@ -8,7 +8,7 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -17,6 +17,7 @@ import orjson
 from ..core.errors import (
     ConfigurationError,
     EndpointError,
+    EndpointLostError,
     FanfoldError,
     PromptTooLongError,
     RunStoppedError,
@@ -427,10 +428,7 @@ class HealthMonitor:
 
     async def _probe(self, endpoint: Endpoint) -> None:
         try:
-            reachable = await self._is_reachable(endpoint)
-        except FanfoldError as error:  # its key cannot be fetched now
-            _LOG.warning("endpoint %s cannot be probed: %s", endpoint.label, error.message)
-            reachable = False
+            reachable = await self._answers_probe(endpoint)
         finally:
             del self._probes[endpoint]
         if endpoint.breaker.state is not BreakerState.OPEN:
@@ -442,6 +440,33 @@ class HealthMonitor:
         else:
             endpoint.breaker.record_missed_probe()
             self._schedule_probe(endpoint)
+
+    async def find_unreachable(self, endpoints: Set[Endpoint]) -> set[Endpoint]:
+        """Probe endpoints now; return those that do not answer, marked unhealthy."""
+        async with asyncio.TaskGroup() as group:
+            probes = {
+                endpoint: group.create_task(self._answers_probe(endpoint))
+                for endpoint in self._endpoints
+                if endpoint in endpoints
+            }
+        down = set[Endpoint]()
+        for endpoint, probe in probes.items():
+            if probe.result():
+                continue
+            down.add(endpoint)
+            if endpoint.breaker.record_failure(at_once=True):
+                text = f"{endpoint.label}: a probe after lost requests was not answered"
+                self._open(endpoint, EndpointLostError(text, endpoint.label))
+                self.refresh(endpoint)
+        return down
+
+    async def _answers_probe(self, endpoint: Endpoint) -> bool:
+        """Return True if an endpoint answers a probe; one whose key cannot be fetched does not."""
+        try:
+            return await self._is_reachable(endpoint)
+        except FanfoldError as error:
+            _LOG.warning("endpoint %s cannot be probed: %s", endpoint.label, error.message)
+            return False
 
     async def _is_reachable(self, endpoint: Endpoint) -> bool:
         """Return True if an endpoint answers a probe.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Set
@@ -56,6 +57,8 @@ class AttemptLog(RetryCallState):
         marks: Endpoints that refused it for now, with their counts at that time.
         trusted: Endpoints that had recently answered another item when they refused this one.
         full: Endpoints that repeatedly had no capacity for it: their answer is not awaited.
+        failed: Endpoints that failed it.
+        answers: Good answers of the fleet when it last failed.
         is_final: Whether the last failure cannot or must not be repeated.
     """
 
@@ -72,7 +75,8 @@ class AttemptLog(RetryCallState):
         self._refusals = 0
         self._most: dict[Endpoint, int] = {}
         self._server_errors: dict[tuple[int | None, str | None], set[Endpoint]] = {}
-        self._failed: set[Endpoint] = set()
+        self.failed: set[Endpoint] = set()
+        self.answers = -1
         self._empty: list[Endpoint] = []
         self.prefer = prefer
         self.excluded: Set[Endpoint] = frozenset()
@@ -83,6 +87,7 @@ class AttemptLog(RetryCallState):
         self.full: set[Endpoint] = set()
         self.marks: dict[Endpoint, RefusalMark] = {}
         self.is_final = False
+        self._began_again = False
 
     def exclude(self, unfit: Set[Endpoint]) -> None:
         """Exclude endpoints whose context is too short for the request."""
@@ -145,6 +150,23 @@ class AttemptLog(RetryCallState):
         if rule.action is RetryAction.SAME:
             self.prefer = endpoint
 
+    @property
+    def may_begin_again(self) -> bool:
+        """Return True if all attempts are used up, and may be allowed again."""
+        return self._counted >= self._policy.attempts and not self._began_again
+
+    def begin_again(self, *, once: bool) -> None:
+        """Allow all attempts again: no endpoint could have answered the last ones.
+
+        Args:
+            once: Whether this may not be repeated.
+        """
+        self._began_again = once
+        self._counted = 0
+        self.is_final = False
+        self.upcoming_sleep = 0.0
+        self.excluded = self.avoid = set(self.unfit)
+
     def _choose_pause(self, endpoint: Endpoint, failure: Failure) -> float:
         rule = failure.rule
         if rule.action is RetryAction.WAIT:
@@ -159,8 +181,8 @@ class AttemptLog(RetryCallState):
         if rule.action is RetryAction.SAME:
             # Only a changed request is free: it differs from the refused one.
             return 0.0 if rule.free else self._policy.wait(self)
-        repeated = endpoint in self._failed
-        self._failed.add(endpoint)
+        repeated = endpoint in self.failed
+        self.failed.add(endpoint)
         self.avoid.add(endpoint)
         return self._policy.wait(self) if repeated else 0.0
 
@@ -370,14 +392,33 @@ class Retrier:
         )
         attempts.exclude(short)
         attempts.record_failure(endpoint, failure)
+        is_silent = attempts.answers == self._monitor.answers
+        attempts.answers = self._monitor.answers
         if self._stop_retrying(attempts):
             if failure.is_refusal and self._is_item_at_fault(attempts):
                 raise self._monitor.count_refused(failure, len(attempts.refusers))
             if attempts.is_refused_alone:
                 raise self._monitor.count_refused(failure, len(attempts.marks))
-            raise failure.error
+            is_lost = is_silent and failure.is_loss and attempts.may_begin_again
+            if not is_lost or not await self._outlasts_outage(attempts):
+                raise failure.error
         if not failure.rule.free:
             self._count_retry()
+
+    async def _outlasts_outage(self, attempts: AttemptLog) -> bool:
+        """Allow an item its attempts again if all endpoints that lost it are down.
+
+        With few requests in flight, an item's attempts are used up before failures in a row mark
+        these endpoints as unhealthy. If the item itself stops them, others are up: it would stop
+        them, too, so it gets its attempts again once.
+        """
+        alive = (e for e in self._monitor.balancer.alive if e not in attempts.failed)
+        others = set(itertools.islice(alive, self._policy.attempts))
+        down = await self._monitor.find_unreachable(attempts.failed | others)
+        if not attempts.failed <= down:
+            return False
+        attempts.begin_again(once=not others or not others <= down)
+        return True
 
     async def _check_item_fault(
         self, attempts: AttemptLog, endpoint: Endpoint, failure: Failure, log: CallLog | None

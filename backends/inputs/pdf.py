@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
+from ..core.aio import check_stopped
 from ..core.errors import MissingExtraError
 from ..core.types import Row
 
@@ -35,6 +37,8 @@ _PROCESS: Final = Path(__file__).with_name("pdf_process.py")
 _KEPT: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
 """Variables of the environment that the processes get."""
 _SHOWN: Final = 5
+_CHECK_S: Final = 0.2
+"""Seconds between two looks whether the run was stopped."""
 
 
 def read_pdfs(
@@ -70,8 +74,9 @@ def read_pdfs(
         while waiting:
             yield _finish(files, scanned, *waiting.popleft())
     finally:
-        readers.close()
+        readers.kill()
         pool.shutdown(cancel_futures=True)
+        readers.close()
     if scanned:
         more = f" and {len(scanned) - _SHOWN:,} more" if len(scanned) > _SHOWN else ""
         logger.warning(
@@ -84,6 +89,9 @@ def read_pdfs(
 def _finish(
     files: Sequence[Path], scanned: list[str], at: int, future: Future[dict[str, Any]]
 ) -> tuple[int, Row]:
+    while not future.done():
+        check_stopped()
+        wait({future}, timeout=_CHECK_S)
     row = _make_row(files[at].as_posix(), future.result())
     if row["pages_without_text"] and row[PROBLEM_COLUMN] is None:
         scanned.append(f"{row['file']} ({len(row['pages_without_text'])} of {row['pages']})")
@@ -103,6 +111,12 @@ def _make_row(name: str, answer: Mapping[str, Any]) -> Row:
             "scanned: recognise its text (OCR) first"
         }
     return row | {"text": "\n\n".join(pages), PROBLEM_COLUMN: None}
+
+
+def _explain_end(code: int) -> str:
+    """Return why there is no text if the process has ended; PDFium aborts without memory."""
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return f"its reader ended {how}: the file is damaged, or needs more than 2 GiB of memory"
 
 
 class _Readers:
@@ -129,12 +143,18 @@ class _Readers:
         self._end(process)
         if answer is not None:
             return {"error": answer}
-        return {"error": f"its reader ended ({process.returncode}); it is damaged or too large"}
+        return {"error": _explain_end(process.returncode)}
 
-    def close(self) -> None:
-        """End all processes."""
+    def kill(self) -> None:
+        """Kill all processes: threads that wait for an answer see that theirs has ended."""
         with self._lock:
             self._is_closed = True
+            for process in self._processes:
+                process.kill()
+
+    def close(self) -> None:
+        """Close what is left of the processes; no thread uses them any more."""
+        with self._lock:
             processes = list(self._processes)
         for process in processes:
             self._end(process)

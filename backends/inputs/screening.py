@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import orjson
 
 from ...configs.models import PART_COLUMN, InputConfig, SplitConfig
+from ..core.aio import check_stopped
 from ..core.errors import InputError
 from ..core.fields import split_column
 from ..core.text_tokens import split_text
@@ -249,6 +251,7 @@ class RowValidator:
         with ExitStack() as stack:
             check = self._open_check(stack)
             for number, (position, row) in enumerate(self._source.rows(), start=1):
+                check_stopped()
                 entry = self._validate_row(number, position, row, check)
                 if entry is not None:
                     chosen = 0
@@ -311,7 +314,13 @@ class RowValidator:
                 "part of the text an item is; rename it"
             )
         self.columns.setdefault(PART_COLUMN)
-        for part in make_parts(entry, split):
+        text = _join_paragraphs(entry.values[split.column])
+        if entry.problem is None and (text is None or (isinstance(text, str) and not text.strip())):
+            self._skip(entry.id, f"its column {split.column!r} has no text, so it has no parts")
+            return
+        if entry.problem is None and isinstance(text, list | dict):
+            entry = replace(entry, problem=_explain_no_text(split.column, text))
+        for part in make_parts(entry, split, text):
             if self._only is None or part.id in self._only:
                 self.invalid += part.problem is not None
                 yield part
@@ -368,14 +377,32 @@ class RowValidator:
         return payload
 
 
-def make_parts(entry: ItemEntry, split: SplitConfig) -> Iterator[ItemEntry]:
+def _join_paragraphs(value: Json) -> Json:
+    """Return a list of texts and numbers as the paragraphs of one text, anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    known = [one for one in value if one is not None]
+    if any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in known):
+        return value
+    return "\n\n".join(map(str, known))
+
+
+def _explain_no_text(column: str, value: list[Json] | dict[str, Json]) -> str:
+    what = "an object" if isinstance(value, dict) else "a list, not only of texts"
+    return (
+        f"column {column!r} is {what}, which input.split cannot cut; give it one text, or a list "
+        "of texts, its paragraphs"
+    )
+
+
+def make_parts(entry: ItemEntry, split: SplitConfig, value: Json) -> Iterator[ItemEntry]:
     """Yield the parts of a row's text, each with its place in the text.
 
-    A list of texts is read as its paragraphs. A row without a text is its only part.
+    Args:
+        entry: The row.
+        split: How it is split.
+        value: Its text; a row with anything else is its only part.
     """
-    value = entry.values[split.column]
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        value = "\n\n".join(value)
     text = value if isinstance(value, str) else ""
     places = list(split_text(text, split.tokens, split.overlap))
     for number, (start, end) in enumerate(places, start=1):

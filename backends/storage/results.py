@@ -15,7 +15,6 @@ from typing import IO, Any, Final
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..core.arrow_text import is_read_as_text, parse_texts
 from ..core.errors import JournalError
@@ -225,6 +224,8 @@ def write_parquet(records: Iterable[ResultRow], path: Path, layout: ResultLayout
         JournalError: The file cannot be written (an existing file is then unchanged), or a record
             is damaged.
     """
+    import pyarrow.parquet as pq  # noqa: PLC0415 - few commands write results
+
     schema, rows = layout.to_arrow(), 0
     with replace_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in iter_batches(records, layout):

@@ -29,7 +29,7 @@ from ...configs.evaluation import (
     resolve_evaluation,
 )
 from ...configs.raw_settings import get_at_path, read_settings
-from ..run.prepare import diff_settings
+from ..run.fingerprint import diff_settings
 from ..run.result_rows import ResultSource, open_result_source
 from ..run.statistics import (
     Figure,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -517,6 +519,7 @@ for _command in (jobs.submit, jobs.cancel, jobs.pack, jobs.chain, setup.presets,
 def main() -> None:
     """Run the command line; report each fanfold error as one message and an exit code."""
     _open_closed_streams()
+    atexit.register(gc.freeze)  # the last collection would free nothing, and takes half a second
     try:
         sys.exit(app.main(standalone_mode=False) or 0)
     except click.ClickException as error:

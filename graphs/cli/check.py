@@ -25,8 +25,6 @@ from ...configs.models import RunConfig
 from ...configs.overrides import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
-from ..run.pipeline import find_stage_warnings
-from ..run.shard_plan import SHOWN_ITEMS
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 
 if TYPE_CHECKING:
@@ -36,11 +34,6 @@ _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
 _TRACERS: Final = ("LANGSMITH_ENDPOINT", "LANGCHAIN_ENDPOINT")
 _LANGSMITH: Final = "https://api.smith.langchain.com"
-_TRACED: Final = {
-    "HIDE_INPUTS": f"prompts of up to {SHOWN_ITEMS} items (with --trace: of all), pasted items",
-    "HIDE_OUTPUTS": "the answers to these prompts, the aggregate",
-}
-"""What LangSmith gets, by the variable that withholds it."""
 
 
 def check_config(
@@ -66,6 +59,8 @@ def check_config(
     """
     loaded, notices = overrides.resolve(config)
     if loaded.config.stages is not None:
+        from ..run.pipeline import find_stage_warnings
+
         print_messages([*notices, *find_stage_warnings(loaded)])
         _check_pipeline(loaded, as_json)
         return
@@ -344,9 +339,15 @@ def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[
 
 def _describe_tracing(environment: Mapping[str, str]) -> str:
     """Return what LangSmith gets of a run, as docs/langgraph.md describes it."""
+    from ..run.shard_plan import SHOWN_ITEMS
+
+    withheld_by = {
+        "HIDE_INPUTS": f"prompts of up to {SHOWN_ITEMS} items (with --trace: of all), pasted items",
+        "HIDE_OUTPUTS": "the answers to these prompts, the aggregate",
+    }
     sent = [
         what
-        for name, what in _TRACED.items()
+        for name, what in withheld_by.items()
         if not any(environment.get(f"{n}_{name}") == "true" for n in ("LANGSMITH", "LANGCHAIN"))
     ]
     return f"LangSmith (tracing is on), gets {'; '.join([*sent, 'names and times of nodes'])}"

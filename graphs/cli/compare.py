@@ -23,7 +23,8 @@ from ..report.texts import has_long_word
 from ..run.console import open_data_stream, print_messages
 from ..run.rich_console import Terminal, print_line
 from .evaluation_text import format_figure, format_interval
-from .format import Column, format_cell, format_duration, format_usd_amount, make_table
+from .format import format_duration, format_usd_amount
+from .tables import Column, format_cell, make_table
 
 _FORMATS: Final = ("text", "json", "html")
 _SUFFIXES: Final = {".json": "json", ".html": "html", ".htm": "html"}

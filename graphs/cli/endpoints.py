@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
-from ...backends.discovery.connect import open_endpoint_set
+from ...backends.discovery.connect import check_endpoints, open_endpoint_set
 from ...backends.discovery.probe import (
     ProbeResult,
     assume_listed,
@@ -24,9 +24,8 @@ from ...backends.storage.run_folder import open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.overrides import Overrides
 from ..run.console import print_json, print_lines, print_messages
-from ..run.prepare import check_endpoints
 from ..run.rich_console import Terminal
-from .format import Column, make_table
+from .tables import Column, make_table
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"

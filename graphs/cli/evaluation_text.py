@@ -12,7 +12,7 @@ from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import EVALUATION_REFUSED, RunFolder, read_evaluation
 from ...configs.figure_names import METRICS, MISSING_CAUSES
 from ..run.rich_console import print_line
-from .format import Column, format_cell, make_table
+from .tables import Column, format_cell, make_table
 
 _IN_STATUS: Final = ("accuracy", "f1_macro", "kappa", "mae", "rmse", "spearman")
 _MOST_SHOWN: Final = 12

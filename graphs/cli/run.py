@@ -32,13 +32,7 @@ from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, execute_run, run_pilot
 from .extend import make_confirmation
-from .format import (
-    budget_lines,
-    cost_lines,
-    describe_items,
-    format_duration,
-    format_usd_amount,
-)
+from .format import budget_lines, cost_lines, describe_items, format_duration, format_usd_amount
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
 from .run_end import print_result

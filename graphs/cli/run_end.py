@@ -21,8 +21,8 @@ from .evaluation_text import (
     get_evaluations,
     show_evaluations,
 )
-from .format import show_aggregate
 from .options import OutputMode
+from .tables import show_aggregate
 
 
 def print_result(

@@ -22,7 +22,8 @@ from ...backends.storage.run_folder import (
 from ..run.console import print_json, print_messages
 from ..run.rich_console import Terminal
 from ..run.stage_folder import describe_stage, find_models, is_operator, list_stage_runs
-from .format import Column, format_usd_amount, make_table
+from .format import format_usd_amount
+from .tables import Column, make_table
 
 _MOST_READ: Final = 4 << 20
 """Bytes of a journal that are read to count the items of a session that has not ended."""

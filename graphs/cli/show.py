@@ -25,7 +25,7 @@ from ...configs.raw_settings import read_settings
 from ..run.console import print_json, print_messages
 from ..run.result_rows import list_asked_columns, open_result_source
 from ..run.rich_console import Terminal
-from .format import Column, make_table
+from .tables import Column, make_table
 
 _ID: Final = "id"
 _OPTIONAL: Final = ("prompt",)

@@ -17,7 +17,7 @@ from ...backends.storage.results_schema import ResultRow
 from ...backends.storage.run_folder import read_aggregate
 from ..run.pipeline_report import PipelineState, StageState
 from ..run.result_rows import open_result_source
-from .format import Column, format_cell, make_table, show_aggregate
+from .tables import Column, format_cell, make_table, show_aggregate
 
 _MOST_RESULTS: Final = 10
 """Results of an operator that are shown; ``fanfold results`` has all."""

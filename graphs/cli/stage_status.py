@@ -28,10 +28,10 @@ from ..run.pipeline_report import (
 from ..run.rich_console import Terminal, print_message
 from ..run.stage_folder import find_models, find_run, list_stage_runs
 from .failures import show_failures
-from .format import Column, make_table
 from .options import COST_BY
 from .stage_findings import show_pipeline_findings
 from .status import grouped_columns, print_missing_price, row_json, total_table
+from .tables import Column, make_table
 
 _BY_STAGE: Final = "stage"
 

@@ -25,7 +25,7 @@ from ...backends.storage.run_folder import (
 )
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.overrides import Overrides
-from ...configs.serialize import to_yaml
+from ...configs.yaml_text import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
 from ..run.console import print_json, print_messages

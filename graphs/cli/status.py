@@ -50,8 +50,8 @@ from ..run.next_steps import (
 )
 from ..run.rich_console import Terminal, print_message
 from .evaluation_text import describe_evaluation, evaluation_facts
-from .format import Column, format_cell, make_table, show_aggregate
 from .options import COST_BY
+from .tables import Column, format_cell, make_table, show_aggregate
 
 
 def show_jobs(facts: Mapping[str, Any], console: Console) -> None:

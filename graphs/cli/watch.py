@@ -21,7 +21,8 @@ from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, 
 from ..run.console import fill_lines, format_count, print_json
 from ..run.rich_console import Terminal
 from ..run.stage_folder import describe_stage, list_stage_runs
-from .format import Column, format_cell, format_duration, make_table
+from .format import format_duration
+from .tables import Column, format_cell, make_table
 
 _REFRESH_S: Final = 2.0
 _SHARE: Final = 20.0

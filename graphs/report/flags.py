@@ -19,6 +19,7 @@ FLAGS: Final = {
     "truncated": "the answer reached the limit of tokens",
     "refused": "the model refused, or a content filter withheld the answer",
     "repaired": "an answer was invalid and was sent back to the model",
+    "in pieces": "the part of a document was too long for the model, and was asked in pieces",
     "repetitive": "a text of the model repeats itself: it compresses to less than a tenth",
     "duplicate": "an earlier item has the same messages",
     "slow": "the item took far longer than most: above the upper quartile by three times the "
@@ -82,6 +83,8 @@ class RowFacts:
             bits |= _BITS["refused"]
         if row.get("repairs"):
             bits |= _BITS["repaired"]
+        if row.get("pieces"):
+            bits |= _BITS["in pieces"]
         if error == AnswerError.__name__ or any(map(is_repetitive, _texts(row))):
             bits |= _BITS["repetitive"]
         if question := row.get("question"):

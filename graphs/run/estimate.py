@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ...backends.batch.files import check_batch_settings
-from ...backends.batch.transport import get_deployment
 from ...backends.budget.price import Price
 from ...backends.budget.pricing import describe_missing_price, look_up_price
 from ...backends.budget.tokens import (
@@ -25,6 +23,7 @@ from ...backends.budget.tokens import (
     TokenCounter,
     open_token_counter,
 )
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import ConfigurationError, InvalidItemError, NoEndpointError
 from ...backends.core.images import add_images, show_content
 from ...backends.core.money import BudgetLimits
@@ -40,6 +39,7 @@ from ...backends.core.types import CHAT_URL, Item, Message, Row
 from ...backends.discovery.connect import (
     ReadyEndpoints,
     check_cache,
+    check_endpoints,
     check_tags,
     find_rate_limits,
     find_token_window,
@@ -47,7 +47,6 @@ from ...backends.discovery.connect import (
     make_model_params,
     open_endpoint_set,
 )
-from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import Deployment, ProbeResult, select_model, simplify_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.fleet.endpoint import EndpointSpec, describe_spellings
@@ -68,8 +67,8 @@ from ...configs.prices import find_provider_name
 from ...configs.raw_settings import read_settings
 from .final_reducers import check_final_reducers
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, read_item_stats
+from .input_check import check_fields, check_input_setting, check_requests
 from .part_length import explain_long_parts, find_longest_parts
-from .prepare import check_endpoints, check_fields, check_input_setting, check_requests
 from .result_rows import make_result_layout
 
 
@@ -338,10 +337,15 @@ async def estimate_run(
         check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
-    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
+    if loaded.config.backend.is_batch:
+        from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - for batches only
+
+        await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     config = loaded.config
     async with open_probed(loaded) as (ready, lines):
         if config.backend.is_batch:
+            from ...backends.batch.transport import get_deployment  # noqa: PLC0415 - as above
+
             get_deployment(ready)
         cost = await asyncio.to_thread(look_up_price, config, ready.model, ready.simulated)
         problem = seen = None
@@ -350,7 +354,7 @@ async def estimate_run(
         if like is not None:
             limit = AnswerLimit(config.model.max_tokens)
             seen = await asyncio.to_thread(read_item_stats, like, ready.simulated, limit)
-        sampled = await asyncio.to_thread(read_sample, config, sample, ready)
+        sampled = await call_stoppable(read_sample, config, sample, ready)
         check_fields(loaded, sampled.summary)
         await check_final_reducers(loaded, sampled.layout)
         counted = await _count_prompts(config, ready, sampled, like)
@@ -475,6 +479,10 @@ async def open_probed(
     """Open the endpoints and yield them with one line for each."""
     config, written = loaded.config, loaded.plain["endpoints"]
     if config.backend.node_endpoints and config.endpoints.simulated is None:
+        from ...backends.discovery.node_local import (  # noqa: PLC0415 - for servers of nodes
+            ready_endpoints,
+        )
+
         async with ready_endpoints(config, written) as ready:
             yield ready, ("each worker uses the endpoints of its own node; not checked from here",)
         return

@@ -31,8 +31,8 @@ from ...configs.models import RunConfig
 from ...configs.raw_settings import get_at_path, read_settings
 from ...nodes.shard.record import ItemDigests
 from .estimate import count_nodes, make_run_plan
+from .fingerprint import compute_question_digest
 from .forecast import AnswerLimit, Forecast, Range, RunPlan, forecast, measure_items
-from .prepare import compute_question_digest
 
 logger = logging.getLogger(__name__)
 

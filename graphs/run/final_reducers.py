@@ -28,7 +28,6 @@ from ...configs.aggregators import (
     SqlConfig,
 )
 from ...configs.loader import LoadedConfig
-from ...nodes.aggregators.base import sanitize_json
 from .result_rows import ResultSource, make_result_layout
 
 logger = logging.getLogger(__name__)
@@ -251,6 +250,10 @@ def _call(entry: PythonConfig, rows: Iterator[dict[str, Json]]) -> Json:
     except BaseException as error:  # a signal's KeyboardInterrupt never comes to this thread
         msg = f"{entry.function} failed: {_describe_error(error, function)}"
         raise ConfigurationError(msg) from error
+    from ...nodes.aggregators.base import (  # noqa: PLC0415 - imports all aggregators
+        sanitize_json,
+    )
+
     try:
         text = orjson.dumps(result, option=_OPTIONS)
     except TypeError as error:

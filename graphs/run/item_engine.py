@@ -97,8 +97,8 @@ def without_tracing(run: ItemEngine) -> ItemEngine:
     return untraced
 
 
-_STEPS: Final = 6
-"""Supersteps of an item without repairs: the input, three nodes, LangGraph's final check, and one
+_STEPS: Final = 7
+"""Supersteps of an item without repairs: the input, four nodes, LangGraph's final check, and one
 spare. A repair takes two more."""
 
 

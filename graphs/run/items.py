@@ -15,6 +15,7 @@ from ...configs.models import RunConfig
 from ...nodes.context import ImageSource, ItemContext
 from ...nodes.item.answer import AnswerCheck
 from ...nodes.item.item_state import ItemState
+from ...nodes.item.part import PartSplit
 from ...nodes.item.prepare import make_item_error
 from ...nodes.item.steps import (
     DELEGATED_STEPS,
@@ -115,4 +116,13 @@ def make_item_context(
         completions=FleetClient(fleet, params) if config.input.is_batch else None,
         images=images,
         certainty=None if field is None else FieldPath.parse(field).keys,
+        split=_make_split(config),
     )
+
+
+def _make_split(config: RunConfig) -> PartSplit | None:
+    """Return how parts that are too long are asked in pieces; None if the prompt lacks the text."""
+    split = config.input.split
+    if split is None or split.column not in config.parse_prompt().columns:
+        return None
+    return PartSplit(split.column, split.overlap, config.task.answer_schema)

@@ -69,17 +69,14 @@ from ..remote.heartbeat import stop_earlier_workers
 from ..remote.task_template import TaskTemplate, make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .batch_output import write_batch_output
+from .fingerprint import compute_fingerprint, compute_question_digest
+from .input_check import check_requests
 from .item_engine import is_run_by_engine, make_item_engine, make_item_variables
 from .items import RunItem, choose_steps, make_item_runner
 from .monitor import serve_metrics
 from .noted_counts import note_counts
 from .pipeline_resources import PipelineResources
-from .prepare import (
-    check_requests,
-    compute_fingerprint,
-    compute_question_digest,
-    ensure_run_identity,
-)
+from .prepare import ensure_run_identity
 from .result_rows import ResultSource, make_result_layout
 from .shard_plan import is_small_batch
 from .shutdown import close_at_deadline

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
+from ...backends.core.aio import call_stoppable
 from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
@@ -22,7 +23,7 @@ from ...backends.core.money import Amount
 from ...backends.core.selection import Selection
 from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
-from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.inputs.base import InputSummary, did_you_mean
 from ...backends.inputs.item_store import (
@@ -50,8 +51,8 @@ from ...backends.storage.run_folder import (
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
 from ...configs.models import BATCH_PROMPT
-from ...configs.serialize import to_yaml
 from ...configs.stages import StageConfig, find_source
+from ...configs.yaml_text import to_yaml
 from ...nodes.operators import (
     Answer,
     Cascade,
@@ -63,17 +64,10 @@ from ...nodes.operators import (
     StageTools,
     make_operator,
 )
+from .fingerprint import compute_fingerprint
+from .input_check import check_input_setting
 from .pipeline_resources import PipelineResources
-from .prepare import (
-    ExtendRun,
-    ReadyRun,
-    check_endpoints,
-    check_input_setting,
-    compute_fingerprint,
-    describe_input,
-    prepare_run,
-    resume_run,
-)
+from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
@@ -243,7 +237,7 @@ async def prepare_pipeline(
             with ItemStore(run.folder.items) as store:
                 summary = store.summary()
         else:
-            summary = await asyncio.to_thread(_load_first, first, place, items)
+            summary = await call_stoppable(_load_first, first, place, items)
         check_columns(loaded, summary)
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),

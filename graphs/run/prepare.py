@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import platform
@@ -31,24 +30,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import orjson
-
-from ...backends.batch.files import check_batch_settings
-from ...backends.batch.transport import get_deployment
 from ...backends.budget.pricing import find_model_price
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import (
     ConfigurationError,
     JournalError,
-    MissingExtraError,
-    NoEndpointError,
 )
 from ...backends.core.fields import split_column
 from ...backends.core.secrets import mask_arguments
-from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_model_params
+from ...backends.discovery.connect import ReadyEndpoints, check_cache, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
-from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
-from ...backends.inputs.base import InputSummary, did_you_mean
-from ...backends.inputs.batch_requests import explain_gateway_refusal, explain_unlimited
+from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
@@ -64,117 +56,21 @@ from ...backends.storage.run_folder import (
     utc_timestamp,
     write_bytes,
 )
-from ...backends.workers.globus.tasks import TASK_LOG_FILE as GLOBUS_TASKS
-from ...configs.aggregators import FinalReducerConfig, check_aggregators
+from ...configs.aggregators import FinalReducerConfig
 from ...configs.base import expand_home
-from ...configs.evaluation import resolve_evaluations
 from ...configs.loader import LoadedConfig, load_config, make_portable
 from ...configs.models import RunConfig
 from ...configs.preset_files import is_preset
-from ...configs.serialize import find_lost_secrets, to_yaml
+from ...configs.serialize import find_lost_secrets
+from ...configs.yaml_text import to_yaml
+from .fingerprint import compute_fingerprint, diff_settings
+from .input_check import check_fields, check_input_setting, check_requests
 
 if TYPE_CHECKING:
-    from ...backends.inputs.item_store import EntrySource, ItemStore
+    from ...backends.inputs.item_store import EntrySource
     from .pipeline_resources import PipelineResources
 
 logger = logging.getLogger(__name__)
-
-_INPUT = ("dataset", "format", "id", "limit", "on_duplicate", "smiles", "split")
-
-
-def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
-    """Return a digest of what applies to every item: task, model, simulated or not."""
-    relevant = {
-        "task": _dump_task(config),
-        "model": _dump_model(config) | {"name": model},
-        "simulated": simulated,
-    }
-    data = orjson.dumps(relevant, option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _dump_task(config: RunConfig) -> dict[str, Any]:
-    """Return the settings of the task; those that are not set need no place in the digest."""
-    dumped = config.task.model_dump(
-        mode="json", by_alias=True, exclude={"fold": True, "images": {"folder"}}
-    )
-    return {k: v for k, v in dumped.items() if k not in _LATER or v != _LATER[k]}
-
-
-_LATER: Final[Mapping[str, Any]] = {
-    "examples": None,
-    "messages": None,
-    "images": None,
-    "samples": 1,
-}
-"""Settings, with their defaults, that runs may lack because they began before they existed."""
-
-
-_PER_ITEM: Final = ("images", "samples")
-"""Settings whose part of a question is added for each item."""
-
-
-def _dump_model(config: RunConfig) -> dict[str, Any]:
-    """Return the settings of the model that decide what it answers."""
-    dumped = config.model.model_dump(mode="json", exclude={"price", "max_tokens_field"})
-    if dumped["system_role"] == "system":
-        del dumped["system_role"]  # runs that began before the setting existed have none
-    return dumped
-
-
-def compute_question_digest(config: RunConfig, model: str) -> bytes:
-    """Return a digest of what all prompts of a run share.
-
-    It covers the schema, the model, the sampling, the system text or the templates of all messages,
-    the examples and the item graph, but not the limit on the length of answers and the endpoints.
-    """
-    common = make_model_params(config, model).body()
-    for field in ("max_completion_tokens", "max_tokens"):
-        common.pop(field, None)
-    task: dict[str, Any] = {"system": config.task.system, "graph": config.task.graph}
-    task |= {k: v for k, v in _dump_task(config).items() if k in _LATER and k not in _PER_ITEM}
-    has_system = bool(config.task.system) or any(
-        message.role == "system" for message in config.task.messages or ()
-    )
-    if has_system and config.model.system_role != "system":
-        task["system_role"] = config.model.system_role
-    data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
-    return hashlib.sha256(data).digest()
-
-
-def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> list[str]:
-    """Return one line per difference of two settings that a run may not change.
-
-    The input's path does not count, because its content is compared by digest. Endpoints, backend,
-    limits, reduce, the fold of samples and the folder of the images may change.
-
-    Args:
-        old: The run's settings.
-        new: The settings to resume with.
-        model: The model name of the run, used where a setting has none.
-    """
-    lines = []
-    for section in ("input", "task", "model"):
-        a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
-        if section == "task":
-            for settings in (a, b):
-                settings.pop("fold", None)
-                if isinstance(images := settings.get("images"), Mapping):
-                    settings["images"] = {k: v for k, v in images.items() if k != "folder"}
-        if section == "model":
-            a["name"], b["name"] = model, b.get("name") or model
-            a["price"] = b["price"] = None  # may change
-            a["max_tokens_field"] = b["max_tokens_field"] = None  # changes no answer
-            a["system_role"], b["system_role"] = (
-                settings.get("system_role", "system") for settings in (a, b)
-            )
-        keys = _INPUT if section == "input" else sorted(a.keys() | b.keys())
-        lines += [
-            f"{section}.{key}: {_short(a.get(key))} → {_short(b.get(key))}"
-            for key in keys
-            if a.get(key) != b.get(key)
-        ]
-    return lines
 
 
 def ensure_run_identity(folder: RunFolder) -> dict[str, Any]:
@@ -194,11 +90,13 @@ def ensure_run_identity(folder: RunFolder) -> dict[str, Any]:
     about, place = folder.read_provenance(), get_folder_identity(folder.path)
     if about.get("place") == place:
         return about
+    from ...backends.workers.globus.tasks import TASK_LOG_FILE  # noqa: PLC0415 - few runs move
+
     checkpoints = folder.checkpoints
     try:
         for end in ("", "-wal", "-shm", "-journal"):
             checkpoints.with_name(f"{checkpoints.name}{end}").unlink(missing_ok=True)
-        (folder.path / GLOBUS_TASKS).unlink(missing_ok=True)
+        (folder.path / TASK_LOG_FILE).unlink(missing_ok=True)
     except OSError as error:
         msg = f"{folder.path}: cannot remove files that a copied run must not keep: {error}"
         raise JournalError(msg) from error
@@ -215,11 +113,6 @@ def ensure_run_identity(folder: RunFolder) -> dict[str, Any]:
         about["run"],
     )
     return about
-
-
-def _short(value: Any) -> str:
-    text = orjson.dumps(value).decode()
-    return text if len(text) <= 100 else text[:97] + "…"  # noqa: PLR2004 - one line
 
 
 RUNS_FOLDER: Final = "fanfold-runs"
@@ -323,20 +216,25 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     if not defer_endpoints:
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
-    await asyncio.to_thread(check_batch_settings, loaded.config.backend)
+    if loaded.config.backend.is_batch:
+        from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - for batches only
+
+        await asyncio.to_thread(check_batch_settings, loaded.config.backend)
     async with _create_folder(path) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
         samples = loaded.config.task.samples
         if source is not None:
             summary = await asyncio.to_thread(load_rows, folder.items, source, samples)
         else:
-            summary = await asyncio.to_thread(
+            summary = await call_stoppable(
                 load_input, given, folder.items, columns, items, only=only, samples=samples
             )
         check_fields(loaded, summary)
         await _check_final_reducers(loaded, folder)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints, probed)
         if loaded.config.backend.is_batch and ready is not None:
+            from ...backends.batch.transport import get_deployment  # noqa: PLC0415 - as above
+
             get_deployment(ready)
         await asyncio.to_thread(_check_stored_requests, loaded.config, ready, folder.items)
         if simulated and not allow_simulated:
@@ -345,7 +243,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
                 "was sent"
             )
             raise ConfigurationError(msg)
-        if ready is not None:
+        if ready is not None and source is None:  # else they are split further when refused
             await check_part_lengths(loaded.config, ready, folder.items)
         order = await asyncio.to_thread(store_order, folder, loaded.config)
         cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
@@ -384,48 +282,6 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
         await asyncio.to_thread(making.__exit__, type(error), error, error.__traceback__)
         raise
     await asyncio.to_thread(making.__exit__, None, None, None)
-
-
-def check_input_setting(
-    loaded: LoadedConfig, items: Sequence[Mapping[str, Any]] | None = None
-) -> None:
-    """Check that an input is configured, and a folder for its images if it has some.
-
-    Raises:
-        ConfigurationError: There are no items, path or dataset; or no folder.
-    """
-    given, images = loaded.config.input, loaded.config.task.images
-    if items is None and given.path is None and given.dataset is None:
-        msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
-        raise ConfigurationError(msg)
-    has_folder = items is None and given.path is not None
-    if images is not None and images.folder is None and not has_folder and not images.urls:
-        msg = (
-            f"{loaded.source}: task.images: items that are given in memory or by a data set have "
-            "no folder; set task.images.folder, or task.images.urls: true"
-        )
-        raise ConfigurationError(msg)
-
-
-def check_endpoints(loaded: LoadedConfig) -> None:
-    """Check the settings of the endpoints without sending a request.
-
-    Raises:
-        ConfigurationError: No endpoint, a malformed URL, an unreadable file, or an unknown
-            simulated fleet.
-    """
-    try:
-        if loaded.config.endpoints.simulated is None:
-            check_endpoint_set(loaded.config.endpoints, loaded.plain["endpoints"])
-        else:
-            make_simulation_spec(loaded.config)
-    except MissingExtraError:
-        raise
-    except NoEndpointError as error:
-        if not (loaded.config.backend.node_endpoints and has_own_servers(loaded.config)):
-            raise ConfigurationError(f"{loaded.source}: {error.message}") from None
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 
 
 async def _resolve_model(
@@ -589,7 +445,7 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     after = loaded or before
     _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
-    await asyncio.to_thread(_check_unchanged, folder, about, before, after)
+    await call_stoppable(_check_unchanged, folder, about, before, after)
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
@@ -670,45 +526,6 @@ def _difference_message(folder: RunFolder, after: LoadedConfig, lines: list[str]
     )
 
 
-_SLICE: Final = 256
-
-
-def check_requests(
-    config: RunConfig,
-    ready: ReadyEndpoints,
-    store: ItemStore,
-    is_finished: Callable[[int], bool] = lambda _: False,
-) -> None:
-    """Check that endpoints and budget fit the requests of a batch, before one is sent; blocks.
-
-    Args:
-        config: The settings.
-        ready: The endpoints.
-        store: The requests.
-        is_finished: Whether a request needs no answer any more.
-
-    Raises:
-        ConfigurationError: The endpoints are behind a gateway that refuses a request, or a budget
-            does not limit the cost of one.
-    """
-    behind = ready.endpoint_set is not None and ready.endpoint_set.gateway is not None
-    counts_tokens = config.budget.counts_tokens
-    if not config.input.is_batch or not (behind or counts_tokens):
-        return
-    for lo in range(0, len(store), _SLICE):
-        for index, item in enumerate(store.read(lo, min(len(store), lo + _SLICE)), lo):
-            if is_finished(index):
-                continue
-            problem = None
-            if behind:
-                problem = explain_gateway_refusal(item.row, by_batch=config.backend.is_batch)
-            if counts_tokens:
-                problem = problem or explain_unlimited(item.row, counts_tokens=True)
-            if problem is not None:
-                msg = f"{config.input.path}, request {item.id!r}: {problem}; no request was sent"
-                raise ConfigurationError(msg)
-
-
 def _check_stored_requests(config: RunConfig, ready: ReadyEndpoints | None, items: Path) -> None:
     from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - as above
 
@@ -727,50 +544,6 @@ async def _check_final_reducers(loaded: LoadedConfig, folder: RunFolder) -> None
     )
 
     await check_final_reducers(loaded, await asyncio.to_thread(read_layout, loaded, folder))
-
-
-def check_fields(loaded: LoadedConfig, summary: InputSummary) -> None:
-    """Check the fields that settings name against the answer and the input.
-
-    Raises:
-        ConfigurationError: A field does not exist, or means two things.
-    """
-    try:
-        _check_prompt_fields(loaded.config, summary.row_schema)
-        check_aggregators(
-            loaded.config.reduce,
-            loaded.config.result_schema,
-            summary.row_schema,
-            has_samples=loaded.config.task.samples > 1,
-        )
-        resolve_evaluations(loaded.config.evaluate, loaded.config.result_schema, summary.row_schema)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
-
-
-def _check_prompt_fields(config: RunConfig, inputs: Mapping[str, Any]) -> None:
-    """Check that the fields inside columns that the prompt uses exist in some row.
-
-    A column whose values are no objects, or not only, fails its items instead: it may still have
-    objects with too many keys to be described.
-
-    Raises:
-        ConfigurationError: No row has the field.
-    """
-    texts = [text for _, text in config.parse_prompt().messages]
-    for name, where in {name: text.where for text in texts for name in text.columns}.items():
-        column, keys = split_column(name, inputs["properties"]) or (name, ())
-        at, schema = column, inputs["properties"].get(column, {})
-        for key in keys:
-            if schema.get("type") != "object":
-                break
-            if key not in schema["properties"]:
-                raise ConfigurationError(
-                    f"{where} uses {{{name}}}, but {at!r} of the input has no field {key!r} in "
-                    f"any row; its fields: {', '.join(schema['properties'])}"
-                    f"{did_you_mean(key, schema['properties'])}"
-                )
-            at, schema = f"{at}.{key}", schema["properties"][key]
 
 
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...backends.budget.pricing import describe_missing_price, look_up_price
+from ...backends.core.aio import call_stoppable
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import NANO_PER_USD, NO_PRICES, Amount, TokenPrices
 from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json, Usage
 from ...backends.core.values import to_json_text
-from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...configs.budget import ReserveConfig
 from ...configs.loader import LoadedConfig
 from ...nodes.operators import LevelPlan, SizeEstimate
 from .estimate import open_probed, sample_indices
+from .input_check import check_input_setting
 from .part_length import check_part_lengths
 from .pipeline import Stage, check_columns, list_stages
-from .prepare import check_endpoints, check_input_setting
 
 _SAMPLE = 200
 _LIKELY_ANSWER = 128
@@ -228,7 +229,7 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "items.arrow"
         stages = list_stages(loaded, Path(temporary))
-        summary = await asyncio.to_thread(load_input, stages[0].loaded.config.input, file, ())
+        summary = await call_stoppable(load_input, stages[0].loaded.config.input, file, ())
         check_columns(loaded, summary)
         items, tokens = await asyncio.to_thread(measure_rows, file)
         for name, one in _list_models(stages):

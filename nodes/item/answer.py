@@ -74,7 +74,9 @@ class AnswerCheck:
         if stop == "withheld":
             raise RefusedAnswerError("a content filter withheld the answer", content)
         if stop == "cut":
-            raise TruncatedAnswerError(self._explain_cut(reply, only_reasoning), content)
+            error = TruncatedAnswerError(self._explain_cut(reply, only_reasoning), content)
+            error.is_context_full = self._is_context_full(reply)
+            raise error
         if stop == "looped" and self._validator is None:
             msg = f"the model stopped for the reason {reply['finish_reason']!r}"
             raise AnswerError(msg, content)
@@ -84,9 +86,14 @@ class AnswerCheck:
         limit = self._explain_limit(reply)
         return f"all tokens went into the model's reasoning: {limit}" if only_reasoning else limit
 
+    def _is_context_full(self, reply: Mapping[str, Any]) -> bool:
+        """Return True if an answer was cut before the limit that was sent."""
+        used = reply.get("completion_tokens")
+        return used is not None and used < (reply.get("max_tokens") or self._max_tokens)
+
     def _explain_limit(self, reply: Mapping[str, Any]) -> str:
         used, sent = reply.get("completion_tokens"), reply.get("max_tokens") or self._max_tokens
-        if used is not None and used < sent:
+        if self._is_context_full(reply):
             return (
                 f"the answer was cut after {used} of the {sent} tokens that were requested: the "
                 "context of the model is full; shorten the item, or serve the model with a longer "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...backends.core.errors import EndpointError
+from ...backends.core.errors import EndpointError, PromptTooLongError
 from ...backends.core.protocols import CURRENT_CALLS
 from ..context import ItemRuntime
 from .item_state import ItemState
@@ -19,6 +19,8 @@ async def infer(state: ItemState, runtime: ItemRuntime) -> ItemState:
         if calls is not None:
             # an earlier answer of this item was sent back and does not count
             calls.useful, calls.useful_endpoint = reply.usage, reply.endpoint
+    except PromptTooLongError as error:
+        return {"too_long": make_item_error(error)}
     except EndpointError as error:
         return {"error": make_item_error(error)}
     said: dict[str, Any] = {

@@ -25,6 +25,9 @@ class ItemState(TypedDict, total=False):
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.
+        too_long: Class and text of why the prompt is too long for the model, if it is.
+        pieces: The pieces in which the item was asked, if it was: ``start`` and ``end`` in the text
+            of the document, and ``repairs``.
         raw: Text of the last rejected answer, or of the last answer, without its reasoning.
         reasoning: The reasoning before the last answer, or None.
         certainty: The probability that the server gave to the value of a field, if the task asks
@@ -40,6 +43,8 @@ class ItemState(TypedDict, total=False):
     repairs: int
     output: Json
     error: dict[str, str]
+    too_long: dict[str, str]
+    pieces: list[dict[str, int]]
     raw: str
     reasoning: str | None
     certainty: float | None

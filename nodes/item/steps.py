@@ -10,6 +10,7 @@ from ..context import ItemContext, ItemRuntime
 from .delegate import delegate
 from .infer import infer
 from .item_state import ItemState
+from .pieces import ask_pieces
 from .prepare import prepare
 from .request import request
 from .validate import validate
@@ -55,8 +56,17 @@ def next_unless_failed(target: str) -> Callable[[ItemState], str]:
     return then
 
 
+def check_reply(state: ItemState) -> str:
+    """Go on to the check of the reply, or to pieces if the prompt is too long."""
+    if "too_long" in state:
+        return "split"
+    return END if "error" in state else "validate"
+
+
 def repair_until_done(state: ItemState) -> str:
     """Return to the model while the item has neither output nor error."""
+    if "too_long" in state:
+        return "split"
     return END if "output" in state or "error" in state else "infer"
 
 
@@ -65,14 +75,29 @@ def end_item(state: ItemState) -> str:  # noqa: ARG001 - a routing function take
     return END
 
 
+async def split(state: ItemState, runtime: ItemRuntime) -> ItemState:
+    """Ask about the pieces of a part that is too long, one after the other; any other item fails.
+
+    Each piece takes the steps of an item, so that one that is too long is split again.
+    """
+    context = runtime.context
+
+    async def ask(piece: ItemState) -> ItemState:
+        return await walk_steps(ITEM_STEPS, piece, context)
+
+    return await ask_pieces(state, context, ask)
+
+
 FIRST_STEP: Final = "prepare"
 
 ITEM_STEPS: Final[Mapping[str, ItemStep]] = {
     "prepare": ItemStep(prepare, next_unless_failed("infer"), ("infer", END)),
-    "infer": ItemStep(infer, next_unless_failed("validate"), ("validate", END)),
-    "validate": ItemStep(validate, repair_until_done, ("infer", END)),
+    "infer": ItemStep(infer, check_reply, ("validate", "split", END)),
+    "validate": ItemStep(validate, repair_until_done, ("infer", "split", END)),
+    "split": ItemStep(split, end_item, (END,)),
 }
-"""The default item graph: prepare, infer, validate, and infer again to repair."""
+"""The default item graph: prepare, infer, validate, and infer again to repair; split if the prompt
+is too long."""
 
 DELEGATED_STEPS: Final[Mapping[str, ItemStep]] = {
     "prepare": ItemStep(prepare, next_unless_failed("delegate"), ("delegate", END)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...backends.core.errors import AnswerError, InvalidAnswerError
+from ...backends.core.errors import AnswerError, InvalidAnswerError, TruncatedAnswerError
 from ...backends.core.parsing import split_reasoning
 from ..context import ItemRuntime
 from .certainty import read_certainty
@@ -27,6 +27,10 @@ async def validate(state: ItemState, runtime: ItemRuntime) -> ItemState:
         if state["repairs"] < context.repairs:
             return found | _send_back(state, error)
         found |= {"error": make_item_error(error), "raw": error.raw}
+    except TruncatedAnswerError as error:
+        why = make_item_error(error)
+        found["raw"] = error.raw
+        found |= {"too_long": why} if error.is_context_full else {"error": why}
     except AnswerError as error:
         found |= {"error": make_item_error(error), "raw": error.raw}
     return found

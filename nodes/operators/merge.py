@@ -9,12 +9,13 @@ from itertools import groupby
 from typing import Any, ClassVar, Final
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.fields import find_properties, follow_references
-from ...backends.core.samples import SampleFold, make_rule
+from ...backends.core.fields import find_properties
+from ...backends.core.samples import SampleFold, concat_answers, make_rule
 from ...backends.core.terminal import count_nouns
-from ...backends.core.types import Item, Json, Row
+from ...backends.core.types import Item, Row
+from ..item.part import PART
 from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
-from .parts import PART, PARTS, PARTS_SCHEMA, describe_parts, read_part
+from .parts import PARTS, PARTS_SCHEMA, describe_parts, read_part
 
 _SLICE: Final = 256
 
@@ -102,7 +103,7 @@ class _Documents:
             folded = self._fold.fold(answers).output
             output = folded
             if self._merge.how == "concat":
-                output = _concat(folded, answers, self._schema, self._schema)
+                output = concat_answers(folded, answers, self._schema, self._schema)
             yield StageResult(read_part(parts[0])["document"], output, self._make_row(parts))
 
     def _group(self) -> Iterator[list[Item]]:
@@ -127,25 +128,3 @@ def _make_fold(schema: Mapping[str, Any] | None) -> SampleFold:
 
 _LEAST: Final = 2
 """Samples of a fold, which its result only counts."""
-
-
-def _concat(folded: Json, answers: Sequence[Json], schema: Any, root: Mapping[str, Any]) -> Json:
-    """Return answers with their lists and texts one after the other, all else as folded.
-
-    Equal texts are repeated once; those of an enum are no texts but categories.
-    """
-    known = [one for one in answers if one is not None]
-    if known and all(isinstance(one, list) for one in known):
-        return [element for one in known for element in one]
-    found = follow_references(schema, root)
-    if known and all(isinstance(one, str) for one in known) and not {"enum", "const"} & set(found):
-        return "\n\n".join(dict.fromkeys(known))
-    if known and all(isinstance(one, dict) for one in known):
-        properties = find_properties(found, root)
-        keys = dict.fromkeys(key for one in known for key in one)
-        below = folded if isinstance(folded, dict) else {}
-        return {
-            key: _concat(below.get(key), [one.get(key) for one in known], properties.get(key), root)
-            for key in keys
-        }
-    return folded

@@ -7,9 +7,8 @@ from typing import Any, Final
 
 from ...backends.core.errors import InputError
 from ...backends.core.types import Item, Json
+from ..item.part import PART, is_part
 
-PART: Final = "part"
-"""Column of a part: document, number, of, start, end."""
 PARTS: Final = "parts"
 """Column of a document with its parts: of, missing, sources."""
 
@@ -33,24 +32,13 @@ PARTS_SCHEMA: Final[Mapping[str, Any]] = {
 }
 
 
-_KINDS: Final = {"document": str, "number": int, "of": int, "start": int, "end": int}
-
-
-def is_part(item: Item) -> bool:
-    """Return True if ``input.split`` made the item."""
-    found = item.row.get(PART)
-    return isinstance(found, dict) and all(
-        isinstance(found.get(name), kind) for name, kind in _KINDS.items()
-    )
-
-
 def read_part(item: Item) -> Mapping[str, Any]:
     """Return what the column of a part says.
 
     Raises:
         InputError: It is not one that ``input.split`` made.
     """
-    if not is_part(item):
+    if not is_part(item.row):
         raise InputError(f"merge: item {item.id!r} has no column {PART!r} from input.split")
     about: Mapping[str, Any] = item.row[PART]
     return about

@@ -16,8 +16,9 @@ import orjson
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
-from ...backends.core.text_tokens import estimate_text_tokens, split_text
+from ...backends.core.text_tokens import halve_text
 from ...backends.core.types import Item, Json, Row
+from ..item.part import PART, is_part
 from .base import (
     Answer,
     LevelPlan,
@@ -30,7 +31,7 @@ from .base import (
     StageTools,
 )
 from .item_text import escape_braces, list_text_columns, read_ids, read_items, render_item
-from .parts import PART, PARTS, PARTS_SCHEMA, describe_parts, is_part, read_part
+from .parts import PARTS, PARTS_SCHEMA, describe_parts, read_part
 
 SHOWN_IDS: Final = 5
 """Ids of items that a statement shows; ``sources`` has all."""
@@ -40,8 +41,6 @@ _OVERHEAD: Final = 600
 _SLICE: Final = 256
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
-_LEAST_CUT: Final = 64
-"""Tokens of a text below which it is not cut: the prompt is too long, whatever the text."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
 """Id of the only summary."""
@@ -168,13 +167,9 @@ class _Group:
             text: The text of the item.
         """
         start, end = self.piece or (0, len(text))
-        tokens = estimate_text_tokens(text[start:end])
-        if tokens < _LEAST_CUT:
-            return []
-        halves = split_text(text[start:end], tokens // 2, 0)
         return [
             _Group(f"{self.id}.{number}", self.group, self.members, (start + lo, start + hi))
-            for number, (lo, hi) in enumerate(halves, start=1)
+            for number, (lo, hi) in enumerate(halve_text(text[start:end]), start=1)
         ]
 
     def split(self) -> list[_Group | _Node]:
@@ -458,7 +453,7 @@ class Summarize(Operator):
         """Return id and place of the parts of each document; blocks."""
         found = dict[str, list[tuple[str, Mapping[str, Any]]]]()
         for item in read_items(tools, range(len(tools.items))):
-            if not is_part(item):  # a column of the user's with the same name
+            if not is_part(item.row):  # a column of the user's with the same name
                 return {}
             about = read_part(item)
             found.setdefault(about["document"], []).append((item.id, about))

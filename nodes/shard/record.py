@@ -100,6 +100,7 @@ class RecordBuilder:
         usage = calls.usage
         messages = state.get("messages") or []
         sent_back = _REPAIR_MESSAGES * state.get("repairs", 0)
+        pieces = state.get("pieces") or ()
         raw = state.get("raw") if error is not None or tools.keep_raw else None
         record = {
             "stage": tools.stage,
@@ -118,7 +119,7 @@ class RecordBuilder:
             "model": calls.model,
             "requests": calls.requests,
             "attempts": calls.attempts,
-            "repairs": state.get("repairs", 0),
+            "repairs": state.get("repairs", 0) + sum(piece["repairs"] for piece in pieces),
             "reused": calls.reused,
             "prompt_tokens": usage.prompt,
             "cached_tokens": usage.cached,
@@ -139,6 +140,8 @@ class RecordBuilder:
             record |= _make_text_fields("reasoning", reasoning)
         if "certainty" in state:
             record["certainty"] = state["certainty"]
+        if pieces:
+            record["pieces"] = [{"start": one["start"], "end": one["end"]} for one in pieces]
         if images := state.get("images"):
             _leave_out_images(record)
             record["images"] = images

@@ -35,7 +35,7 @@ async def test_a_command_and_its_exit_codes() -> None:
 
 async def test_it_has_its_own_folder_environment_streams_and_group(tmp_path: Path) -> None:
     environment = os.environ | {"TOKEN": "t"}
-    command = Command(("a", "b c"), TELL, str(tmp_path), environment, process_group=0)
+    command = Command(("a", "b c"), TELL, str(tmp_path), environment, new_session=True)
     process = await get_command_server().start(command)
     out, err = await process.communicate()
     assert process.returncode == 7

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -24,6 +25,10 @@ from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from types import ModuleType
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 DEADLINE_S = 300.0
 """How long a condition may take that no defect delays, on a machine that has more to do."""
@@ -39,7 +44,7 @@ class Command:
     code: str | None = None
     cwd: str = field(default_factory=os.getcwd)
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-    process_group: int | None = None
+    new_session: bool = False
 
 
 class CommandProcess:
@@ -117,14 +122,14 @@ class CommandServer:
             self._process.wait()
 
     async def start(
-        self, command: Command, *, stdout: int = PIPE, stderr: int = PIPE
+        self, command: Command, *, stdin: int = DEVNULL, stdout: int = PIPE, stderr: int = PIPE
     ) -> CommandProcess:
         """Start a command; its output goes to pipes, descriptors, or nowhere."""
         close = ExitStack()
         with ExitStack() as sent:
             null = os.open(os.devnull, os.O_RDWR)
             sent.callback(os.close, null)
-            fds, outputs = [null], list[asyncio.StreamReader | None]()
+            fds, outputs = [{DEVNULL: null}.get(stdin, stdin)], list[asyncio.StreamReader | None]()
             for stream in (stdout, stderr):
                 if stream == PIPE:
                     reader, fd = await _open_pipe(sent, close)
@@ -149,6 +154,59 @@ class CommandServer:
         return subprocess.CompletedProcess(
             ["fanfold", *command.arguments], process.returncode, out.decode(), err.decode()
         )
+
+
+class BlockingProcess:
+    """A process of the command line, with the methods of ``subprocess.Popen`` for text."""
+
+    def __init__(self, portal: BlockingPortal, process: CommandProcess) -> None:
+        self._portal, self._process = portal, process
+        self.pid = process.pid
+        self.send_signal, self.kill = process.send_signal, process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def poll(self) -> int | None:
+        return self._process.returncode
+
+    def wait(self, timeout: float = DEADLINE_S) -> int:
+        return self._portal.call(asyncio.wait_for, self._process.wait(), timeout)
+
+    def communicate(self, timeout: float = DEADLINE_S) -> tuple[str, str]:
+        """Read both streams to their ends, and wait for the exit."""
+        out, err = self._portal.call(asyncio.wait_for, self._process.communicate(), timeout)
+        return out.decode(), err.decode()
+
+    def read_error_line(self) -> str:
+        """Return the next line of standard error; it is empty at the end."""
+        assert self._process.stderr is not None
+        return self._portal.call(self._process.stderr.readline).decode()
+
+
+@contextmanager
+def started(
+    command: Command, *, stdin: int = DEVNULL, stdout: int = PIPE, stderr: int = PIPE
+) -> Iterator[BlockingProcess]:
+    """Run a command while the block of a test without a loop runs, and no longer."""
+    streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+    with start_blocking_portal() as portal:
+        process = portal.call(partial(get_command_server().start, command, **streams))
+        try:
+            yield BlockingProcess(portal, process)
+        finally:
+            if command.new_session:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            portal.call(process.communicate)
+
+
+def run_command(command: Command) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, in a test without a loop."""
+    with start_blocking_portal() as portal:
+        return portal.call(get_command_server().run, command)
 
 
 async def _open_pipe(sent: ExitStack, close: ExitStack) -> tuple[asyncio.StreamReader, int]:
@@ -185,6 +243,7 @@ def _import_all() -> None:
         folder = importlib.import_module(f"fanfold.{package}")
         for module in pkgutil.iter_modules(folder.__path__):
             importlib.import_module(f"{folder.__name__}.{module.name}")
+    importlib.import_module("pyarrow").array([0])  # imports pandas, where it is installed
 
 
 def _serve(orders: socket.socket) -> Command | None:
@@ -231,13 +290,15 @@ def _become(command: Command, streams: list[int]) -> Command:
         os.dup2(fd, number)
     for fd in set(streams):
         os.close(fd)
-    if command.process_group is not None:
-        os.setpgid(0, command.process_group)
+    if command.new_session:
+        os.setsid()
     os.chdir(command.cwd)
     os.environ.clear()
     os.environ.update(command.env)
     program = "fanfold" if command.code is None else "-c"
     sys.argv = [program, *command.arguments]
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # as an interpreter that starts does
     sys.path[0] = command.cwd
     return command
 
@@ -253,7 +314,9 @@ def main() -> None:
     if command.code is None:
         runpy.run_module("fanfold", run_name="__main__", alter_sys=True)
     else:
-        exec(compile(command.code, "<string>", "exec"), {"__name__": "__main__"})
+        program = ModuleType("__main__")  # processes that it spawns import nothing of this one
+        sys.modules["__main__"] = program
+        exec(compile(command.code, "<string>", "exec"), vars(program))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import pytest
 import yaml
 from openai.types.audio import Transcription, Translation
 
+from fanfold.tests.support.command_server import Command, run_command
+
 from .conftest import Served, Shell
-from .test_batch_files import MODEL, by_id, kill_after, request, started, write
+from .test_batch_files import MODEL, by_id, kill_after, request, write
 
 pytestmark = pytest.mark.integration
 
@@ -199,9 +201,8 @@ def test_a_kill_repeats_what_was_in_flight_only(
         *("--set", "limits.streams=8", "--set", "limits.hedge=false"),
     )
     kill_after(shell, 30, *command)
-    with started(shell, *command) as process:
-        _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    ended = run_command(Command(command))
+    assert ended.returncode == 0, ended.stderr
     found = by_id("out.jsonl")
     assert len(found) == len(made)
     assert len({json.dumps(line.answer["text"]) for line in found.values()}) == 2

@@ -6,24 +6,25 @@ import json
 import os
 import pty
 import select
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fanfold.graphs.run.estimate import _read_answered_prompts
+from fanfold.tests.support.command_server import Command, started
 
 from .conftest import Served, Shell
+from .test_cli_terminal import read_terminal
 
 pytestmark = pytest.mark.integration
 
 TERMINAL = """
-import fcntl, os, signal, sys, termios
+import fcntl, signal, termios
+from fanfold.graphs.cli import main
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C is a signal
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
-os.execv(sys.executable, [sys.executable, "-m", "fanfold", *sys.argv[1:]])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in the background
+main()
 """
 
 PRICE = {"prompt": 10, "completion": 20}
@@ -298,25 +299,18 @@ def test_a_pilot_whose_items_are_worked_on_elsewhere(shell: Shell, fleet: Served
 def test_on_a_terminal_somebody_is_asked(shell: Shell, answer: str, code: int) -> None:
     priced(shell, items=9)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", TERMINAL, "run", "c.yaml", "--out", "r", "--pilot", "3"]
-    with subprocess.Popen(
-        command, stdin=theirs, stderr=theirs, stdout=theirs, start_new_session=True
-    ) as process:
+    arguments = ("run", "c.yaml", "--out", "r", "--pilot", "3")
+    command = Command(arguments, TERMINAL, new_session=True)
+    with started(command, stdin=theirs, stderr=theirs, stdout=theirs) as process:
         os.close(theirs)
         said, sent = b"", False
-        try:
-            while select.select([ours], [], [], 60)[0]:
-                try:
-                    said += os.read(ours, 4096)
-                except OSError:  # the other end is closed
-                    break
-                if b"[y/N]" in said and not sent:
-                    os.write(ours, answer.encode())
-                    sent = True
-            assert process.wait(60) == code
-        finally:
-            process.kill()
-            os.close(ours)
+        while select.select([ours], [], [], 60)[0] and (more := read_terminal(ours)):
+            said += more
+            if b"[y/N]" in said and not sent:
+                os.write(ours, answer.encode())
+                sent = True
+        assert process.wait(60) == code
+    os.close(ours)
     assert b"Continue with the other 6 items? [y/N]" in said
     assert (b"Stopped after the pilot" in said) is (code == 5)
     assert b"Traceback" not in said

@@ -17,8 +17,10 @@ import orjson
 import pytest
 
 from fanfold.backends.core.terminal import count_nouns
+from fanfold.tests.support.command_server import Command, run_command, started
 
 from .conftest import SCHEMA, Served, Shell
+from .test_cli_terminal import read_terminal
 
 pytestmark = pytest.mark.integration
 
@@ -352,10 +354,7 @@ def test_killed_while_or_after_taking_over(shell: Shell, fleet: Served, lines: i
     before = fleet.requests
     (shell.folder / "in.csv").write_text("id,text\n" + "".join(rows))
     arguments = ["run", "c.yaml", "--from", "old", "--out", "new", *YES]
-    code = KILL.format(lines=lines)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=120
-    )
+    done = run_command(Command(tuple(arguments), KILL.format(lines=lines)))
     assert done.returncode == -signal.SIGKILL, done.stderr
     is_early = lines <= 30
     assert (shell.folder / "new").exists() is not is_early
@@ -373,10 +372,9 @@ def test_asks_on_a_terminal(shell: Shell, fleet: Served, answer: bytes | None) -
     use(shell, fleet)
     assert shell("run", "c.yaml", "--out", "old", "--quiet", "--limit", "2").code == 0
     before = fleet.requests
-    arguments = ["run", "c.yaml", "--from", "old", "--out", "new", "--quiet"]
+    command = Command(("run", "c.yaml", "--from", "old", "--out", "new", "--quiet"))
     own, its = pty.openpty()
-    command = [sys.executable, "-m", "fanfold", *arguments]
-    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its) as process:
+    with started(command, stdin=its, stdout=its, stderr=its) as process:
         os.close(its)
         said = b""
         while b"[y/N]" not in said:
@@ -396,13 +394,6 @@ def test_asks_on_a_terminal(shell: Shell, fleet: Served, answer: bytes | None) -
     assert code == (0 if is_yes else 1), said
     assert fleet.requests == before + is_yes
     assert (shell.folder / "new").exists() is is_yes
-
-
-def read_terminal(handle: int) -> bytes:
-    try:
-        return os.read(handle, 1 << 16)
-    except OSError:  # the command has closed its terminal
-        return b""
 
 
 def test_fills_an_existing_empty_folder(shell: Shell, fleet: Served) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fanfold.tests.support.command_server import BlockingProcess, Command, started
 
 from .conftest import SCHEMA, Shell
 
@@ -167,9 +167,7 @@ def test_a_long_request_is_shortened_with_its_length(shell: Shell) -> None:
 def test_it_works_while_a_run_is_going_on_and_after_a_kill(shell: Shell) -> None:
     write_rows(shell, 5_000)
     shell.write(endpoints=faulty(time_scale=1), limits={"streams": 8})
-    command = [sys.executable, "-m", "fanfold", "run", "c.yaml", "--out", "run", "--quiet"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
+    with started(Command(("run", "c.yaml", "--out", "run", "--quiet"))) as run:
         found = wait_for_failures(shell, run)
         assert found["running"]
         assert all(row["example"]["id"] for row in found["classes"])
@@ -177,15 +175,12 @@ def test_it_works_while_a_run_is_going_on_and_after_a_kill(shell: Shell) -> None
         assert (facts["state"], facts["next_command"]) == ("running", None)
         text = shell("failures", "run").out
         assert "not finished" in text
-    finally:
-        run.kill()
-        run.communicate()
     facts = json.loads(shell("status", "run", "--json").out)
     assert facts["state"] == "killed; resumable"
     assert facts["next_command"] == "fanfold resume run"
 
 
-def wait_for_failures(shell: Shell, run: subprocess.Popen[bytes]) -> dict[str, Any]:
+def wait_for_failures(shell: Shell, run: BlockingProcess) -> dict[str, Any]:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         assert run.poll() is None, "the run ended before it was looked at"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fanfold.graphs.cli import runs
+from fanfold.tests.support.command_server import BlockingProcess, Command, started
 
 from .conftest import Shell
 
@@ -145,18 +146,13 @@ def test_a_killed_run_is_counted_from_its_journal_or_if_large_by_its_last_note(
     rows = "".join(f"{n},text\n" for n in range(3_000))
     (shell.folder / "in.csv").write_text("id,text\n" + rows)
     shell.write(endpoints={"simulated": {"nodes": 1, "time_scale": 1}}, limits={"streams": 4})
-    command = [sys.executable, "-m", "fanfold", "run", "c.yaml", "--out", "run", "--quiet"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with started(Command(("run", "c.yaml", "--out", "run", "--quiet"))) as run:
         found = wait_for_an_item(shell, run)
         assert found["state"] == "running"
         assert found["noted"] is None
         while not (shell.folder / "run" / "counts.json").exists():
             assert run.poll() is None, "the run ended before it noted its counts"
             time.sleep(0.1)
-    finally:
-        run.kill()
-        run.wait()
     (killed,) = listed(shell)["runs"]
     status = json.loads(shell("status", "run", "--json").out)
     assert (killed["state"], killed["done"]) == ("killed; resumable", status["done"])
@@ -185,7 +181,7 @@ def test_a_killed_run_is_counted_from_its_journal_or_if_large_by_its_last_note(
     assert "'fanfold status DIR' reads the journal" in said.err
 
 
-def wait_for_an_item(shell: Shell, run: subprocess.Popen[bytes]) -> dict[str, Any]:
+def wait_for_an_item(shell: Shell, run: BlockingProcess) -> dict[str, Any]:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         assert run.poll() is None, "the run ended before it was looked at"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.prepare import compute_fingerprint
+from fanfold.graphs.run.fingerprint import compute_fingerprint
 
 from .conftest import Served, Shell
 

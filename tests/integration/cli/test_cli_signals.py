@@ -5,34 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from fanfold.tests.support.command_server import BlockingProcess, Command, started
+from fanfold.tests.support.pdf_files import make_large_pdf
+
 from .conftest import Shell
 
 pytestmark = pytest.mark.integration
-
-
-@contextmanager
-def started(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fanfold", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=shell.folder,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def finished_items(folder: Path) -> int:
@@ -40,7 +24,7 @@ def finished_items(folder: Path) -> int:
     return sum(file.read_text().count('"status"') for file in files)
 
 
-def wait_for_items(folder: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_items(folder: Path, process: BlockingProcess) -> None:
     while not finished_items(folder):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -57,7 +41,7 @@ def slow(shell: Shell) -> Shell:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_later(slow: Shell, number: signal.Signals) -> None:
-    with started(slow, "run", "c.yaml", "--out", "r", "--json") as process:
+    with started(Command(("run", "c.yaml", "--out", "r", "--json"))) as process:
         wait_for_items(slow.folder / "r", process)
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
@@ -77,11 +61,10 @@ def test_a_stopped_run_goes_on_later(slow: Shell, number: signal.Signals) -> Non
 
 def test_a_second_signal_stops_at_once(slow: Shell) -> None:
     hang = "endpoints.simulated.faults=[{kind: hang, p: 0.5}]"
-    with started(slow, "run", "c.yaml", "--out", "r", "--set", hang) as process:
+    with started(Command(("run", "c.yaml", "--out", "r", "--set", hang))) as process:
         wait_for_items(slow.folder / "r", process)
         process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        lines = iter(process.stderr.readline, "")
+        lines = iter(process.read_error_line, "")
         assert any("repeat to stop at once" in line for line in lines)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)  # waiting for those in flight takes 30 s
@@ -94,7 +77,7 @@ def test_stopped_before_it_began(shell: Shell) -> None:
     before = set(shell.files())
     with socket.create_server(("127.0.0.1", 0)) as silent:
         shell.write(endpoints={"urls": [f"http://127.0.0.1:{silent.getsockname()[1]}"]})
-        with started(shell, "run", "c.yaml", "--out", "x/r") as process:
+        with started(Command(("run", "c.yaml", "--out", "x/r"))) as process:
             connection, _ = silent.accept()
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=20)
@@ -105,12 +88,38 @@ def test_stopped_before_it_began(shell: Shell) -> None:
 
 
 def test_the_simulated_fleet_ends_on_a_signal(shell: Shell) -> None:
-    with started(shell, "simulate", "--nodes", "2") as process:
+    with started(Command(("simulate", "--nodes", "2"))) as process:
         while not (shell.folder / "endpoints.txt").exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
-        assert process.stderr is not None
-        assert "SIMULATED fleet of 2 nodes" in process.stderr.readline()
+        assert "SIMULATED fleet of 2 nodes" in process.read_error_line()
         assert len((shell.folder / "endpoints.txt").read_text().splitlines()) == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
+
+
+def list_children(process: BlockingProcess) -> list[int]:
+    files = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return [int(one) for file in files for one in file.read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_reading_of_pdf_files(shell: Shell, number: signal.Signals) -> None:
+    """Neither their processes nor a run folder are left, and nothing waits for the files."""
+    pytest.importorskip("pypdfium2", reason="PDF files need the extra 'pdf'")
+    papers = shell.folder / "papers"
+    papers.mkdir()
+    for n in range(6):
+        make_large_pdf(papers / f"{n}.pdf", b"(word) Tj 0 -1 Td ", 100_000_000)
+    shell.write(input={"path": "papers"}, task={"prompt": "{text}"})
+    with started(Command(("run", "c.yaml", "--out", "r"))) as process:
+        while not (children := list_children(process)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "interrupted before anything was written" in err
+    assert not [one for one in children if Path(f"/proc/{one}").exists()]
+    assert {path.name for path in shell.folder.iterdir() if path.is_dir()} == {"papers"}

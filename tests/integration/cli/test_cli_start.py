@@ -71,6 +71,18 @@ def test_commands_import_only_what_they_need(shell: Shell) -> None:
     assert found == "[]"
 
 
+def test_nothing_is_collected_at_the_end() -> None:
+    code = """if True:
+        import atexit, gc
+        atexit.register(lambda: print(gc.get_freeze_count() > 0))
+        from fanfold.graphs.cli.app import main
+        main()
+    """
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "True"
+
+
 def sessions(shell: Shell) -> int:
     return len(json.loads((shell.folder / "r" / "provenance.json").read_text())["sessions"])
 

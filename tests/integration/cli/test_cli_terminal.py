@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fanfold.tests.support.command_server import Command, started
+
 from .conftest import Shell
 
 pytestmark = pytest.mark.integration
@@ -58,22 +60,20 @@ def see(width: int, *arguments: str) -> tuple[Screen, list[str], int]:
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     environment = os.environ | {"TERM": "xterm-256color"}
     environment.pop("COLUMNS", None)
-    command = [sys.executable, "-m", "fanfold", *arguments]
-    run = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment)
-    os.close(its)
     screen, frames = Screen(), list[str]()
     decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        while data := _read(own):
+    command = Command(arguments, env=environment)
+    with started(command, stdin=its, stdout=its, stderr=its) as run:
+        os.close(its)
+        while data := read_terminal(own):
             screen.write(decoder.decode(data))
             frames.append(screen.text)
-    finally:
-        os.close(own)
         code = run.wait(60)
+    os.close(own)
     return screen, frames, code
 
 
-def _read(handle: int) -> bytes:
+def read_terminal(handle: int) -> bytes:
     try:
         return os.read(handle, 1 << 16)
     except OSError:  # the command has closed its terminal
@@ -172,11 +172,13 @@ def test_a_printed_command_can_be_copied(width: int) -> None:
 
 def test_standard_output_elsewhere_gets_only_the_result(shell: Shell, tmp_path: Path) -> None:
     own, its = pty.openpty()
-    command = [sys.executable, "-m", "fanfold", "run", "c.yaml", "--out", "run", "--json"]
-    with (tmp_path / "out").open("wb") as out:
-        run = subprocess.Popen(command, stdin=its, stdout=out, stderr=its)
+    command = Command(("run", "c.yaml", "--out", "run", "--json"))
+    with (
+        (tmp_path / "out").open("wb") as out,
+        started(command, stdin=its, stdout=out.fileno(), stderr=its) as run,
+    ):
         os.close(its)
-        while _read(own):
+        while read_terminal(own):
             pass
         assert run.wait(60) == 0
     os.close(own)

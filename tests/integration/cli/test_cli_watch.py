@@ -7,8 +7,6 @@ import os
 import pty
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ import pytest
 from fanfold.backends.core.timeline import BinCounts, TimelineDelta
 from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.timeline import Timeline, read_timeline
+from fanfold.tests.support.command_server import BlockingProcess, Command, started
 
 from .conftest import Shell
-from .test_cli_terminal import assert_whole, see
+from .test_cli_terminal import assert_whole, read_terminal, see
 
 pytestmark = pytest.mark.integration
 
@@ -35,12 +34,7 @@ def count_calls(rows: list[dict[str, Any]]) -> int:
     return sum(row["calls"] for row in rows)
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "fanfold", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def wait_for_calls(run: subprocess.Popen[bytes], least: int = 1) -> int:
+def wait_for_calls(run: BlockingProcess, least: int = 1) -> int:
     end = time.monotonic() + 120
     while (found := calls(TIMELINE)) < least:
         assert run.poll() is None, "the run has ended"
@@ -94,28 +88,22 @@ def test_a_finished_run(shell: Shell) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_a_running_run_is_followed_and_ctrl_c_leaves_it(shell: Shell) -> None:
-    run = start("run", "c.yaml", "--out", "run", "--quiet")
-    try:
+    with started(Command(("run", "c.yaml", "--out", "run", "--quiet"))) as run:
         wait_for_calls(run)
         own, its = pty.openpty()
-        command = [sys.executable, "-m", "fanfold", "watch", "run"]
-        watch = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True)
-        os.close(its)
-        shown = b""
-        while shown.count(b"requests per second") < 3:  # it shows it again and again
-            shown += os.read(own, 1 << 16)
-        assert b"running" in shown
-        assert b"now " in shown
-        watch.send_signal(signal.SIGINT)
-        while True:
-            try:
-                if not (data := os.read(own, 1 << 16)):
-                    break
-            except OSError:
-                break
-            shown += data
+        command = Command(("watch", "run"), new_session=True)
+        with started(command, stdin=its, stdout=its, stderr=its) as watch:
+            os.close(its)
+            shown = b""
+            while shown.count(b"requests per second") < 3:  # it shows it again and again
+                shown += os.read(own, 1 << 16)
+            assert b"running" in shown
+            assert b"now " in shown
+            watch.send_signal(signal.SIGINT)
+            while data := read_terminal(own):
+                shown += data
+            assert watch.wait(60) == 0
         os.close(own)
-        assert watch.wait(60) == 0
         assert b"Traceback" not in shown
         assert b"Aborted" not in shown
         assert run.poll() is None, "the run goes on"
@@ -123,10 +111,8 @@ def test_a_running_run_is_followed_and_ctrl_c_leaves_it(shell: Shell) -> None:
         assert facts["state"] == "running"
         assert facts["failures"]["EndpointError"] > 0
         assert facts["failures"] == {"EndpointError": sum(one["failed"] for one in facts["bins"])}
-    finally:
         run.send_signal(signal.SIGINT)
-        run.wait(120)
-    assert run.returncode == 5
+        assert run.wait(120) == 5
     screen, _, code = see(80, "watch", "run")
     assert code == 0
     assert "SIGINT" in screen.text or "interrupt" in screen.text.lower() or "stopped" in screen.text
@@ -134,17 +120,13 @@ def test_a_running_run_is_followed_and_ctrl_c_leaves_it(shell: Shell) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_a_killed_run_loses_the_last_seconds_only(shell: Shell) -> None:
-    run = start("run", "c.yaml", "--out", "run", "--quiet")
-    try:
+    with started(Command(("run", "c.yaml", "--out", "run", "--quiet"))) as run:
         wait_for_calls(run, 10)
-    finally:
         run.kill()
         run.wait(60)
     before = read_timeline(TIMELINE).to_pylist()
-    run = start("resume", "run", "--quiet")
-    try:
+    with started(Command(("resume", "run", "--quiet"))) as run:
         wait_for_calls(run, 10 + sum(row["calls"] for row in before))
-    finally:
         run.send_signal(signal.SIGTERM)
         run.wait(120)
     after = read_timeline(TIMELINE).to_pylist()

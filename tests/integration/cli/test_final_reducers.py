@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
 import sys
-from asyncio.subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import yaml
 
 import fanfold
 from fanfold import build_graph
+from fanfold.tests.support.command_server import Command, run_command
 
 from .conftest import Shell
 
@@ -162,7 +161,7 @@ def f(rows):
 """
 
 
-async def test_killed_in_a_function(shell: Shell) -> None:
+def test_killed_in_a_function(shell: Shell) -> None:
     write_function(KILLER)
     entries = [
         {"op": "stats", "field": "score", "group_by": "label"},
@@ -170,20 +169,13 @@ async def test_killed_in_a_function(shell: Shell) -> None:
         {"op": "python", "function": "mine:f"},
     ]
     shell.write(reduce=entries)
-    command = ("-m", "fanfold", "run", "c.yaml", "--quiet", "--out")
-    for name in ("whole", "r"):
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, name, stdout=DEVNULL
-        )
-        code = await asyncio.wait_for(process.wait(), 300)
-        assert code == (0 if name == "whole" else -signal.SIGKILL)
-        if name == "whole":
-            Path("kill").touch()
+    assert shell("run", "c.yaml", "--quiet", "--out", "whole").code == 0
+    Path("kill").touch()
+    killed = run_command(Command(("run", "c.yaml", "--quiet", "--out", "r")))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not Path("r/aggregate.json").exists()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fanfold", "resume", "r", "--quiet", stdout=DEVNULL
-    )
-    assert await asyncio.wait_for(process.wait(), 300) == 0
+    resumed = run_command(Command(("resume", "r", "--quiet")))
+    assert resumed.returncode == 0, resumed.stderr
     assert read_aggregate("r") == read_aggregate("whole")
 
 

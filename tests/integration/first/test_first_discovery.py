@@ -6,8 +6,6 @@ import asyncio
 import itertools
 import json
 import logging
-import sys
-from asyncio.subprocess import PIPE
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import ModelParams
 from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
-from fanfold.tests.support.command_server import DEADLINE_S
+from fanfold.tests.support.command_server import DEADLINE_S, Command, get_command_server
 from fanfold.tests.support.first_gateway import (
     DeploymentSpec,
     FirstGateway,
@@ -160,15 +158,13 @@ async def test_the_command_shows_states_limits_and_contexts() -> None:
     async with run_gateway_process(make_spec(SOPHIA, cold, OTHER)) as process:
         given = settings(process.url)
         Path("c.yaml").write_text(json.dumps(given))
-        command = (sys.executable, "-m", "fanfold", "endpoints", "c.yaml")
-        child = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
-        out, err = await child.communicate()
-    assert child.returncode == 0, err.decode()
-    shown = {line.split()[0]: line.split()[1:] for line in out.decode().splitlines() if line}
+        done = await get_command_server().run(Command(("endpoints", "c.yaml")))
+    assert done.returncode == 0, done.stderr
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
     assert shown["sophia/vllm"] == [SOPHIA.model, "running", "8,000", "60,000", "100,000"]
     assert shown["metis/api"] == ["gpt-oss-120b", "not", "running", "-", "-", "-"]
-    assert "Llama" not in out.decode()
-    assert "good" not in (out + err).decode()
+    assert "Llama" not in done.stdout
+    assert "good" not in done.stdout + done.stderr
 
 
 COLD = DeploymentSpec("sophia", "vllm", "gpt-oss-120b", state="cold")

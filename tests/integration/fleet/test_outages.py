@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 from aiohttp import web
 
-from fanfold.backends.core.errors import RunStoppedError
+from fanfold.backends.core.errors import EndpointLostError, RunStoppedError
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import (
@@ -51,6 +52,7 @@ class Server:
     probes: list[float] = field(default_factory=list)
     calls: int = 0
     answers: Callable[[], bool] = lambda: True
+    is_up: Callable[[], bool] | None = None
     runner: web.AppRunner | None = None
 
     @property
@@ -60,7 +62,7 @@ class Server:
     async def start(self) -> None:
         async def models(_: web.Request) -> web.Response:
             self.probes.append(time.monotonic())
-            status = 200 if self.answers() else 503
+            status = 200 if (self.is_up or self.answers)() else 503
             return web.json_response({"data": [{"id": "m"}]}, status=status)
 
         async def chat(_: web.Request) -> web.Response:
@@ -134,6 +136,49 @@ async def test_servers_that_answer_but_are_not_ready() -> None:
         pauses = [b - a for a, b in zip(server.probes, server.probes[1:], strict=False)]
         assert min(pauses[-2:]) < 0.6  # the back-off alone would wait 0.64 s
         assert server.calls == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+async def test_an_item_alone_outlasts_an_outage_behind_a_proxy(count: int) -> None:
+    """Its attempts are used up before the failures in a row mark any server as unhealthy."""
+    policy = replace(POLICY, retry=RetryPolicy(backoff_s=0.001))
+    async with servers(count) as made, Fleet([EndpointSpec(s.url) for s in made], policy) as fleet:
+        began = time.monotonic()
+        for server in made:
+            server.answers = lambda: time.monotonic() > began + BACK_S
+            await server.start()
+        assert await ask(fleet) == "hello"
+        assert sum(server.calls for server in made) <= 2 * max(count, policy.retry.attempts)
+
+
+async def test_servers_that_lose_requests_and_answer_probes_fail_the_item() -> None:
+    policy = replace(POLICY, retry=RetryPolicy(backoff_s=0.001))
+    async with servers(2) as made, Fleet([EndpointSpec(s.url) for s in made], policy) as fleet:
+        for server in made:
+            server.answers, server.is_up = lambda: False, lambda: True
+            await server.start()
+        with pytest.raises(EndpointLostError, match="502"):
+            await ask(fleet)
+        assert sum(server.calls for server in made) == policy.retry.attempts
+
+
+async def test_an_item_that_stops_every_server_is_given_up() -> None:
+    """It gets its attempts twice at most, however often the servers come back."""
+    policy = replace(POLICY, retry=RetryPolicy(backoff_s=0.001))
+    async with servers(2) as made, Fleet([EndpointSpec(s.url) for s in made], policy) as fleet:
+        stopped = [0.0, 0.0]
+
+        def stop(number: int) -> bool:
+            stopped[number] = time.monotonic()
+            return False
+
+        for number, server in enumerate(made):
+            server.answers = partial(stop, number)
+            server.is_up = lambda n=number: time.monotonic() > stopped[n] + 0.05
+            await server.start()
+        with pytest.raises(EndpointLostError, match="502"):
+            await ask(fleet)
+        assert sum(server.calls for server in made) <= 2 * policy.retry.attempts
 
 
 async def test_a_fleet_that_stays_away_stops_the_run_in_time() -> None:

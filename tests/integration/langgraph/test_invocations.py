@@ -6,8 +6,6 @@ import asyncio
 import json
 import operator
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -473,17 +471,13 @@ async def test_ctrl_c_drains_the_run(fleet: SimulatedFleet, kind: str, tmp_path:
     size = 60 if kind == "plain single" else 15
     config = settings(fleet, shard={"items": size})
     (tmp_path / "c.yaml").write_text(json.dumps(config))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, "script.py", kind.split(maxsplit=1)[0]],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    script = command_server.Command((kind.split(maxsplit=1)[0],), SCRIPT)
+    process = await command_server.get_command_server().start(script)
     await until(lambda: asked(fleet) >= STREAMS)
     process.send_signal(signal.SIGINT)
-    _, said = await asyncio.to_thread(process.communicate)
+    _, said = await process.communicate()
     assert process.returncode == -signal.SIGINT
-    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert said.rstrip().endswith(b"KeyboardInterrupt")
     await drained(fleet, 12 * STREAMS)
     end = await build_graph(RunContext(config=config, out="run", streams=64)).ainvoke({})
     assert end["progress"]["done"] == asked(fleet) == ITEMS
@@ -514,9 +508,7 @@ print(end["progress"]["done"])
 async def test_a_dead_loop_holds_nobody_up(fleet: SimulatedFleet, tmp_path: Path) -> None:
     """Items that were in flight are lost with it, and asked again; no other item is."""
     (tmp_path / "c.yaml").write_text(json.dumps(settings(fleet)))
-    command = [sys.executable, "-c", DEAD]
-    done = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, check=False
-    )
+    script = command_server.Command((), DEAD)
+    done = await command_server.get_command_server().run(script)
     assert done.stdout == f"{ITEMS}\n", done.stderr
     assert ITEMS <= asked(fleet) <= ITEMS + STREAMS

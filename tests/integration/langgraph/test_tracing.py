@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import email
 import email.policy
 import json
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +23,7 @@ from langsmith import Client, tracing_context
 
 from fanfold import RunContext, build_graph
 from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.tests.support.command_server import Command, get_command_server
 
 pytestmark = pytest.mark.integration
 
@@ -160,23 +159,20 @@ class LangSmith:
         return [run for run in self.runs.values() if run["name"] == name]
 
     async def trace(
-        self, folder: Path, *command: str, code: int = 0, **variables: str
+        self,
+        folder: Path,
+        *arguments: str,
+        program: str | None = None,
+        code: int = 0,
+        **variables: str,
     ) -> tuple[str, str]:
-        """Run a program whose traces come here; return its output and error output."""
+        """Run a command or program whose traces come here; return its output and error output."""
         told = {"LANGSMITH_TRACING": "true", "LANGSMITH_ENDPOINT": self.url}
         environment = os.environ | told | {"LANGSMITH_API_KEY": "lsv2_pt_none"} | variables
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *command,
-            cwd=folder,
-            env=environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(120):
-            out, err = await process.communicate()
-        assert process.returncode == code, err.decode()
-        return out.decode(), err.decode()
+        command = Command(arguments, program, str(folder), environment)
+        done = await get_command_server().run(command)
+        assert done.returncode == code, done.stderr
+        return done.stdout, done.stderr
 
 
 @pytest_asyncio.fixture
@@ -211,8 +207,8 @@ HIDDEN = {"LANGSMITH_HIDE_INPUTS": "true", "LANGSMITH_HIDE_OUTPUTS": "true"}
 
 
 async def invoked(langsmith: LangSmith, tmp_path: Path, count: int, **more: Any) -> str:
-    given = "-c", PROGRAM, json.dumps(SETTINGS), str(count)
-    return (await langsmith.trace(tmp_path, *given, **more))[1]
+    given = json.dumps(SETTINGS), str(count)
+    return (await langsmith.trace(tmp_path, *given, program=PROGRAM, **more))[1]
 
 
 @pytest.mark.parametrize("count", [3, 1000])
@@ -264,10 +260,10 @@ async def test_check_says_what_a_command_sends(
     (tmp_path / "items.csv").write_text("\n".join(lines))
     settings = tmp_path / "mine.yaml"
     settings.write_text(json.dumps(SETTINGS | {"input": {"path": "items.csv"}}))
-    said = " ".join(await langsmith.trace(tmp_path, "-m", "fanfold", "check", str(settings)))
+    said = " ".join(await langsmith.trace(tmp_path, "check", str(settings)))
     assert "gets prompts of up to 200 items" in " ".join(said.split())
     assert not langsmith.runs
-    await langsmith.trace(tmp_path, "-m", "fanfold", "run", str(settings), "--out", "run")
+    await langsmith.trace(tmp_path, "run", str(settings), "--out", "run")
     (root,) = (run for run in langsmith.named("LangGraph") if run.get("parent_run_id") is None)
     assert root["inputs"] == {}
     assert len(langsmith.named("ChatFleet")) == asked

@@ -301,12 +301,20 @@ def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ITEMS = ["one", "two", "refused", "three"]
+_plain: dict[str | None, Any] = {}
+
+
+async def plain_result(reason: str | None = "stop") -> Any:
+    """Return the result of a server that is asked for no stream, which is asked once."""
+    if reason not in _plain:
+        _plain[reason] = await result(Server(lambda *_: ("", SSE), reason), invoked, ITEMS)
+    return _plain[reason]
 
 
 @pytest.mark.parametrize("kind", list(STREAMS))
 async def test_a_server_of_any_kind(kind: str) -> None:
     reason = None if kind.startswith("no reason") else "stop"
-    plain = await result(Server(lambda *_: STREAMS[kind], reason), invoked, ITEMS)
+    plain = await plain_result(reason)
     assert ends(plain) == (3, 1)
     server = Server(lambda *_: STREAMS[kind], reason)
     assert await result(server, streamed("messages"), ITEMS) == plain
@@ -317,7 +325,7 @@ async def test_a_server_of_any_kind(kind: str) -> None:
 @pytest.mark.parametrize("kind", list(STREAMS))
 @pytest.mark.parametrize("watch", [invoked, streamed("messages")], ids=["plain", "streamed"])
 async def test_a_server_that_always_streams(kind: str, watch: Any) -> None:
-    wanted = await result(Server(lambda *_: ("", SSE)), invoked, ITEMS)
+    wanted = await plain_result()
     server = Server(lambda *_: STREAMS[kind], always=True)
     async with serving(server) as url:
         state = await watch(graph_over(url), {"items": [{"x": item} for item in ITEMS]})

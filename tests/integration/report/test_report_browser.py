@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -20,12 +18,14 @@ from aiohttp import web
 from fanfold.backends.inputs.item_store import NamedRows, load_rows
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.tests.journals import write_journal
+from fanfold.tests.support.command_server import Command, run_command
 
 from .browser import Page, find_browser, open_browser
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed"),
+    pytest.mark.xdist_group("report browser"),  # its tests share runs
 ]
 
 HOSTILE = [
@@ -103,8 +103,7 @@ def server() -> Iterator[str]:
 
 
 def fanfold(folder: Path, *arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "fanfold", *arguments]
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    found = run_command(Command(arguments, cwd=str(folder)))
     assert found.returncode == code, found.stderr
     return found.stderr
 

@@ -119,7 +119,7 @@ class Lab:
         settings = self.home / "config.yaml"
         settings.write_bytes(orjson.dumps(self.config))
         arguments = arguments or ("run", str(settings), "--out", str(self.out), "--json")
-        command = Command(arguments, wrap, str(self.home), process_group=0 if group else None)
+        command = Command(arguments, wrap, str(self.home), new_session=group)
         process = await get_command_server().start(command, stderr=DEVNULL)
         try:
             yield process

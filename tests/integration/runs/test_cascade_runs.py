@@ -138,8 +138,8 @@ async def test_a_server_that_refuses_log_probabilities_is_asked_for_samples(
         cascade = lab.config["stages"][0]["cascade"]
         base = f"http://127.0.0.1:{runner.addresses[0][1]}"
         cascade["small"]["endpoints"] = {"urls": [small.urls[0].replace(server, base)]}
-        lost = lab.config["limits"]["streams"]  # in flight at the kill
-        most = 20 * 6 + 3 + 3 + lost + 2  # an item reserves its repair
+        lost = 2 * lab.config["limits"]["streams"]  # at the kill: requests with their repairs
+        most = 20 * 6 + 3 + 3 + lost + 2  # the last item reserves its repair, too
         lab.config["budget"] = {"requests": most}
         try:
             async with lab.process() as process:

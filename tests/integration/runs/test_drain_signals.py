@@ -182,10 +182,9 @@ async def test_a_stop_while_no_endpoint_is_alive_returns_at_once(
         lab.config["limits"] |= {"drain_s": 50, "fleet_wait_s": 50}
         if how == "budget":
             lab.config["budget"] = {"requests": 1000}
+        aggregate = await lab.undisturbed()
         if how == "processes":
             lab.config["backend"] = {"kind": "local", "processes": 2}
-            lab.config["limits"]["attempts"] = 20  # more than are used up before the stop arrives
-        aggregate = await lab.undisturbed()
         life = asyncio.create_task(lab.live(await lab.begin(), trace=how == "traced"))
         await lab.until(lambda: lab.journal_lines() >= 20)
         for node in (0, 1):

@@ -102,10 +102,10 @@ async def test_an_engine_keeps_the_contract(
 async def test_an_engine_as_a_user_has_it(
     lab_of: LabMaker, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the command line: each of 1,000 items once, a quiet terminal, and nothing left behind."""
+    """By the command line: each of 300 items once, a quiet terminal, and nothing left behind."""
     token = f"FANFOLD_TEST={os.urandom(6).hex()}"
     monkeypatch.setenv(*token.split("="))
-    async with lab_of(items=1_000, ttft_s=0.0) as lab:
+    async with lab_of(items=300, ttft_s=0.0) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
         done = await run_elsewhere(lab, **backend)

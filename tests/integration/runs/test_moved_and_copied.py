@@ -26,7 +26,7 @@ __all__ = ["server"]
 
 pytestmark = pytest.mark.integration
 
-PROCESSES: dict[str, Any] = {"kind": "local", "processes": 2}
+PROCESSES: dict[str, Any] = {"kind": "local", "processes": 1}
 PARSL: dict[str, Any] = {"kind": "parsl", "workers": 1, "silence_s": 20}
 LAUNCHED: dict[str, Any] = {"kind": "launched", "workers": 2}
 ELSEWHERE = [

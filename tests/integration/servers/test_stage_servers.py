@@ -13,6 +13,7 @@ import pytest
 
 from fanfold.backends.core.errors import EXIT_INTERRUPTED
 from fanfold.backends.servers.lock import is_served
+from fanfold.tests.support.command_server import Command, CommandProcess, get_command_server
 
 from .conftest import PLAIN, Node, until
 
@@ -47,20 +48,16 @@ def write_settings(node: Node, **changes: Any) -> Path:
     return path
 
 
-async def fanfold(node: Node, *arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fanfold", *arguments, "--json"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=node.folder.parent,
-    )
+async def fanfold(node: Node, *arguments: str) -> CommandProcess:
+    command = Command((*arguments, "--json"), cwd=str(node.folder.parent))
+    return await get_command_server().start(command)
 
 
 def list_ends(node: Node) -> list[str]:
     return [line["event"] for line in node.events() if line["event"] in ("start", "end")]
 
 
-async def finish(node: Node, process: asyncio.subprocess.Process) -> None:
+async def finish(node: Node, process: CommandProcess) -> None:
     said, errors = await asyncio.wait_for(process.communicate(), 300)
     assert process.returncode == 0, errors.decode()
     assert [one["results"] for one in json.loads(said)["stages"]] == [40, 40]

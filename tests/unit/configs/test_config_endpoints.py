@@ -8,7 +8,7 @@ import yaml
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
 from fanfold.configs.loader import load_config
-from fanfold.configs.serialize import to_yaml
+from fanfold.configs.yaml_text import to_yaml
 
 TASK: dict[str, Any] = {"task": {"prompt": "x"}}
 FIRST: dict[str, Any] = {"paths": "sophia/vllm", "token": "${T}"}

@@ -11,7 +11,8 @@ from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.discovery.connect import ReadyEndpoints
 from fanfold.backends.workers.registry import make_backends
 from fanfold.configs.loader import LoadedConfig, load_config
-from fanfold.configs.serialize import iter_secret_texts, to_yaml
+from fanfold.configs.serialize import iter_secret_texts
+from fanfold.configs.yaml_text import to_yaml
 from fanfold.graphs.remote.task_template import worker_settings
 from fanfold.graphs.worker import work_shard
 

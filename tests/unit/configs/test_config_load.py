@@ -14,7 +14,7 @@ from fanfold.backends.core.secrets import MASKED
 from fanfold.configs.loader import load_config, override_settings
 from fanfold.configs.preset_files import copy_preset, preset_names, read_preset
 from fanfold.configs.raw_settings import read_settings
-from fanfold.configs.serialize import to_yaml
+from fanfold.configs.yaml_text import to_yaml
 
 GOOD: dict[str, Any] = {
     "input": {"path": "in.csv"},

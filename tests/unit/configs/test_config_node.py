@@ -17,7 +17,7 @@ from fanfold.backends.discovery.resolve import (
     shorten_host,
 )
 from fanfold.configs.loader import LoadedConfig, load_config
-from fanfold.configs.serialize import to_yaml
+from fanfold.configs.yaml_text import to_yaml
 
 SERVE = "vllm serve {model} --port {port} --tensor-parallel-size {gpus}"
 

@@ -22,7 +22,8 @@ from fanfold.backends.discovery.resolve import make_node_plan
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.configs.preset_files import preset_names
-from fanfold.configs.serialize import find_lost_secrets, mask_settings, to_yaml
+from fanfold.configs.serialize import find_lost_secrets, mask_settings
+from fanfold.configs.yaml_text import to_yaml
 from fanfold.graphs.run.prepare import describe_session
 
 KEY = "s3cr3t-value"

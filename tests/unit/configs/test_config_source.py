@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.raw_settings import apply_override, expand_variables, parse_yaml
+from fanfold.configs.raw_settings import apply_override, expand_variables
 from fanfold.configs.serialize import check_plain
+from fanfold.configs.yaml_text import parse_yaml
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text("ab${}", max_size=8),

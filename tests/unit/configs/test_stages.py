@@ -13,7 +13,7 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.base import Access
 from fanfold.configs.describe import iter_access
 from fanfold.configs.loader import load_config, load_stage
-from fanfold.configs.serialize import to_yaml
+from fanfold.configs.yaml_text import to_yaml
 
 SETTINGS: dict[str, Any] = {
     "input": {"dataset": "abstracts"},

@@ -9,8 +9,8 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.loader import load_config
 from fanfold.configs.preset_files import preset_names
-from fanfold.configs.raw_settings import parse_yaml
 from fanfold.configs.resolve import resolve_config
+from fanfold.configs.yaml_text import parse_yaml
 
 
 def settings(prompt: str = "Judge {x}", schema: Any = None, system: str = "") -> dict[str, Any]:

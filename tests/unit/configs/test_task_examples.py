@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.templates import ItemPrompt
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.prepare import compute_fingerprint, diff_settings
+from fanfold.graphs.run.fingerprint import compute_fingerprint, diff_settings
 
 SCHEMA = {
     "type": "object",

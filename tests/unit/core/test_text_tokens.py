@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.core.text_tokens import estimate_text_tokens, split_text
+from fanfold.backends.core.text_tokens import (
+    estimate_text_tokens,
+    halve_text,
+    split_text,
+)
 
 PROSE = "A sentence of several words ends here. Another one follows it, and is longer.\n\n" * 200
 
@@ -39,7 +43,38 @@ def test_parts_cover_the_text_and_are_short(text: str, tokens: int, overlap: int
     assert parts == list(split_text(text, tokens, overlap))
 
 
+@pytest.mark.parametrize("overlap", [0, 10, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [PROSE, "ACGT" * 5000, "岩石とその鉱物。" * 500, "12345 " * 1000, " " * 5000 + "岩石。" * 90],
+)
+def test_halves_are_cut_near_the_middle(text: str, overlap: int) -> None:
+    (first, end), (start, last) = halve_text(text, overlap)
+    assert (first, last) == (0, len(text))
+    assert 0 < start <= end < len(text)
+    whole = estimate_text_tokens(text)
+    for half in (text[:end], text[start:]):
+        assert whole / 3 < estimate_text_tokens(half) < 0.8 * whole
+    assert estimate_text_tokens(text[start:end]) <= min(overlap, whole // 8) + 4
+
+
+def test_a_short_text_has_no_halves() -> None:
+    assert halve_text("short") == halve_text("") == []
+
+
+@given(st.text(alphabet=st.sampled_from("a7 \n.岩。"), max_size=1500), st.integers(0, 99))
+def test_halves_of_halves_come_to_an_end(text: str, overlap: int) -> None:
+    texts, depth = [text], 0
+    while texts := [one[lo:hi] for one in texts for lo, hi in halve_text(one, overlap)]:
+        depth += 1
+        assert all(texts)
+        assert depth < 12
+
+
 def test_cuts_are_between_paragraphs_or_sentences() -> None:
+    (_, end), (start, _) = halve_text(PROSE)
+    assert PROSE[:end].endswith("\n\n")
+    assert start == end
     for start, end in split_text(PROSE, 100, 0):
         assert PROSE[start:end].endswith("\n\n")
     text = PROSE.replace("\n\n", " ")

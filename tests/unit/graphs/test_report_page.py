@@ -57,6 +57,7 @@ def test_each_flag_has_its_cause() -> None:
         row(status="failed", error_class="TruncatedAnswerError", latency_s=1.0),
         row(status="failed", error_class="RefusedAnswerError", latency_s=1.0),
         row(repairs=1, latency_s=1.0),
+        row(pieces=[{"start": 0, "end": 9}, {"start": 8, "end": 20}], latency_s=1.0),
         row(reasoning="wait, no. " * 100, latency_s=1.0),
         row(output={"parts": [{"text": "so " * 400}]}, latency_s=1.0),
         *[row(question=f"q{n}", latency_s=1 + n / 100) for n in range(20)],
@@ -67,21 +68,23 @@ def test_each_flag_has_its_cause() -> None:
         facts.add(one)
     facts.mark_slow()
     found = [names(bits) for bits in facts.flags]
-    assert found[:7] == [
+    assert found[:8] == [
         set(),
         {"duplicate"},
         {"truncated"},
         {"refused"},
         {"repaired"},
+        {"in pieces"},
         {"repetitive"},
         {"repetitive"},
     ]
     assert found[-2:] == [{"slow"}, set()]  # an item that asked nothing is not slow
-    assert not any(found[7:-2])
+    assert not any(found[8:-2])
     assert facts.count_flags() == {
         "truncated": 1,
         "refused": 1,
         "repaired": 1,
+        "in pieces": 1,
         "repetitive": 2,
         "duplicate": 1,
         "slow": 1,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from fanfold.graphs.cli.format import Column, fit_columns, format_cell, make_table, show_aggregate
+from fanfold.graphs.cli.tables import Column, fit_columns, format_cell, make_table, show_aggregate
 
 RANKED = {
     "op": "top_k",

@@ -6,7 +6,7 @@ import pytest
 
 from fanfold.backends.core.secrets import MASKED, mask_arguments
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.prepare import compute_fingerprint, diff_settings
+from fanfold.graphs.run.fingerprint import compute_fingerprint, diff_settings
 from fanfold.graphs.run.shard_plan import choose_shard_items, choose_window
 
 BASE = load_config("data_annotation")

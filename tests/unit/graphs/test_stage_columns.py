@@ -12,7 +12,7 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSummary
 from fanfold.configs.loader import LoadedConfig, load_config
-from fanfold.configs.serialize import to_yaml
+from fanfold.configs.yaml_text import to_yaml
 from fanfold.graphs.run.pipeline import check_columns, list_stages
 from fanfold.graphs.run.stage_estimate import ServedModel, estimate_stages
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fanfold.backends.core.terminal import CONTROLS, escape_controls, escape_json
-from fanfold.graphs.cli.format import format_cell, show_aggregate
+from fanfold.graphs.cli.tables import format_cell, show_aggregate
 from fanfold.graphs.run.console import (
     open_data_stream,
     print_json,

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fanfold.backends.core.aio import call_stoppable
 from fanfold.backends.core.errors import MissingExtraError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs import pdf
 from fanfold.backends.inputs.item_store import ItemStore, load_input
 from fanfold.backends.inputs.pdf import PROBLEM_COLUMN, read_pdfs
 from fanfold.configs.models import InputConfig
+from fanfold.tests.support.pdf_files import make_large_pdf, make_pdf, make_scan
 
 pytest.importorskip("pypdfium2", reason="PDF files need the extra 'pdf'")
-
-
-def make_pdf(path: Path, texts: Sequence[str]) -> None:
-    """Write a PDF file with one page for each text; a page of an empty text has none."""
-    kids = " ".join(f"{3 + 2 * n} 0 R" for n in range(len(texts)))
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
-        f"<< /Type /Pages /Kids [{kids}] /Count {len(texts)} >>",
-    ]
-    font = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-    for n, text in enumerate(texts):
-        page = f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents {4 + 2 * n} 0 R "
-        objects.append(page + f"/Resources << /Font << /F1 {font} >> >> >>")
-        stream = f"BT /F1 12 Tf 20 700 Td ({text}) Tj ET" if text else ""
-        objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
-    data, places = "%PDF-1.4\n", list[int]()
-    for number, content in enumerate(objects, start=1):
-        places.append(len(data))
-        data += f"{number} 0 obj\n{content}\nendobj\n"
-    table = "".join(f"{place:010} 00000 n \n" for place in places)
-    size = len(objects) + 1
-    data += f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer << /Size {size} /Root 1 0 R >>\n"
-    path.write_text(f"{data}startxref\n{data.index('xref')}\n%%EOF\n")
 
 
 def read(tmp_path: Path, path: Path, **more: Any) -> list[Item]:
@@ -74,6 +56,21 @@ def test_files_are_items_with_their_texts(
     assert single.id == "a.pdf"
 
 
+def test_a_scanned_page_is_reported(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its picture has no text; beside a page with text it is named, alone it fails its item."""
+    make_scan(folder / "all.pdf", ["", ""])
+    make_scan(folder / "one.pdf", ["A title page", ""])
+    with caplog.at_level(logging.WARNING):
+        whole, partly = read(tmp_path, folder)
+    assert "none of its 2 pages has text; it is probably scanned" in str(whole.problem)
+    assert (partly.problem, partly.row["pages_without_text"]) == (None, [2])
+    assert partly.row["text"].strip() == "A title page"
+    assert "one.pdf (1 of 2)" in caplog.text
+    assert "all.pdf" not in caplog.text
+
+
 def test_bad_files_fail_alone(tmp_path: Path, folder: Path) -> None:
     make_pdf(folder / "good.pdf", ["Good"])
     make_pdf(folder / "scan.pdf", ["", ""])
@@ -103,6 +100,35 @@ def test_many_files_keep_their_order(tmp_path: Path, folder: Path) -> None:
     for n in range(30):
         make_pdf(folder / f"{n:02}.pdf", [f"file {n}"])
     assert [item.row["text"] for item in read(tmp_path, folder)] == [f"file {n}" for n in range(30)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process has no limit here")
+def test_a_file_that_needs_too_much_memory_fails_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of a kilobyte that unpacks to 400 MB; the limit is lowered to be reached soon."""
+    program = pdf._PROCESS.read_text()
+    assert "MEMORY_BYTES = 2 << 30" in program
+    own = folder / "process.py"
+    own.write_text(program.replace("MEMORY_BYTES = 2 << 30", "MEMORY_BYTES = 256 << 20"))
+    monkeypatch.setattr(pdf, "_PROCESS", own)
+    make_large_pdf(folder / "b.pdf", b" ", 400_000_000)
+    assert (folder / "b.pdf").stat().st_size < 10_000
+    for name in "ac":
+        make_pdf(folder / f"{name}.pdf", [name])
+    rows = [row for _, row in read_pdfs(folder, [Path(f"{name}.pdf") for name in "abc"])]
+    assert [row["text"] for row in rows] == ["a", None, "c"]
+    assert "needs more than 2 GiB of memory" in str(rows[1][PROBLEM_COLUMN])
+
+
+def test_a_file_that_takes_too_long_fails_alone(folder: Path) -> None:
+    """A file of a kilobyte whose page has millions of words."""
+    make_large_pdf(folder / "a.pdf", b"(word) Tj 0 -1 Td ", 100_000_000)
+    assert (folder / "a.pdf").stat().st_size < 10_000
+    began = time.monotonic()
+    ((_, row),) = read_pdfs(folder, [Path("a.pdf")], seconds=2)
+    assert row[PROBLEM_COLUMN] == "a.pdf: cannot be read as PDF: it takes longer than 2 s"
+    assert time.monotonic() - began < 30
 
 
 STUCK = "import time\ntime.sleep(600)\n"
@@ -138,6 +164,30 @@ def test_no_process_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     rows.close()  # type: ignore[attr-defined]
     assert started
     assert all(process.returncode is not None for process in started)
+
+
+async def test_a_stop_does_not_wait_for_the_files(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads end with their processes, also if these never answer."""
+    own = tmp_path / "process.py"
+    own.write_text(STUCK)
+    monkeypatch.setattr(pdf, "_PROCESS", own)
+    for n in range(20):
+        make_pdf(folder / f"{n}.pdf", ["x"])
+    config = InputConfig.model_validate({"path": str(folder)})
+    target = tmp_path / "items.arrow"
+    before, began = set(threading.enumerate()), time.monotonic()
+    reading = asyncio.create_task(call_stoppable(load_input, config, target, ["text"]))
+    while not any(thread.name.startswith("fanfold-pdf") for thread in threading.enumerate()):  # noqa: ASYNC110 - threads set no events
+        await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert time.monotonic() - began < 30
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("fanfold-pdf")]
+    assert not target.exists()
 
 
 def test_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,11 +47,42 @@ def test_parts_have_ids_and_places(tmp_path: Path) -> None:
     assert load(tmp_path, rows)[0].digest == summary.digest
 
 
-@pytest.mark.parametrize("text", [None, "", 7, {"a": "b"}, [], ["x", 1]])
-def test_what_is_no_text_is_one_part(tmp_path: Path, text: Any) -> None:
-    _, items = load(tmp_path, [{"id": "a", "text": text}])
-    assert [item.id for item in items] == ["a/p1"]
-    assert items[0].row["text"] == ("" if text == [] else text)
+@pytest.mark.parametrize("text", [None, "", " \n ", [], [None], ["", " "]])
+def test_a_document_without_text_has_no_parts(tmp_path: Path, text: Any) -> None:
+    """It is not asked, and is counted with the rows that were skipped."""
+    summary, items = load(tmp_path, [{"id": "a", "text": text}, {"id": "b", "text": "x"}])
+    assert [item.id for item in items] == ["b/p1"]
+    assert (summary.skipped_total, summary.invalid) == (1, 0)
+    (skipped,) = summary.skipped
+    assert skipped.id == "a"
+    assert "'text' has no text" in skipped.reason
+    with pytest.raises(InputError, match=r"no rows \(1 were skipped\)"):
+        load(tmp_path, [{"id": "a", "text": text}])
+
+
+def test_documents_without_text_do_not_count_for_the_limit(tmp_path: Path) -> None:
+    rows = [{"id": name, "text": "" if name == "a" else "x"} for name in "abc"]
+    _, items = load(tmp_path, rows, limit=1)
+    assert [item.id for item in items] == ["b/p1"]
+
+
+@pytest.mark.parametrize("text", [{"a": "b"}, ["x", {"text": "y"}], [["x"]], ["x", True]])
+def test_what_cannot_be_cut_fails_without_a_call(tmp_path: Path, text: Any) -> None:
+    summary, (item,) = load(tmp_path, [{"id": "a", "text": text}])
+    assert (item.id, item.row["text"]) == ("a/p1", text)
+    assert "column 'text' is " in str(item.problem)
+    assert "a list of texts, its paragraphs" in str(item.problem)
+    assert summary.invalid == 1
+
+
+def test_a_number_is_one_part(tmp_path: Path) -> None:
+    _, (item,) = load(tmp_path, [{"id": "a", "text": 7}])
+    assert (item.row["text"], item.problem) == (7, None)
+
+
+def test_numbers_in_a_list_are_paragraphs_too(tmp_path: Path) -> None:
+    _, (item,) = load(tmp_path, [{"id": "a", "text": ["x", 1, None, 2.5]}])
+    assert item.row["text"] == "x\n\n1\n\n2.5"
 
 
 def test_a_list_of_texts_is_read_as_paragraphs(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.request import RequestCharge
 from fanfold.backends.storage.journal import Journal
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.prepare import compute_question_digest
+from fanfold.graphs.run.fingerprint import compute_question_digest
 from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import ItemContext, RunTools
 from fanfold.nodes.item.answer import AnswerCheck

@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ import redis
 
 from fanfold import RunContext, build_graph
 from fanfold.tests.integration.runs.conftest import assert_timeline
-from fanfold.tests.integration.workers.academy.academy_run import DEADLINE_S, AcademyRun, alive
+from fanfold.tests.integration.workers.academy.academy_run import AcademyRun, alive
+from fanfold.tests.support.command_server import Command, get_command_server
 
 pytestmark = [
     pytest.mark.integration,
@@ -93,38 +92,20 @@ async def test_the_coordinator_is_killed(academy_run: AcademyRun, tmp_path: Path
     settings = academy_run.settings | {"input": {"path": "in.jsonl", "id": "id"}}
     settings["backend"] = {"kind": "academy", "workers": 1}
     (tmp_path / "c.yaml").write_bytes(orjson.dumps(settings))
-    fanfold = [sys.executable, "-m", "fanfold"]
-    first = await asyncio.create_subprocess_exec(
-        *fanfold,
-        "run",
-        "c.yaml",
-        "--out",
-        academy_run.out,
-        cwd=tmp_path,
-        stdout=DEVNULL,
-        stderr=DEVNULL,
-    )
+    server, out = get_command_server(), str(academy_run.out)
+    first = await server.start(Command(("run", "c.yaml", "--out", out), cwd=str(tmp_path)))
     await academy_run.until(lambda: academy_run.journal_lines() >= 40)
     children = [int(pid) for pid in _children(first.pid)]
     assert children
     first.kill()
-    await first.wait()
+    await first.communicate()
     await academy_run.until(lambda: not any(map(alive, children)))
     safe = academy_run.journal_lines()
     assert 40 <= safe < len(academy_run.items)
-    here = ["--set", "backend={kind: local}"]
-    second = await asyncio.create_subprocess_exec(
-        *fanfold,
-        "resume",
-        academy_run.out,
-        "--json",
-        *here,
-        cwd=tmp_path,
-        stdout=PIPE,
-        stderr=DEVNULL,
-    )
-    out, _ = await asyncio.wait_for(second.communicate(), DEADLINE_S)
-    assert (second.returncode, json.loads(out)["done"]) == (0, len(academy_run.items))
+    again = ("resume", out, "--json", "--set", "backend={kind: local}")
+    second = await server.run(Command(again, cwd=str(tmp_path)))
+    assert second.returncode == 0, second.stderr
+    assert json.loads(second.stdout)["done"] == len(academy_run.items)
     academy_run.assert_whole(again=academy_run.settings["limits"]["streams"])
 
 

@@ -1,0 +1,85 @@
+"""A part of a document (``input.split``), and its pieces if it is too long for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ...backends.core.samples import SampleFold, concat_answers, make_rule
+from ...backends.core.text_tokens import halve_text
+from ...backends.core.types import Json, Row
+
+PART: Final = "part"
+"""Column of a part: document, number, of, start, end."""
+
+_KINDS: Final = {"document": str, "number": int, "of": int, "start": int, "end": int}
+_LEAST: Final = 2
+"""Samples of a fold, which its result only counts."""
+
+
+def is_part(row: Row) -> bool:
+    """Return True if ``input.split`` made the row."""
+    found = row.get(PART)
+    return isinstance(found, dict) and all(
+        isinstance(found.get(name), kind) for name, kind in _KINDS.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PartSplit:
+    """How a part that is too long for the model is asked in pieces.
+
+    Attributes:
+        column: Column with the text.
+        overlap: Tokens of the end of a piece that the next one repeats, at most.
+        schema: JSON Schema of the answers; None for free text.
+    """
+
+    column: str
+    overlap: int
+    schema: Mapping[str, Any] | None
+
+    def cut(self, row: Row) -> list[Row]:
+        """Return rows with the halves of a part's text, each with its place in the document.
+
+        Args:
+            row: A row; one that is no part, or has a short text, has no pieces.
+        """
+        text = row.get(self.column)
+        if not isinstance(text, str) or not is_part(row):
+            return []
+        about = row[PART]
+        return [
+            {
+                **row,
+                self.column: text[lo:hi],
+                PART: {**about, "start": about["start"] + lo, "end": about["start"] + hi},
+            }
+            for lo, hi in halve_text(text, self.overlap)
+        ]
+
+    def join(self, answers: Sequence[Json], places: Sequence[Mapping[str, int]]) -> Json:
+        """Return the answers about the pieces of a part as one.
+
+        Lists and texts follow each other, numbers are averaged and all else votes. Where votes are
+        equal, the longest piece decides, because the answer must fit the schema.
+
+        Args:
+            answers: The answers, in the order of the text.
+            places: Start and end of each piece.
+        """
+        folded = SampleFold(_LEAST, make_rule(None, self.schema)).fold(answers).output
+        longest = max(range(len(places)), key=lambda at: places[at]["end"] - places[at]["start"])
+        decided = _decide(folded, answers[longest])
+        schema = {"type": "string"} if self.schema is None else self.schema
+        return concat_answers(decided, answers, schema, schema)
+
+
+def _decide(folded: Json, longest: Json) -> Json:
+    """Return a folded answer with the values of the longest piece where the fold has none."""
+    if folded is None:
+        return longest
+    if isinstance(folded, dict) and isinstance(longest, dict):
+        return {key: _decide(value, longest.get(key)) for key, value in folded.items()}
+    return folded

@@ -1,0 +1,66 @@
+"""Ask about a part of a document in pieces, because it is too long for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from ...backends.core.protocols import CURRENT_CALLS
+from ..context import ItemContext
+from .item_state import ItemState
+from .part import PART
+
+
+async def ask_pieces(
+    state: ItemState, context: ItemContext, ask: Callable[[ItemState], Awaitable[ItemState]]
+) -> ItemState:
+    """Return the answer about a part from those about its pieces; an item without any fails.
+
+    The pieces are asked one after the other, so that an item has one request in flight. Their
+    answers are stored until the item has ended: a later session does not pay for them again.
+
+    Args:
+        state: The state of an item whose prompt is too long.
+        context: What the item may use.
+        ask: Takes the steps of an item with a piece.
+
+    Raises:
+        RunStoppedError: The run ends before the item does.
+    """
+    rows = [] if context.split is None else context.split.cut(state["row"])
+    if not rows or context.split is None:
+        return {"error": state["too_long"]}
+    calls, ends, places = CURRENT_CALLS.get(), list[ItemState](), list[dict[str, int]]()
+    if calls is not None:
+        calls.keeps_answers = True
+    for row in rows:
+        end = await ask(ItemState(id=state["id"], row=row, problem=None))
+        about = row[PART]
+        if "error" in end:
+            return _fail(end, f"characters {about['start']:,} to {about['end']:,} of the document")
+        if calls is not None:
+            calls.keep_answer()
+        ends.append(end)
+        own = {"start": about["start"], "end": about["end"], "repairs": end.get("repairs", 0)}
+        places += end.get("pieces") or [own]
+    joined: ItemState = {
+        "output": context.split.join([end["output"] for end in ends], [row[PART] for row in rows]),
+        "pieces": places,
+    }
+    joined["raw"] = "\n\n".join(end["raw"] for end in ends)
+    if reasoning := [end["reasoning"] for end in ends if end.get("reasoning")]:
+        joined["reasoning"] = "\n\n".join(map(str, reasoning))
+    if context.certainty is not None:
+        joined["certainty"] = _find_least([end.get("certainty") for end in ends])
+    return joined
+
+
+def _fail(end: ItemState, where: str) -> ItemState:
+    """Return the end of an item by that of one of its pieces."""
+    error = {**end["error"], "text": f"{end['error']['text']} ({where})"}
+    return {"error": error, **({"raw": end["raw"]} if "raw" in end else {})}
+
+
+def _find_least(values: Sequence[Any]) -> float | None:
+    """Return the least certainty; None if that of a piece is unknown."""
+    return None if None in values else min(values)
