@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -507,12 +508,33 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
+_STAMP_BYTES: Final = 7
+
+
 def read_file_stamp(path: Path) -> list[int] | None:
-    """Return size and modification time (ns) of an input file, to detect changes."""
-    if not path.is_file():
+    """Return size and modification time (ns) of an input file, to detect changes.
+
+    Of a folder or a pattern it is the size of all files, and a digest of their names, sizes and
+    times; None if there is no file.
+    """
+    if path.is_file():
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns]
+    if path.is_dir():
+        found = path.rglob("*")
+    elif set("*?[") & set(path.name):
+        found = (one for one in path.parent.iterdir() if fnmatchcase(one.name, path.name))
+    else:
         return None
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    digest, size, files = hashlib.blake2b(digest_size=_STAMP_BYTES), 0, 0
+    for file in sorted(found):
+        if not file.is_file():
+            continue
+        stat, files = file.stat(), files + 1
+        size += stat.st_size
+        name = os.fsencode(file.relative_to(path.parent))
+        digest.update(b"%b\0%d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
+    return [size, int.from_bytes(digest.digest())] if files else None
 
 
 def get_folder_identity(path: Path) -> dict[str, int]:

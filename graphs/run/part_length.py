@@ -156,7 +156,7 @@ async def check_part_lengths(config: RunConfig, ready: ReadyEndpoints, items: Pa
         items: File of the items.
 
     Raises:
-        ConfigurationError: Some do not; their items would fail, one after the other.
+        ConfigurationError: Some do not; each would be refused before it is asked in pieces.
     """
 
     def find() -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,26 @@ async def test_batch_mode_sends_chats_only() -> None:
         with pytest.raises(ConfigurationError, match=r"request '1': backend.kind: batch sends"):
             await run(gateway.url, [CHAT, EMBEDDINGS], backend=backend)
         assert not gateway.batches
+
+
+async def test_parts_that_are_too_long_are_asked_in_pieces() -> None:
+    """The model behind the gateway has a shorter context than it said."""
+    text = " ".join(f"Finding {n} is new." for n in range(400))
+    Path("in.jsonl").write_text("".join(f"{json.dumps({'id': i, 'text': text})}\n" for i in "ab"))
+    settings = {
+        "input": {"path": "in.jsonl", "id": "id", "split": {"tokens": 1500, "overlap": 50}},
+        "task": {"prompt": "List the findings. {text}"},
+        "model": {"name": "m", "max_tokens": 200},
+        "limits": {"hedge": False},
+    }
+    async with FirstGateway(make_spec()) as gateway:
+        first = {"base_url": gateway.url, "requests_per_s": 500, "poll_s": 0.2}
+        loaded = load_config(settings | {"endpoints": {"first": first}})
+        prepared = await prepare_run(loaded, Path("run"))
+        for one in gateway.deployments.values():
+            one.spec = replace(one.spec, context_window=900)
+        ended = await execute_run(prepared, RunOptions(quiet=True), Console(quiet=True))
+    assert (ended.exit_code, ended.progress["failed"]) == (0, 0)
+    lines = Path("run/journal/0001.jsonl").read_text().splitlines()[1:]
+    records = [json.loads(line) for line in lines]
+    assert sum(bool(record.get("pieces")) for record in records) >= 2
