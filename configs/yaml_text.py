@@ -111,14 +111,15 @@ def parse_yaml(text: str, source: str, *, aliases: bool = True) -> dict[str, Any
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
     """Render plain settings as YAML, long texts as blocks."""
-    return _render_yaml(orjson.dumps(dict(plain)))
+    sections = [orjson.dumps({name: section}) for name, section in plain.items()]
+    return "".join(map(_render_section, sections or [b"{}"]))
 
 
-@lru_cache(maxsize=4)
-def _render_yaml(plain: bytes) -> str:
-    """Render settings that are JSON; kept, because most levels of an operator have the same."""
-    settings = orjson.loads(plain)
-    return yaml.dump(settings, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
+@lru_cache(maxsize=64)
+def _render_section(plain: bytes) -> str:
+    """Render a section that is JSON; kept, because the levels of an operator differ in a few."""
+    section = orjson.loads(plain)
+    return yaml.dump(section, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
 
 
 class _BlockDumper(yaml.SafeDumper):

@@ -150,12 +150,12 @@ class BoundSettings:
         return self._make_context(dict(given) if alone else self._merge(given))
 
     def _resolve_trusted(self, given: RunContext) -> RunContext:
+        if given.preloaded:
+            return given
         filled = _changed_fields(given)
-        if not filled and not given.preloaded:
+        if not filled:
             return self._context
-        alone = (
-            bool(filled.keys() & _BASES) or given.preloaded or not self._context.changed_fields()
-        )
+        alone = bool(filled.keys() & _BASES) or not self._context.changed_fields()
         return given.share_runs(self._context) if alone else self._make_context(self._merge(filled))
 
     def read_context(self, given: Mapping[str, Any]) -> RunContext:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import cache
 from typing import Any, Final
 
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
@@ -65,6 +68,25 @@ def build_bound_graph(
     return graph
 
 
+def get_run_graph(checkpointer: BaseCheckpointSaver[Any] | bool) -> MapReduce:
+    """Return the graph for a run whose context each invocation gives.
+
+    To build and compile the graph takes some milliseconds, which count for the many small levels of
+    an operator; so a process does it once.
+
+    Args:
+        checkpointer: LangGraph's saver; False: the run is a subgraph without checkpoints.
+    """
+    graph = copy(_compile_run_graph())
+    graph.checkpointer = checkpointer
+    return graph
+
+
+@cache
+def _compile_run_graph() -> MapReduce:
+    return build_bound_graph(trust_context=True).compile()
+
+
 async def stages(state: RunState, runtime: Runtime[Context]) -> dict[str, Any]:
     """Run the next stage of a pipeline: this graph, once or for each level."""
     context = runtime.context
@@ -85,7 +107,7 @@ async def invoke_run(context: RunContext) -> dict[str, Any]:
     Its checkpoints are those of the node: after an interrupt it begins again and folds what the
     journal has.
     """
-    inner = build_bound_graph(context, fixed=True).compile(checkpointer=False)
+    inner = get_run_graph(checkpointer=False)
     config = RunnableConfig(recursion_limit=UNBOUNDED_STEPS)
     end: dict[str, Any] = await inner.ainvoke({}, config, context=context)
     return end

@@ -42,7 +42,7 @@ from ..configs.loader import LoadedConfig
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
-from .map_reduce import MapReduce, build_bound_graph
+from .map_reduce import MapReduce, get_run_graph
 from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
 from .run.estimate import count_nodes, limit_rates, make_run_plan, read_messages, sample_indices
@@ -123,7 +123,8 @@ async def run_session(
         if on_open is not None:
             on_open(tools)
         async with add_saved_count(tools), record_session(folder) as (about, this):
-            session = Session(run, about["run"], context, tools, options, console, stop)
+            is_level = about.get("level") is not None
+            session = Session(run, about["run"], is_level, context, tools, options, console, stop)
             result = await session.run_graph()
             this["outcome"] = result.reason or FINISHED
             this["settings"] = await asyncio.to_thread(folder.digest_settings)
@@ -197,10 +198,15 @@ async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One session of a run: its parts, and how it runs the graph."""
+    """One session of a run: its parts, and how it runs the graph.
+
+    A level of an operator keeps its checkpoints in memory: it has few steps, the journal has
+    everything, and a file of its own would cost more than many of its questions.
+    """
 
     run: ReadyRun
     run_id: str
+    is_level: bool
     context: RunContext
     tools: OpenRun
     options: RunOptions
@@ -212,8 +218,9 @@ class Session:
         thread = RunnableConfig(
             configurable={"thread_id": self.run_id}, recursion_limit=UNBOUNDED_STEPS
         )
-        async with open_saver(self.options.checkpointer, self.run.folder.checkpoints) as saver:
-            graph = build_bound_graph(self.context, trust_context=True).compile(checkpointer=saver)
+        file = None if self.is_level else self.run.folder.checkpoints
+        async with open_saver(self.options.checkpointer, file) as saver:
+            graph = get_run_graph(saver)
             resumed = await self._can_resume(graph, thread)
             async with show_progress(self.tools, self.console, self.options.quiet):
                 result = await self._invoke(graph, thread, resumed)

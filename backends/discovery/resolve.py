@@ -70,6 +70,11 @@ class EndpointSet:
     model: str | None = None
     reason: str | None = None
 
+    @property
+    def is_fixed(self) -> bool:
+        """Return True if the settings list the endpoints themselves."""
+        return self.source is None and self.gateway is None and self.reason is None
+
     async def probe(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[ProbeResult]:
         """Probe the endpoints, unless that was done already.
 

@@ -438,6 +438,7 @@ class Pipeline:
             note: Returns what to add to the provenance, once the items are written.
         """
         await asyncio.to_thread(folder.path.parent.mkdir, parents=True, exist_ok=True)
+        probed = self._resources.find_probed(loaded)
         made = await prepare_run(
             loaded,
             folder.path,
@@ -445,7 +446,10 @@ class Pipeline:
             extend=note,
             source=source,
             place=place,
+            probed=probed,
         )
+        if probed is None and made.endpoints is not None:
+            self._resources.keep_probed(loaded, made.endpoints)
         await asyncio.to_thread(_sync, folder.path)
         return await self._share_resources(made)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -15,6 +16,9 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.memory import FleetMemory
 from ...configs.loader import LoadedConfig
 from ..remote.coordinator import SharedWorkers
+
+_PROBED_S: Final = 10.0
+"""Age up to which a probe of endpoints counts for the next run, too."""
 
 
 class PipelineResources:
@@ -35,12 +39,13 @@ class PipelineResources:
         self.workers = SharedWorkers(folder)
         self.fleets = FleetMemory()
         self._endpoints = dict[bytes, tuple[Any, ReadyEndpoints]]()
+        self._probed = dict[bytes, tuple[float, ReadyEndpoints]]()
 
     async def open_endpoints(self, loaded: LoadedConfig) -> ReadyEndpoints | None:
         """Return the endpoints for a run, or None if it has to find its own.
 
         Simulated fleets are started once. Real endpoints are probed by each run, because they may
-        have changed.
+        have changed, but see :meth:`find_probed`.
         """
         config = loaded.config
         if config.endpoints.simulated is None or config.backend.node_endpoints:
@@ -50,6 +55,20 @@ class PipelineResources:
             opening = ready_endpoints(config, loaded.plain["endpoints"])
             self._endpoints[key] = opening, await opening.__aenter__()
         return self._endpoints[key][1]
+
+    def find_probed(self, loaded: LoadedConfig) -> ReadyEndpoints | None:
+        """Return the endpoints of a run if another one probed them a moment ago, or None.
+
+        Small levels of an operator follow each other within milliseconds.
+        """
+        at, ready = self._probed.get(_make_probe_key(loaded), (0.0, None))
+        return ready if time.monotonic() - at < _PROBED_S else None
+
+    def keep_probed(self, loaded: LoadedConfig, ready: ReadyEndpoints) -> None:
+        """Keep the endpoints of a run that it has just probed, if they are fixed and all answer."""
+        is_fixed = ready.endpoint_set is not None and ready.endpoint_set.is_fixed
+        if is_fixed and not ready.absent and not loaded.config.backend.node_endpoints:
+            self._probed[_make_probe_key(loaded)] = time.monotonic(), ready
 
     async def aclose(self) -> None:
         """Close everything; completes even if the caller is cancelled."""
@@ -71,3 +90,9 @@ class PipelineResources:
                 stack.push_async_exit(opening)
             stack.push_async_callback(self.fleets.aclose)
             stack.push_async_callback(self.workers.aclose)
+
+
+def _make_probe_key(loaded: LoadedConfig) -> bytes:
+    """Return what two runs must have in common to use the same endpoints, keys included."""
+    settings, model = loaded.plain, loaded.plain["model"]["name"]
+    return orjson.dumps([settings["endpoints"], loaded.raw.get("endpoints"), model])

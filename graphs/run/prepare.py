@@ -177,6 +177,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     only: Collection[str] | None = None,
     source: EntrySource | None = None,
     place: StagePlace | None = None,
+    probed: ReadyEndpoints | None = None,
 ) -> ReadyRun:
     """Check input and endpoints, and create the run folder.
 
@@ -190,6 +191,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         only: Ids of the rows of the run; None means all of the input.
         source: Items in place of the configured input that have their ids already.
         place: Place of the run in a pipeline.
+        probed: The endpoints if they were just probed; None probes them.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
@@ -229,7 +231,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
             )
         check_fields(loaded, summary)
         await _check_final_reducers(loaded, folder)
-        model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
+        model, simulated, ready = await _resolve_model(loaded, defer_endpoints, probed)
         if loaded.config.backend.is_batch and ready is not None:
             from ...backends.batch.transport import get_deployment  # noqa: PLC0415 - as above
 
@@ -283,7 +285,7 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
 
 
 async def _resolve_model(
-    loaded: LoadedConfig, defer_endpoints: bool
+    loaded: LoadedConfig, defer_endpoints: bool, probed: ReadyEndpoints | None
 ) -> tuple[str, bool | None, ReadyEndpoints | None]:
     """Return the model's name, whether the endpoints are simulated, and the endpoints if probed.
 
@@ -293,6 +295,8 @@ async def _resolve_model(
         return loaded.config.model.name or "", None, None
     if loaded.config.endpoints.simulated is not None:
         return make_simulation_spec(loaded.config).model, True, None
+    if probed is not None:
+        return probed.model, probed.simulated, probed
     async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready:
         return ready.model, ready.simulated, ready
 

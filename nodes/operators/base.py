@@ -114,6 +114,10 @@ class Items(Protocol):
         """Return the items ``lo`` to ``hi`` (exclusive); blocks."""
         ...
 
+    def read_at(self, indices: Sequence[int]) -> list[Item]:
+        """Return the items at some indices, in their order; blocks."""
+        ...
+
     def read_ids(self, lo: int, hi: int) -> list[str]:
         """Return the ids of the items ``lo`` to ``hi`` (exclusive); blocks."""
         ...

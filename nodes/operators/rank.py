@@ -279,13 +279,14 @@ class _Judge:
         return await asyncio.to_thread(self._read, groups, answers)
 
     def _questions(self, groups: Sequence[Group]) -> Iterator[Question]:
-        for number, group in enumerate(groups, start=1):
-            items = {item.index: item for item in read_items(self._tools, sorted(group))}
-            lines = [
-                f"{label}: {orjson.dumps(render_item(items[index], self._rank.text)).decode()}"
-                for label, index in zip(_LABELS, group, strict=False)
-            ]
-            yield Question(f"group {number}", {"count": len(group), "texts": "\n".join(lines)})
+        for lo in range(0, len(groups), _SLICE):
+            some = groups[lo : lo + _SLICE]
+            items = self._tools.items.read_at([index for group in some for index in group])
+            texts = (orjson.dumps(render_item(item, self._rank.text)).decode() for item in items)
+            for number, group in enumerate(some, start=lo + 1):
+                labels = _LABELS[: len(group)]
+                lines = [f"{label}: {next(texts)}" for label in labels]
+                yield Question(f"group {number}", {"count": len(group), "texts": "\n".join(lines)})
 
     def _read(self, groups: Sequence[Group], answers: Sequence[Answer]) -> list[list[int] | None]:
         orders: list[list[int] | None] = []

@@ -14,7 +14,7 @@ pairs on a cycle are compared again, in other groups, up to ``repeats`` times.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -81,34 +81,50 @@ class _Wins:
     """How often each item won against each other, and what follows from it."""
 
     def __init__(self) -> None:
-        self._wins: dict[tuple[int, int], int] = {}
+        self._wins: dict[int, dict[int, int]] = {}
+        """By item and item that lost against it."""
+        self._totals: dict[int, tuple[int, int]] = {}
+        """Comparisons with single items that an item has won, and lost."""
         self.met: dict[int, int] = {}
         self.pairs = 0
 
     def add(self, order: Sequence[int]) -> None:
         """Count an order of a group, best first."""
-        for item in order:
+        last = len(order) - 1
+        for place, item in enumerate(order):
             self.met[item] = self.met.get(item, 0) + 1
-        for pair in combinations(order, 2):
-            self._wins[pair] = self._wins.get(pair, 0) + 1
-            self.pairs += 1
+            won, lost = self._totals.get(item, (0, 0))
+            self._totals[item] = won + last - place, lost + place
+            wins = self._wins.setdefault(item, {})
+            for other in order[place + 1 :]:
+                wins[other] = wins.get(other, 0) + 1
+            self.pairs += last - place
 
     def count(self, one: int, other: int) -> tuple[int, int]:
         """Return how often the first won against the second, and the second against the first."""
-        return self._wins.get((one, other), 0), self._wins.get((other, one), 0)
+        return self.get(one).get(other, 0), self.get(other).get(one, 0)
 
-    def share(self, item: int, others: Iterable[int]) -> float:
-        """Return the share of an item's comparisons with others that it won."""
-        won = lost = 0
-        for other in others:
-            wins, losses = self.count(item, other)
-            won += wins
-            lost += losses
+    def get(self, item: int) -> Mapping[int, int]:
+        """Return how often an item won, by the item that lost."""
+        return self._wins.get(item, _NO_WINS)
+
+    def share(self, item: int, others: Collection[int] | None = None) -> float:
+        """Return the share of an item's comparisons with others, or with all, that it won."""
+        if others is None:
+            won, lost = self._totals.get(item, (0, 0))
+        else:
+            wins = self.get(item)
+            won = sum(wins.get(other, 0) for other in others)
+            lost = sum(self.get(other).get(item, 0) for other in others)
         return won / (won + lost) if won + lost else 0.5
 
-    def beaten(self, item: int, others: Iterable[int]) -> bool:
-        """Return True if one of the others has won against the item more often than lost."""
-        return any(lost > won for won, lost in (self.count(item, other) for other in others))
+    def is_beaten(self, item: int, other: int) -> bool:
+        """Return True if the other one has won against the item more often than lost."""
+        won, lost = self.count(item, other)
+        return lost > won
+
+
+_NO_WINS: Final[Mapping[int, int]] = {}
 
 
 class _Graph:
@@ -120,13 +136,12 @@ class _Graph:
     def __init__(self, items: Sequence[int], wins: _Wins) -> None:
         self.items = items
         count = len(items)
-        direct = [0] * count
-        for one, other in combinations(range(count), 2):
-            won, lost = wins.count(items[one], items[other])
-            if won > lost:
-                direct[one] |= 1 << other
-            elif lost > won:
-                direct[other] |= 1 << one
+        direct, places = [0] * count, {item: place for place, item in enumerate(items)}
+        for one, item in enumerate(items):
+            won = wins.get(item)
+            for other in won.keys() & places.keys():
+                if won[other] > wins.get(other).get(item, 0):
+                    direct[one] |= 1 << places[other]
         self.below = _close(direct)
         self.above = [0] * count
         for one in range(count):
@@ -238,8 +253,9 @@ class Tournament:
             unmet = [item for item in rest if not any(self._wins.count(item, pivot))]
             await self._ask([[*part, pivot] for part in self._split(unmet, self._group - 1)])
             # An item that failed to be compared stays in the race.
-            lost = [item for item in rest if self._wins.beaten(item, (pivot,))]
-            above = [item for item in rest if not self._wins.beaten(item, (pivot,))]
+            lost, above = list[int](), list[int]()
+            for item in rest:
+                (lost if self._wins.is_beaten(item, pivot) else above).append(item)
             if len(above) >= need:
                 if len(above) + 1 >= len(open_items):
                     break
@@ -332,7 +348,7 @@ class Tournament:
                     rank=graph.better(place) + 1,
                     tied=tied,
                     comparisons=self._wins.met.get(item, 0),
-                    wins=self._wins.share(item, range(self._count)),
+                    wins=self._wins.share(item),
                 )
             )
         contradictions = 0

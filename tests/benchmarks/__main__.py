@@ -58,6 +58,9 @@ def main() -> None:  # noqa: PLR0912 - a branch for each measurement
     parser.add_argument("--answer", type=float, default=60.0, help="of the streams, in s")
     parser.add_argument("--window", type=float, default=180.0, help="of steady state, in s")
     parser.add_argument("--backends", nargs="+", choices=list(shards.BACKENDS), default=[])
+    parser.add_argument(
+        "--operators", nargs="+", choices=stages.OPERATORS, default=stages.OPERATORS
+    )
     given = parser.parse_args()
     names = given.names or ["end_to_end", "calls", "parts"]
     if "end_to_end" in names:
@@ -78,7 +81,7 @@ def main() -> None:  # noqa: PLR0912 - a branch for each measurement
     if "shards" in names:
         shards.measure(given.backends)
     if "stages" in names:
-        stages.measure(30_000)
+        stages.measure(given.operators, 3)
     if "start" in names:
         start.measure(5)
     if "streams" in names:

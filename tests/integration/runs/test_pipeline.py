@@ -141,6 +141,8 @@ async def test_three_stages_end_to_end(lab_of: LabMaker) -> None:
             for line in file.read_text().splitlines()[1:]
         }
         assert stages == {"screen", "claims", "summary"}
+        kept = {file.parent.name for file in lab.out.glob("stages/**/checkpoints.sqlite")}
+        assert kept == {"screen", "claims"}  # levels of an operator need no file
         again = await command(lab, "resume", str(lab.out))
         assert again["stages"] == said["stages"]  # nothing is asked again
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel
 
 from fanfold.backends.budget.limits import SETTING_UNITS
@@ -17,7 +18,7 @@ from fanfold.configs.models import LimitsConfig, RunConfig
 from fanfold.configs.preset_files import preset_names
 from fanfold.graphs.bound_graph import BoundSettings
 from fanfold.graphs.context import RunContext
-from fanfold.graphs.map_reduce import build_bound_graph
+from fanfold.graphs.map_reduce import build_bound_graph, get_run_graph
 from fanfold.nodes.batch.approve import ANSWER_SCHEMA
 
 OWN: dict[str, Any] = {
@@ -132,6 +133,17 @@ def test_what_stands_alone() -> None:
     assert RunContext(config=OWN).stands_alone
     assert RunContext.from_loaded(RunContext(config=OWN).loaded).stands_alone
     assert not RunContext(streams=8, overrides=["model.seed=1"]).stands_alone
+
+
+def test_runs_share_a_compiled_graph_and_nothing_else() -> None:
+    savers = InMemorySaver(), InMemorySaver()
+    one, other = map(get_run_graph, savers)
+    assert one.nodes["shard"] is other.nodes["shard"]
+    assert (one.checkpointer, other.checkpointer) == savers
+    context = RunContext.from_loaded(RunContext(config=OWN).loaded)
+    assert BoundSettings(RunContext()).resolve(context) is context
+    again = RunContext.from_loaded(context.loaded)
+    assert BoundSettings(RunContext()).resolve(again)._runs is not context._runs
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ class Rows:
 
     def read(self, lo: int, hi: int) -> list[Item]:
         return self.items[lo:hi]
+
+    def read_at(self, indices: Sequence[int]) -> list[Item]:
+        return [self.items[index] for index in indices]
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]

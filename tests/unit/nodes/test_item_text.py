@@ -25,6 +25,9 @@ class Rows:
         self.ranges.append((lo, hi))
         return self.items[lo:hi]
 
+    def read_at(self, indices: Sequence[int]) -> list[Item]:
+        return [self.items[index] for index in indices]
+
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.read(lo, hi)]
 

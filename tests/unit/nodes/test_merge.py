@@ -42,6 +42,9 @@ class Rows:
     def read(self, lo: int, hi: int) -> list[Item]:
         return self.items[lo:hi]
 
+    def read_at(self, indices: Sequence[int]) -> list[Item]:
+        return [self.items[index] for index in indices]
+
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
 

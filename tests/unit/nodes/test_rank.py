@@ -29,12 +29,18 @@ class Rows:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.items = [Item(n, f"m{n}", {"text": text}) for n, text in enumerate(texts)]
+        self.reads = 0
 
     def __len__(self) -> int:
         return len(self.items)
 
     def read(self, lo: int, hi: int) -> list[Item]:
+        self.reads += 1
         return self.items[lo:hi]
+
+    def read_at(self, indices: Sequence[int]) -> list[Item]:
+        self.reads += 1
+        return [self.items[index] for index in indices]
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
@@ -77,12 +83,13 @@ def _value(text: str) -> int:
 
 
 async def rank(
-    texts: Sequence[str], model: Model, context: int | None = None, **settings: Any
+    texts: Sequence[str] | Rows, model: Model, context: int | None = None, **settings: Any
 ) -> OperatorEnd:
     async def count(some: Sequence[str]) -> list[int]:
         return [len(text) // 4 for text in some]
 
-    tools = StageTools(Rows(texts), ["text"], model.ask, count, context, 200)
+    rows = texts if isinstance(texts, Rows) else Rows(texts)
+    tools = StageTools(rows, ["text"], model.ask, count, context, 200)
     chosen = {"op": "rank", "prompt": "The highest {value}", "text": "{text}", "k": 5} | settings
     return await make_operator(chosen).run(tools)
 
@@ -118,6 +125,13 @@ async def test_reasons_can_be_left_out() -> None:
     end = await rank(texts_of(range(20)), model, reasons=False)
     assert all(level.startswith("round") for level, _, _ in model.levels)
     assert {one.output["reason"] for one in end.results} == {None}
+
+
+async def test_items_of_many_groups_are_read_together() -> None:
+    rows = Rows(texts_of(range(2000)))
+    end = await rank(rows, Model(), k=3)
+    assert end.report["calls"] > 200
+    assert rows.reads < 50
 
 
 async def test_a_hostile_item_is_flagged_and_moves_others_by_one_rank() -> None:
