@@ -81,8 +81,11 @@ VERSION_KEY: Final = b"fanfold.results"
 _INPUTS_KEY: Final = b"fanfold.inputs"
 """Metadata of the table: its version, and the names that the input has for its columns."""
 
-BATCH_ROWS: Final = 4_096
-"""Rows held in memory and written together."""
+BATCH_ROWS: Final = 1_024
+"""Rows held in memory as Python objects."""
+
+GROUP_ROWS: Final = 4_096
+"""Rows of a row group in Parquet, which are held as Arrow columns."""
 
 BATCH_BYTES: Final = 16 << 20
 """Size of texts, as JSON, at which a smaller batch is written."""
@@ -228,10 +231,23 @@ def write_parquet(records: Iterable[ResultRow], path: Path, layout: ResultLayout
 
     schema, rows = layout.to_arrow(), 0
     with replace_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for batch in iter_batches(records, layout):
-            writer.write_batch(batch)
-            rows += batch.num_rows
+        for group in _group_batches(iter_batches(records, layout)):
+            writer.write_table(pa.Table.from_batches(group), row_group_size=GROUP_ROWS)
+            rows += sum(batch.num_rows for batch in group)
     return rows
+
+
+def _group_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Yield the batches of one row group after the other."""
+    group, rows, size = list[pa.RecordBatch](), 0, 0
+    for batch in batches:
+        group.append(batch)
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        if rows > GROUP_ROWS - BATCH_ROWS or size >= BATCH_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group
 
 
 def iter_batches(records: Iterable[ResultRow], layout: ResultLayout) -> Iterator[pa.RecordBatch]:

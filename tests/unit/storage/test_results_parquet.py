@@ -17,6 +17,7 @@ from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.types import Json
 from fanfold.backends.storage.results import (
     BATCH_ROWS,
+    GROUP_ROWS,
     RESULT_COLUMNS,
     make_layout,
     write_parquet,
@@ -171,11 +172,11 @@ def test_missing_keys_are_null(tmp_path: Path) -> None:
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     target = tmp_path / "r.parquet"
     assert (
-        write_parquet((record(i, "x") for i in range(BATCH_ROWS + 1)), target, FREE)
-        == BATCH_ROWS + 1
+        write_parquet((record(i, "x") for i in range(GROUP_ROWS + 1)), target, FREE)
+        == GROUP_ROWS + 1
     )
     assert pq.ParquetFile(target).metadata.num_row_groups == 2
-    assert pq.read_table(target, columns=["id"])["id"].to_pylist()[-1] == f"m{BATCH_ROWS}"
+    assert pq.read_table(target, columns=["id"])["id"].to_pylist()[-1] == f"m{GROUP_ROWS}"
     long = "x" * (5 << 20)
     write_parquet((record(i, long) for i in range(5)), target, FREE)
     assert pq.ParquetFile(target).metadata.num_row_groups == 2
