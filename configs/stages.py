@@ -185,12 +185,12 @@ def make_stage_settings(data: Mapping[str, Any], number: int) -> dict[str, Any]:
     settings["reduce"] = found if isinstance(found, list) else []
     settings["name"] = f"{settings.get('name', 'run')}-{stage['name']}"[:64]
     if number:
-        settings["input"] = _keep_split(settings.get("input"))
+        settings["input"] = keep_split(settings.get("input"))
     settings.pop("batch", None)
     return settings
 
 
-def _keep_split(given: Any) -> dict[str, Any]:
+def keep_split(given: Any) -> dict[str, Any]:
     """Return the section ``input`` of a later stage, whose items may be parts of documents."""
     split = given.get("split") if isinstance(given, dict) else None
     return {"split": split} if isinstance(split, dict) else {}

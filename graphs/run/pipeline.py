@@ -51,7 +51,7 @@ from ...backends.storage.run_folder import (
 )
 from ...configs.loader import LoadedConfig, load_stage, make_portable
 from ...configs.models import BATCH_PROMPT
-from ...configs.stages import StageConfig, find_source
+from ...configs.stages import StageConfig, find_source, keep_split
 from ...configs.yaml_text import to_yaml
 from ...nodes.operators import (
     Answer,
@@ -781,6 +781,8 @@ def _level_settings(
     stage: Stage, task: LevelTask, answer_tokens: int | None = None
 ) -> dict[str, Any]:
     changes: dict[str, Any] = {"input": {}, "reduce": [dict(one) for one in task.reduce]}
+    if stage.config.cascade is not None:  # its questions are its items, which may be parts
+        changes["input"] = keep_split(stage.loaded.raw.get("input"))
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     model = dict(stage.loaded.raw.get("model") or {})

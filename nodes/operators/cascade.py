@@ -14,6 +14,7 @@ from ...backends.core.fields import FieldPath, split_column
 from ...backends.core.money import NANO_PER_USD
 from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Json, Row
+from ..item.part import PART, is_part
 from .base import (
     Answer,
     LevelPlan,
@@ -216,6 +217,8 @@ class _Work:
     def _pick_columns(self, row: Row) -> Row:
         found = (split_column(name, row) for name in self.cascade.names)
         columns = {one[0] for one in found if one is not None}
+        if is_part(row):  # a part that is too long is asked in pieces
+            columns.add(PART)
         return {name: row[name] for name in row if name in columns}
 
     def read_large(self, item: int) -> Answer:

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 import signal
+import time
 from asyncio.subprocess import DEVNULL
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -88,9 +89,12 @@ class Lab:
         return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in files)
 
     async def until(self, condition: Callable[[], Any], within_s: float = DEADLINE_S) -> None:
+        """Wait for a condition; asking for it takes less than a tenth of the time."""
         async with asyncio.timeout(within_s):
-            while not condition():  # noqa: ASYNC110 - other processes set no events
-                await asyncio.sleep(0.002)
+            began = time.thread_time()
+            while not condition():
+                await asyncio.sleep(max(0.005, 10 * (time.thread_time() - began)))
+                began = time.thread_time()
 
     async def begin(self, out: Path | None = None) -> RunFolder:
         return (await prepare_run(load_config(self.config), out or self.out)).folder

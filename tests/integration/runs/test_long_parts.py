@@ -13,6 +13,10 @@ import pytest
 
 from fanfold.backends.core.errors import EXIT_BUDGET
 from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.pipeline import prepare_pipeline
 from fanfold.tests.integration.runs.conftest import STREAMS, Lab, LabMaker
 
 pytestmark = pytest.mark.integration
@@ -206,3 +210,35 @@ async def test_later_stages_and_merged_documents(lab_of: LabMaker) -> None:
                 one for r in read if r["id"].startswith(row["id"]) for one in r["output"]["claims"]
             ]
             assert sorted(row["output"]["claims"]) == sorted(claims)
+
+
+async def test_both_models_of_a_cascade_split_parts(lab_of: LabMaker) -> None:
+    """Over papers: neither model has room for a whole part."""
+    spec: dict[str, Any] = {"ttft_s": 0.0, "tpot_s": 0.0}
+    async with (
+        lab_of(responder="labels", **spec) as lab,
+        SimulatedFleet(
+            SimulationSpec.fast(nodes=1, model="small", responder="labels", accuracy=0.7, **spec)
+        ) as small,
+    ):
+        use_papers(lab, 30, words=600)
+        del lab.config["task"], lab.config["reduce"]
+        kind = {"type": "string", "enum": ["a", "b", "c"]}
+        schema = {"type": "object", "required": ["kind"], "properties": {"kind": kind}}
+        task = {"prompt": "Which kind is {text}?", "schema": schema}
+        models = {"model": {"name": "small"}, "endpoints": {"urls": list(small.urls)}}
+        cascade = {"field": "kind", "small": models, "target": 0.8}
+        lab.config["stages"] = [{"name": "label", "map": task, "cascade": cascade}]
+        folder = await prepare_pipeline(load_config(lab.config), lab.out)
+        for fleet in (lab.fleet, small):
+            fleet.add_fault(FaultRule("context", value=500))
+        async with lab.process("resume", str(folder.path), "--quiet") as process:
+            assert await process.wait() == 0
+        label = folder.path / "stages" / "label"
+        rows = pq.read_table(label / "results.parquet").to_pylist()
+        assert {row["status"] for row in rows} == {"done"}
+        assert {row["output"]["kind"] for row in rows} <= {"a", "b", "c"}
+        ended = [record for level in (label / "levels").iterdir() for record in records(level)]
+        assert {record["status"] for record in ended} == {"done"}
+        split = {record["model"] for record in ended if record.get("pieces")}
+        assert split == {"small", "simulated-8b"}
