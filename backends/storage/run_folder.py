@@ -718,15 +718,10 @@ def read_noted_counts(folder: RunFolder) -> dict[str, Any] | None:
         JournalError: The file is damaged.
     """
     path = folder.noted_counts
-    try:
-        found: Any = orjson.loads(path.read_bytes())
-        if found["v"] != _COUNTS_VERSION:
-            raise ValueError(f"version {found['v']!r}")
-        counts = {name: found.get(name) for name in ("noted", "done", "failed", "usd")}
-    except FileNotFoundError:
+    found = _read_versioned(path, _COUNTS_VERSION)
+    if found is None:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
+    counts = {name: found.get(name) for name in ("noted", "done", "failed", "usd")}
     usd = counts["usd"]
     is_amount = isinstance(usd, int | float) and not isinstance(usd, bool) and usd >= 0
     if not (
@@ -772,15 +767,30 @@ def read_silent_endpoints(folder: RunFolder) -> dict[str, float]:
         JournalError: The file is damaged.
     """
     path = folder.silent_endpoints
+    found = _read_versioned(path, _SILENT_VERSION)
+    if found is None:
+        return {}
+    try:
+        return {str(name): float(since) for name, since in found["since"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
+
+
+def _read_versioned(path: Path, version: int) -> dict[str, Any] | None:
+    """Return what a JSON file holds; None if there is no file.
+
+    Raises:
+        JournalError: It cannot be read, or has another form or version.
+    """
     try:
         found: Any = orjson.loads(path.read_bytes())
-        if found["v"] != _SILENT_VERSION:
+        if found["v"] != version:
             raise ValueError(f"version {found['v']!r}")
-        return {str(name): float(since) for name, since in found["since"].items()}
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise JournalError(f"{path}: cannot be read: {error}; remove it") from None
+    return dict(found)
 
 
 _VERSION: Final = 2
