@@ -374,6 +374,14 @@ def find_properties(schema: Any, root: Schema | None = None) -> dict[str, Any]:
     return found
 
 
+def find_keywords(schema: Any, root: Schema) -> dict[str, Any]:
+    """Return the keywords of a schema and of its alternatives, the nearest first."""
+    found: dict[str, Any] = {}
+    for one in _iter_alternatives(schema, root):
+        found = {**one, **found}
+    return found
+
+
 def _find_items(schema: Any, root: Schema) -> list[Any]:
     """Return the schemas of a list's elements, one for each alternative; none if it is no list."""
     found = list[Any]()

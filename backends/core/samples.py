@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 import orjson
 
 from .errors import ConfigurationError
-from .fields import find_properties, follow_references
+from .fields import find_keywords, find_properties, follow_references
 from .types import FieldVote, FoldedAnswer, Json
 
 FoldKind: TypeAlias = Literal["vote", "mean"]
@@ -155,7 +155,7 @@ class _RuleMaker:
         return FoldRule(named or ("mean" if self.every == "mean" and is_number else "vote"))
 
 
-_CLOSED: Final = ("enum", "const", "pattern", "format", "maxLength")
+_CLOSED: Final = {"enum", "const", "pattern", "format", "maxLength"}
 """Keywords by which a text has few values."""
 
 
@@ -174,7 +174,9 @@ def list_free_texts(setting: FoldSetting, schema: Mapping[str, Any] | None) -> l
         if rule.kind == "fields":
             properties, prefix = find_properties(found, schema), f"{name}." if name else ""
             open_rules += [(prefix + k, one, properties[k]) for k, one in rule.fields.items()]
-        elif "string" in _read_types(found, schema) and not found.keys() & set(_CLOSED):
+        elif "string" in _read_types(found, schema) and _CLOSED.isdisjoint(
+            find_keywords(found, schema)
+        ):
             names.append(name or WHOLE)
     return names
 
@@ -292,7 +294,8 @@ def concat_answers(
 ) -> Json:
     """Return answers with their lists and texts one after the other, all else as folded.
 
-    Of equal texts one is kept. Those with an enum, a pattern or a format are no texts but values.
+    Of equal texts one is kept. Texts with an enum, a pattern or a format are no texts but values,
+    and so are lists of a fixed length.
 
     Args:
         folded: The answers as one.
@@ -301,14 +304,8 @@ def concat_answers(
         root: The schema that its references are resolved in.
     """
     known = [one for one in answers if one is not None]
-    if known and all(isinstance(one, list) for one in known):
-        return [element for one in known for element in one]
-    found = follow_references(schema, root)
-    is_value = bool({"enum", "const", "pattern", "format"} & set(found))
-    if known and all(isinstance(one, str) for one in known) and not is_value:
-        return "\n\n".join(dict.fromkeys(known))
     if known and all(isinstance(one, dict) for one in known):
-        properties = find_properties(found, root)
+        properties = find_properties(schema, root)
         keys = dict.fromkeys(key for one in known for key in one)
         below = folded if isinstance(folded, dict) else {}
         return {
@@ -317,4 +314,20 @@ def concat_answers(
             )
             for key in keys
         }
+    if not known or _is_value(find_keywords(schema, root)):
+        return folded
+    if all(isinstance(one, list) for one in known):
+        return [element for one in known for element in one]
+    if all(isinstance(one, str) for one in known):
+        return "\n\n".join(dict.fromkeys(known))
     return folded
+
+
+_VALUES: Final = {"enum", "const", "pattern", "format", "prefixItems"}
+"""Keywords of answers that are whole: parts of them say nothing."""
+
+
+def _is_value(keywords: Mapping[str, Any]) -> bool:
+    """Return True if answers with these keywords of their schema are values, no lists or texts."""
+    has_length = "maxItems" in keywords and keywords.get("minItems") == keywords["maxItems"]
+    return has_length or not _VALUES.isdisjoint(keywords)

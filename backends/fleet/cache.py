@@ -181,7 +181,7 @@ class RequestCache:
         store: The store of answers.
         simulated: Whether the fleet is; answers of the other kind do not count.
         sampled: Whether requests at a temperature above 0 share an answer, too.
-        marked: Whether only the requests of items that ask for it (`CallLog.keeps_answers`) do.
+        marked: Whether only requests of one item do, and it asks for it (`CallLog.keeps_answers`).
         patience_s: Seconds to wait for an answer that another process requests.
     """
 
@@ -259,6 +259,8 @@ class RequestCache:
         log = CURRENT_CALLS.get()
         if log is not None and log.sample:  # samples of a row ask the same, for several answers
             text += b"#%d" % log.sample
+        if log is not None and self._marked:  # each item keeps its own answers only
+            text += b"@%d" % (-1 if log.index is None else log.index)
         person = b"simulated" if self._simulated else b"real"
         return hashlib.blake2b(text, digest_size=16, person=person).digest()
 

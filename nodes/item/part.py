@@ -63,23 +63,30 @@ class PartSplit:
         """Return the answers about the pieces of a part as one.
 
         Lists and texts follow each other, numbers are averaged and all else votes. Where votes are
-        equal, the longest piece decides, because the answer must fit the schema.
+        equal, the longest piece with a value decides, because the answer must fit the schema.
 
         Args:
             answers: The answers, in the order of the text.
             places: Start and end of each piece.
         """
         folded = SampleFold(_LEAST, make_rule(None, self.schema)).fold(answers).output
-        longest = max(range(len(places)), key=lambda at: places[at]["end"] - places[at]["start"])
-        decided = _decide(folded, answers[longest])
+        lengths = [place["end"] - place["start"] for place in places]
+        order = sorted(range(len(places)), key=lengths.__getitem__, reverse=True)
+        decided = _decide(folded, [answers[at] for at in order])
         schema = {"type": "string"} if self.schema is None else self.schema
         return concat_answers(decided, answers, schema, schema)
 
 
-def _decide(folded: Json, longest: Json) -> Json:
-    """Return a folded answer with the values of the longest piece where the fold has none."""
-    if folded is None:
-        return longest
-    if isinstance(folded, dict) and isinstance(longest, dict):
-        return {key: _decide(value, longest.get(key)) for key, value in folded.items()}
-    return folded
+def _decide(folded: Json, answers: Sequence[Json]) -> Json:
+    """Return a folded answer with the first known value where the fold has none.
+
+    Args:
+        folded: The folded answer.
+        answers: The answers, that about the longest piece first.
+    """
+    known = [one for one in answers if one is not None]
+    if known and all(isinstance(one, dict) for one in known):
+        below = folded if isinstance(folded, dict) else {}
+        keys = dict.fromkeys(key for one in known for key in one)
+        return {key: _decide(below.get(key), [one.get(key) for one in known]) for key in keys}
+    return known[0] if folded is None and known else folded

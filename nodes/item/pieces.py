@@ -48,8 +48,9 @@ async def ask_pieces(
         "pieces": places,
     }
     joined["raw"] = "\n\n".join(end["raw"] for end in ends)
-    if reasoning := [end["reasoning"] for end in ends if end.get("reasoning")]:
-        joined["reasoning"] = "\n\n".join(map(str, reasoning))
+    reasoning = [str(end["reasoning"]) for end in ends if end.get("reasoning")]
+    if reasoning or "reasoning" in state:  # that of a whole answer, which was cut, must not stay
+        joined["reasoning"] = "\n\n".join(reasoning) or None
     if context.certainty is not None:
         joined["certainty"] = _find_least([end.get("certainty") for end in ends])
     return joined
@@ -58,7 +59,10 @@ async def ask_pieces(
 def _fail(end: ItemState, where: str) -> ItemState:
     """Return the end of an item by that of one of its pieces."""
     error = {**end["error"], "text": f"{end['error']['text']} ({where})"}
-    return {"error": error, **({"raw": end["raw"]} if "raw" in end else {})}
+    failed: ItemState = {"error": error, "reasoning": end.get("reasoning")}
+    if "raw" in end:
+        failed["raw"] = end["raw"]
+    return failed
 
 
 def _find_least(values: Sequence[Any]) -> float | None:

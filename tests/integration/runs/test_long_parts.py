@@ -100,6 +100,24 @@ async def test_a_refused_part_is_answered_in_pieces(lab_of: LabMaker, size: int)
         assert sum(result.progress["tokens"][name] for name in ("prompt", "completion")) == sums
 
 
+async def test_parts_reuse_no_answers_of_others(lab_of: LabMaker) -> None:
+    """With ``cache: off``, equal documents are asked, each for itself."""
+    async with lab_of(ttft_s=0.0, tpot_s=0.0) as lab:
+        use_papers(lab, 1, words=600)
+        path = Path(lab.config["input"]["path"])
+        text = json.loads(path.read_text())["text"]
+        rows = [json.dumps({"id": f"P{n}", "text": text}) for n in range(6)]
+        path.write_text("\n".join(rows))
+        lab.config["model"]["temperature"] = 0.9
+        folder = await lab.begin()
+        shorten_context(lab, 600)
+        assert (await lab.live(folder)).exit_code == 0
+        found = [record for record in records(folder.path) if record.get("pieces")]
+        assert len(found) >= 6
+        assert {record["reused"] for record in found} == {0}
+        assert all(record["requests"] > len(record["pieces"]) for record in found)
+
+
 async def test_an_answer_that_the_context_cuts_is_asked_in_pieces(lab_of: LabMaker) -> None:
     """The prompt fits, and leaves too little room for the answer."""
     async with lab_of(ttft_s=0.0, tpot_s=0.0) as lab:

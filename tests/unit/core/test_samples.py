@@ -141,6 +141,8 @@ def test_free_texts_are_named() -> None:
     assert list_free_texts(None, SCHEMA) == ["note"]
     assert list_free_texts(None, {"type": "string"}) == ["output"]
     assert list_free_texts(None, {"type": "string", "maxLength": 9}) == []
+    nullable = {"anyOf": [{"type": "string", "enum": ["a"]}, {"type": "null"}]}
+    assert list_free_texts(None, nullable) == []
 
 
 def test_ids_of_samples() -> None:

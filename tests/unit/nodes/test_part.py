@@ -82,3 +82,31 @@ def test_free_texts_follow_each_other() -> None:
     places = [{"start": 0, "end": 90}, {"start": 80, "end": 200}]
     assert PartSplit("text", 0, None).join(["one", "two"], places) == "one\n\ntwo"
     assert PartSplit("text", 0, None).join(["same", "same"], places) == "same"
+
+
+KIND: Json = {"type": "string", "enum": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "first", "second", "joined"),
+    [
+        ({"anyOf": [KIND, {"type": "null"}]}, "a", "b", "b"),
+        ({"allOf": [{"$ref": "#/$defs/kind"}]}, "a", "b", "b"),
+        ({"enum": [1, 2]}, 1, None, 1),
+        ({"type": "array", "minItems": 2, "maxItems": 2}, [1, 2], [3, 4], [3, 4]),
+        ({"type": "array", "prefixItems": [KIND, KIND]}, ["a", "b"], ["b", "b"], ["b", "b"]),
+        ({"type": "array", "maxItems": 2}, [1, 2], [3], [1, 2, 3]),
+        ({"type": "object", "properties": {"x": KIND}}, {"x": "a"}, None, {"x": "a"}),
+        ({"type": "object"}, {"x": 1}, {"y": 2}, {"x": 1, "y": 2}),
+    ],
+)
+def test_values_stay_whole_and_known_ones_count(
+    schema: dict[str, Any], first: Json, second: Json, joined: Json
+) -> None:
+    """Text and lists of the second, longer piece are appended, values are not."""
+    whole = {"type": "object", "properties": {"field": schema}, "$defs": {"kind": KIND}}
+    places = [{"start": 0, "end": 90}, {"start": 80, "end": 200}]
+    answers: list[Json] = [{"field": one} for one in (first, second)]
+    if second is None:
+        answers[1] = {}
+    assert PartSplit("text", 0, whole).join(answers, places) == {"field": joined}
