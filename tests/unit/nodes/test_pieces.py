@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ TEXT = "One sentence of some words. " * 40
 
 
 class _NoModel:
-    async def ask(self, messages: list[Message]) -> Any:  # noqa: ARG002 - the protocol
+    async def ask(self, messages: Sequence[Message]) -> Any:  # noqa: ARG002 - the protocol
         raise AssertionError("the steps of the pieces are given")
 
 
