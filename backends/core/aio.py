@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, Final, Generic, ParamSpec, TypeVar
@@ -54,7 +54,9 @@ async def call_stoppable(function: Callable[P, T], /, *arguments: P.args, **opti
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait({running})
+        while not running.done():
+            with suppress(asyncio.CancelledError):  # LangGraph cancels more than once
+                await asyncio.wait({running})
         running.exception()  # it only says that the function was stopped
         raise
 

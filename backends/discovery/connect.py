@@ -263,7 +263,7 @@ async def open_cache(
         store = ResponseCache(folder, simulated=simulated, writer=writer, contested=contested)
         stack.push_async_callback(asyncio.to_thread, store.close)
         await asyncio.to_thread(store.open)
-        if contested:
+        if contested and not is_off:  # a claim shows what a lost worker has stored for an item
             await stack.enter_async_context(_follow_cache(store))
         reuse = RequestCache(
             store,

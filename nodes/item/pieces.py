@@ -42,7 +42,10 @@ async def ask_pieces(
             calls.keep_answer()
         ends.append(end)
         own = {"start": about["start"], "end": about["end"], "repairs": end.get("repairs", 0)}
-        places += end.get("pieces") or [own]
+        first, *more = end.get("pieces") or [own]
+        if more:  # it was sent back before its prompt became too long
+            first = {**first, "repairs": first["repairs"] + own["repairs"]}
+        places += [first, *more]
     joined: ItemState = {
         "output": context.split.join([end["output"] for end in ends], [row[PART] for row in rows]),
         "pieces": places,

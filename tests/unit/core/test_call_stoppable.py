@@ -47,6 +47,25 @@ async def test_a_cancelled_caller_stops_the_function_and_waits_for_it() -> None:
     await call_stoppable(check_stopped)  # another call is not stopped
 
 
+async def test_a_caller_that_is_cancelled_again_waits_for_the_function_too() -> None:
+    started, free = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        free.wait()
+        check_stopped()
+
+    call = asyncio.create_task(call_stoppable(work))
+    await asyncio.to_thread(started.wait)
+    for _ in range(3):
+        call.cancel()
+        await asyncio.wait({call}, timeout=0.01)
+        assert not call.done()
+    free.set()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
 async def test_any_input_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
 

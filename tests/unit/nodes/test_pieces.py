@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ TEXT = "One sentence of some words. " * 40
 
 
 class _NoModel:
-    async def ask(self, messages: list[Message]) -> Any:  # noqa: ARG002 - the protocol
+    async def ask(self, messages: Sequence[Message]) -> Any:  # noqa: ARG002 - the protocol
         raise AssertionError("the steps of the pieces are given")
 
 
@@ -62,3 +63,15 @@ async def test_a_piece_that_fails_leaves_nothing_of_the_whole_answer() -> None:
     state |= await ask_pieces(state, make_context(), ask)
     assert state["reasoning"] is None
     assert state["error"]["class"] == "EndpointLostError"
+
+
+async def test_repairs_of_all_pieces_count() -> None:
+    """Also those of a piece that was split because its repair was too long."""
+    inner = [{"start": 0, "end": 9, "repairs": 1}, {"start": 9, "end": 20, "repairs": 0}]
+    ends: list[ItemState] = [{"repairs": 2, "pieces": inner}, {"repairs": 1}]
+
+    async def ask(_: ItemState) -> ItemState:
+        return {"output": "a", "raw": "a", **ends.pop(0)}
+
+    found = await ask_pieces(make_state(), make_context(), ask)
+    assert [piece["repairs"] for piece in found["pieces"]] == [3, 0, 1]
