@@ -269,13 +269,16 @@ def _serve(orders: socket.socket) -> Command | None:
                     for fd, (_, report) in reports.items():
                         os.close(fd)
                         os.close(report)
+                    command = Command(**json.loads(message))
+                    if command.new_session:
+                        os.setsid()
+                    _tell(fds[_STREAMS], f"{os.getpid()}\n")  # now its group can be killed
                     os.close(fds[_STREAMS])
-                    return _become(Command(**json.loads(message)), fds[:_STREAMS])
+                    return _become(command, fds[:_STREAMS])
                 for fd in set(fds[:_STREAMS]):
                     os.close(fd)
                 process = os.pidfd_open(pid)
                 reports[process] = pid, fds[_STREAMS]
-                _tell(fds[_STREAMS], f"{pid}\n")
                 selector.register(process, selectors.EVENT_READ)
 
 
@@ -290,8 +293,6 @@ def _become(command: Command, streams: list[int]) -> Command:
         os.dup2(fd, number)
     for fd in set(streams):
         os.close(fd)
-    if command.new_session:
-        os.setsid()
     os.chdir(command.cwd)
     os.environ.clear()
     os.environ.update(command.env)

@@ -645,8 +645,9 @@ def count_lines(path: Path) -> int:
 
 
 def kill_after(shell: Shell, most: int, *command: str) -> None:
-    """Run a batch until its output has so many lines more, then kill it."""
+    """Run a batch until its output has grown, and to so many lines, then kill it."""
     output = shell.folder / "out.jsonl"
+    most = max(most, count_lines(output) + 1)
     with started(Command(command, new_session=True)) as process:
         while count_lines(output) < most:
             assert process.poll() is None, process.communicate()
