@@ -68,6 +68,7 @@ from .extend import ExtensionPlan
 from .extend_pipeline import PipelineExtension, PipelinePlan
 from .fingerprint import compute_fingerprint
 from .input_check import check_input_setting
+from .next_steps import FINISHED
 from .pipeline_resources import PipelineResources
 from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
 from .result_rows import ResultSource, make_result_layout
@@ -78,7 +79,6 @@ from .stage_tokens import StageTokens
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
 
-FINISHED: Final = "finished"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 _CAUTION: Final = 1.15
