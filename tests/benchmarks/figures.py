@@ -33,7 +33,7 @@ class Table:
         unit: Unit of all figures.
         note: How it was measured.
         rows: The measured values by row; one value per round.
-        better: ``less`` or ``more``.
+        better: ``less``, ``more``, or empty if neither is.
         grouped: Whether rows are named ``group, row``; there is a column for each row of a group.
     """
 
@@ -201,7 +201,7 @@ def _write_groups(table: Table) -> list[str]:
     lines = [f"| {table.unit} | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
     for group in groups:
         found = [table.rows.get(f"{group}, {name}") for name in names]
-        cells = [f"{median(values):.3f}" if values else "" for values in found]
+        cells = [_show(median(values)) if values else "" for values in found]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     return lines
 
@@ -223,7 +223,8 @@ def _draw(table: Table) -> Any:
         }
         for row, values in table.rows.items()
     ]
-    x = alt.X("median:Q", title=f"{table.unit} ({table.better} is better)")
+    better = f" ({table.better} is better)" if table.better else ""
+    x = alt.X("median:Q", title=f"{table.unit}{better}")
     base = alt.Chart(alt.Data(values=rows))
     if table.grouped:
         names = list(dict.fromkeys(row["row"] for row in rows))
