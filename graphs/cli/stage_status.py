@@ -16,7 +16,7 @@ from ...backends.core.money import UsageTotals
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ...configs.loader import load_config
 from ..run.console import print_json, print_lines, print_messages
-from ..run.pipeline import FINISHED
+from ..run.next_steps import FINISHED
 from ..run.pipeline_report import (
     LevelState,
     PipelineState,

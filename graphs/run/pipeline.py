@@ -64,8 +64,11 @@ from ...nodes.operators import (
     StageTools,
     make_operator,
 )
+from .extend import ExtensionPlan
+from .extend_pipeline import PipelineExtension, PipelinePlan
 from .fingerprint import compute_fingerprint
 from .input_check import check_input_setting
+from .next_steps import FINISHED
 from .pipeline_resources import PipelineResources
 from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
 from .result_rows import ResultSource, make_result_layout
@@ -76,7 +79,6 @@ from .stage_tokens import StageTokens
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
 
-FINISHED: Final = "finished"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 _CAUTION: Final = 1.15
@@ -202,6 +204,7 @@ async def prepare_pipeline(
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
+    extension: PipelineExtension | None = None,
 ) -> RunFolder:
     """Check all stages, and create the folder of a pipeline with its first stage.
 
@@ -210,6 +213,7 @@ async def prepare_pipeline(
         path: The folder to create.
         items: Items that replace the configured input.
         allow_simulated: Allow a simulated fleet.
+        extension: The pipeline that it extends, or None.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
@@ -225,19 +229,24 @@ async def prepare_pipeline(
         first = list_stages(loaded, folder.path)[0]
         await asyncio.to_thread(folder.stages.mkdir)
         place = StagePlace(path, f"stages/{first.name}", limits=_own_limits(first))
+        plan = _StartPlan(extension, loaded)
         if first.config.operator is None:
+            note = _note({"selection": first.selection(), "passed_on": None})
             run = await prepare_run(
                 first.loaded,
                 first.folder.path,
                 items,
                 allow_simulated,
-                extend=_note({"selection": first.selection(), "passed_on": None}),
+                extend=plan.make_extend(first, note),
                 place=place,
             )
             with ItemStore(run.folder.items) as store:
                 summary = store.summary()
         else:
             summary = await call_stoppable(_load_first, first, place, items)
+            simulated = first.loaded.config.endpoints.simulated is not None
+            model = first.loaded.config.model.name or ""
+            await plan.confirm(first.folder.path / _INPUT_FILE, simulated, model, None)
         check_columns(loaded, summary)
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
@@ -253,6 +262,8 @@ async def prepare_pipeline(
             "input": describe_input(summary, loaded.config.input.path if items is None else None),
             "sessions": [],
         }
+        if extension is not None:
+            about["from"] = extension.to_json()
         settings = to_yaml(make_portable(loaded.plain, path)).encode()
         await asyncio.to_thread(write_bytes, folder.settings, settings)
         await asyncio.to_thread(folder.write_provenance, about)
@@ -261,6 +272,48 @@ async def prepare_pipeline(
         raise
     await asyncio.to_thread(making.__exit__, None, None, None)
     return RunFolder(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _StartPlan:
+    """What a new pipeline takes over from another one, and whether it may begin.
+
+    Attributes:
+        extension: The other pipeline, or None.
+        loaded: The settings of the new one.
+    """
+
+    extension: PipelineExtension | None
+    loaded: LoadedConfig
+
+    def make_extend(self, first: Stage, note: ExtendRun) -> ExtendRun:
+        """Return a function that fills the journal of the first stage."""
+        extension = self.extension
+        if extension is None:
+            return note
+
+        async def extend(folder: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+            async def confirm(plan: ExtensionPlan | None) -> None:
+                await self.confirm(folder.items, bool(about["simulated"]), about["model"], plan)
+
+            make = extension.make_extend(first.name, first.loaded, note, confirm)
+            return await make(folder, about)
+
+        return extend
+
+    async def confirm(
+        self, items: Path, simulated: bool, model: str, first: ExtensionPlan | None
+    ) -> None:
+        """Show the plan, as far as it is known before the first call."""
+        if self.extension is None or self.extension.confirm is None:
+            return
+        known, stages = self.extension, self.loaded.config.stages or ()
+        counts = {
+            stage.name: await asyncio.to_thread(known.count_answers, stage.name) for stage in stages
+        }
+        path = known.source.path
+        plan = PipelinePlan(known.run, path, simulated, model, items, first, counts)
+        await self.extension.confirm(plan)
 
 
 def _load_first(
@@ -378,6 +431,7 @@ class Pipeline:
         self._estimate_reserve = estimate_reserve
         self._resources, self._allow_simulated = resources, allow_simulated
         self.stages = list_stages(loaded, folder.path)
+        self._extension = list[PipelineExtension | None]()
 
     async def run_stage(self, stage: Stage, run: RunInner) -> None:
         """Run a stage to its end; earlier stages have ended.
@@ -438,6 +492,10 @@ class Pipeline:
             note: Returns what to add to the provenance, once the items are written.
         """
         await asyncio.to_thread(folder.path.parent.mkdir, parents=True, exist_ok=True)
+        if not self._extension:  # read once: a warning about a folder that is gone is enough
+            self._extension = [await asyncio.to_thread(PipelineExtension.read, self.folder)]
+        if (extension := self._extension[0]) is not None:
+            note = extension.make_extend(place.stage, loaded, note)
         probed = self._resources.find_probed(loaded)
         made = await prepare_run(
             loaded,
