@@ -166,7 +166,7 @@ async def send(urls: Sequence[str], model: str, prompts: Sequence[str], plan: Pl
         return time.monotonic() - started
 
 
-def measure(given: argparse.Namespace, policy: str, number: int) -> Run:
+def measure_run(given: argparse.Namespace, policy: str, number: int) -> Run:
     """Run all prompts with one policy."""
     words = given.document, given.question
     prompts = make_prompts(f"run {number}", given.groups, given.size, words)
@@ -234,7 +234,7 @@ def main() -> None:
         # In another order each time, so that no policy always follows the same one.
         turn = random.Random(number).sample(given.policies, len(given.policies))
         for place, policy in enumerate(turn):
-            runs.append(measure(given, policy, 100 * number + place))
+            runs.append(measure_run(given, policy, 100 * number + place))
             print(runs[-1], flush=True)
             if given.json:
                 given.json.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")

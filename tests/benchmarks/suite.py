@@ -643,7 +643,9 @@ CASES: Final[dict[str, Callable[[bool], list[Table]]]] = {
 _NOT_QUICK: Final = ("items",)
 
 
-def measure(names: Sequence[str], quick: bool) -> tuple[list[Table], dict[str, str], OtherPrograms]:
+def measure_cases(
+    names: Sequence[str], quick: bool
+) -> tuple[list[Table], dict[str, str], OtherPrograms]:
     """Measure cases; return tables, the cases that failed with the reason, and other programs."""
     others, tables = OtherPrograms(), list[Table]()
     missing = dict.fromkeys(names, "interrupted")
@@ -675,7 +677,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     names = given.cases or [name for name in CASES if not given.quick or name not in _NOT_QUICK]
     began = time.monotonic()
-    tables, missing, others = measure(names, given.quick)
+    tables, missing, others = measure_cases(names, given.quick)
     how = "make bench-quick" if given.quick else "make bench"
     out: Path = given.out or DOCS
     machine = describe_machine(others) | {"seconds": round(time.monotonic() - began)}

@@ -15,7 +15,7 @@ from fanfold.tests.benchmarks.figures import (
     describe_machine,
     write_figures,
 )
-from fanfold.tests.benchmarks.suite import CASES, DOCS, Place, find_losses, measure
+from fanfold.tests.benchmarks.suite import CASES, DOCS, Place, find_losses, measure_cases
 
 
 def test_figures_are_written_with_median_range_and_machine(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept(
     monkeypatch.setitem(CASES, "reduce", fail)
     monkeypatch.setitem(CASES, "start", lambda _: [table])
     monkeypatch.setitem(CASES, "budget", interrupt)
-    tables, missing, _ = measure(["reduce", "start", "budget", "faults"], quick=True)
+    tables, missing, _ = measure_cases(["reduce", "start", "budget", "faults"], quick=True)
     assert tables == [table]
     assert missing == {
         "reduce": "RuntimeError: no server",
