@@ -25,6 +25,7 @@ from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
 from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
+from ...backends.discovery.resolve import has_own_servers
 from ...backends.inputs.base import InputSummary, did_you_mean
 from ...backends.inputs.item_store import (
     EntrySource,
@@ -72,7 +73,7 @@ from .next_steps import FINISHED
 from .pipeline_resources import PipelineResources
 from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
 from .result_rows import ResultSource, make_result_layout
-from .stage_folder import OPERATOR_FILE, list_levels
+from .stage_folder import OPERATOR_FILE, is_finished, list_levels
 from .stage_rows import StageRows, describe_rows
 from .stage_tokens import StageTokens
 
@@ -177,6 +178,46 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
     return found
 
 
+def list_models(stages: Sequence[Stage]) -> Iterator[tuple[str, LoadedConfig]]:
+    """Yield the settings of each model that stages use, with the name of its stage."""
+    for stage in stages:
+        yield stage.name, stage.loaded
+        if stage.small is not None:
+            yield f"{stage.name}, small", stage.small
+
+
+def list_served(loaded: LoadedConfig) -> dict[str, LoadedConfig]:
+    """Return the settings of the models that ``node.serve`` serves, the first use of each.
+
+    Args:
+        loaded: The settings of a run or a pipeline.
+
+    Returns:
+        By the name of the model; of a pipeline, in the order of its stages.
+
+    Raises:
+        ConfigurationError: A model has no name.
+    """
+    if loaded.config.node.serve is None:
+        return {}
+    runs = [("", loaded)]
+    if loaded.config.stages is not None:
+        stages = list_models(list_stages(loaded, Path()))
+        runs = [(f" of stage {name}", one) for name, one in stages]
+    found = dict[str, LoadedConfig]()
+    for where, one in runs:
+        if not has_own_servers(one.config):
+            continue
+        if one.config.model.name is None:
+            msg = (
+                f"{loaded.source}: model.name{where} is missing; set it, because the servers of "
+                "the job cannot be asked before it starts"
+            )
+            raise ConfigurationError(msg)
+        found.setdefault(one.config.model.name, one)
+    return found
+
+
 def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
     """Return a line for each setting of an operator that is likely to fail."""
     return [
@@ -187,23 +228,13 @@ def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
     ]
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """Return True if a run has ended and its results are written; blocks.
-
-    Raises:
-        JournalError: Its provenance is damaged.
-    """
-    if not folder.provenance.exists() or not folder.aggregate.exists():
-        return False
-    sessions = folder.read_provenance()["sessions"]
-    return bool(sessions) and sessions[-1].get("outcome") == FINISHED
-
-
-async def prepare_pipeline(
+async def prepare_pipeline(  # noqa: PLR0913 - each is given by one kind of caller
     loaded: LoadedConfig,
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
+    *,
+    defer_endpoints: bool = False,
     extension: PipelineExtension | None = None,
 ) -> RunFolder:
     """Check all stages, and create the folder of a pipeline with its first stage.
@@ -213,16 +244,15 @@ async def prepare_pipeline(
         path: The folder to create.
         items: Items that replace the configured input.
         allow_simulated: Allow a simulated fleet.
+        defer_endpoints: Do not check the endpoints, because a job will start them.
         extension: The pipeline that it extends, or None.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
     """
     check_input_setting(loaded, items)
-    for stage in list_stages(loaded, path):
-        for one in (stage.loaded, stage.small):
-            if one is not None:
-                check_endpoints(one)
+    for _, one in () if defer_endpoints else list_models(list_stages(loaded, path)):
+        check_endpoints(one)
     making = create_folder(path)
     folder = await asyncio.to_thread(making.__enter__)
     try:
@@ -237,6 +267,7 @@ async def prepare_pipeline(
                 first.folder.path,
                 items,
                 allow_simulated,
+                defer_endpoints,
                 extend=plan.make_extend(first, note),
                 place=place,
             )
@@ -272,6 +303,26 @@ async def prepare_pipeline(
         raise
     await asyncio.to_thread(making.__exit__, None, None, None)
     return RunFolder(path)
+
+
+def write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
+    """Write changed settings of a pipeline, unless another process works on it; blocks.
+
+    Raises:
+        ConfigurationError: The settings have other stages.
+    """
+    known = folder.read_provenance()["stages"]
+    names = [stage.name for stage in loaded.config.stages or ()]
+    if names[: len(known)] != known:
+        msg = (
+            f"{folder.path}: this pipeline has the stages {', '.join(known)}, and the settings "
+            f"{', '.join(names)}; stages can be added at the end only: use a new run folder"
+        )
+        raise ConfigurationError(msg)
+    with folder.lock():
+        text = to_yaml(make_portable(loaded.plain, folder.path))
+        write_bytes(folder.settings, text.encode())
+        folder.write_provenance(folder.read_provenance() | {"stages": names})
 
 
 @dataclass(frozen=True, slots=True)
