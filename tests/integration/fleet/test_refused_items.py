@@ -14,7 +14,12 @@ import openai
 import pytest
 from aiohttp import web
 
-from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
+from fanfold.backends.core.errors import (
+    EndpointError,
+    PromptTooLongError,
+    RequestRefusedError,
+    RunStoppedError,
+)
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
