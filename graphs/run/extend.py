@@ -216,7 +216,8 @@ async def take_over(  # noqa: PLR0913 - a run, those that it extends, and how
     """Write the records that a run takes over into its journal, while it is in preparation.
 
     Args:
-        sources: The runs whose items are taken over; each item from the first one that has it.
+        sources: The runs whose items are taken over; each item from the first one that has an
+            answer to it, or else from the first one in which it failed.
         loaded: The settings of the new run.
         folder: Its folder, with its items.
         about: Its provenance.
@@ -470,13 +471,15 @@ class _Matcher:
     ) -> tuple[dict[str, Any] | None, bool]:
         """Return the record of an item with the same question, and whether it is taken over.
 
-        An item that is asked is counted by its reason.
+        An answer comes before a failure. An item that is asked is counted by its reason.
 
         Args:
             indices: The index of the item in each of the other runs, or None.
             question: Digest of its question.
         """
-        plan, again = self.plan, None
+        plan = self.plan
+        failed: dict[str, Any] | None = None
+        again: dict[str, Any] | None = None
         is_known = is_unfinished = False
         for source, index in zip(self.sources, indices, strict=True):
             if index is None:
@@ -491,10 +494,14 @@ class _Matcher:
                 continue
             if _is_asked_again(record, source.ask_again):
                 again = again or record
-                continue
-            is_done = record["status"] == "done"
-            plan.done, plan.failed = plan.done + is_done, plan.failed + (not is_done)
-            return record, True
+            elif record["status"] == "done":
+                plan.done += 1
+                return record, True
+            else:
+                failed = failed or record
+        if failed is not None:
+            plan.failed += 1
+            return failed, True
         if again is not None:
             plan.again += 1
             self.truncated += _is_truncated(again)

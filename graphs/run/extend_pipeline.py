@@ -177,7 +177,7 @@ class PipelineExtension:
 
         async def extend(folder: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
             facts = await note(folder, about)
-            runs = await asyncio.to_thread(self.list_runs, stage)
+            runs = await asyncio.to_thread(lambda: _order_runs(self.list_runs(stage), facts))
             if confirm is None:
                 runs = await asyncio.to_thread(_select_kind, runs, about["simulated"])
             if not runs or loaded.config.input.is_batch:
@@ -191,6 +191,21 @@ class PipelineExtension:
             return facts | {"from": plan.to_json()}
 
         return extend
+
+
+def _order_runs(runs: Sequence[RunFolder], facts: Mapping[str, Any]) -> list[RunFolder]:
+    """Return the runs that a run may take answers from, a level of the same name first; blocks.
+
+    A level that asks questions a second time wants further answers: it shares none with others.
+    """
+    same, others = list[RunFolder](), list[RunFolder]()
+    for run in runs:
+        about = run.read_provenance()
+        if about.get("level") == facts.get("level"):
+            same.append(run)
+        elif not (about.get("asks_again") or facts.get("asks_again")):
+            others.append(run)
+    return [*same, *others]
 
 
 def _select_kind(runs: Sequence[RunFolder], simulated: bool) -> list[RunFolder]:

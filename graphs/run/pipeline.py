@@ -689,7 +689,7 @@ class _OperatorRun:
         source = NamedRows(f"level {level!r} of stage {stage.name!r}", _iter_questions(questions))
         place = pipeline.make_place(stage, folder)
         if not folder.provenance.exists():
-            note = _note({"level": level})
+            note = _note({"level": level} | ({"asks_again": True} if task.asks_again else {}))
             await self._run(await pipeline.prepare(folder, loaded, place, source, note))
             return
         digest = await asyncio.to_thread(compute_rows_digest, source)

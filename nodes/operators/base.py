@@ -31,6 +31,8 @@ class LevelTask:
         reduce: Aggregators of the answers, as in the settings.
         is_requests: The questions are requests in OpenAI's batch format (columns ``url`` and
             ``body``), and ``task`` is empty.
+        asks_again: The questions are those of an earlier level, whose answers do not count for
+            this one.
     """
 
     task: Mapping[str, Json]
@@ -38,6 +40,7 @@ class LevelTask:
     endpoints: Mapping[str, Json] | str | None = None
     reduce: Sequence[Mapping[str, Json]] = ()
     is_requests: bool = False
+    asks_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class Cascade(Operator):
             model["temperature"] = model.get("temperature") or _LEAST_TEMPERATURE
         elif graded:
             task["certainty"] = self.field
-        return LevelTask(task, model, self.small.get("endpoints"))
+        return LevelTask(task, model, self.small.get("endpoints"), asks_again=more > 0)
 
     def do_agree(self, a: Json, b: Json) -> bool:
         """Return True if two answers agree in the field."""
@@ -256,12 +256,7 @@ class _Work:
         cascade, items = self.cascade, len(self.tools.items)
         answers = [self.read_large(item).record for item in sorted(self.large)]
         models = sorted({str(one["model"]) for one in answers if one.get("model")})
-        usd = sum(one["nano_usd"] for one in answers) / NANO_PER_USD
-        saved = None
-        if usd and answers:
-            small = self._levels[: len(self._levels) - self._count_large_levels()]
-            spent = sum(one.record["nano_usd"] for level in small for one in level) / NANO_PER_USD
-            saved = round(usd / len(answers) * len(found.small) - spent, 6)
+        saved = self._compute_saved(answers, len(found.small))
         name = ", ".join(models) or "the large model"
         notes = list[str]()
         if self._samples != cascade.samples:
@@ -295,8 +290,31 @@ class _Work:
             "saved_usd": saved,
         }
 
+    def _compute_saved(self, answers: Sequence[Mapping[str, Any]], calls: int) -> float | None:
+        """Return the dollars that the large model alone would cost more; None if not known.
+
+        Answers that were not asked here, e.g. because another run has them, show no price.
+
+        Args:
+            answers: Records of the large model.
+            calls: Its calls that were saved.
+        """
+        small = self._levels[: len(self._levels) - self._count_large_levels()]
+        large, spent = sum(one["nano_usd"] for one in answers), 0
+        if not large or any(map(_is_taken_over, answers)):
+            return None
+        for record in (one.record for level in small for one in level):
+            if _is_taken_over(record):
+                return None
+            spent += record["nano_usd"]
+        return float(round((large / len(answers) * calls - spent) / NANO_PER_USD, 6))
+
     def _count_large_levels(self) -> int:
         return len({id(answers) for answers, _ in self.large.values()})
+
+
+def _is_taken_over(record: Mapping[str, Any]) -> bool:
+    return bool(record.get("reused") or record.get("origin"))
 
 
 def _describe_savings(found: Allocation, items: int, saved: float | None) -> str:

@@ -1,0 +1,65 @@
+"""An item may be in several runs that a level extends: which record is taken over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from fanfold.graphs.run.extend import ExtensionPlan, _Matcher, _Source
+
+
+class _Records:
+    """The journal of a run of one item."""
+
+    def __init__(self, record: dict[str, Any] | None) -> None:
+        self._record = record
+
+    def is_finished(self, index: int) -> bool:
+        assert index == 0
+        return self._record is not None
+
+    def read_record(self, index: int) -> dict[str, Any]:
+        assert index == 0
+        assert self._record is not None
+        return self._record
+
+
+def make_record(status: str, question: str = "same") -> dict[str, Any]:
+    return {"status": status, "question": question, "simulated": True}
+
+
+DONE, FAILED, OTHER = make_record("done"), make_record("failed"), make_record("done", "other")
+
+
+@pytest.mark.parametrize(
+    ("records", "again", "expected"),
+    [
+        ([FAILED, DONE], None, (DONE, True)),
+        ([DONE, FAILED], None, (DONE, True)),
+        ([OTHER, FAILED, None], None, (FAILED, True)),
+        ([FAILED, DONE], "failed", (DONE, True)),
+        ([FAILED, OTHER], "failed", (FAILED, False)),
+        ([OTHER, None], None, (None, False)),
+        ([FAILED, DONE], "all", (FAILED, False)),
+    ],
+)
+def test_an_answer_comes_before_a_failure(
+    records: list[dict[str, Any] | None], again: str | None, expected: tuple[Any, bool]
+) -> None:
+    sources = [
+        _Source("r", Path(), cast("Any", _Records(record)), {"a": 0}, 1, again)
+        for record in records
+    ]
+    plan = ExtensionPlan("r", Path(), simulated=True)
+    matcher = _Matcher(
+        items=cast("Any", None),
+        sources=sources,
+        digests=cast("Any", None),
+        build_messages=cast("Any", None),
+        images=None,
+        plan=plan,
+    )
+    assert matcher._find_record([0] * len(records), "same") == expected
+    assert plan.done + plan.failed + plan.asked == 1
