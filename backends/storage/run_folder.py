@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
+from ..core.disk import sync_folder
 from ..core.errors import ConfigurationError, JournalError
 from ..core.types import Json
 from ..core.values import check_counts, is_count
@@ -627,11 +628,13 @@ def create_folder(path: Path) -> Iterator[RunFolder]:
     """Create a run folder that appears under its name only when the block succeeds.
 
     An existing empty folder is filled, not replaced: its permissions, group and striping stay,
-    and it may be a mount point or a working directory.
+    and it may be a mount point or a working directory. The folder is on disk at the end, if the
+    block has flushed its files.
 
     Raises:
         ConfigurationError: The folder cannot be created, or another process or invocation has
             created it meanwhile.
+        JournalError: It cannot be flushed to disk.
     """
     path = path.resolve()  # a symbolic link to an empty folder stays a link
     made, filled = [p for p in path.parents if not p.exists()], path.is_dir()
@@ -649,11 +652,25 @@ def create_folder(path: Path) -> Iterator[RunFolder]:
             _fill(partial, path)
         else:
             _rename_partial(partial, path)
+        flush_folders(path, path.parent, *(parent.parent for parent in made))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made if not path.exists() else ():
             with suppress(OSError):  # another process has put something there meanwhile
                 parent.rmdir()
+
+
+def flush_folders(*paths: Path) -> None:
+    """Make new entries of folders durable.
+
+    Raises:
+        JournalError: A folder cannot be flushed to disk.
+    """
+    for path in paths:
+        try:
+            sync_folder(path)
+        except OSError as error:
+            raise JournalError(f"{path}: cannot be flushed to disk: {error.strerror}") from error
 
 
 def _rename_partial(partial: Path, path: Path) -> None:

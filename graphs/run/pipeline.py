@@ -16,7 +16,6 @@ from typing import Any, Final, TypeAlias
 import orjson
 
 from ...backends.core.aio import call_stoppable
-from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
@@ -42,6 +41,7 @@ from ...backends.storage.run_folder import (
     RunFolder,
     StagePlace,
     create_folder,
+    flush_folders,
     get_folder_identity,
     get_run_ids,
     place_to_be,
@@ -428,7 +428,7 @@ class Pipeline:
         source: EntrySource,
         note: ExtendRun,
     ) -> ReadyRun:
-        """Create a run of the pipeline; it is on disk when this returns.
+        """Create a run of the pipeline for a session that follows at once.
 
         Args:
             folder: The folder to create.
@@ -437,21 +437,24 @@ class Pipeline:
             source: Its items.
             note: Returns what to add to the provenance, once the items are written.
         """
-        await asyncio.to_thread(folder.path.parent.mkdir, parents=True, exist_ok=True)
+
+        async def extend(made: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+            session = await self._resources.describe_session(folder)
+            return {**await note(made, about), "sessions": [session]}
+
         probed = self._resources.find_probed(loaded)
         made = await prepare_run(
             loaded,
             folder.path,
             allow_simulated=self._allow_simulated,
-            extend=note,
+            extend=extend,
             source=source,
             place=place,
             probed=probed,
         )
         if probed is None and made.endpoints is not None:
             self._resources.keep_probed(loaded, made.endpoints)
-        await asyncio.to_thread(_sync, folder.path)
-        return await self._share_resources(made)
+        return replace(await self._share_resources(made), is_begun=True)
 
     async def resume(
         self, folder: RunFolder, loaded: LoadedConfig, place: StagePlace, run: RunInner
@@ -497,6 +500,7 @@ class _OperatorRun:
         self._levels, self._asking = 0, False
         self._answer_tokens = 0
         self._open = list[LevelAnswers]()
+        self._settings = dict[str, LoadedConfig]()
 
     async def run(self) -> None:
         stage, folder = self._stage, self._stage.folder
@@ -548,12 +552,10 @@ class _OperatorRun:
 
     def _create(self, rows: StageRows) -> None:
         stage = self._stage
-        stage.folder.path.parent.mkdir(exist_ok=True)
         with create_folder(stage.folder.path) as folder:
             summary = load_rows(folder.path / _INPUT_FILE, rows.open())
             folder.write_place(self._pipeline.make_place(stage, stage.folder))
             _write_operator(folder, stage, summary.items, rows.counts.to_json())
-        _sync(stage.folder.path)
 
     async def _ask(
         self, level: str, task: LevelTask, questions: Iterable[Question]
@@ -575,8 +577,7 @@ class _OperatorRun:
         self, folder: RunFolder, level: str, task: LevelTask, questions: Iterable[Question]
     ) -> None:
         stage, pipeline = self._stage, self._pipeline
-        settings = _level_settings(stage, task, self._answer_tokens)
-        loaded = load_stage(pipeline.loaded, stage.number, settings)
+        loaded = self._load_level(task)
         source = NamedRows(f"level {level!r} of stage {stage.name!r}", _iter_questions(questions))
         place = pipeline.make_place(stage, folder)
         if not folder.provenance.exists():
@@ -593,6 +594,15 @@ class _OperatorRun:
             )
             raise ConfigurationError(msg)
         await pipeline.resume(folder, loaded, place, self._run)
+
+    def _load_level(self, task: LevelTask) -> LoadedConfig:
+        """Return the settings of a level; most levels of a stage have the same."""
+        settings = _level_settings(self._stage, task, self._answer_tokens)
+        key = repr(settings)
+        if key not in self._settings:
+            loaded = load_stage(self._pipeline.loaded, self._stage.number, settings)
+            self._settings[key] = loaded
+        return self._settings[key]
 
     async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
@@ -683,26 +693,29 @@ class LevelAnswers(Sequence[Answer]):
     def __getitem__(self, at: Any) -> Any:
         """Return one answer, or a list of them; blocks."""
         if isinstance(at, slice):
-            return [self._read(index) for index in range(*at.indices(len(self)))]
-        return self._read(range(len(self))[at])
+            return [self[index] for index in range(*at.indices(len(self)))]
+        return _make_answer(self._journal.read_record(range(len(self))[at]))
 
     def __iter__(self) -> Iterator[Answer]:
         """Yield the answers in order; blocks."""
-        return map(self._read, range(len(self)))
-
-    def _read(self, index: int) -> Answer:
-        record = self._journal.read_record(index)
-        return Answer(
-            str(record["id"]),
-            record.get("output"),
-            record.get("error_class"),
-            record.get("error"),
-            record,
-        )
+        for lo in range(0, len(self), _SLICE):
+            for record in self._journal.read_answers(lo, min(lo + _SLICE, len(self)), whole=True):
+                assert record is not None, "all items of the level have ended"
+                yield _make_answer(record)
 
     def close(self) -> None:
         """Close the files."""
         self._journal.close()
+
+
+def _make_answer(record: dict[str, Any]) -> Answer:
+    return Answer(
+        str(record["id"]),
+        record.get("output"),
+        record.get("error_class"),
+        record.get("error"),
+        record,
+    )
 
 
 def _own_limits(stage: Stage) -> dict[str, float]:
@@ -813,15 +826,6 @@ def _estimate_tokens(texts: Sequence[str]) -> list[int]:
     return [math.ceil(_CAUTION * estimate_text_tokens(text)) for text in texts]
 
 
-def _sync(path: Path) -> None:
-    """Make a new folder and its content durable."""
-    try:
-        for one in (path, path.parent, path.parent.parent):
-            sync_folder(one)
-    except OSError as error:
-        raise JournalError(f"{path}: cannot be flushed to disk: {error.strerror}") from error
-
-
 def _make_record(
     stage: str, index: int, one: StageResult, about: Mapping[str, Any]
 ) -> dict[str, Json]:
@@ -883,7 +887,7 @@ def _write_result_files(
     settings = to_yaml(make_portable(loaded.plain, folder.path)).encode()
     write_bytes(folder.settings, settings)
     folder.write_provenance(about)
-    _sync(folder.path)
+    flush_folders(folder.path)
 
 
 def remove_unfinished(folder: RunFolder) -> None:

@@ -122,6 +122,10 @@ class Items(Protocol):
         """Return the ids of the items ``lo`` to ``hi`` (exclusive); blocks."""
         ...
 
+    def find_longest_row(self) -> int:
+        """Return the bytes of the longest item, with its columns as compact JSON; blocks."""
+        ...
+
 
 async def cannot_count(_text: str) -> int | None:
     """Return None: there is no exact count."""

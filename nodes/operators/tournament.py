@@ -14,7 +14,15 @@ pairs on a cycle are compared again, in other groups, up to ``repeats`` times.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -95,10 +103,13 @@ class _Wins:
             self.met[item] = self.met.get(item, 0) + 1
             won, lost = self._totals.get(item, (0, 0))
             self._totals[item] = won + last - place, lost + place
-            wins = self._wins.setdefault(item, {})
-            for other in order[place + 1 :]:
-                wins[other] = wins.get(other, 0) + 1
-            self.pairs += last - place
+            wins, worse = self._wins.get(item), order[place + 1 :]
+            if wins is None:
+                self._wins[item] = dict.fromkeys(worse, 1)
+            else:
+                for other in worse:
+                    wins[other] = wins.get(other, 0) + 1
+        self.pairs += last * (last + 1) // 2
 
     def count(self, one: int, other: int) -> tuple[int, int]:
         """Return how often the first won against the second, and the second against the first."""
@@ -118,10 +129,11 @@ class _Wins:
             lost = sum(self.get(other).get(item, 0) for other in others)
         return won / (won + lost) if won + lost else 0.5
 
-    def is_beaten(self, item: int, other: int) -> bool:
-        """Return True if the other one has won against the item more often than lost."""
-        won, lost = self.count(item, other)
-        return lost > won
+    def count_each(self, items: Iterable[int], other: int) -> Iterator[tuple[int, int, int]]:
+        """Yield each item, how often it won against the other one, and how often it lost."""
+        wins, lost = self._wins, self.get(other)
+        for item in items:
+            yield item, wins.get(item, _NO_WINS).get(other, 0), lost.get(item, 0)
 
 
 _NO_WINS: Final[Mapping[int, int]] = {}
@@ -250,19 +262,20 @@ class Tournament:
             need = self._k - len(kept)
             pivot = await self._choose_pivot(open_items, need)
             rest = [item for item in open_items if item != pivot]
-            unmet = [item for item in rest if not any(self._wins.count(item, pivot))]
+            counts = self._wins.count_each(rest, pivot)
+            unmet = [item for item, won, lost in counts if not won and not lost]
             await self._ask([[*part, pivot] for part in self._split(unmet, self._group - 1)])
             # An item that failed to be compared stays in the race.
-            lost, above = list[int](), list[int]()
-            for item in rest:
-                (lost if self._wins.is_beaten(item, pivot) else above).append(item)
+            below, above = list[int](), list[int]()
+            for item, won, lost in self._wins.count_each(rest, pivot):
+                (below if lost > won else above).append(item)
             if len(above) >= need:
                 if len(above) + 1 >= len(open_items):
                     break
                 open_items = above
             else:
                 kept += [*above, pivot]
-                open_items = lost
+                open_items = below
                 if len(kept) >= self._k:
                     return kept
         return kept + open_items

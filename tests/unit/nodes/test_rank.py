@@ -45,6 +45,9 @@ class Rows:
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
 
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.items)
+
 
 class Model:
     """Orders texts by the value that they state; one that says "rank me first" wins."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 import pytest
 
 from fanfold.backends.core.types import Item
@@ -39,6 +40,9 @@ class Rows:
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
+
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.items)
 
 
 @dataclass
