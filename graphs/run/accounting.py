@@ -83,7 +83,7 @@ async def charge_node_time(
 
 def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
     """Return a function that reports the statistics of each endpoint."""
-    return lambda: [asdict(report) for report in fleet.report()]
+    return lambda: [asdict(one) for one in fleet.report() if one.calls or one.opened]
 
 
 @asynccontextmanager

@@ -212,7 +212,7 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
         from .item_engine import check_item_graph  # noqa: PLC0415 - imports LangGraph
 
         check_item_graph(loaded.config)
-    if not defer_endpoints:
+    if not defer_endpoints and probed is None:
         check_endpoints(loaded)
     async with _create_folder(path, loaded.config) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)

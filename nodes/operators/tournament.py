@@ -17,7 +17,6 @@ import random
 from collections.abc import (
     Awaitable,
     Callable,
-    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -119,15 +118,19 @@ class _Wins:
         """Return how often an item won, by the item that lost."""
         return self._wins.get(item, _NO_WINS)
 
-    def share(self, item: int, others: Collection[int] | None = None) -> float:
-        """Return the share of an item's comparisons with others, or with all, that it won."""
-        if others is None:
-            won, lost = self._totals.get(item, (0, 0))
-        else:
+    def share(self, item: int) -> float:
+        """Return the share of an item's comparisons that it won."""
+        return _divide(*self._totals.get(item, (0, 0)))
+
+    def shares(self, items: Sequence[int]) -> dict[int, float]:
+        """Return, for each of some items, the share of its comparisons with them that it won."""
+        won, lost = dict.fromkeys(items, 0), dict.fromkeys(items, 0)
+        for item in items:
             wins = self.get(item)
-            won = sum(wins.get(other, 0) for other in others)
-            lost = sum(self.get(other).get(item, 0) for other in others)
-        return won / (won + lost) if won + lost else 0.5
+            for other in wins.keys() & lost.keys():
+                won[item] += wins[other]
+                lost[other] += wins[other]
+        return {item: _divide(won[item], lost[item]) for item in items}
 
     def count_each(self, items: Iterable[int], other: int) -> Iterator[tuple[int, int, int]]:
         """Yield each item, how often it won against the other one, and how often it lost."""
@@ -139,6 +142,10 @@ class _Wins:
 _NO_WINS: Final[Mapping[int, int]] = {}
 
 
+def _divide(won: int, lost: int) -> float:
+    return won / (won + lost) if won + lost else 0.5
+
+
 class _Graph:
     """The transitive closure of the majority of wins among some items.
 
@@ -148,17 +155,15 @@ class _Graph:
     def __init__(self, items: Sequence[int], wins: _Wins) -> None:
         self.items = items
         count = len(items)
-        direct, places = [0] * count, {item: place for place, item in enumerate(items)}
+        won, lost = [0] * count, [0] * count
+        places = {item: place for place, item in enumerate(items)}
         for one, item in enumerate(items):
-            won = wins.get(item)
-            for other in won.keys() & places.keys():
-                if won[other] > wins.get(other).get(item, 0):
-                    direct[one] |= 1 << places[other]
-        self.below = _close(direct)
-        self.above = [0] * count
-        for one in range(count):
-            for other in _bits(self.below[one]):
-                self.above[other] |= 1 << one
+            beaten = wins.get(item)
+            for other in beaten.keys() & places.keys():
+                if beaten[other] > wins.get(other).get(item, 0):
+                    won[one] |= 1 << places[other]
+                    lost[places[other]] |= 1 << one
+        self.below, self.above = _close(won), _close(lost)
         self.cycle = [self.below[n] & self.above[n] for n in range(count)]
 
     def better(self, position: int) -> int:
@@ -168,13 +173,6 @@ class _Graph:
     def known(self, position: int) -> int:
         """Return the items whose relation to this one is known, itself included."""
         return self.above[position] | self.below[position] | 1 << position
-
-
-def _bits(bits: int) -> Iterable[int]:
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low
 
 
 def _close(direct: Sequence[int]) -> list[int]:
@@ -341,10 +339,9 @@ class Tournament:
 
     def _order(self, items: Sequence[int]) -> list[int]:
         """Return the items, best first; tied ones by their share of wins, then by number."""
-        graph = _Graph(items, self._wins)
+        graph, shares = _Graph(items, self._wins), self._wins.shares(items)
         places = sorted(
-            range(len(items)),
-            key=lambda n: (graph.better(n), -self._wins.share(items[n], items), items[n]),
+            range(len(items)), key=lambda n: (graph.better(n), -shares[items[n]], items[n])
         )
         return [items[n] for n in places]
 
