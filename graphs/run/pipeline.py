@@ -67,7 +67,14 @@ from ...nodes.operators import (
 from .fingerprint import compute_fingerprint
 from .input_check import check_input_setting
 from .pipeline_resources import PipelineResources
-from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
+from .prepare import (
+    ExtendRun,
+    ReadyRun,
+    describe_input,
+    describe_session,
+    prepare_run,
+    resume_run,
+)
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, list_levels
 from .stage_rows import StageRows, describe_rows
@@ -378,6 +385,7 @@ class Pipeline:
         self._estimate_reserve = estimate_reserve
         self._resources, self._allow_simulated = resources, allow_simulated
         self.stages = list_stages(loaded, folder.path)
+        self._session: dict[str, Any] | None = None
 
     async def run_stage(self, stage: Stage, run: RunInner) -> None:
         """Run a stage to its end; earlier stages have ended.
@@ -439,8 +447,9 @@ class Pipeline:
         """
 
         async def extend(made: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
-            session = await self._resources.describe_session(folder)
-            return {**await note(made, about), "sessions": [session]}
+            session = self._session or await asyncio.to_thread(describe_session, folder)
+            self._session = {**session, "started": utc_timestamp()}
+            return {**await note(made, about), "sessions": [self._session]}
 
         probed = self._resources.find_probed(loaded)
         made = await prepare_run(
@@ -796,6 +805,8 @@ def _level_settings(
     changes: dict[str, Any] = {"input": {}, "reduce": [dict(one) for one in task.reduce]}
     if stage.config.cascade is not None:  # its questions are its items, which may be parts
         changes["input"] = keep_split(stage.loaded.raw.get("input"))
+    else:  # they have nothing in common at their beginnings but what all have
+        changes["limits"] = {**(stage.loaded.raw.get("limits") or {}), "order": "input"}
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     model = dict(stage.loaded.raw.get("model") or {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -15,10 +14,8 @@ from ...backends.core.aio import create_detached_task
 from ...backends.discovery.connect import ReadyEndpoints
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.memory import FleetMemory
-from ...backends.storage.run_folder import RunFolder, utc_timestamp
 from ...configs.loader import LoadedConfig
 from ..remote.coordinator import SharedWorkers
-from .prepare import describe_session
 
 _PROBED_S: Final = 10.0
 """Age up to which a probe of endpoints counts for the next run, too."""
@@ -43,7 +40,6 @@ class PipelineResources:
         self.fleets = FleetMemory()
         self._endpoints = dict[bytes, tuple[Any, ReadyEndpoints]]()
         self._probed = dict[bytes, tuple[float, ReadyEndpoints]]()
-        self._session: Mapping[str, Any] | None = None
 
     async def open_endpoints(self, loaded: LoadedConfig) -> ReadyEndpoints | None:
         """Return the endpoints for a run, or None if it has to find its own.
@@ -59,16 +55,6 @@ class PipelineResources:
             opening = ready_endpoints(config, loaded.plain["endpoints"])
             self._endpoints[key] = opening, await opening.__aenter__()
         return self._endpoints[key][1]
-
-    async def describe_session(self, folder: RunFolder) -> dict[str, Any]:
-        """Return the provenance entry of the session of a run that begins now.
-
-        Args:
-            folder: The folder of the run.
-        """
-        if self._session is None:
-            self._session = await asyncio.to_thread(describe_session, folder)
-        return {**self._session, "started": utc_timestamp()}
 
     def find_probed(self, loaded: LoadedConfig) -> ReadyEndpoints | None:
         """Return the endpoints of a run if another one probed them a moment ago, or None.

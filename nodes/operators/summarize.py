@@ -7,7 +7,7 @@ import bisect
 import itertools
 import random
 import re
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -38,7 +38,7 @@ SHOWN_IDS: Final = 5
 _MOST_GROUP: Final = 6000
 _OVERHEAD: Final = 600
 """Tokens of a prompt besides the texts of its group and ``prompt``."""
-_SLICE: Final = 256
+_SLICE: Final = 1024
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
@@ -346,10 +346,14 @@ class Summarize(Operator):
             counts: Receives the items of each group.
         """
         packer = _Packer(self, tools, most)
-        async for item, tokens in self._count_items(tools):
-            group = self._read_group(item.row)
-            counts[group] = counts.get(group, 0) + 1
-            await packer.add(group, item.index, tokens)
+        for lo in range(0, len(tools.items), _SLICE):
+            groups, texts = await asyncio.to_thread(self._read_slice, tools, lo)
+            tokens = await tools.count_tokens(texts)
+            for index, (group, used) in enumerate(zip(groups, tokens, strict=True), start=lo):
+                counts[group] = counts.get(group, 0) + 1
+                if not packer.fits(group, used):
+                    await packer.close(group)
+                packer.add(group, index, used)
         packed = await packer.end()
         leaves = ((group, leaf) for group, leaves in packed.items() for leaf in leaves)
         return [
@@ -357,13 +361,10 @@ class Summarize(Operator):
             for number, (group, leaf) in enumerate(leaves, start=1)
         ]
 
-    async def _count_items(self, tools: StageTools) -> AsyncIterator[tuple[Item, int]]:
-        for lo in range(0, len(tools.items), _SLICE):
-            hi = min(len(tools.items), lo + _SLICE)
-            some = await asyncio.to_thread(tools.items.read, lo, hi)
-            texts = [self.render(item) for item in some]
-            for item, tokens in zip(some, await tools.count_tokens(texts), strict=True):
-                yield item, tokens
+    def _read_slice(self, tools: StageTools, lo: int) -> tuple[list[str], list[str]]:
+        """Return the groups and the texts of some items; blocks."""
+        some = tools.items.read(lo, min(len(tools.items), lo + _SLICE))
+        return [self._read_group(one.row) for one in some], [self.render(one) for one in some]
 
     def _read_group(self, row: Row) -> str:
         if self.group_by is None:
@@ -508,26 +509,31 @@ class _Packer:
         self._raw = 0.0
         self._steady = self._skip = 0
 
-    async def add(self, group: str, index: int, tokens: int) -> None:
-        """Add an item with its estimated tokens."""
+    def fits(self, group: str, tokens: int) -> bool:
+        """Return True if the open leaf of a group has room for an item with so many tokens."""
+        leaf = self._open.get(group)
+        if leaf is None or not leaf.items:
+            return True
+        used = (leaf.used + tokens) * (self._ratio or 1.0)
+        return used <= self._most and len(leaf.items) < self._listed
+
+    def add(self, group: str, index: int, tokens: int) -> None:
+        """Add an item with its estimated tokens to the open leaf of its group."""
         leaf = self._open.get(group)
         if leaf is None:
             leaf = self._open[group] = _Leaf()
             self._closed[group] = []
-        used = (leaf.used + tokens) * (self._ratio or 1.0)
-        if leaf.items and (used > self._most or len(leaf.items) >= self._listed):
-            leaf = await self._close(group)
         leaf.add(index, tokens)
 
     async def end(self) -> dict[str, list[list[int]]]:
         """Return the indices of the items of each leaf, by group."""
         for group in self._open:
             while self._open[group].items:
-                await self._close(group)
+                await self.close(group)
         return self._closed
 
-    async def _close(self, group: str) -> _Leaf:
-        """Close the leaf of a group; return the next one, which has what did not fit."""
+    async def close(self, group: str) -> None:
+        """Close the leaf of a group; the next one begins with what did not fit."""
         leaf = self._open[group]
         kept = len(leaf.items)
         if self._ratio is None or (leaf.used > self._most and not self._skip):
@@ -538,7 +544,6 @@ class _Packer:
         left = self._open[group] = _Leaf()
         for index, tokens in zip(leaf.items[kept:], leaf.tokens[kept:], strict=True):
             left.add(index, tokens)
-        return left
 
     async def _count_fitting(self, leaf: _Leaf) -> int:
         """Return how many items from the beginning fit by the tokenizer, at least one."""
