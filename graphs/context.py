@@ -605,7 +605,7 @@ class RunContext(SettingsForm):
         assert folder is not None, "the command line names a folder"
         self._deadlines[folder] = end
         self._keep_probed(folder, run.endpoints)
-        self.__dict__["_resources"] = run.resources
+        self.__dict__ |= {"_resources": run.resources, "_is_begun": run.is_begun}
         async with self._open_at(folder) as tools:
             yield tools
 
@@ -636,6 +636,7 @@ class RunContext(SettingsForm):
                     work_shard,
                     self._deadlines[folder],
                     self._resources,
+                    self._is_begun and not self.embedded,  # embedded runs are opened repeatedly
                 )
                 ready = self._take_probed(folder) or self._shared_endpoints
                 async with open_run(run_folder, loaded, mode, ready) as tools:

@@ -241,7 +241,8 @@ class ItemStore:
             for batch, places in wanted.items():
                 rows = [indices[place] // samples - starts[batch] for place in places]
                 part = self._reader.get_batch(batch).take(pa.array(rows))
-                ids, data, problems = (column.to_pylist() for column in part.columns)
+                columns: list[list[Any]] = [column.to_pylist() for column in part.columns]
+                ids, data, problems = columns
                 for place, name, row, problem in zip(places, ids, data, problems, strict=True):
                     index, sample = indices[place], indices[place] % samples
                     own = make_sample_id(name, sample)

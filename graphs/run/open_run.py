@@ -100,6 +100,7 @@ class OpenOptions:
         work_shard: The function that workers run.
         deadline: End of the session, or None.
         resources: What the run shares with other runs of its pipeline, or None.
+        is_new: Whether this session has created the run, so that no other one has worked on it.
     """
 
     trace: bool
@@ -109,6 +110,7 @@ class OpenOptions:
     work_shard: WorkShard
     deadline: Walltime | None = None
     resources: PipelineResources | None = None
+    is_new: bool = False
 
 
 @asynccontextmanager
@@ -132,7 +134,7 @@ async def open_run(
     """
     config = loaded.config
     async with AsyncExitStack() as stack:
-        files = await asyncio.to_thread(_open_run_files, folder, loaded)
+        files = await asyncio.to_thread(_open_run_files, folder, loaded, options.is_new)
         stack.push_async_callback(asyncio.to_thread, files.files.close)
         journal, total, price = files.journal, len(files.store), files.price
         stack.push_async_callback(journal.aclose)
@@ -479,7 +481,7 @@ class _RunFiles:
         return str(self.provenance["fingerprint"])
 
 
-def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
+def _open_run_files(folder: RunFolder, loaded: LoadedConfig, is_new: bool) -> _RunFiles:
     about = folder.read_provenance()
     if (
         compute_fingerprint(loaded.config, about["model"], about["simulated"])
@@ -512,7 +514,7 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
             journal,
             about,
             logs.next_session(),
-            logs.total_node_time(),
+            NodeTime() if is_new else logs.total_node_time(),
             find_token_prices(loaded.config, about["model"], bool(about["simulated"])) or NO_PRICES,
             tuple(describe_open_batches(BatchFolder(folder.batches).read())),
             "" if place is None else place.stage,

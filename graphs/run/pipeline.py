@@ -447,9 +447,10 @@ class Pipeline:
         """
 
         async def extend(made: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
-            session = self._session or await asyncio.to_thread(describe_session, folder)
-            self._session = {**session, "started": utc_timestamp()}
-            return {**await note(made, about), "sessions": [self._session]}
+            if self._session is None:
+                self._session = await asyncio.to_thread(describe_session, folder)
+            session = {**self._session, "started": utc_timestamp()}
+            return {**await note(made, about), "sessions": [session]}
 
         probed = self._resources.find_probed(loaded)
         made = await prepare_run(
