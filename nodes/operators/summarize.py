@@ -351,9 +351,9 @@ class Summarize(Operator):
             tokens = await tools.count_tokens(texts)
             for index, (group, used) in enumerate(zip(groups, tokens, strict=True), start=lo):
                 counts[group] = counts.get(group, 0) + 1
-                if not packer.fits(group, used):
+                if not packer.add(group, index, used):
                     await packer.close(group)
-                packer.add(group, index, used)
+                    packer.add(group, index, used, always=True)
         packed = await packer.end()
         leaves = ((group, leaf) for group, leaves in packed.items() for leaf in leaves)
         return [
@@ -486,11 +486,6 @@ class _Leaf:
     def __init__(self) -> None:
         self.items, self.tokens, self.used = list[int](), list[int](), 0
 
-    def add(self, index: int, tokens: int) -> None:
-        self.items.append(index)
-        self.tokens.append(tokens)
-        self.used += tokens
-
 
 class _Packer:
     """Packs items into leaves that fit, in the order in which they are added.
@@ -509,21 +504,30 @@ class _Packer:
         self._raw = 0.0
         self._steady = self._skip = 0
 
-    def fits(self, group: str, tokens: int) -> bool:
-        """Return True if the open leaf of a group has room for an item with so many tokens."""
-        leaf = self._open.get(group)
-        if leaf is None or not leaf.items:
-            return True
-        used = (leaf.used + tokens) * (self._ratio or 1.0)
-        return used <= self._most and len(leaf.items) < self._listed
+    def add(self, group: str, index: int, tokens: int, *, always: bool = False) -> bool:
+        """Add an item with its estimated tokens to the open leaf of its group.
 
-    def add(self, group: str, index: int, tokens: int) -> None:
-        """Add an item with its estimated tokens to the open leaf of its group."""
+        Args:
+            group: The group.
+            index: The item.
+            tokens: Its estimated tokens.
+            always: Whether it is added even if it may not fit.
+
+        Returns:
+            False if the leaf has no room for the item, which was not added.
+        """
         leaf = self._open.get(group)
         if leaf is None:
             leaf = self._open[group] = _Leaf()
             self._closed[group] = []
-        leaf.add(index, tokens)
+        if leaf.items and not always:
+            used = (leaf.used + tokens) * (self._ratio or 1.0)
+            if used > self._most or len(leaf.items) >= self._listed:
+                return False
+        leaf.items.append(index)
+        leaf.tokens.append(tokens)
+        leaf.used += tokens
+        return True
 
     async def end(self) -> dict[str, list[list[int]]]:
         """Return the indices of the items of each leaf, by group."""
@@ -542,8 +546,8 @@ class _Packer:
             self._skip = max(0, self._skip - 1)
         self._closed[group].append(leaf.items[:kept])
         left = self._open[group] = _Leaf()
-        for index, tokens in zip(leaf.items[kept:], leaf.tokens[kept:], strict=True):
-            left.add(index, tokens)
+        left.items, left.tokens = leaf.items[kept:], leaf.tokens[kept:]
+        left.used = sum(left.tokens)
 
     async def _count_fitting(self, leaf: _Leaf) -> int:
         """Return how many items from the beginning fit by the tokenizer, at least one."""
@@ -627,7 +631,8 @@ class _Tree:
             elif part.is_merge:
                 found.append(_merge(part.members, answer))
             else:
-                ids = {_label(at): (one,) for at, one in enumerate(own, start=1)}
+                labels = map(_label, range(1, len(own) + 1))
+                ids = dict(zip(labels, zip(own, strict=True), strict=True))
                 found.append(_make_node(part.group, answer, ids))
         return found
 
@@ -678,10 +683,12 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
     for found in answer.output["statements"]:
         if not found["text"].strip():
             continue
-        named = dict.fromkeys(name.strip("[] ") for name in found["ids"])
+        named = dict.fromkeys(found["ids"])
+        if not named.keys() <= ids.keys():
+            named = dict.fromkeys(name.strip("[] ") for name in found["ids"])
         known = [name for name in named if name in ids]
         node.unknown += len(found["ids"]) - len(known)
-        sources = dict.fromkeys(source for name in known for source in ids[name])
+        sources = dict.fromkeys(itertools.chain.from_iterable(map(ids.__getitem__, known)))
         node.statements.append(_Statement(found["text"], tuple(sources)))
     return node
 
