@@ -525,7 +525,9 @@ class RunContext(SettingsForm):
         try:
             stages = list_stages(loaded, folder)
             reserve = make_reserve(loaded, stages)
-            pipeline = Pipeline(RunFolder(folder), loaded, resources, self.allow_simulated, reserve)
+            pipeline = Pipeline(
+                RunFolder(folder), loaded, stages, resources, self.allow_simulated, reserve
+            )
             stage = next(one for one in pipeline.stages if one.name == name)
             await pipeline.run_stage(stage, run_inner)
         finally:

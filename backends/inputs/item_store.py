@@ -245,7 +245,7 @@ class ItemStore:
                 ids, data, problems = columns
                 for place, name, row, problem in zip(places, ids, data, problems, strict=True):
                     index, sample = indices[place], indices[place] % samples
-                    own = make_sample_id(name, sample)
+                    own = make_sample_id(name, sample) if sample else name
                     items[place] = Item(index, own, orjson.loads(row), problem, sample)
         return [item for item in items if item is not None]
 

@@ -368,6 +368,7 @@ class Pipeline:
     Args:
         folder: The folder of the pipeline; the caller has locked it.
         loaded: Its settings.
+        stages: Its stages.
         resources: What its runs share.
         allow_simulated: Allow a simulated fleet.
         estimate_reserve: Returns what the budget keeps during a stage, by its items; blocks.
@@ -377,14 +378,14 @@ class Pipeline:
         self,
         folder: RunFolder,
         loaded: LoadedConfig,
+        stages: Sequence[Stage],
         resources: PipelineResources,
         allow_simulated: bool = True,
         estimate_reserve: Callable[[Stage, Path], Amount] | None = None,
     ) -> None:
-        self.folder, self.loaded = folder, loaded
+        self.folder, self.loaded, self.stages = folder, loaded, stages
         self._estimate_reserve = estimate_reserve
         self._resources, self._allow_simulated = resources, allow_simulated
-        self.stages = list_stages(loaded, folder.path)
         self._session: dict[str, Any] | None = None
 
     async def run_stage(self, stage: Stage, run: RunInner) -> None:
