@@ -374,7 +374,7 @@ class Pipeline:
         estimate_reserve: Returns what the budget keeps during a stage, by its items; blocks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
         self,
         folder: RunFolder,
         loaded: LoadedConfig,
