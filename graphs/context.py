@@ -52,7 +52,7 @@ from .invocation import (
 from .run.accounting import OpenRun
 from .run.final_reducers import add_final_results
 from .run.items import make_item_context
-from .run.open_run import OpenOptions, open_run, write_aggregate, write_results
+from .run.open_run import OpenOptions, open_run, refer_to_results, write_aggregate, write_results
 from .run.pipeline import Pipeline, list_stages, prepare_pipeline
 from .run.pipeline_report import read_stage_end
 from .run.pipeline_resources import PipelineResources
@@ -693,15 +693,15 @@ class RunContext(SettingsForm):
         folder = await self._find_open_folder(run)
         run_folder = RunFolder(folder)
         async with self._open_at(folder) as tools:
-            extents = tools.item_journal.extents()
+            results = refer_to_results(run_folder, tools.simulated)
             if not tools.is_level:  # its operator reads the journal
-                loaded = self._get_settings(folder)
+                loaded, extents = self._get_settings(folder), tools.item_journal.extents()
                 source = await asyncio.to_thread(write_results, run_folder, loaded, tools)
                 reducers = loaded.config.reduce
                 aggregate = await add_final_results(reducers, aggregate, run_folder, source)
-            results = await asyncio.to_thread(
-                write_aggregate, run_folder, tools, aggregate, progress, extents
-            )
+                await asyncio.to_thread(
+                    write_aggregate, run_folder, tools, aggregate, progress, extents
+                )
             if self.embedded:
                 await asyncio.to_thread(end_session, run_folder)
         self._progress_streams.pop(folder, None)

@@ -182,9 +182,12 @@ class RunFolder:
         return StagePlace(root, key, kept, limits)
 
     def write_place(self, place: StagePlace) -> None:
-        """Record the place of the run in a pipeline; the file contains no path of the machine."""
+        """Record the place of the run in a pipeline; the file contains no path of the machine.
+
+        It is not flushed to disk, because each session of the pipeline writes it again.
+        """
         data = {"v": 1, "key": place.key, "kept": dict(place.kept), "limits": dict(place.limits)}
-        write_json(self.place, data)
+        write_json(self.place, data, flush=False)
 
     @property
     def responses(self) -> Path:
@@ -343,17 +346,28 @@ def make_busy_message(what: object) -> str:
     )
 
 
-def write_json(path: Path, data: Json) -> None:
+def write_json(path: Path, data: Json, *, flush: bool = True) -> None:
     """Write JSON in one step: a reader sees the old file or the new one.
+
+    Args:
+        path: The file.
+        data: Its content.
+        flush: Whether it is on disk at the end.
 
     Raises:
         JournalError: The file cannot be written.
     """
-    write_bytes(path, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    text = orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    write_bytes(path, text, flush=flush)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, flush: bool = True) -> None:
     """Write a file in one step.
+
+    Args:
+        path: The file.
+        data: Its content.
+        flush: Whether it is on disk at the end.
 
     Raises:
         JournalError: The file cannot be written; the old one is untouched.
@@ -363,8 +377,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         with partial.open("xb") as file:  # "x": never follow a link that already exists
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

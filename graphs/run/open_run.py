@@ -618,8 +618,8 @@ def write_aggregate(
     aggregate: list[dict[str, Any]],
     progress: dict[str, Any],
     extents: Mapping[str, int],
-) -> dict[str, Any]:
-    """Write the aggregate; return references to all results.
+) -> None:
+    """Write the aggregate.
 
     Args:
         folder: The run's folder.
@@ -637,11 +637,15 @@ def write_aggregate(
         folder.aggregate,
         {**content, "progress": progress, "aggregate": aggregate, "journal": extents},
     )
+
+
+def refer_to_results(folder: RunFolder, simulated: bool) -> dict[str, Any]:
+    """Return references to all results of a run."""
     return {
         "folder": str(folder.path),
         "table": str(folder.results),
         "failures": str(folder.failures),
-        "simulated": tools.simulated,
+        "simulated": simulated,
     }
 
 

@@ -193,15 +193,17 @@ def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Return True if a run has ended and its results are written; blocks.
+    """Return True if a run has ended and its results, if it is no level, are written; blocks.
 
     Raises:
         JournalError: Its provenance is damaged.
     """
-    if not folder.provenance.exists() or not folder.aggregate.exists():
+    if not folder.provenance.exists():
         return False
-    sessions = folder.read_provenance()["sessions"]
-    return bool(sessions) and sessions[-1].get("outcome") == FINISHED
+    about = folder.read_provenance()
+    has_results = about.get("level") is not None or folder.aggregate.exists()
+    last = about["sessions"][-1] if about["sessions"] else {}
+    return has_results and last.get("outcome") == FINISHED
 
 
 async def prepare_pipeline(
@@ -694,7 +696,7 @@ class LevelAnswers(Sequence[Answer]):
 
     def __init__(self, folder: RunFolder) -> None:
         about = folder.read_provenance()
-        self._total = about["input"]["items"]
+        self._folder, self._total = folder.journal, about["input"]["items"]
         self._journal = Journal(folder.journal, get_run_ids(about), self._total)
 
     def __len__(self) -> int:
@@ -710,8 +712,13 @@ class LevelAnswers(Sequence[Answer]):
     def __iter__(self) -> Iterator[Answer]:
         """Yield the answers in order; blocks."""
         for lo in range(0, len(self), _SLICE):
-            for record in self._journal.read_answers(lo, min(lo + _SLICE, len(self)), whole=True):
-                assert record is not None, "all items of the level have ended"
+            some = self._journal.read_answers(lo, min(lo + _SLICE, len(self)), whole=True)
+            for index, record in enumerate(some, start=lo):
+                if record is None:
+                    msg = f"{self._folder}: the answer to question {index + 1} is gone; put the "
+                    raise JournalError(
+                        f"{msg}missing files of the journal back, or start a new run"
+                    )
                 yield _make_answer(record)
 
     def close(self) -> None:
@@ -804,7 +811,7 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
 def _level_settings(
     stage: Stage, task: LevelTask, answer_tokens: int | None = None
 ) -> dict[str, Any]:
-    changes: dict[str, Any] = {"input": {}, "reduce": [dict(one) for one in task.reduce]}
+    changes: dict[str, Any] = {"input": {}, "reduce": []}
     if stage.config.cascade is not None:  # its questions are its items, which may be parts
         changes["input"] = keep_split(stage.loaded.raw.get("input"))
     else:  # they have nothing in common at their beginnings but what all have

@@ -20,6 +20,7 @@ from fanfold import load_results
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
+from fanfold.graphs.run.pipeline import is_finished
 from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_workers_kill import marked
@@ -104,7 +105,7 @@ def has_lines(folder: Path) -> bool:
 def outputs(root: Path) -> bytes:
     """Return all results of all stages and levels, without times and costs."""
     found = list[Any]()
-    for file in sorted(root.glob("stages/**/aggregate.json")):
+    for file in sorted(root.glob("stages/**/items.arrow")):
         table = load_results(file.parent).to_arrow()
         times = ("latency_s", "finished_at", "endpoint", "attempts", "fingerprint")
         paid = ("requests", "reused", "wasted_tokens")
@@ -170,8 +171,8 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
                 process.kill()
                 assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
-            assert not (folder / "aggregate.json").exists()  # it was at work
-            assert all((lab.out / done / "aggregate.json").exists() for done in RUNS[:number])
+            assert not is_finished(RunFolder(folder))  # it was at work
+            assert all(is_finished(RunFolder(lab.out / done)) for done in RUNS[:number])
             arguments = ("resume", str(lab.out))
         moved = lab.home / "moved"
         shutil.move(lab.out, moved)
