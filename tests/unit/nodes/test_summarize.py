@@ -186,6 +186,17 @@ async def test_the_same_items_and_answers_give_the_same_questions() -> None:
     assert first.levels == second.levels
 
 
+@pytest.mark.parametrize("group_by", [None, "kind"])
+async def test_long_texts_are_read_again_for_the_same_questions(
+    monkeypatch: pytest.MonkeyPatch, group_by: str | None
+) -> None:
+    kept, again = Model(), Model()
+    await summarize(kept, 3000, group_by=group_by)
+    monkeypatch.setattr("fanfold.nodes.operators.summarize._MOST_KEPT", 2000)
+    await summarize(again, 3000, group_by=group_by)
+    assert kept.levels == again.levels
+
+
 async def test_braces_in_the_prompt_are_text() -> None:
     model = Model()
     await summarize(model, 3, prompt="As {json}")
