@@ -238,4 +238,7 @@ def _announce(run: ReadyRun) -> str:
     place = run.folder.read_place()
     assert place is not None, "the run is a part of a pipeline"
     level = "" if about.get("level") is None else f", {about['level']}"
-    return f"stage {place.stage}{level}: {count_nouns(about['input']['items'], 'item')}"
+    known = about.get("from") or {"done": 0, "failed": 0}
+    kept = known["done"] + known["failed"]
+    more = f", {kept:,} of them kept" if kept else ""
+    return f"stage {place.stage}{level}: {count_nouns(about['input']['items'], 'item')}{more}"

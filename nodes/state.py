@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from langgraph.channels import UntrackedValue
 from langgraph.managed import RemainingSteps
@@ -15,11 +15,17 @@ from .aggregators import combine_states
 
 
 class ShardState(TypedDict):
-    """Input of the node ``shard``: its run and its range of items."""
+    """Input of the node ``shard``: its run and its range of items.
+
+    Keys:
+        may_wait: Whether later supersteps have items: those of the range need not be folded in now
+            if all have ended. A checkpoint of an earlier version has no such key.
+    """
 
     run: RunKey
     lo: int
     hi: int
+    may_wait: NotRequired[bool]
 
 
 def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
@@ -30,6 +36,17 @@ def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
 def max_by_key(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     """Keep the larger value of each key."""
     return {key: max(a.get(key, 0), b.get(key, 0)) for key in a | b}
+
+
+def join_ranges(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
+    """Return ranges in order, those that touch each other as one."""
+    joined = list[list[int]]()
+    for lo, hi in sorted([*a, *b]):
+        if joined and joined[-1][1] == lo:
+            joined[-1] = [joined[-1][0], hi]
+        else:
+            joined.append([lo, hi])
+    return joined
 
 
 def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
@@ -107,6 +124,8 @@ class RunState(RunInput, RunOutput, total=False):
         left: Shards that the budget did not cover, each ``[lo, hi]``.
         needed: The amount that the budget did not cover.
         again: Shards that are sent again in the present superstep.
+        ended: Ranges of items that had all ended before their superstep; they are folded in
+            with the last one, while its items are in flight.
         asked: Number of the last question about the budget.
         refusal: Why its answer was refused, or None.
         pace: Number of items that workers finished, and the sum of the workers' seconds.
@@ -126,6 +145,7 @@ class RunState(RunInput, RunOutput, total=False):
     left: Annotated[list[list[int]], operator.add]
     needed: Annotated[dict[str, int], max_by_key]
     again: list[list[int]]
+    ended: Annotated[list[list[int]], join_ranges]
     asked: int
     refusal: str | None
     pace: Annotated[dict[str, float], add_paces]

@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 
 _UNLIMITED: Final = 1 << 62
 _BLOCKS: Final = 100
-"""Block size is a hundredth of a limit: a killed process leaves so much unaccounted."""
+"""The largest block is a hundredth of a limit: up to three such blocks count as spent by a kill."""
+_SMALLEST: Final = 1 / 64
+"""The smallest block, as a share of the largest."""
+_RAISE_S: Final = 0.25
+"""Blocks grow while the level is raised more often than this, and shrink when it is raised rarely,
+so that a killed process leaves what it spends in about a second, and few writes are needed."""
+_RARELY: Final = 8
+"""Times the interval after which a raise is rare."""
 _SLACK: Final = 3
 """Lower the level of the spend log when it is so many blocks above what is in use."""
 _POLL_S: Final = 0.1
@@ -111,7 +118,8 @@ class BudgetBalance:
             if cap is not None
         ]
         self._at = [Amount._fields.index(name) for name in self._limited]
-        self._block = Amount(*(-(-value // _BLOCKS) for value in self._most))
+        self._share, self._raised_at = _SMALLEST, float("-inf")
+        self._block = self._measure_block()
         self._log, self._exhausted, self._until = log, exhausted, until
         self._level = self._most if log is None else self._unlimited_only()
         self._used = Amount()  # settled, lost and reserved
@@ -372,8 +380,23 @@ class BudgetBalance:
                 self._lower()
                 return
 
+    def _measure_block(self) -> Amount:
+        """Return by how much the level is raised above what is in use."""
+        return Amount(*(math.ceil(value / _BLOCKS * self._share) for value in self._most))
+
+    def _adapt_block(self) -> None:
+        """Choose the block size by the time since the last raise."""
+        now = time.monotonic()
+        since, self._raised_at = now - self._raised_at, now
+        if since < _RAISE_S:
+            self._share = min(2 * self._share, 1.0)
+        elif since > _RARELY * _RAISE_S:
+            self._share = max(self._share / 2, _SMALLEST)
+        self._block = self._measure_block()
+
     def _raise(self, amount: Amount) -> None:
         if self._raising is None and self._thread is not None:
+            self._adapt_block()
             goal = self._used.plus(amount).plus(self._block)
             self._raising = goal.maximum(self._level).minimum(self._most)
             self._thread.submit(self._finish_raise, self._raising)

@@ -31,7 +31,7 @@ from ..run.rich_console import open_message_console
 from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, execute_run, run_pilot
-from .extend import make_confirmation
+from .extend import is_interactive, make_confirmation
 from .format import budget_lines, cost_lines, describe_items, format_duration, format_usd_amount
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
@@ -80,11 +80,6 @@ def _pilot_cost_lines(found: PilotResult) -> Iterator[str]:
     price, stats = found.plan.price, found.stats
     if price is not None and price.prompt is not None and stats is not None:
         yield f"  cost: {format_usd_amount(stats.nano_usd / NANO_PER_USD)}, at {price}"
-
-
-def is_interactive() -> bool:
-    """Return True if stdin and stderr are terminals, so that a question can be answered."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def confirm_rest(left: int) -> bool:

@@ -18,22 +18,23 @@ from ...backends.core.errors import (
 from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import (
     RunFolder,
+    get_run_ids,
     is_vacant,
     open_folder,
     read_aggregate,
-    write_bytes,
 )
-from ...configs.loader import LoadedConfig, load_config, make_portable
+from ...configs.loader import LoadedConfig, load_config
 from ...configs.overrides import Overrides
-from ...configs.yaml_text import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
 from ..run.console import print_json, print_messages
-from ..run.pipeline import find_stage_warnings, prepare_pipeline
+from ..run.extend_pipeline import PipelineExtension
+from ..run.pipeline import find_stage_warnings, list_stages, prepare_pipeline, write_settings
 from ..run.pipeline_report import StageState, describe_stages, list_raise_options
 from ..run.rich_console import Terminal, open_message_console
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
+from .extend import is_interactive, make_pipeline_confirmation
 from .options import OutputMode
 from .stage_findings import show_pipeline_findings
 
@@ -50,15 +51,15 @@ def check_pipeline_options(overrides: Overrides) -> None:
             "run the first items in a folder of their own (--limit 20); fanfold check estimates "
             "all stages",
         ),
-        "--from": (
-            overrides.extends is not None,
-            "a stage depends on all answers before it. Set one cache in both runs (--set "
-            "cache=DIR): requests that are equal to earlier ones are not sent again",
+        "--only": (
+            overrides.only is not None,
+            "select the items of a stage by its where",
         ),
         "--retry-failed": (
             overrides.retry_failed,
-            "later stages have used the results without the failed items. Start a new run with "
-            "the cache of this one (--set cache=DIR): only requests without an answer are sent",
+            "later stages have used the results without the failed items. Start a new run that "
+            "takes over the answers of this one: fanfold run SETTINGS --from DIR --ask-again "
+            "failed",
         ),
     }
     for option, (is_given, advice) in given.items():
@@ -86,7 +87,8 @@ async def pipeline_session(
     await check_saver(overrides.checkpointer)
     if loaded is not None and is_vacant(path):
         end = session_deadline(loaded.config, began)
-        folder = await with_deadline(prepare_pipeline(loaded, path), end)
+        extension = await _open_extension(loaded, overrides, output)
+        folder = await with_deadline(prepare_pipeline(loaded, path, extension=extension), end)
         if not output.quiet:
             found = folder.read_provenance()["input"]
             names = ", ".join(stage.name for stage in loaded.config.stages or ())
@@ -102,10 +104,12 @@ async def pipeline_session(
         if not folder.is_pipeline:
             msg = f"{path}: this is a single run, but the settings have stages; use a new folder"
             raise ConfigurationError(msg)
+        if overrides.extends is not None:
+            await asyncio.to_thread(_note_source, folder, overrides.extends)
         if loaded is None:
             loaded = await asyncio.to_thread(load_config, folder.settings)
         else:
-            await asyncio.to_thread(_write_settings, folder, loaded)
+            await asyncio.to_thread(write_settings, folder, loaded)
         end = session_deadline(loaded.config, began)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
@@ -115,24 +119,48 @@ async def pipeline_session(
     return await execute_pipeline(folder, loaded, options, open_message_console())
 
 
-def _write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
-    """Write changed settings, unless another process works on the pipeline.
+async def _open_extension(
+    loaded: LoadedConfig, overrides: Overrides, output: OutputMode
+) -> PipelineExtension | None:
+    """Return the pipeline that a new one extends, or None.
 
     Raises:
-        ConfigurationError: The settings have other stages.
+        ConfigurationError: It cannot be extended.
     """
-    known = folder.read_provenance()["stages"]
-    names = [stage.name for stage in loaded.config.stages or ()]
-    if names[: len(known)] != known:
+    if overrides.extends is None:
+        return None
+    asks = is_interactive() and not output.as_json
+    stages = {
+        stage.name: stage.loaded.config.endpoints.simulated is not None
+        for stage in list_stages(loaded, Path())
+    }
+    confirm = make_pipeline_confirmation(loaded, overrides.yes, asks)
+    return await asyncio.to_thread(
+        PipelineExtension.open, overrides.extends, stages, overrides.ask_again, confirm
+    )
+
+
+def _note_source(folder: RunFolder, source: Path) -> None:
+    """Check that an existing pipeline extends the one that is named, and note where that is.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    about = folder.read_provenance()
+    known = about.get("from")
+    if known is not None and not source.exists():
+        return
+    found = open_folder(source).read_provenance()
+    if known is None or known["run"] not in get_run_ids(found):
         msg = (
-            f"{folder.path}: this pipeline has the stages {', '.join(known)}, and the settings "
-            f"{', '.join(names)}; stages can be added at the end only: use a new run folder"
+            f"{folder.path}: this pipeline exists and does not extend {source}; --from begins a "
+            "new one: choose another --out"
         )
         raise ConfigurationError(msg)
-    with folder.lock():
-        text = to_yaml(make_portable(loaded.plain, folder.path))
-        write_bytes(folder.settings, text.encode())
-        folder.write_provenance(folder.read_provenance() | {"stages": names})
+    if known["path"] != str(source.resolve()):
+        with folder.lock():
+            moved = known | {"path": str(source.resolve())}
+            folder.write_provenance(folder.read_provenance() | {"from": moved})
 
 
 def print_pipeline_result(result: PipelineResult, output: OutputMode) -> int:

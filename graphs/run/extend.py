@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -138,18 +138,17 @@ class Extension:
                 recorded questions.
             JournalError: It cannot be read, or has another format.
         """
-        source = open_folder(path)
-        source.read_provenance()
+        source = open_source(path)
+        if source.is_pipeline:
+            msg = (
+                f"--from {path}: this is a pipeline of stages, and these settings have a single "
+                f"task; name the folder of one of its stages ({path}/stages/NAME)"
+            )
+            raise ConfigurationError(msg)
         if loaded.config.input.is_batch:
             msg = (
                 f"--from {path}: items that are requests (input.format) have no recorded "
                 "question, so none can be taken over"
-            )
-            raise ConfigurationError(msg)
-        if source.is_in_use():
-            msg = (
-                f"--from {path}: a session is working on this run, and its items in flight would "
-                "be paid twice; wait until it ends, or stop it"
             )
             raise ConfigurationError(msg)
         if only is None:
@@ -173,61 +172,158 @@ class Extension:
             ConfigurationError: One run is simulated and the other is not.
             JournalError: The other run is damaged, or the records cannot be written.
         """
-        with ExitStack() as stack:
-            matcher = await asyncio.to_thread(self._open_matcher, stack, folder, about)
-            header = {"run": about["run"], "session": f"taken over from run {matcher.plan.run}"}
-            writer: JournalWriter | None = None
-            try:
-                for lo in range(0, len(matcher.items), _BATCH):
-                    for record in await asyncio.to_thread(matcher.match, lo):
-                        if writer is None:
-                            path = folder.journal / TAKEN_OVER_FILE
-                            writer = JournalWriter(path, header, self.loaded.config.journal.fsync_s)
-                        writer.write(record)
-            finally:
-                if writer is not None:
-                    await writer.close()
-            plan = await asyncio.to_thread(matcher.finish_plan, self.loaded, about)
-        await self.confirm(plan)
+        plan = await take_over(
+            [self.source],
+            self.loaded,
+            folder,
+            about,
+            ask_again=self.ask_again,
+            confirm=self.confirm,
+            only=self.only,
+        )
         return {"from": plan.to_json()}
 
-    def _open_matcher(
-        self, stack: ExitStack, folder: RunFolder, about: Mapping[str, Any]
-    ) -> _Matcher:
-        before = self.source.read_provenance()
-        if before["simulated"] is not None and before["simulated"] != about["simulated"]:
-            kinds = ("real", "simulated")
-            msg = (
-                f"--from {self.source.path}: its answers are {kinds[before['simulated']]}, and "
-                f"these endpoints are {kinds[about['simulated']]}; a run cannot mix them"
-            )
-            raise ConfigurationError(msg)
-        config = self.loaded.config
-        items = stack.enter_context(ItemStore(folder.items))
-        with ItemStore(self.source.items) as store:
-            indices = {name: index for index, name in enumerate(store.iter_ids())}
-        journal = Journal(self.source.journal, get_run_ids(before), len(indices))
-        stack.enter_context(journal)
-        if lost := list_lost_files(self.source.journal):
-            logger.warning("--from: %s", describe_lost_files(lost, journal))
-        prompt = config.parse_prompt()
-        return _Matcher(
-            items=items,
-            journal=journal,
-            indices=indices,
-            total=len(indices),
-            digests=ItemDigests(
-                compute_question_digest(config, about["model"]),
-                prompt.constants,
-                bytes.fromhex(about["fingerprint"]),
-            ),
-            build_messages=prompt.build_messages,
-            images=open_images(config),
-            ask_again=self.ask_again or _choose_ask_again(self.source, self.loaded),
-            plan=ExtensionPlan(
-                before["run"], self.source.path, bool(about["simulated"]), only=self.only
-            ),
+
+def open_source(path: Path) -> RunFolder:
+    """Return the folder of a run that a new run extends; blocks.
+
+    Raises:
+        ConfigurationError: There is no run, or a session is working on it.
+        JournalError: It cannot be read, or has another format.
+    """
+    source = open_folder(path)
+    source.read_provenance()
+    if source.is_in_use():
+        msg = (
+            f"--from {path}: a session is working on this run, and its items in flight would "
+            "be paid twice; wait until it ends, or stop it"
         )
+        raise ConfigurationError(msg)
+    return source
+
+
+async def take_over(  # noqa: PLR0913 - a run, those that it extends, and how
+    sources: Sequence[RunFolder],
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    about: Mapping[str, Any],
+    *,
+    ask_again: str | None,
+    confirm: Callable[[ExtensionPlan], Awaitable[None]] | None = None,
+    only: str | None = None,
+    run: str | None = None,
+) -> ExtensionPlan:
+    """Write the records that a run takes over into its journal, while it is in preparation.
+
+    Args:
+        sources: The runs whose items are taken over; each item from the first one that has it.
+        loaded: The settings of the new run.
+        folder: Its folder, with its items.
+        about: Its provenance.
+        ask_again: Finished items that are asked again; None decides by what has changed.
+        confirm: Called with the plan; it raises to stop. None needs no estimate.
+        only: Conditions that have selected the items.
+        run: Id that the records name as their origin; None is that of the first source.
+
+    Raises:
+        ConfigurationError: One run is simulated and the other is not.
+        JournalError: Another run is damaged, or the records cannot be written.
+    """
+    with ExitStack() as stack:
+        found = [
+            await asyncio.to_thread(_open_source, stack, one, loaded, about, ask_again)
+            for one in sources
+        ]
+        run = run or found[0].run
+        plan = ExtensionPlan(run, sources[0].path, bool(about["simulated"]), only=only)
+        items = stack.enter_context(await asyncio.to_thread(ItemStore, folder.items))
+        matcher = await asyncio.to_thread(_open_matcher, found, items, loaded, about, plan)
+        header = {"run": about["run"], "session": f"taken over from run {run}"}
+        writer: JournalWriter | None = None
+        try:
+            for lo in range(0, len(matcher.items), _BATCH):
+                for record in await asyncio.to_thread(matcher.match, lo):
+                    if writer is None:
+                        path = folder.journal / TAKEN_OVER_FILE
+                        writer = JournalWriter(path, header, loaded.config.journal.fsync_s)
+                    writer.write(record)
+        finally:
+            if writer is not None:
+                await writer.close()
+        if confirm is not None:
+            await asyncio.to_thread(matcher.finish_plan, loaded, about)
+    if confirm is not None:
+        await confirm(plan)
+    return plan
+
+
+@dataclass(slots=True)
+class _Source:
+    """A run whose items may be taken over.
+
+    Attributes:
+        run: Its id.
+        path: Its folder.
+        journal: Its journal.
+        indices: Its items that have not been matched yet, by id.
+        total: Number of its items.
+        ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
+    """
+
+    run: str
+    path: Path
+    journal: Journal
+    indices: dict[str, int]
+    total: int
+    ask_again: str | None
+
+
+def _open_source(
+    stack: ExitStack,
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    about: Mapping[str, Any],
+    ask_again: str | None,
+) -> _Source:
+    before = folder.read_provenance()
+    if before["simulated"] is not None and before["simulated"] != about["simulated"]:
+        kinds = ("real", "simulated")
+        msg = (
+            f"--from {folder.path}: its answers are {kinds[before['simulated']]}, and "
+            f"these endpoints are {kinds[about['simulated']]}; a run cannot mix them"
+        )
+        raise ConfigurationError(msg)
+    with ItemStore(folder.items) as store:
+        indices = {name: index for index, name in enumerate(store.iter_ids())}
+    journal = Journal(folder.journal, get_run_ids(before), len(indices))
+    stack.enter_context(journal)
+    if lost := list_lost_files(folder.journal):
+        logger.warning("--from: %s", describe_lost_files(lost, journal))
+    again = ask_again or _choose_ask_again(folder, loaded)
+    return _Source(before["run"], folder.path, journal, indices, len(indices), again)
+
+
+def _open_matcher(
+    sources: Sequence[_Source],
+    items: ItemStore,
+    loaded: LoadedConfig,
+    about: Mapping[str, Any],
+    plan: ExtensionPlan,
+) -> _Matcher:
+    config = loaded.config
+    prompt = config.parse_prompt()
+    return _Matcher(
+        items=items,
+        sources=sources,
+        digests=ItemDigests(
+            compute_question_digest(config, about["model"]),
+            prompt.constants,
+            bytes.fromhex(about["fingerprint"]),
+        ),
+        build_messages=prompt.build_messages,
+        images=open_images(config),
+        plan=plan,
+    )
 
 
 def _select_items(source: RunFolder, only: str) -> tuple[Selection, frozenset[str]]:
@@ -285,23 +381,26 @@ def _get_deciding(settings: Mapping[str, Any], section: str) -> Any:
     return {key: value for key, value in found.items() if key not in _NO_EFFECT[section]}
 
 
+def _is_asked_again(record: Mapping[str, Any], ask_again: str | None) -> bool:
+    if ask_again == "all" or record["status"] == "done":
+        return ask_again == "all"
+    return ask_again == "failed" or (ask_again == "cut" and _is_truncated(record))
+
+
 def _is_truncated(record: Mapping[str, Any]) -> bool:
     return record.get("error_class") == TruncatedAnswerError.__name__
 
 
 @dataclass(slots=True)
 class _Matcher:
-    """Finds the items of a new run among those of another one.
+    """Finds the items of a new run among those of others.
 
     Attributes:
         items: The items of the new run.
-        journal: The journal of the other run.
-        indices: Its items that have not been matched yet, by id.
-        total: Number of its items.
+        sources: The other runs.
         digests: Digests of the new run's items.
         build_messages: Returns the first messages of an item from its columns.
         images: Reads the images of an item, or None.
-        ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
         plan: What has been found so far.
         prompts: Estimated tokens of the prompts to ask.
         measured: Tokens of finished prompts with the same question, as their servers counted them.
@@ -310,13 +409,10 @@ class _Matcher:
     """
 
     items: ItemStore
-    journal: Journal
-    indices: dict[str, int]
-    total: int
+    sources: Sequence[_Source]
     digests: ItemDigests
     build_messages: Callable[[Row], list[Message]]
     images: ImageFolder | None
-    ask_again: str | None
     plan: ExtensionPlan
     prompts: array[float] = field(default_factory=lambda: array("d"))
     measured: int = 0
@@ -330,13 +426,13 @@ class _Matcher:
 
     def _iter_kept(self, items: list[Item]) -> Iterator[dict[str, Json]]:
         for item in items:
-            index = self.indices.pop(item.id, None)
+            indices = [source.indices.pop(item.id, None) for source in self.sources]
             rendered = self._render(item)
             if rendered is None:
                 self.plan.invalid += 1
                 continue
             messages, question = rendered
-            record, is_kept = self._find_record(index, question)
+            record, is_kept = self._find_record(indices, question)
             if record is not None and self.estimated < _CALIBRATION_TOKENS:
                 self._compare_tokens(record, messages)
             if record is not None and is_kept:
@@ -370,36 +466,45 @@ class _Matcher:
         return add_images(messages, images), question
 
     def _find_record(
-        self, index: int | None, question: str | None
+        self, indices: Sequence[int | None], question: str | None
     ) -> tuple[dict[str, Any] | None, bool]:
         """Return the record of an item with the same question, and whether it is taken over.
 
         An item that is asked is counted by its reason.
-        """
-        plan = self.plan
-        if index is None:
-            plan.new += 1
-            return None, False
-        if not self.journal.is_finished(index):
-            plan.unfinished += 1
-            return None, False
-        record = self.journal.read_record(index)
-        is_same = record.get("question") == question
-        if not is_same or bool(record.get("simulated")) != plan.simulated:
-            plan.changed += 1
-            return None, False
-        if self._is_asked_again(record):
-            plan.again += 1
-            self.truncated += _is_truncated(record)
-            return record, False
-        is_done = record["status"] == "done"
-        plan.done, plan.failed = plan.done + is_done, plan.failed + (not is_done)
-        return record, True
 
-    def _is_asked_again(self, record: Mapping[str, Any]) -> bool:
-        if self.ask_again == "all" or record["status"] == "done":
-            return self.ask_again == "all"
-        return self.ask_again == "failed" or (self.ask_again == "cut" and _is_truncated(record))
+        Args:
+            indices: The index of the item in each of the other runs, or None.
+            question: Digest of its question.
+        """
+        plan, again = self.plan, None
+        is_known = is_unfinished = False
+        for source, index in zip(self.sources, indices, strict=True):
+            if index is None:
+                continue
+            if not source.journal.is_finished(index):
+                is_unfinished = True
+                continue
+            is_known = True
+            record = source.journal.read_record(index)
+            is_same = record.get("question") == question
+            if not is_same or bool(record.get("simulated")) != plan.simulated:
+                continue
+            if _is_asked_again(record, source.ask_again):
+                again = again or record
+                continue
+            is_done = record["status"] == "done"
+            plan.done, plan.failed = plan.done + is_done, plan.failed + (not is_done)
+            return record, True
+        if again is not None:
+            plan.again += 1
+            self.truncated += _is_truncated(again)
+        elif is_known:
+            plan.changed += 1
+        elif is_unfinished:
+            plan.unfinished += 1
+        else:
+            plan.new += 1
+        return again, False
 
     def _adopt(self, record: dict[str, Any], item: Item) -> dict[str, Json]:
         """Return the record of an item that this run did not ask: it cost nothing here."""
@@ -416,23 +521,24 @@ class _Matcher:
             "origin": record.get("origin") or self.plan.run,
         }
 
-    def finish_plan(self, loaded: LoadedConfig, about: Mapping[str, Any]) -> ExtensionPlan:
-        """Return the plan with its estimate, by the measurements of the other run."""
-        plan, config = self.plan, loaded.config
-        plan.dropped = len(self.indices)
+    def finish_plan(self, loaded: LoadedConfig, about: Mapping[str, Any]) -> None:
+        """Add the estimate to the plan, by the measurements of the first of the other runs."""
+        plan, config, source = self.plan, loaded.config, self.sources[0]
+        plan.dropped = len(source.indices)
         if plan.asked:
             ratio = self.measured / self.estimated if self.measured else 1.0
             first = Range.from_sample(self.prompts, plan.asked).map(lambda tokens: ratio * tokens)
             nodes = count_nodes(config, ())
             plan.plan = make_run_plan(config, plan.asked, first, read_price(about), nodes)
-            measured = measure_items(self.journal, self.total, plan.path, self._find_limit(config))
+            limit = self._find_limit(config)
+            measured = measure_items(source.journal, source.total, plan.path, limit)
             plan.forecast = forecast(plan.plan, measured)
-        return plan
 
     def _find_limit(self, config: RunConfig) -> AnswerLimit:
         """Return the limit of answers, and the share of truncated ones among what is asked."""
-        cut = self.journal.count_failures().get(TruncatedAnswerError.__name__, 0)
-        counts = self.journal.count_items()
+        journal = self.sources[0].journal
+        cut = journal.count_failures().get(TruncatedAnswerError.__name__, 0)
+        counts = journal.count_items()
         like_all = (self.plan.asked - self.plan.again) * cut / max(1, counts.done + counts.failed)
         share = (self.truncated + like_all) / max(1, self.plan.asked)
         return AnswerLimit(config.model.max_tokens, share)

@@ -153,8 +153,29 @@ def load_function(entry: PythonConfig) -> RowReducer:
     if not callable(found) or inspect.iscoroutinefunction(found):
         msg = f"{key}: {name} is no plain function; it gets the rows of the results"
         raise ConfigurationError(msg)
+    _check_parameters(found, name, key)
     function: RowReducer = found
     return function
+
+
+def _check_parameters(function: Callable[..., Any], name: str, key: str) -> None:
+    """Check that a function takes one argument.
+
+    Raises:
+        ConfigurationError: It takes none, or more.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions do not tell
+        return
+    try:
+        signature.bind(())
+    except TypeError as error:
+        msg = (
+            f"{key}: {name}{signature} cannot be called with one argument ({error}); "
+            "it gets an iterator of the results' rows"
+        )
+        raise ConfigurationError(msg) from error
 
 
 def _check_origin(entry: PythonConfig) -> None:

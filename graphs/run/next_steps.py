@@ -86,8 +86,13 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
         classes: The error classes of the run.
         running: Whether a session is working on the run.
     """
-    if folder.read_place() is not None:
-        yield "failed items are not passed on to later stages; a new run asks them again"
+    if (place := folder.read_place()) is not None:
+        whole = RunFolder(place.root)
+        again = f"{shlex.quote(str(whole.settings))} {_extend_options(whole)} --ask-again failed"
+        yield (
+            "failed items are not passed on to later stages; a new run that takes over the answers "
+            f"asks them again: fanfold run {again}"
+        )
         return
     fixed = [name for name in classes if not find_remedy(name).is_retry]
     if retried := [name for name in classes if name not in fixed]:

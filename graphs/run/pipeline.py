@@ -24,6 +24,7 @@ from ...backends.core.text_tokens import estimate_text_tokens
 from ...backends.core.types import Json
 from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
+from ...backends.discovery.resolve import has_own_servers
 from ...backends.inputs.base import InputSummary, did_you_mean
 from ...backends.inputs.item_store import (
     EntrySource,
@@ -64,8 +65,11 @@ from ...nodes.operators import (
     StageTools,
     make_operator,
 )
+from .extend import ExtensionPlan
+from .extend_pipeline import PipelineExtension, PipelinePlan
 from .fingerprint import compute_fingerprint
 from .input_check import check_input_setting
+from .next_steps import FINISHED
 from .pipeline_resources import PipelineResources
 from .prepare import (
     ExtendRun,
@@ -76,14 +80,13 @@ from .prepare import (
     resume_run,
 )
 from .result_rows import ResultSource, make_result_layout
-from .stage_folder import OPERATOR_FILE, list_levels
+from .stage_folder import OPERATOR_FILE, is_finished, list_levels
 from .stage_rows import StageRows, describe_rows
 from .stage_tokens import StageTokens
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 """Runs one run of a pipeline to its end; raises if it stops before."""
 
-FINISHED: Final = "finished"
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 _CAUTION: Final = 1.15
@@ -182,6 +185,46 @@ def list_stages(loaded: LoadedConfig, root: Path) -> list[Stage]:
     return found
 
 
+def list_models(stages: Sequence[Stage]) -> Iterator[tuple[str, LoadedConfig]]:
+    """Yield the settings of each model that stages use, with the name of its stage."""
+    for stage in stages:
+        yield stage.name, stage.loaded
+        if stage.small is not None:
+            yield f"{stage.name}, small", stage.small
+
+
+def list_served(loaded: LoadedConfig) -> dict[str, LoadedConfig]:
+    """Return the settings of the models that ``node.serve`` serves, the first use of each.
+
+    Args:
+        loaded: The settings of a run or a pipeline.
+
+    Returns:
+        By the name of the model; of a pipeline, in the order of its stages.
+
+    Raises:
+        ConfigurationError: A model has no name.
+    """
+    if loaded.config.node.serve is None:
+        return {}
+    runs = [("", loaded)]
+    if loaded.config.stages is not None:
+        stages = list_models(list_stages(loaded, Path()))
+        runs = [(f" of stage {name}", one) for name, one in stages]
+    found = dict[str, LoadedConfig]()
+    for where, one in runs:
+        if not has_own_servers(one.config):
+            continue
+        if one.config.model.name is None:
+            msg = (
+                f"{loaded.source}: model.name{where} is missing; set it, because the servers of "
+                "the job cannot be asked before it starts"
+            )
+            raise ConfigurationError(msg)
+        found.setdefault(one.config.model.name, one)
+    return found
+
+
 def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
     """Return a line for each setting of an operator that is likely to fail."""
     return [
@@ -192,25 +235,14 @@ def find_stage_warnings(loaded: LoadedConfig) -> list[str]:
     ]
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """Return True if a run has ended and its results, if it is no level, are written; blocks.
-
-    Raises:
-        JournalError: Its provenance is damaged.
-    """
-    if not folder.provenance.exists():
-        return False
-    about = folder.read_provenance()
-    has_results = about.get("level") is not None or folder.aggregate.exists()
-    last = about["sessions"][-1] if about["sessions"] else {}
-    return has_results and last.get("outcome") == FINISHED
-
-
-async def prepare_pipeline(
+async def prepare_pipeline(  # noqa: PLR0913 - each is given by one kind of caller
     loaded: LoadedConfig,
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
+    *,
+    defer_endpoints: bool = False,
+    extension: PipelineExtension | None = None,
 ) -> RunFolder:
     """Check all stages, and create the folder of a pipeline with its first stage.
 
@@ -219,34 +251,40 @@ async def prepare_pipeline(
         path: The folder to create.
         items: Items that replace the configured input.
         allow_simulated: Allow a simulated fleet.
+        defer_endpoints: Do not check the endpoints, because a job will start them.
+        extension: The pipeline that it extends, or None.
 
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
     """
     check_input_setting(loaded, items)
-    for stage in list_stages(loaded, path):
-        for one in (stage.loaded, stage.small):
-            if one is not None:
-                check_endpoints(one)
+    for _, one in () if defer_endpoints else list_models(list_stages(loaded, path)):
+        check_endpoints(one)
     making = create_folder(path)
     folder = await asyncio.to_thread(making.__enter__)
     try:
         first = list_stages(loaded, folder.path)[0]
         await asyncio.to_thread(folder.stages.mkdir)
         place = StagePlace(path, f"stages/{first.name}", limits=_own_limits(first))
+        plan = _StartPlan(extension, loaded)
         if first.config.operator is None:
+            note = _note({"selection": first.selection(), "passed_on": None})
             run = await prepare_run(
                 first.loaded,
                 first.folder.path,
                 items,
                 allow_simulated,
-                extend=_note({"selection": first.selection(), "passed_on": None}),
+                defer_endpoints,
+                extend=plan.make_extend(first, note),
                 place=place,
             )
             with ItemStore(run.folder.items) as store:
                 summary = store.summary()
         else:
             summary = await call_stoppable(_load_first, first, place, items)
+            simulated = first.loaded.config.endpoints.simulated is not None
+            model = first.loaded.config.model.name or ""
+            await plan.confirm(first.folder.path / _INPUT_FILE, simulated, model, None)
         check_columns(loaded, summary)
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
@@ -262,6 +300,8 @@ async def prepare_pipeline(
             "input": describe_input(summary, loaded.config.input.path if items is None else None),
             "sessions": [],
         }
+        if extension is not None:
+            about["from"] = extension.to_json()
         settings = to_yaml(make_portable(loaded.plain, path)).encode()
         await asyncio.to_thread(write_bytes, folder.settings, settings)
         await asyncio.to_thread(folder.write_provenance, about)
@@ -270,6 +310,68 @@ async def prepare_pipeline(
         raise
     await asyncio.to_thread(making.__exit__, None, None, None)
     return RunFolder(path)
+
+
+def write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
+    """Write changed settings of a pipeline, unless another process works on it; blocks.
+
+    Raises:
+        ConfigurationError: The settings have other stages.
+    """
+    known = folder.read_provenance()["stages"]
+    names = [stage.name for stage in loaded.config.stages or ()]
+    if names[: len(known)] != known:
+        msg = (
+            f"{folder.path}: this pipeline has the stages {', '.join(known)}, and the settings "
+            f"{', '.join(names)}; stages can be added at the end only: use a new run folder"
+        )
+        raise ConfigurationError(msg)
+    with folder.lock():
+        text = to_yaml(make_portable(loaded.plain, folder.path))
+        write_bytes(folder.settings, text.encode())
+        folder.write_provenance(folder.read_provenance() | {"stages": names})
+
+
+@dataclass(frozen=True, slots=True)
+class _StartPlan:
+    """What a new pipeline takes over from another one, and whether it may begin.
+
+    Attributes:
+        extension: The other pipeline, or None.
+        loaded: The settings of the new one.
+    """
+
+    extension: PipelineExtension | None
+    loaded: LoadedConfig
+
+    def make_extend(self, first: Stage, note: ExtendRun) -> ExtendRun:
+        """Return a function that fills the journal of the first stage."""
+        extension = self.extension
+        if extension is None:
+            return note
+
+        async def extend(folder: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+            async def confirm(plan: ExtensionPlan | None) -> None:
+                await self.confirm(folder.items, bool(about["simulated"]), about["model"], plan)
+
+            make = extension.make_extend(first.name, first.loaded, note, confirm)
+            return await make(folder, about)
+
+        return extend
+
+    async def confirm(
+        self, items: Path, simulated: bool, model: str, first: ExtensionPlan | None
+    ) -> None:
+        """Show the plan, as far as it is known before the first call."""
+        if self.extension is None or self.extension.confirm is None:
+            return
+        known, stages = self.extension, self.loaded.config.stages or ()
+        counts = {
+            stage.name: await asyncio.to_thread(known.count_answers, stage.name) for stage in stages
+        }
+        path = known.source.path
+        plan = PipelinePlan(known.run, path, simulated, model, items, first, counts)
+        await self.extension.confirm(plan)
 
 
 def _load_first(
@@ -389,6 +491,7 @@ class Pipeline:
         self._estimate_reserve = estimate_reserve
         self._resources, self._allow_simulated = resources, allow_simulated
         self._session: dict[str, Any] | None = None
+        self._extension = list[PipelineExtension | None]()
 
     async def run_stage(self, stage: Stage, run: RunInner) -> None:
         """Run a stage to its end; earlier stages have ended.
@@ -448,6 +551,10 @@ class Pipeline:
             source: Its items.
             note: Returns what to add to the provenance, once the items are written.
         """
+        if not self._extension:  # read once: a warning about a folder that is gone is enough
+            self._extension = [await asyncio.to_thread(PipelineExtension.read, self.folder)]
+        if (extension := self._extension[0]) is not None:
+            note = extension.make_extend(place.stage, loaded, note)
 
         async def extend(made: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
             if self._session is None:

@@ -20,8 +20,8 @@ from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
-from .pipeline import Stage, is_finished, list_stages
-from .stage_folder import OPERATOR_FILE
+from .pipeline import Stage, list_stages
+from .stage_folder import OPERATOR_FILE, is_finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class LevelState:
         usage: What its requests used.
         sessions: The same by session.
         is_finished: Whether all items have ended and its results are written.
+        kept: Items that were taken over from another pipeline.
     """
 
     folder: RunFolder
@@ -49,6 +50,7 @@ class LevelState:
     usage: UsageTotals
     sessions: Mapping[int, UsageTotals]
     is_finished: bool
+    kept: int = 0
 
     @classmethod
     def read(cls, folder: RunFolder) -> LevelState:
@@ -59,6 +61,7 @@ class LevelState:
         """
         about = folder.read_provenance()
         items = about["input"]["items"]
+        known = about.get("from") or {"done": 0, "failed": 0}
         with Journal(folder.journal, get_run_ids(about), items) as journal:
             counts = journal.count_items()
             return cls(
@@ -71,6 +74,7 @@ class LevelState:
                 journal.total_usage(),
                 dict(journal.usage_by_session),
                 is_finished(folder),
+                known["done"] + known["failed"],
             )
 
     def to_json(self) -> dict[str, Json]:
@@ -80,6 +84,7 @@ class LevelState:
             "items": self.items,
             "done": self.done,
             "failed": self.failed,
+            "kept": self.kept,
             "requests": self.usage.requests,
             "tokens": {
                 "prompt": self.usage.prompt_tokens,
@@ -118,6 +123,11 @@ class StageState:
         return UsageTotals.total(run.usage for run in self.runs)
 
     @property
+    def kept(self) -> int:
+        """Return the items and questions that were taken over from another pipeline."""
+        return sum(run.kept for run in self.runs)
+
+    @property
     def failed_questions(self) -> int:
         """Return the failed questions of an operator that reduces; other failures are items.
 
@@ -139,6 +149,7 @@ class StageState:
             "items": self.items,
             "results": self.results,
             "failed": self.failed,
+            "kept": self.kept,
             "passed_on": None if self.passed_on is None else dict(self.passed_on),
             "requests": usage.requests,
             "tokens": {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens},
@@ -338,10 +349,11 @@ def describe_stages(state: PipelineState) -> Iterator[str]:
         is_asked = one.stage.config.operator is not None and one.runs
         levels = f" in {count_nouns(len(one.runs), 'level')}" if is_asked else ""
         failed = one.failed + one.failed_questions
+        kept = f"{one.kept:,} kept, " if one.kept else ""
         items = "? items" if one.items is None else count_nouns(one.items, "item")
         yield (
             f"stage {one.stage.name}: {items}{passed}, {results}{levels}, "
-            f"{failed:,} failed; {count_nouns(usage.requests, 'request')}, "
+            f"{failed:,} failed; {kept}{count_nouns(usage.requests, 'request')}, "
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + ("" if one.state == "finished" else "; not finished")
         )

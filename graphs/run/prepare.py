@@ -162,8 +162,8 @@ def check_single_task(loaded: LoadedConfig) -> None:
     """
     if loaded.config.stages is not None:
         msg = (
-            f"{loaded.source}: settings with stages run by 'fanfold run' and in graphs; submit, "
-            "batch and agents' tools take a single task"
+            f"{loaded.source}: settings with stages run by 'fanfold run' and 'fanfold submit', and "
+            "in graphs; batch and agents' tools take a single task"
         )
         raise ConfigurationError(msg)
 

@@ -83,11 +83,19 @@ def _choose_sizes(state: RunState, left: int) -> tuple[int, int]:
 
 
 def fan_out(state: RunState) -> list[Send]:
-    """Send the shards that are left over, or those of the window before the cursor."""
+    """Send the shards that are left over, or those of the window before the cursor.
+
+    The last window comes with the ranges that had ended before, so that a resumed run calls the
+    model before it folds them in.
+    """
     (lo, size), hi, run = state["sent"], state["cursor"], state["run"]
-    window = [[lo, min(lo + size, hi)] for lo in range(lo, hi, size)]
+    ranges, may_wait = state.get("again"), False
+    if not ranges:
+        ranges, may_wait = [[lo, min(lo + size, hi)] for lo in range(lo, hi, size)], True
+        if hi == state["total"]:
+            ranges, may_wait = ranges + (state.get("ended") or []), False
     return [
-        Send("shard", {"run": run, "lo": lo, "hi": hi}) for lo, hi in state.get("again") or window
+        Send("shard", {"run": run, "lo": lo, "hi": hi, "may_wait": may_wait}) for lo, hi in ranges
     ]
 
 

@@ -114,6 +114,7 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "stages": list(run.stages),
         "cursor": 0,
         "left": Overwrite([]),
+        "ended": Overwrite([]),
         "needed": Overwrite({}),
         "pace": Overwrite({}),
         "refusal": None,

@@ -9,7 +9,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Overwrite
 
 from ..context import Context, RunTools
-from ..shard.local import fold_range
+from ..shard.local import ShardPart, fold_range
 from ..state import RunState
 from .dispatch import check_step_limit
 
@@ -46,6 +46,7 @@ def _fold_journal(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:
     Two copies of a shard ended some items twice. A part may come from one copy while the
     journal, and so the results, keep the other.
     """
-    part = fold_range(tools, 0, len(tools.store))
+    part = ShardPart(tools)
+    fold_range(part, tools, 0, len(tools.store))
     tools.progress.done, tools.progress.failed = part.tally["done"], part.tally["failed"]
     return part.tally, part.state()

@@ -10,7 +10,7 @@ from langgraph.runtime import Runtime
 from ...backends.core.errors import BudgetExhaustedError
 from ...backends.core.types import Shard
 from ..context import Context, RunTools
-from ..shard.local import run_local_shard
+from ..shard.local import has_ended, run_local_shard
 from ..shard.remote import run_remote_shard
 from ..state import ShardState
 
@@ -18,7 +18,8 @@ from ..state import ShardState
 async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
     """Run each item of the shard through the item graph; return the shard's part of the aggregate.
 
-    A shard that the budget does not cover is left for later.
+    A shard that the budget does not cover is left for later, and so is one whose items have all
+    ended, as long as others may have open ones.
 
     Raises:
         GraphDrained: The run is being stopped; the shard is unfinished and will run again.
@@ -31,6 +32,8 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
 
     async with runtime.context.open_run(state["run"]) as tools:
         range_ = Shard(state["lo"], state["hi"])
+        if state.get("may_wait") and has_ended(range_, tools):
+            return {"ended": [[range_.lo, range_.hi]]}
         write = runtime.stream_writer
         async with tools.progress_stream.stream_counts(tools.progress_json, write):
             if tools.coordinator is None:

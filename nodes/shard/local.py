@@ -30,6 +30,8 @@ _SLICE: Final = 64
 """Number of items read, and of outcomes folded, at a time."""
 _MOST_PENDING: Final = 256
 """Number of outcomes folded at a time when nothing else is going on."""
+_MOST_FOLDED: Final = 4096
+"""Items that have ended, folded in between two looks whether the run must stop."""
 
 
 class ShardPart:
@@ -264,14 +266,17 @@ class _ShardRunner:
         """Fold in the items that were left out, while others are in flight."""
         tools = self._tools
         for lo, hi in self._finished:
-            async with tools.folding:
-                if tools.gate.is_closed:
-                    return
-                try:
-                    part = await asyncio.to_thread(fold_range, tools, lo, hi)
-                except ConfigurationError as error:  # a histogram has too many different values
-                    tools.gate.close(error.message, error)
-                    return
+            part = ShardPart(tools)
+            for start in range(lo, hi, _MOST_FOLDED):
+                async with tools.folding:
+                    if tools.gate.is_closed:
+                        return
+                    end = min(start + _MOST_FOLDED, hi)
+                    try:
+                        await asyncio.to_thread(fold_range, part, tools, start, end)
+                    except ConfigurationError as error:  # a histogram has too many values
+                        tools.gate.close(error.message, error)
+                        return
             self.part.merge(part.tally, part.state())
 
     async def _acquire_slot(self) -> bool:
@@ -336,18 +341,26 @@ def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, 
     return list(zip(items, records, strict=True))
 
 
-def fold_range(tools: RunTools, lo: int, hi: int) -> ShardPart:
-    """Return the part of the items of a range that have ended; blocks.
+def has_ended(shard: Shard, tools: RunTools) -> bool:
+    """Return True if all items of a shard have ended; of shards on workers this is not known."""
+    journal = tools.item_journal
+    if tools.coordinator is not None:
+        return False
+    if tools.order is None:
+        return journal.find_open(shard.lo, shard.hi) == shard.hi
+    return all(map(journal.is_finished, tools.indices(shard.lo, shard.hi)))
+
+
+def fold_range(part: ShardPart, tools: RunTools, lo: int, hi: int) -> None:
+    """Fold the items of a range that have ended into a part; blocks.
 
     Raises:
         ConfigurationError: A histogram has too many different values.
         JournalError: An item cannot be read.
     """
-    part = ShardPart(tools)
     for start in range(lo, hi, _MOST_PENDING):
         part.add_all(read_items(tools, start, min(start + _MOST_PENDING, hi)))
     part.state()
-    return part
 
 
 async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:

@@ -21,12 +21,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import ModuleType
+from typing import TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -34,6 +36,7 @@ DEADLINE_S = 300.0
 """How long a condition may take that no defect delays, on a machine that has more to do."""
 _LARGEST = 1 << 17  # an order with its environment, in bytes
 _STREAMS = 3
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,17 @@ class BlockingProcess:
 
     def wait(self, timeout: float = DEADLINE_S) -> int:
         return self._portal.call(asyncio.wait_for, self._process.wait(), timeout)
+
+    def wait_until(
+        self, condition: Callable[[], Found | None], timeout: float = DEADLINE_S
+    ) -> Found:
+        """Wait for what a condition finds, while the process runs; return it."""
+        end = time.monotonic() + timeout
+        while not (found := condition()):
+            assert self.poll() is None, self.communicate()
+            assert time.monotonic() < end, f"nothing was found in {timeout:g} s"
+            time.sleep(0.02)
+        return found
 
     def communicate(self, timeout: float = DEADLINE_S) -> tuple[str, str]:
         """Read both streams to their ends, and wait for the exit."""

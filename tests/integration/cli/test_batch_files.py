@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -649,9 +650,7 @@ def kill_after(shell: Shell, most: int, *command: str) -> None:
     output = shell.folder / "out.jsonl"
     most = max(most, count_lines(output) + 1)
     with started(Command(command, new_session=True)) as process:
-        while count_lines(output) < most:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
+        process.wait_until(lambda: count_lines(output) >= most)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -696,9 +695,7 @@ def test_an_output_that_cannot_be_written_stops_the_batch(shell: Shell, recorder
         *("--folder", "run", "--set", "limits.streams=4"),
     )
     with started(Command(command, new_session=True)) as process:
-        while not count_lines(target / "out.jsonl"):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
+        process.wait_until(partial(count_lines, target / "out.jsonl"))
         target.rename(hidden)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1

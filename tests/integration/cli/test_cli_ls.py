@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +149,7 @@ def test_a_killed_run_is_counted_from_its_journal_or_if_large_by_its_last_note(
         found = wait_for_an_item(shell, run)
         assert found["state"] == "running"
         assert found["noted"] is None
-        while not (shell.folder / "run" / "counts.json").exists():
-            assert run.poll() is None, "the run ended before it noted its counts"
-            time.sleep(0.1)
+        run.wait_until((shell.folder / "run" / "counts.json").exists)
     (killed,) = listed(shell)["runs"]
     status = json.loads(shell("status", "run", "--json").out)
     assert (killed["state"], killed["done"]) == ("killed; resumable", status["done"])
@@ -182,15 +179,10 @@ def test_a_killed_run_is_counted_from_its_journal_or_if_large_by_its_last_note(
 
 
 def wait_for_an_item(shell: Shell, run: BlockingProcess) -> dict[str, Any]:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        assert run.poll() is None, "the run ended before it was looked at"
-        for found in listed(shell)["runs"]:
-            if found["done"]:
-                one: dict[str, Any] = found
-                return one
-        time.sleep(0.2)
-    pytest.fail("no item was done within two minutes")
+    def find() -> list[dict[str, Any]]:
+        return [found for found in listed(shell)["runs"] if found["done"]]
+
+    return run.wait_until(find)[0]
 
 
 def test_the_journal_of_an_ended_run_is_not_read(some_runs: Shell) -> None:

@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,6 @@ def finished_items(folder: Path) -> int:
     return sum(file.read_text().count('"status"') for file in files)
 
 
-def wait_for_items(folder: Path, process: BlockingProcess) -> None:
-    while not finished_items(folder):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def slow(shell: Shell) -> Shell:
     rows = "".join(f"{n},t\n" for n in range(400))
@@ -42,7 +36,7 @@ def slow(shell: Shell) -> Shell:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_later(slow: Shell, number: signal.Signals) -> None:
     with started(Command(("run", "c.yaml", "--out", "r", "--json"))) as process:
-        wait_for_items(slow.folder / "r", process)
+        process.wait_until(partial(finished_items, slow.folder / "r"))
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 5, err
@@ -62,7 +56,7 @@ def test_a_stopped_run_goes_on_later(slow: Shell, number: signal.Signals) -> Non
 def test_a_second_signal_stops_at_once(slow: Shell) -> None:
     hang = "endpoints.simulated.faults=[{kind: hang, p: 0.5}]"
     with started(Command(("run", "c.yaml", "--out", "r", "--set", hang))) as process:
-        wait_for_items(slow.folder / "r", process)
+        process.wait_until(partial(finished_items, slow.folder / "r"))
         process.send_signal(signal.SIGINT)
         lines = iter(process.read_error_line, "")
         assert any("repeat to stop at once" in line for line in lines)
@@ -89,9 +83,7 @@ def test_stopped_before_it_began(shell: Shell) -> None:
 
 def test_the_simulated_fleet_ends_on_a_signal(shell: Shell) -> None:
     with started(Command(("simulate", "--nodes", "2"))) as process:
-        while not (shell.folder / "endpoints.txt").exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
+        process.wait_until((shell.folder / "endpoints.txt").exists)
         assert "SIMULATED fleet of 2 nodes" in process.read_error_line()
         assert len((shell.folder / "endpoints.txt").read_text().splitlines()) == 2
         process.send_signal(signal.SIGTERM)
@@ -114,9 +106,7 @@ def test_a_signal_ends_the_reading_of_pdf_files(shell: Shell, number: signal.Sig
         make_large_pdf(papers / f"{n}.pdf", b"(word) Tj 0 -1 Td ", 100_000_000)
     shell.write(input={"path": "papers"}, task={"prompt": "{text}"})
     with started(Command(("run", "c.yaml", "--out", "r"))) as process:
-        while not (children := list_children(process)):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
+        children = process.wait_until(partial(list_children, process))
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -113,6 +113,14 @@ def test_one_that_fails_loses_nothing_and_is_corrected(
         ({"op": "python", "function": "nowhere:f"}, "nowhere:f cannot be imported"),
         ({"op": "python", "function": "json:nothing"}, "json:nothing cannot be imported"),
         ({"op": "python", "function": "broken_module:f"}, "broken_module.py, line 2"),
+        (
+            {"op": "python", "function": "parameters:none"},
+            "parameters:none() cannot be called with one argument",
+        ),
+        (
+            {"op": "python", "function": "parameters:two"},
+            "two(rows, size) cannot be called with one argument (missing a required argument",
+        ),
         ({"op": "python", "function": "json"}, "expected package.module:function"),
         ({"op": "sql", "query": ""}, "must not be empty"),
         ({"op": "sql", "query": "SELECT 1", "k": 3}, "unknown key 'reduce.0.k'"),
@@ -123,6 +131,7 @@ def test_mistakes_are_found_before_the_first_request(
     shell: Shell, entry: dict[str, Any], words: str
 ) -> None:
     Path("broken_module.py").write_text("x = 1\nraise ValueError(x)\n")
+    write_function("def none(): ...\ndef two(rows, size): ...\n", "parameters")
     shell.write(reduce=[entry])
     for command in (("check", "c.yaml"), ("run", "c.yaml", "--out", "r")):
         said = shell(*command)

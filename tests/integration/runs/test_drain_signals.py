@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import RunStoppedError
+from fanfold.backends.core.types import Shard
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import resume_run
 from fanfold.graphs.run.run_result import RunResult
 from fanfold.graphs.run.shutdown import Shutdown
+from fanfold.nodes.shard.local import ShardPart, run_local_shard
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.support.command_server import DEADLINE_S
 
@@ -91,6 +93,33 @@ async def test_many_small_supersteps(lab_of: LabMaker, monkeypatch: pytest.Monke
             assert result.exit_code == 5
         assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
+
+
+async def test_what_has_ended_is_folded_in_last(
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session without a checkpoint asks about open items before it folds in all others."""
+    async with lab_of(items=120) as lab:
+        lab.config["shard"] = {"items": 5}
+        monkeypatch.setattr("fanfold.graphs.run.shard_plan.choose_window", lambda *_: 3)
+        aggregate = await lab.undisturbed()
+        assert (await stopped(lab, 75, signal.SIGTERM)).exit_code == 5
+        for file in lab.out.glob("checkpoints.sqlite*"):
+            file.unlink()
+        shards = list[tuple[int, int]]()
+
+        async def run(range_: Shard, *more: Any) -> ShardPart | None:
+            shards.append((range_.lo, range_.hi))
+            return await run_local_shard(range_, *more)
+
+        monkeypatch.setattr("fanfold.nodes.batch.shard.run_local_shard", run)
+        assert (await lab.live()).exit_code == 0
+        lab.assert_whole(aggregate, again=0)
+    (at,) = (at for at, (lo, _) in enumerate(shards) if lo == 0)
+    first, last = shards[0][0], shards[at][1]
+    assert first >= last >= 45, "a superstep has 15 items, and 16 were in flight"
+    assert at >= len(shards) - 3, "it is sent with the last superstep"
+    assert sorted(shards)[1:] == sorted((lo, lo + 5) for lo in range(last, 120, 5))
 
 
 async def test_a_hanging_fleet_cannot_hold_up_the_stop(lab_of: LabMaker) -> None:

@@ -20,8 +20,8 @@ from fanfold import load_results
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
-from fanfold.graphs.run.pipeline import is_finished
 from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
+from fanfold.graphs.run.stage_folder import is_finished
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_workers_kill import marked
 from fanfold.tests.support.command_server import DEADLINE_S

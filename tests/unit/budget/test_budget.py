@@ -194,6 +194,27 @@ async def test_the_level_falls_when_much_was_reserved_and_little_spent(tmp_path:
     assert 20 <= shelf.total_spent({}).tokens <= 40
 
 
+async def test_a_kill_leaves_little_of_a_large_limit_in_doubt(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    budget = opened(shelf, 1, BudgetLimits(tokens=10**6))
+    for _ in range(3):
+        await budget.balance.reserve(tokens(400))
+        budget.balance.settle(tokens(400), tokens(300))
+    await killed(budget)
+    assert 900 <= shelf.total_spent({}).tokens <= 900 + 10**6 // 1000
+
+
+async def test_fast_spending_needs_few_lines(tmp_path: Path) -> None:
+    """Steps grow to a hundredth of the limit."""
+    shelf = shelf_in(tmp_path)
+    budget = opened(shelf, 1, BudgetLimits(tokens=10**6))
+    for _ in range(2500):
+        await budget.balance.reserve(tokens(400))
+        budget.balance.settle(tokens(400), tokens(400))
+    await killed(budget)
+    assert shelf.session_path(1).read_bytes().count(b"level") <= 300
+
+
 async def test_a_lost_lease_counts_until_its_book_proves_less(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path)
     budget = opened(shelf, 1, BudgetLimits(tokens=1000))

@@ -9,7 +9,8 @@ import pytest
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.storage.journal_writer import JournalWriter
 from fanfold.backends.storage.run_folder import RunFolder, create_folder
-from fanfold.graphs.run.pipeline import LevelAnswers, is_finished
+from fanfold.graphs.run.pipeline import LevelAnswers
+from fanfold.graphs.run.stage_folder import is_finished
 from fanfold.tests.unit.graphs.coordinator_lab import record
 
 COUNT = 600

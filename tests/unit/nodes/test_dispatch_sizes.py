@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.shard_plan import plan_shards
 from fanfold.nodes.batch.dispatch import dispatch, fan_out
-from fanfold.nodes.state import RunState
+from fanfold.nodes.state import RunState, join_ranges
 
 
 def planned(total: int, **sections: Any) -> RunState:
@@ -83,3 +83,21 @@ async def test_here_nothing_is_measured(total: int, size: int) -> None:
 @given(st.integers(1, 300_000), st.integers(1, 50), st.floats(1e-5, 1e4))
 async def test_every_item_is_in_one_shard(total: int, workers: int, seconds: float) -> None:
     await steps(planned(total, backend={"kind": "parsl", "workers": workers}), seconds)
+
+
+async def test_ranges_that_had_ended_come_with_the_last_superstep() -> None:
+    state, sent = planned(30_000, shard={"items": 4}), list[list[tuple[int, int, bool]]]()
+    while state["cursor"] < state["total"]:
+        state |= await dispatch(state, None)  # type: ignore[arg-type]
+        sent.append([(s.arg["lo"], s.arg["hi"], s.arg["may_wait"]) for s in fan_out(state)])
+        if len(sent) == 1:
+            state["ended"] = join_ranges([[512, 520]], [[8, 12], [0, 8]])
+    assert state["ended"] == [[0, 12], [512, 520]]
+    *first, last = sent
+    assert all(may_wait for step in first for *_, may_wait in step)
+    assert last[-3:] == [(29_996, 30_000, False), (0, 12, False), (512, 520, False)]
+    state |= {"left": [[4, 8]]}
+    state |= await dispatch(state, None)  # type: ignore[arg-type]
+    assert [send.arg for send in fan_out(state)] == [
+        {"run": state["run"], "lo": 4, "hi": 8, "may_wait": False}
+    ]
