@@ -205,7 +205,7 @@ class Side:
 
 def measure_cost(quick: bool) -> list[Table]:
     """CPU of each further item, and memory: the floor, fanfold, and the plain LangGraph program."""
-    low, high, rounds = (1_000, 6_000, 3) if quick else (2_000, 10_000, 3)
+    low, high, rounds = (1_000, 5_000, 3) if quick else (2_000, 10_000, 3)
     naive_items = 200 if quick else 1_000
     table = Table(
         "cost",
