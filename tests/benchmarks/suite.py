@@ -12,6 +12,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -594,8 +595,11 @@ def find_losses(tables: Sequence[Table]) -> list[str]:
             f"({floor:.2g} ms)."
         )
         if "profile" in found:
-            parts = [f"{part} ({values[0]:.0f} %)" for part, values in found["profile"].items()]
-            lines[-1] += f" The three largest parts: {', '.join(parts[:3])}."
+            parts = [
+                f"{re.split(':| \\(', part)[0]} {values[0]:.0f} %"
+                for part, values in found["profile"].items()
+            ]
+            lines[-1] += f" The three largest parts of it: {', '.join(parts[:3])}."
         own, floor = read("cost-memory", "fanfold run"), read("cost-memory", "raw aiohttp")
         lines.append(f"A run takes {own:.0f} MB of memory; a bare loop takes {floor:.0f} MB.")
     if "start" in found:
