@@ -12,7 +12,6 @@ import asyncio
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -596,7 +595,7 @@ def find_losses(tables: Sequence[Table]) -> list[str]:
         )
         if "profile" in found:
             parts = [
-                f"{re.split(':| \\(', part)[0]} {values[0]:.0f} %"
+                f"{part.partition(':')[0].partition(' (')[0]} {values[0]:.0f} %"
                 for part, values in found["profile"].items()
             ]
             lines[-1] += f" The three largest parts of it: {', '.join(parts[:3])}."
