@@ -137,7 +137,7 @@ class ModelNotServedError(RequestRefusedError):
 
 
 class PromptTooLongError(RequestRefusedError):
-    """The prompt exceeds the model's context length."""
+    """The prompt exceeds the model's context, or the server's limit of a request."""
 
 
 class AnswerError(FanfoldError):

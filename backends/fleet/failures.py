@@ -434,6 +434,16 @@ _LONG_QUOTA: Final = re.compile(
 _REFUSES_FIELDS: Final = frozenset({400, 422, 501})
 """Statuses with which servers refuse a field of the request."""
 
+_TOO_LONG: Final = RetryRule(
+    PromptTooLongError, RetryAction.FAIL, advice="shorten the item or use a longer context"
+)
+_TOO_LONG_WORDS: Final = re.compile(
+    r"context[ _](?:length|window|size)|prompt is too long|input token count|`inputs` ",
+    re.IGNORECASE,
+)
+"""Words of SGLang, llama.cpp, Anthropic, Gemini and TGI for a prompt that exceeds the context."""
+_ANSWER_LIMIT: Final = re.compile(r"\bmax(?:_completion)?_tokens\b")
+
 _BY_STATUS: Final[Mapping[int, RetryRule]] = {
     400: _REFUSED,
     401: RetryRule(
@@ -457,8 +467,7 @@ _BY_STATUS: Final[Mapping[int, RetryRule]] = {
     ),
     408: RetryRule(EndpointLostError, RetryAction.SAME, shrink=True),
     409: RetryRule(EndpointError, RetryAction.SAME),
-    413: replace(_REFUSED, advice="shorten the item"),
-    422: _REFUSED,
+    413: replace(_TOO_LONG, advice="shorten the item, or raise the server's limit of a request"),
     429: _BUSY,
     500: _SERVER,
     501: _REFUSED,
@@ -588,8 +597,8 @@ def classify_error_body(
 def _choose_rule(status: int, error_body: ErrorBody, body: bytes) -> RetryRule:
     if by_code := _BY_CODE.get(error_body.code or ""):
         return by_code
-    if status == 400:  # noqa: PLR2004 - HTTP's own number
-        return _choose_400_rule(error_body)
+    if status in {400, 422}:
+        return _choose_refusal_rule(error_body)
     if status == 503:  # noqa: PLR2004 - HTTP's own number
         return _choose_503_rule(error_body)
     for known, words, rule in _BY_WORDS:
@@ -609,15 +618,18 @@ def _shorten_location(location: str) -> str:
         return "a malformed URL"
 
 
-def _choose_400_rule(error_body: ErrorBody) -> RetryRule:
+def _choose_refusal_rule(error_body: ErrorBody) -> RetryRule:
     text = error_body.message
     if error_body.param in _LENGTH_PARAMS or "maximum context length" in text:
-        return RetryRule(
-            PromptTooLongError, RetryAction.FAIL, advice="shorten the item or use a longer context"
-        )
+        return _TOO_LONG
     if error_body.param in {"max_tokens", "max_completion_tokens"}:
         return replace(_REFUSED, length=True, advice="lower model.max_tokens")
-    return _REFUSED
+    return _TOO_LONG if _says_too_long(text) else _REFUSED
+
+
+def _says_too_long(message: str) -> bool:
+    """Return True if a server says that a prompt exceeds its context, and not ``max_tokens``."""
+    return _TOO_LONG_WORDS.search(message) is not None and _ANSWER_LIMIT.search(message) is None
 
 
 _NEW_RUN: Final = "; it may change answers, so start a new run with it, in a new run folder"

@@ -209,7 +209,7 @@ def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str
         return _Counts()
     usd = sum(one.usd or 0.0 for one in found) or None
     failed = sum(one.failed or 0 for one in found)
-    from ..run.pipeline import is_finished
+    from ..run.stage_folder import is_finished
 
     first = RunFolder(folder.stages / about["stages"][0])
     if found and not is_operator(first.path):

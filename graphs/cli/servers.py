@@ -18,6 +18,7 @@ from ...backends.simulated.fleet import SimulatedFleet
 from ...backends.simulated.serve import serve_fleet
 from ...backends.simulated.spec import SimulationSpec
 from ...backends.storage.run_folder import open_folder
+from ...configs.loader import LoadedConfig
 from ...configs.overrides import Overrides
 from ..run.console import print_messages
 
@@ -42,6 +43,8 @@ def serve_node(config: str, overrides: Overrides, folder: Path, host: str | None
     path = Path(config)
     source = str(open_folder(path).settings) if path.is_dir() else config
     loaded, _ = overrides.resolve(source)
+    if loaded.config.stages is not None:
+        loaded = _find_served(loaded)
     plan = make_node_plan(loaded.config, folder, host)
     if not has_own_servers(loaded.config):
         msg = (
@@ -55,6 +58,26 @@ def serve_node(config: str, overrides: Overrides, folder: Path, host: str | None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _find_served(loaded: LoadedConfig) -> LoadedConfig:
+    """Return the settings of the stages of a pipeline whose model is served.
+
+    Raises:
+        ConfigurationError: There is none, or there are several models.
+    """
+    from ..run.pipeline import list_served
+
+    served = list_served(loaded)
+    if len(served) != 1:
+        models = ", ".join(served) or "none"
+        msg = (
+            f"{loaded.source}: 'fanfold serve' serves one model; models that the stages take from "
+            f"node.serve: {models}. With backend.node_endpoints, workers start the servers of each "
+            "stage"
+        )
+        raise ConfigurationError(msg)
+    return next(iter(served.values()))
 
 
 async def _serve_until_stopped(plan: NodePlan) -> None:

@@ -30,7 +30,14 @@ from ..run.stage_folder import find_models, find_run, list_stage_runs
 from .failures import show_failures
 from .options import COST_BY
 from .stage_findings import show_pipeline_findings
-from .status import grouped_columns, print_missing_price, row_json, total_table
+from .status import (
+    grouped_columns,
+    print_missing_price,
+    report_jobs,
+    row_json,
+    show_jobs,
+    total_table,
+)
 from .tables import Column, make_table
 
 _BY_STAGE: Final = "stage"
@@ -55,7 +62,8 @@ def show_pipeline_status(path: Path, as_json: bool, stage: str | None = None) ->
         found = replace(whole, stages=tuple(s for s in whole.stages if s.stage.name == stage))
     state = read_state(folder, about)
     budget = read_budget(folder, found.cost)
-    command = find_next_command(folder, about, whole, budget)
+    jobs = report_jobs(path, utilization=False)
+    command = find_next_command(folder, about, whole, budget) if jobs is None else None
     counts = found.count_questions()
     if as_json:
         print_json(
@@ -71,6 +79,7 @@ def show_pipeline_status(path: Path, as_json: bool, stage: str | None = None) ->
                 "budget": budget,
                 "sessions": len(about["sessions"]),
                 "next_command": command,
+                **({} if jobs is None else {"chain": jobs}),
             }
         )
         return
@@ -86,6 +95,8 @@ def show_pipeline_status(path: Path, as_json: bool, stage: str | None = None) ->
         for where, limits in _list_budgets(found, budget)
         for name, limit in limits.items()
     )
+    if jobs is not None:
+        show_jobs(jobs, console)
     if found.failed:
         print_messages([f"failures with examples: fanfold failures {shlex.quote(str(path))}"])
     if command is not None:

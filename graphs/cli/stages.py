@@ -22,16 +22,14 @@ from ...backends.storage.run_folder import (
     is_vacant,
     open_folder,
     read_aggregate,
-    write_bytes,
 )
-from ...configs.loader import LoadedConfig, load_config, make_portable
+from ...configs.loader import LoadedConfig, load_config
 from ...configs.overrides import Overrides
-from ...configs.yaml_text import to_yaml
 from ..pipeline import PipelineResult, execute_pipeline
 from ..run.checkpoints import check_saver
 from ..run.console import print_json, print_messages
 from ..run.extend_pipeline import PipelineExtension
-from ..run.pipeline import find_stage_warnings, list_stages, prepare_pipeline
+from ..run.pipeline import find_stage_warnings, list_stages, prepare_pipeline, write_settings
 from ..run.pipeline_report import StageState, describe_stages, list_raise_options
 from ..run.rich_console import Terminal, open_message_console
 from ..run.shutdown import session_deadline, with_deadline
@@ -111,7 +109,7 @@ async def pipeline_session(
         if loaded is None:
             loaded = await asyncio.to_thread(load_config, folder.settings)
         else:
-            await asyncio.to_thread(_write_settings, folder, loaded)
+            await asyncio.to_thread(write_settings, folder, loaded)
         end = session_deadline(loaded.config, began)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
@@ -163,26 +161,6 @@ def _note_source(folder: RunFolder, source: Path) -> None:
         with folder.lock():
             moved = known | {"path": str(source.resolve())}
             folder.write_provenance(folder.read_provenance() | {"from": moved})
-
-
-def _write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
-    """Write changed settings, unless another process works on the pipeline.
-
-    Raises:
-        ConfigurationError: The settings have other stages.
-    """
-    known = folder.read_provenance()["stages"]
-    names = [stage.name for stage in loaded.config.stages or ()]
-    if names[: len(known)] != known:
-        msg = (
-            f"{folder.path}: this pipeline has the stages {', '.join(known)}, and the settings "
-            f"{', '.join(names)}; stages can be added at the end only: use a new run folder"
-        )
-        raise ConfigurationError(msg)
-    with folder.lock():
-        text = to_yaml(make_portable(loaded.plain, folder.path))
-        write_bytes(folder.settings, text.encode())
-        folder.write_provenance(folder.read_provenance() | {"stages": names})
 
 
 def print_pipeline_result(result: PipelineResult, output: OutputMode) -> int:

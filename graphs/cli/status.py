@@ -212,7 +212,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if batches:
         facts["batches"] = summarize_batches(batches)
     aggregate = _read_final_aggregate(folder, about)
-    jobs = _report_jobs(path, usage, batch)
+    jobs = report_jobs(path, usage, batch)
     command = find_next_command(folder, about, counts, cost, failures) if jobs is None else None
     if as_json:
         costs = cost.to_json() | {
@@ -278,7 +278,8 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _report_jobs(path: Path, utilization: bool, batch: int | None = None) -> dict[str, Any] | None:
+def report_jobs(path: Path, utilization: bool, batch: int | None = None) -> dict[str, Any] | None:
+    """Return a report of the jobs of a run or pipeline; None if it never had any."""
     if not chain_file(path).read().jobs:
         return None
     from ..jobs.usage import job_report  # imports the schedulers, which few runs need
@@ -375,7 +376,7 @@ def show_cost(path: Path, by: str | None, as_json: bool) -> None:
     groups = group_usage(folder.journal, run, items, by, model)
     cost = read_cost(folder, run, groups.sessions)
     rows = sorted(groups.by_key.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
-    jobs = _report_jobs(path, utilization=True)
+    jobs = report_jobs(path, utilization=True)
     if as_json:
         print_json(
             {

@@ -32,6 +32,7 @@ from ...backends.servers.events import last_errors
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ..run.console import print_messages
+from ..run.stage_folder import is_pipeline_finished, list_stage_runs
 
 _ENDS: Final = (EXIT_DONE, EXIT_FAILURES, EXIT_USAGE, EXIT_BUDGET)
 """Exit codes that end a chain, whatever the state of the servers."""
@@ -115,11 +116,19 @@ def _wait_for_job(file: ChainFile, name: str) -> JobChain:
 
 
 def _count_items(folder: RunFolder) -> tuple[int, int]:
-    """Return the number of items that are finished, and of those that are left."""
-    about = folder.read_provenance()
-    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
-        counts = journal.count_items()
-    return counts.done + counts.failed, counts.open
+    """Return the number of items that are finished, and of those that are left.
+
+    Of a pipeline, the items of stages to come are unknown: they count as one.
+    """
+    finished = left = 0
+    for run in list_stage_runs(folder) if folder.is_pipeline else [folder]:
+        about = run.read_provenance()
+        with Journal(run.journal, get_run_ids(about), about["input"]["items"]) as journal:
+            counts = journal.count_items()
+        finished, left = finished + counts.done + counts.failed, left + counts.open
+    if folder.is_pipeline:
+        left = 0 if is_pipeline_finished(folder) else max(1, left)
+    return finished, left
 
 
 def _find_lost_jobs(chain: JobChain, name: str) -> list[Job]:

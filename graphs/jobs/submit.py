@@ -31,7 +31,7 @@ from ...configs.raw_settings import get_at_path
 from ...configs.site import SiteConfig, load_site
 from ..remote.coordinator import STOP_GRACE_S
 from ..run.console import print_messages
-from ..run.prepare import check_single_task, default_run_folder, prepare_run, resume_run
+from ..run.prepare import default_run_folder, prepare_run, resume_run
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS: Final = (86400, 3600, 60, 1)
@@ -110,12 +110,35 @@ def submit_job(
     print_messages(notices)
     if folder is not None:
         _check_no_job(chain_file(path), SCHEDULERS[site.scheduler])
-        asyncio.run(resume_run(folder, loaded))
-    else:
-        asyncio.run(prepare_run(loaded, path, defer_endpoints=plan.starts_servers))
+    _prepare(folder, loaded, path)
     _write(plan)
     job = _submit_first(plan, options)
     print_messages(_about(plan, job, loaded, options))
+
+
+def _prepare(folder: RunFolder | None, loaded: LoadedConfig, path: Path) -> None:
+    """Create the folder of a run or a pipeline, or check that the settings fit the existing one."""
+    deferred = loaded.config.node.serve is not None
+    if loaded.config.stages is None:
+        if folder is not None and folder.is_pipeline:
+            raise ConfigurationError(f"{path}: this is a pipeline; its settings need stages")
+        if folder is None:
+            asyncio.run(prepare_run(loaded, path, defer_endpoints=deferred))
+        else:
+            asyncio.run(resume_run(folder, loaded))
+        return
+    from ..run.pipeline import (  # noqa: PLC0415 - imports pyarrow and the operators
+        prepare_pipeline,
+        write_settings,
+    )
+
+    if folder is None:
+        asyncio.run(prepare_pipeline(loaded, path, defer_endpoints=deferred))
+    elif folder.is_pipeline:
+        write_settings(folder, loaded)
+    else:
+        msg = f"{path}: this is a single run, but the settings have stages; use a new folder"
+        raise ConfigurationError(msg)
 
 
 def _find_run_folder(config: str, out: Path | None) -> RunFolder | None:
@@ -132,7 +155,6 @@ def _resolve_settings(
 ) -> tuple[LoadedConfig, list[str]]:
     """Return the settings, adapted to the nodes of the jobs."""
     loaded, notices = overrides.resolve(config)
-    check_single_task(loaded)
     settings: dict[str, Any] = {}
     backend = loaded.config.backend
     if backend.starts_workers_on_nodes and backend.command is None:
@@ -143,7 +165,28 @@ def _resolve_settings(
         return loaded, notices
     # load the settings again as written, with those of the job
     again = load_config(loaded.raw, (), settings)
-    return replace(again, source=loaded.source, preset=loaded.preset), notices
+    again = replace(again, source=loaded.source, preset=loaded.preset)
+    if again.config.stages is not None:
+        _check_models(again)
+    return again, notices
+
+
+def _check_models(loaded: LoadedConfig) -> None:
+    """Check that the servers of a job can serve all models of a pipeline.
+
+    Raises:
+        ConfigurationError: They cannot, or a model has no name.
+    """
+    from ..run.pipeline import list_served  # noqa: PLC0415 - imports pyarrow and the operators
+
+    served = list_served(loaded)
+    if len(served) > 1 and not loaded.config.backend.node_endpoints:
+        msg = (
+            f"{loaded.source}: the stages use the models {', '.join(served)} of node.serve, and "
+            "'fanfold serve' serves one of them in a job; let the workers of each stage start its "
+            "servers: backend: {kind: launched, node_endpoints: true}"
+        )
+        raise ConfigurationError(msg)
 
 
 def _server_settings(
@@ -154,7 +197,7 @@ def _server_settings(
     Raises:
         ConfigurationError: The model has no name, or other endpoints are configured.
     """
-    if loaded.config.model.name is None:
+    if loaded.config.model.name is None and loaded.config.stages is None:
         msg = (
             f"{loaded.source}: model.name is missing; set it, because the servers of the job "
             "cannot be asked before it starts"
@@ -195,6 +238,9 @@ def _make_job_plan(
     if archive is not None and (reason := find_path_risk(archive)) is not None:
         raise ConfigurationError(f"--pack: other users could change what the jobs run: {reason}")
     backend = loaded.config.backend
+    serves = loaded.config.node.serve is not None
+    if loaded.config.stages is not None and backend.node_endpoints:
+        serves = False  # workers start the servers of each stage, which may have another model
     return JobPlan(
         run=path,
         name=loaded.config.name,
@@ -208,7 +254,7 @@ def _make_job_plan(
         nodes=options.nodes,
         walltime_s=parse_walltime(options.walltime),
         drain_s=loaded.config.limits.drain_s + (STOP_GRACE_S if backend.is_remote else 0.0),
-        starts_servers=loaded.config.node.serve is not None,
+        starts_servers=serves,
         starts_workers=backend.starts_workers_on_nodes and backend.command is None,
         queue=options.queue,
         account=options.account,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from ...backends.budget.tokens import TokenCounter, open_token_counter
+from ...backends.budget.tokens import TokenCount, TokenCounter, open_token_counter
 from ...backends.core.errors import ConfigurationError, InvalidItemError
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.text_tokens import estimate_text_tokens
@@ -18,6 +19,8 @@ from ...backends.core.values import to_json_text
 from ...backends.discovery.connect import ReadyEndpoints, make_model_params
 from ...backends.inputs.item_store import ItemStore
 from ...configs.models import RunConfig, SplitConfig
+
+logger = logging.getLogger(__name__)
 
 _COUNTED: Final = 8
 """Parts that the model's tokenizer counts: the longest ones by the estimate."""
@@ -94,6 +97,9 @@ async def explain_long_parts(
 ) -> str | None:
     """Return why the longest parts do not fit into the model's context, and what does; else None.
 
+    If only an estimate says so, it is logged as a warning: the server may accept them, and parts
+    that it refuses are asked in pieces.
+
     Args:
         config: The settings.
         ready: The endpoints.
@@ -104,13 +110,15 @@ async def explain_long_parts(
         return None
     prompt, fixed = config.parse_prompt(), make_model_params(config, ready.model).body()
     answer, longest, fitting = config.model.max_tokens, 0, split.tokens
+    is_exact = True
     async with open_token_counter(ready) as counter:
         for row in rows:
             try:
-                whole = await _count(counter, fixed, prompt, row)
-                bare = await _count(counter, fixed, prompt, {**row, split.column: ""})
+                whole, exact = await _count(counter, fixed, prompt, row)
+                bare, _ = await _count(counter, fixed, prompt, {**row, split.column: ""})
             except InvalidItemError:
                 continue  # it fails without a call
+            is_exact &= exact
             longest = max(longest, whole)
             part = max(1, estimate_text_tokens(str(row[split.column])))
             ratio = max(1, whole - bare) / part
@@ -118,17 +126,25 @@ async def explain_long_parts(
         how = counter.method
     if longest + answer <= context:
         return None
-    return (
+    found = (
         f"input.split.tokens: the longest prompt has {longest:,} tokens ({how}) and its answer may "
-        f"have {answer:,} (model.max_tokens), which is more than the model's context of "
-        f"{context:,}: {_advise(split, fitting)}"
+        f"have {answer:,} (model.max_tokens), which is more than the model's context of {context:,}"
     )
+    if is_exact or answer >= context:
+        return f"{found}: {_advise(split, fitting)}"
+    logger.warning(
+        "%s; this is an estimate: parts that the server refuses are asked in pieces. To avoid it, "
+        "%s",
+        found,
+        _advise(split, fitting),
+    )
+    return None
 
 
 async def _count(
     counter: TokenCounter, fixed: Mapping[str, Any], prompt: ItemPrompt, row: Row
-) -> int:
-    return (await counter.count({**fixed, "messages": prompt.build_messages(row)})).tokens
+) -> TokenCount:
+    return await counter.count({**fixed, "messages": prompt.build_messages(row)})
 
 
 def _advise(split: SplitConfig, fitting: int) -> str:
@@ -156,7 +172,8 @@ async def check_part_lengths(config: RunConfig, ready: ReadyEndpoints, items: Pa
         items: File of the items.
 
     Raises:
-        ConfigurationError: Some do not; each would be refused before it is asked in pieces.
+        ConfigurationError: Some do not, by the model's own tokenizer; each would be refused before
+            it is asked in pieces.
     """
 
     def find() -> list[Row]:

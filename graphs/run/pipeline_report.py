@@ -20,8 +20,8 @@ from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
-from .pipeline import Stage, is_finished, list_stages
-from .stage_folder import OPERATOR_FILE
+from .pipeline import Stage, list_stages
+from .stage_folder import OPERATOR_FILE, is_finished
 
 
 @dataclass(frozen=True, slots=True)

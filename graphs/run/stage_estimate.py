@@ -24,7 +24,7 @@ from ...nodes.operators import LevelPlan, SizeEstimate
 from .estimate import open_probed, sample_indices
 from .input_check import check_input_setting
 from .part_length import check_part_lengths
-from .pipeline import Stage, check_columns, list_stages
+from .pipeline import Stage, check_columns, list_models, list_stages
 
 _SAMPLE = 200
 _LIKELY_ANSWER = 128
@@ -232,7 +232,7 @@ async def estimate_pipeline(loaded: LoadedConfig) -> PipelineEstimate:
         summary = await call_stoppable(load_input, stages[0].loaded.config.input, file, ())
         check_columns(loaded, summary)
         items, tokens = await asyncio.to_thread(measure_rows, file)
-        for name, one in _list_models(stages):
+        for name, one in list_models(stages):
             check_endpoints(one)
             key = to_json_text([one.plain["endpoints"], one.plain["model"]["name"]])
             if key not in groups:
@@ -266,14 +266,6 @@ async def _find_long_parts(loaded: LoadedConfig, ready: ReadyEndpoints, items: P
     except ConfigurationError as error:
         return error.message
     return None
-
-
-def _list_models(stages: Sequence[Stage]) -> Iterator[tuple[str, LoadedConfig]]:
-    """Yield the settings of each model that the stages use, with the name of its stage."""
-    for stage in stages:
-        yield stage.name, stage.loaded
-        if stage.small is not None:
-            yield f"{stage.name}, small", stage.small
 
 
 def _sum_reserve(loaded: LoadedConfig, stages: Sequence[StageEstimate]) -> Amount:

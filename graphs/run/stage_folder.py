@@ -12,6 +12,7 @@ import orjson
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.terminal import count_nouns
 from ...backends.storage.run_folder import RunFolder, open_folder
+from .next_steps import FINISHED
 
 OPERATOR_FILE: Final = "operator.json"
 """File in the folder of a stage that is an operator."""
@@ -120,6 +121,30 @@ def find_models(folder: RunFolder, about: Mapping[str, Any]) -> str:
     runs = list_stage_runs(folder) if folder.is_pipeline else ()
     found = sorted({str(run.read_provenance()["model"]) for run in runs})
     return ", ".join(filter(None, found)) or str(about["model"])
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Return True if a run has ended and its results, if it is no level, are written; blocks.
+
+    Raises:
+        JournalError: Its provenance is damaged.
+    """
+    if not folder.provenance.exists():
+        return False
+    about = folder.read_provenance()
+    has_results = about.get("level") is not None or folder.aggregate.exists()
+    last = about["sessions"][-1] if about["sessions"] else {}
+    return has_results and last.get("outcome") == FINISHED
+
+
+def is_pipeline_finished(folder: RunFolder) -> bool:
+    """Return True if all stages of a pipeline have ended; blocks.
+
+    Raises:
+        JournalError: A provenance is damaged.
+    """
+    names = folder.read_provenance()["stages"]
+    return all(is_finished(RunFolder(folder.stages / name)) for name in names)
 
 
 def check_single_run(folder: RunFolder) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from .figures import Table, describe_machine, write_figures
+from .figures import OtherPrograms, Page, Table, describe_machine, write_figures
 from .suite import DOCS
 
 WORDS: Final = ("water", "acid", "crystal", "enzyme", "solvent", "protein", "lattice", "polymer")
@@ -98,6 +98,7 @@ def main() -> None:
     if given.model is None:
         with urllib.request.urlopen(f"{given.url}/models") as answer:
             given.model = json.loads(answer.read())["data"][0]["id"]
+    others = OtherPrograms()
     table = Table(
         "tokens",
         "How many tokens a second does a server make?",
@@ -114,7 +115,8 @@ def main() -> None:
                 table.add(side, run(Path(name), given))
             print(f"round {number + 1}: {side}: {table.rows[side][-1]:,.0f} tokens/s", flush=True)
     intro = "A real server of vLLM, whose machine is not described here."
-    write_figures(given.out, [table], describe_machine(), "make bench-gpu", intro)
+    page = Page([table], describe_machine(others), "make bench-gpu", intro)
+    write_figures(given.out, page)
     print(f"{given.out}/README.md written")
 
 

@@ -12,17 +12,18 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from fanfold.backends.fleet.balancer import LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy, make_prefix_policies
+from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.inputs.item_order import find_groups
 from fanfold.tests.benchmarks.prefix_workloads import (
     SERVERS,
@@ -33,7 +34,7 @@ from fanfold.tests.benchmarks.prefix_workloads import (
 from fanfold.tests.support.memory_servers import MODEL, MemoryTransport, open_servers, sum_hits
 from fanfold.tests.support.virtual_clock import run_virtual
 
-_AFFINITY = 2048
+_AFFINITY: Final = 2048
 """Characters, as a user would set ``limits.affinity`` for these prompts."""
 
 
@@ -101,26 +102,73 @@ class Measurement:
     cpu_s: float
 
 
-async def run_items(
-    workload: Workload,
-    order: Sequence[int],
-    policy: FleetPolicy,
-    balancer: type[LoadBalancer] | None = None,
-) -> tuple[float, float, float]:
-    """Send all items; return virtual seconds, share of hits and share of busy time."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a policy sends items.
+
+    Attributes:
+        order: Numbers of the items in the order of their start.
+        policy: The fleet's policy.
+        balancer: Another choice of the endpoint than fanfold's, or None.
+    """
+
+    order: Sequence[int]
+    policy: FleetPolicy
+    balancer: type[LoadBalancer] | None = None
+
+    def open_fleet(self, urls: Iterable[str], transport: Transport | None = None) -> Fleet:
+        """Return a fleet that chooses endpoints as the plan says."""
+        fleet = Fleet([EndpointSpec(url) for url in urls], self.policy, transport=transport)
+        if self.balancer is not None:
+            # Same queue and limits of the fleet; only the choice differs.
+            fleet._monitor.balancer.__class__ = self.balancer
+        return fleet
+
+
+POLICIES: Final = ("today", "today, affinity", "round robin", "power of two", "auto")
+
+
+def make_plan(
+    name: str, items: int, read_prompt: Callable[[int], str], streams: int, affinity: int
+) -> Plan:
+    """Return the plan of a policy.
+
+    Args:
+        name: One of `POLICIES`.
+        items: Number of items.
+        read_prompt: Returns the prompt of an item.
+        streams: Requests in flight.
+        affinity: Characters, as a user would set ``limits.affinity`` for these prompts.
+    """
+    order, policy = range(items), FleetPolicy.from_limits(streams=streams)
+    match name:
+        case "today, affinity":
+            return Plan(order, replace(policy, affinity=AffinityPolicy(prefix=affinity)))
+        case "round robin":
+            return Plan(order, policy, RoundRobin)
+        case "power of two":
+            return Plan(order, policy, PowerOfTwo)
+        case "auto":
+            found = find_groups(items, lambda rows: [f"user:{read_prompt(row)}" for row in rows])
+            if found is not None:
+                groups, grouped = found
+                return Plan(
+                    grouped.tolist(), replace(policy, **make_prefix_policies(groups.prefix))
+                )
+    return Plan(order, policy)
+
+
+async def _run_items(workload: Workload, plan: Plan) -> tuple[float, float, float]:
     servers = open_servers(workload.engine, SERVERS)
     items = workload.items
     # The client knows neither the length of an answer nor the parts of a prompt.
     lengths = {item.render()[-64:]: item.answer for item in items}
     transport = MemoryTransport(
-        policy, servers, lambda body: lengths[body["messages"][0]["content"][-64:]]
+        plan.policy, servers, lambda body: lengths[body["messages"][0]["content"][-64:]]
     )
     loop = asyncio.get_running_loop()
-    fleet = Fleet([EndpointSpec(url) for url in servers], policy, transport=transport)
-    if balancer is not None:
-        # Same queue and limits of the fleet; only the choice differs.
-        fleet._monitor.balancer.__class__ = balancer
-    left = iter(order)
+    fleet = plan.open_fleet(servers, transport)
+    left = iter(plan.order)
 
     async def work() -> None:
         for number in left:
@@ -131,69 +179,25 @@ async def run_items(
     async with fleet:
         started = loop.time()
         async with asyncio.TaskGroup() as group:
-            for _ in range(policy.streams):
+            for _ in range(plan.policy.streams):
                 group.create_task(work())
         seconds = loop.time() - started
     busy = sum(server.engine.busy_s for server in servers.values())
     return seconds, sum_hits(list(servers.values())), busy / SERVERS / seconds
 
 
-def _policy(**changes: Any) -> FleetPolicy:
-    return replace(FleetPolicy.from_limits(streams=STREAMS), **changes)
-
-
-def run_today(workload: Workload) -> tuple[float, float, float]:
-    """Run the items in the order of the input, without affinity."""
-    return run_virtual(lambda: run_items(workload, range(len(workload.items)), _policy()))
-
-
-def run_affinity(workload: Workload) -> tuple[float, float, float]:
-    """Run the items in the order of the input, with ``limits.affinity``."""
-    policy = _policy(affinity=AffinityPolicy(prefix=_AFFINITY))
-    return run_virtual(lambda: run_items(workload, range(len(workload.items)), policy))
-
-
-def run_round_robin(workload: Workload) -> tuple[float, float, float]:
-    """Run the items in the order of the input, on each server in turn."""
-    order = range(len(workload.items))
-    return run_virtual(lambda: run_items(workload, order, _policy(), RoundRobin))
-
-
-def run_power_of_two(workload: Workload) -> tuple[float, float, float]:
-    """Run the items in the order of the input, on the better of two random servers."""
-    order = range(len(workload.items))
-    return run_virtual(lambda: run_items(workload, order, _policy(), PowerOfTwo))
-
-
-def run_auto(workload: Workload) -> tuple[float, float, float]:
-    """Run the items as with ``limits.order: auto``."""
+def run_policy(name: str, workload: Workload) -> tuple[float, float, float]:
+    """Send all items; return virtual seconds, share of hits and share of busy time."""
     items = workload.items
-
-    def read_texts(rows: Sequence[int]) -> list[str]:
-        return [f"user:{items[row].render()}" for row in rows]
-
-    found = find_groups(len(items), read_texts)
-    if found is None:
-        return run_today(workload)
-    groups, order = found
-    policy = _policy(**make_prefix_policies(groups.prefix))
-    return run_virtual(lambda: run_items(workload, order.tolist(), policy))
-
-
-POLICIES: dict[str, Callable[[Workload], tuple[float, float, float]]] = {
-    "today": run_today,
-    "today, affinity": run_affinity,
-    "round robin": run_round_robin,
-    "power of two": run_power_of_two,
-    "auto": run_auto,
-}
+    plan = make_plan(name, len(items), lambda row: items[row].render(), STREAMS, _AFFINITY)
+    return run_virtual(lambda: _run_items(workload, plan))
 
 
 def measure_one(name: str, policy: str, seed: int, groups: int) -> Measurement:
     """Measure one policy on one workload."""
     workload = make_workloads()[name](seed, groups)
     started = time.process_time()
-    seconds, hits, busy = POLICIES[policy](workload)
+    seconds, hits, busy = run_policy(policy, workload)
     cpu_s = time.process_time() - started
     return Measurement(name, policy, seed, seconds, workload.bound_s(), hits, busy, cpu_s)
 
@@ -232,7 +236,7 @@ def main() -> None:
     """Measure the chosen workloads and policies; add them to a JSON file."""
     parser = argparse.ArgumentParser(prog="prefix", description=__doc__)
     parser.add_argument("--workloads", nargs="+", choices=list(make_workloads()))
-    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--workers", type=int, default=1)

@@ -1,29 +1,41 @@
-"""Orders of work on real vLLM servers: their own counters of prefix caches and queues.
+"""The policies of ``prefix.py`` on real vLLM servers: their counters of prefix caches and queues.
 
 Start the servers with few KV blocks (``--num-gpu-blocks-override``), so that not all groups stay
-cached. The orders alternate in one run, each time with new texts, so that nothing is left in the
-caches from before.
+cached. The policies take turns, each time with new texts, so that nothing is left in the caches
+from before.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-_WORDS = ("molecule", "score", "paper", "value", "system", "function", "items", "name", "logP")
-_COUNTERS = {
+from fanfold.tests.benchmarks.prefix import POLICIES, Plan, make_plan
+
+_WORDS: Final = (
+    "molecule",
+    "score",
+    "paper",
+    "value",
+    "system",
+    "function",
+    "items",
+    "name",
+    "logP",
+)
+_MOST_REQUESTS: Final = 1.05
+"""Requests per prompt: slow ones at the end are sent again elsewhere (hedged)."""
+_COUNTERS: Final = {
     "queries": "vllm:prefix_cache_queries_total",
     "hits": "vllm:prefix_cache_hits_total",
     "queue_s": "vllm:request_queue_time_seconds_sum",
@@ -86,11 +98,35 @@ def _read_cpu_s(sessions: Sequence[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def write_rows(path: Path, name: str, groups: int, size: int, words: tuple[int, int]) -> None:
-    """Write shuffled rows, of which ``size`` each have the same document.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of a policy took.
+
+    Attributes:
+        policy: Name of the policy.
+        number: Number of the run; its texts follow from it.
+        requests: Requests that the servers answered.
+        seconds: From the first request to the last answer.
+        hits: Share of the prompts' tokens that came from the caches.
+        computed: Prompt tokens that the servers computed.
+        waited_s: Mean wait of a request inside a server.
+        cpu_s: CPU time of the servers' processes; 0 if unknown.
+    """
+
+    policy: str
+    number: int
+    requests: float
+    seconds: float
+    hits: float
+    computed: float
+    waited_s: float
+    cpu_s: float
+
+
+def make_prompts(name: str, groups: int, size: int, words: tuple[int, int]) -> list[str]:
+    """Return shuffled prompts, of which ``size`` each begin with the same document.
 
     Args:
-        path: The file.
         name: Makes all texts differ from those of other runs.
         groups: Number of documents.
         size: Questions about each document.
@@ -101,73 +137,108 @@ def write_rows(path: Path, name: str, groups: int, size: int, words: tuple[int, 
     def write(count: int, title: str) -> str:
         return " ".join([title, *draw.choices(_WORDS, k=count)])
 
-    rows = [
-        {"document": document, "question": write(words[1], f"question {number} of {group}")}
+    prompts = [
+        f"{document}\n\n{write(words[1], f'question {number} of {group}')}"
         for group in range(groups)
         for document in [write(words[0], f"{name} {group}")]
         for number in range(size)
     ]
-    draw.shuffle(rows)
-    path.write_text("".join(json.dumps({"id": n, **row}) + "\n" for n, row in enumerate(rows)))
+    draw.shuffle(prompts)
+    return prompts
 
 
-def run_once(given: argparse.Namespace, order: str, number: int) -> tuple[Counts, float]:
-    """Run all rows in one order; return what the servers counted, and the seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = given.document, given.question
-        write_rows(Path(folder) / "rows.jsonl", f"run {number}", given.groups, given.size, words)
-        settings: dict[str, Any] = {
-            "input": {"path": "rows.jsonl", "id": "id"},
-            "task": {"prompt": "{document}\n\n{question}"},
-            "model": {
-                "name": given.model,
-                # A model without training would never end by itself.
-                "extra_body": {"structured_outputs": {"choice": [" ".join(_WORDS)]}},
-            },
-            "endpoints": {"urls": given.endpoints, "api_key": "EMPTY"},
-            "limits": {"streams": given.streams, "order": order},
-        }
-        (Path(folder) / "run.yaml").write_text(json.dumps(settings))
-        before, started = read_counts(given.endpoints, given.sessions), time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "fanfold", "run", "run.yaml", "--out", "run", "--quiet"],
-            cwd=folder,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        seconds = time.monotonic() - started
-        return read_counts(given.endpoints, given.sessions) - before, seconds
+async def send(urls: Sequence[str], model: str, prompts: Sequence[str], plan: Plan) -> float:
+    """Send all prompts as a policy does; return the seconds."""
+    left = iter(plan.order)
+    # A model without training would never end by itself.
+    extra = {"structured_outputs": {"choice": [" ".join(_WORDS)]}, "temperature": 0}
+
+    async def work() -> None:
+        for number in left:
+            messages = [{"role": "user", "content": prompts[number]}]
+            await fleet.post({"model": model, "messages": messages, "max_tokens": 256, **extra})
+
+    async with plan.open_fleet(urls) as fleet:
+        started = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(plan.policy.streams):
+                group.create_task(work())
+        return time.monotonic() - started
+
+
+def measure_run(given: argparse.Namespace, policy: str, number: int) -> Run:
+    """Run all prompts with one policy."""
+    words = given.document, given.question
+    prompts = make_prompts(f"run {number}", given.groups, given.size, words)
+    # As a user would set it: most of the shorter documents.
+    shared = min(len(prompt.partition("\n\n")[0]) for prompt in prompts)
+    plan = make_plan(policy, len(prompts), prompts.__getitem__, given.streams, shared)
+    before = read_counts(given.endpoints, given.sessions)
+    seconds = asyncio.run(send(given.endpoints, given.model, prompts, plan))
+    found = read_counts(given.endpoints, given.sessions) - before
+    if found.requests > _MOST_REQUESTS * len(prompts):
+        raise SystemExit(f"{found.requests:.0f} requests for {len(prompts)} prompts: who else?")
+    return Run(
+        policy,
+        number,
+        found.requests,
+        seconds,
+        found.hits / found.queries,
+        found.queries - found.hits,
+        found.queue_s / found.requests,
+        found.cpu_s,
+    )
+
+
+def show(runs: Sequence[Run]) -> str:
+    """Return a table in Markdown: medians, with ranges."""
+    lines = [
+        "| policy | prompt tokens from the cache | computed | mean wait inside a server "
+        "| server CPU | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for policy in dict.fromkeys(run.policy for run in runs):
+        some = [run for run in runs if run.policy == policy]
+        cells = [
+            _show([100 * run.hits for run in some], ".0f", " %"),
+            _show([run.computed for run in some], ",.0f", ""),
+            _show([run.waited_s for run in some], ".2f", " s"),
+            _show([run.cpu_s for run in some], ".1f", " s"),
+        ]
+        lines.append(f"| {policy} | {' | '.join(cells)} | {len(some)} |")
+    return "\n".join(lines)
+
+
+def _show(values: Sequence[float], form: str, unit: str) -> str:
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):{form}}{unit} ({low:{form}} to {high:{form}})"
 
 
 def main() -> None:
-    """Measure both orders in turn, and print a table."""
+    """Measure the policies in turn; print a table."""
     parser = argparse.ArgumentParser(prog="prefix_vllm", description=__doc__)
     parser.add_argument("--endpoints", nargs="+", required=True, help="base URLs, ending in /v1")
     parser.add_argument("--sessions", type=int, nargs="*", default=[], help="of the servers")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--groups", type=int, default=40)
-    parser.add_argument("--size", type=int, default=10)
+    parser.add_argument("--groups", type=int, default=60)
+    parser.add_argument("--size", type=int, default=6)
     parser.add_argument("--document", type=int, default=300, help="words")
     parser.add_argument("--question", type=int, default=150, help="words")
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--streams", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--json", type=Path, help="file for the measurements")
     given = parser.parse_args()
-    rows: dict[str, list[tuple[Counts, float]]] = {"input": [], "auto": []}
-    for number in range(given.rounds * 2):
-        order = ("input", "auto", "auto", "input")[number % 4]
-        found, seconds = run_once(given, order, number)
-        rows[order].append((found, seconds))
-        print(order, asdict(found), f"{seconds:.1f} s", flush=True)
-    print("| order | prompt tokens from the cache | computed | waits in a server | server CPU |")
-    print("|---|---|---|---|---|")
-    for order, runs in rows.items():
-        hits = statistics.mean(one.hits / one.queries for one, _ in runs)
-        computed = statistics.mean(one.queries - one.hits for one, _ in runs)
-        queued = statistics.mean(one.queue_s / one.requests for one, _ in runs)
-        cpu_s = statistics.mean(one.cpu_s for one, _ in runs)
-        print(
-            f"| {order} | {100 * hits:.0f} % | {computed:,.0f} | {queued:.2f} s | {cpu_s:.1f} s |"
-        )
+    runs = list[Run]()
+    for number in range(given.rounds):
+        # In another order each time, so that no policy always follows the same one.
+        turn = random.Random(number).sample(given.policies, len(given.policies))
+        for place, policy in enumerate(turn):
+            runs.append(measure_run(given, policy, 100 * number + place))
+            print(runs[-1], flush=True)
+            if given.json:
+                given.json.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    print(show(runs))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,9 @@ from typing import Any, TypeAlias
 from aiohttp import web
 
 AnswerFunction: TypeAlias = Callable[[str], str | None]
-"""Returns the text of the answer to a prompt; None refuses it with HTTP 400."""
+"""Returns the text of the answer to a prompt; None refuses it."""
 
 MODEL = "stand-in"
-
-
-async def _list_models(_: web.Request) -> web.Response:
-    models = [{"id": MODEL, "object": "model", "created": 1, "owned_by": "tests"}]
-    return web.json_response({"object": "list", "data": models})
 
 
 def _completion(text: str) -> dict[str, Any]:
@@ -33,8 +28,16 @@ def _completion(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def serve_answers(answer: AnswerFunction) -> Iterator[str]:
-    """Serve answers while the block runs; yield the base URL."""
+def serve_answers(
+    answer: AnswerFunction, status: int = 400, context: int | None = None
+) -> Iterator[str]:
+    """Serve answers while the block runs; yield the base URL.
+
+    Args:
+        answer: Returns the answer to a prompt.
+        status: HTTP status of a refusal.
+        context: Context of the model in tokens, which the server lists; it counts no tokens.
+    """
     started, found = threading.Event(), dict[str, Any]()
 
     async def chat(request: web.Request) -> web.Response:
@@ -42,12 +45,18 @@ def serve_answers(answer: AnswerFunction) -> Iterator[str]:
         text = answer(body["messages"][-1]["content"])
         if text is None:
             error = {"message": "this item is refused", "type": "BadRequestError"}
-            return web.json_response({"error": error}, status=400)
+            return web.json_response({"error": error}, status=status)
         return web.json_response(_completion(text))
+
+    async def list_models(_: web.Request) -> web.Response:
+        model: dict[str, Any] = {"id": MODEL, "object": "model", "created": 1, "owned_by": "tests"}
+        if context is not None:
+            model["max_model_len"] = context
+        return web.json_response({"object": "list", "data": [model]})
 
     async def serve() -> None:
         application = web.Application()
-        application.router.add_get("/v1/models", _list_models)
+        application.router.add_get("/v1/models", list_models)
         application.router.add_post("/v1/chat/completions", chat)
         runner = web.AppRunner(application)
         await runner.setup()

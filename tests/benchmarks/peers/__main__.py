@@ -17,7 +17,7 @@ from typing import Final
 
 from fanfold.backends.simulated.spec import SimulationSpec
 
-from ..figures import Table, describe_machine, write_figures
+from ..figures import OtherPrograms, Page, Table, describe_machine, write_figures
 from ..suite import DOCS, STREAMS, Place, open_place
 
 FOLDER: Final = Path(__file__).parent
@@ -97,9 +97,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=DOCS / "peers", help="folder for the figures")
     given = parser.parse_args()
-    machine = describe_machine()
+    others = OtherPrograms()
+    tables = measure(given.items, given.rounds)
+    machine = describe_machine(others)
     machine["packages"] |= {name: read_version(name) for name in PEERS}
-    write_figures(given.out, measure(given.items, given.rounds), machine, "make bench-peers")
+    write_figures(given.out, Page(tables, machine, "make bench-peers"))
     print(f"{given.out}/README.md written")
 
 

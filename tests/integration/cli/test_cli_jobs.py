@@ -11,6 +11,8 @@ from typing import Any
 import orjson
 import pytest
 
+from fanfold.backends.cluster.chain import EXIT_NOTHING_TO_DO
+
 from .conftest import Shell
 
 pytestmark = pytest.mark.integration
@@ -173,14 +175,55 @@ def test_a_run_without_jobs_tells_of_none(shell: Shell) -> None:
     assert "jobs" not in shell("cost", "r").out
 
 
+def test_the_jobs_of_a_pipeline_are_shown(shell: Shell) -> None:
+    """The chain counts the items of all stages; those of stages to come are one item."""
+    shell.write(task=None, reduce=[], stages=[{"name": "one", "map": {"prompt": "Judge {text}."}}])
+    assert shell("run", "c.yaml", "--out", "r").code == 0
+    terms = {"scheduler": "slurm", "site": "trial"}
+    note([*job(time.time() - 200, "1", terms), ended(time.time() - 100, "1", 5, "interrupted")])
+    found = json.loads(shell("status", "r", "--json").out)
+    assert [one["job"] for one in found["chain"]["jobs"]] == ["1"]
+    assert "interrupted" in shell("status", "r").out
+    note(job(time.time() - 50, "2")[:1])
+    said = shell("chain", "begin", "r", "--job", "2")
+    assert said.code == EXIT_NOTHING_TO_DO
+    assert "all items are finished" in said.err
+    about = Path("r/stages/one/provenance.json")
+    kept = json.loads(about.read_text())
+    kept["sessions"][-1]["outcome"] = None  # as after a kill: its results may be missing
+    about.write_text(json.dumps(kept))
+    note(job(time.time() - 20, "3", terms)[:1])
+    said = shell("chain", "begin", "r", "--job", "3")
+    assert said.code == 0
+    assert "1 item left" in said.err
+
+
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-def test_a_pipeline_is_refused_before_a_script_is_printed(
+def test_a_pipeline_of_two_models_is_refused_before_a_script_is_printed(
     shell: Shell, more: tuple[str, ...]
 ) -> None:
-    shell.write(task=None, reduce=[], stages=[{"name": "one", "map": {"prompt": "Judge {text}."}}])
+    stages = [
+        {"name": name, "map": {"prompt": "Judge {text}."}, "model": {"name": name}}
+        for name in ("small", "large")
+    ]
+    node = {"serve": "serve {model} {port}"}
+    shell.write(task=None, reduce=[], stages=stages, node=node, endpoints={"file": "servers"})
     place = ("--site", "polaris", "--nodes", "1", "--walltime", "1h", "--queue", "q")
     found = shell("submit", "c.yaml", "--out", "jobs", *place, "--account", "a", *more)
     assert found.code == 2
-    assert "stages" in found.err
+    assert "the models small, large of node.serve" in found.err
     assert "#PBS" not in found.out
     assert not Path("jobs").exists()
+    backend = {"kind": "launched", "node_endpoints": True}
+    shell.write(
+        task=None,
+        reduce=[],
+        stages=stages,
+        node=node,
+        endpoints={"file": "servers"},
+        backend=backend,
+    )
+    found = shell("submit", "c.yaml", "--out", "jobs", *place, "--account", "a", "--dry-run")
+    assert found.code == 0
+    assert "FANFOLD_LAUNCHER" in found.out
+    assert " serve " not in found.out

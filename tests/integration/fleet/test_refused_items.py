@@ -14,7 +14,12 @@ import openai
 import pytest
 from aiohttp import web
 
-from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
+from fanfold.backends.core.errors import (
+    EndpointError,
+    PromptTooLongError,
+    RequestRefusedError,
+    RunStoppedError,
+)
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
@@ -155,10 +160,12 @@ async def run(
     return ends
 
 
-def refused(ends: dict[str, str | BaseException]) -> list[str]:
+def refused(
+    ends: dict[str, str | BaseException], kind: type[Exception] = RequestRefusedError
+) -> list[str]:
     """Return the items that were refused; all others were answered."""
     failed = {item: end for item, end in ends.items() if isinstance(end, BaseException)}
-    assert all(type(end) is RequestRefusedError for end in failed.values()), failed
+    assert all(type(end) is kind for end in failed.values()), failed
     assert {end for item, end in ends.items() if item not in failed} <= {"hello"}
     return sorted(failed)
 
@@ -200,7 +207,8 @@ ITEMS = [*(f"ok {n}" for n in range(12)), "bad 0", *(f"ok {n}" for n in range(12
 async def test_the_item_fails_and_the_endpoints_stay(refusal: str, count: int) -> None:
     servers = [Server(refusal) for _ in range(count)]
     async with fleet_over(*servers) as fleet:
-        assert refused(await run(fleet, ITEMS)) == ["bad 0", "bad 1"]
+        kind = PromptTooLongError if refusal == "413" else RequestRefusedError
+        assert refused(await run(fleet, ITEMS), kind) == ["bad 0", "bad 1"]
         assert states(fleet) == {"in use"}
         assert refused(await run(fleet, ["bad 2", "ok 99"])) == ["bad 2"]
     asked = sum((s.asked for s in servers), Counter[str]())

@@ -18,6 +18,7 @@ from fanfold.graphs.run.estimate import estimate_run
 from fanfold.graphs.run.prepare import prepare_run
 from fanfold.graphs.run.stage_estimate import estimate_pipeline
 from fanfold.graphs.session import RunOptions, execute_run
+from fanfold.tests.support.model_server import serve_answers
 
 pytestmark = pytest.mark.integration
 
@@ -66,6 +67,32 @@ async def test_parts_that_exceed_the_context_are_refused_with_what_fits(
     assert (end.exit_code, end.progress["failed"]) == (0, 0)
     assert end.progress["done"] > 6
     assert tokens > 300  # not much less than what fits
+
+
+def answer_short_prompts(prompt: str) -> str | None:
+    return None if len(prompt) > 4000 else "A finding."
+
+
+async def test_an_estimate_warns_and_what_the_server_refuses_is_asked_in_pieces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server says how long its context is, counts no tokens, and refuses with HTTP 413."""
+    path = write_papers(tmp_path)
+    with serve_answers(answer_short_prompts, status=413, context=1500) as url:
+        loaded = settings(path, (url,), tokens=8000)
+        assert (await estimate_run(loaded)).problem is None
+        run = await prepare_run(loaded, tmp_path / "run")
+        warnings = [one.message for one in caplog.records]
+        assert sum("parts that the server refuses are asked in pieces" in w for w in warnings) == 2
+        assert all("set input.split.tokens to at most" in one for one in warnings)
+        end = await execute_run(run, RunOptions(quiet=True), Console(quiet=True))
+        assert (end.exit_code, end.progress["failed"]) == (0, 0)
+        never = settings(path, (url,), tokens=8000).raw | {"model": {"max_tokens": 1500}}
+        with pytest.raises(ConfigurationError, match=r"no part fits"):
+            await prepare_run(load_config(never), tmp_path / "never")
+    files = sorted(run.folder.journal.glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()[1:]]
+    assert max(len(line.get("pieces", ())) for line in lines) >= 4
 
 
 async def test_a_pipeline_says_it_in_its_estimate(tmp_path: Path) -> None:

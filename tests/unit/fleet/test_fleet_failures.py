@@ -94,7 +94,7 @@ ROWS: list[tuple[str, int, Any, type[EndpointError], RetryAction, BreakerEffect]
         RetryAction.FAIL,
         BreakerEffect.NO,
     ),
-    ("413", 413, b"too large", RequestRefusedError, RetryAction.FAIL, BreakerEffect.NO),
+    ("413", 413, b"too large", PromptTooLongError, RetryAction.FAIL, BreakerEffect.NO),
     (
         "quota 400",
         400,
@@ -310,6 +310,28 @@ def test_connection_row(cause: Any, step: RetryAction, trip: BreakerEffect, free
     assert type(failure.error) is EndpointLostError
     treatment = failure.rule
     assert (treatment.action, treatment.breaker_effect, treatment.free) == (step, trip, free)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, "The input (5000 tokens) is longer than the model's context length (4096 tokens)."),
+        (400, "the request exceeds the available context size, try increasing it"),
+        (400, "prompt is too long: 208310 tokens > 200000 maximum"),
+        (400, "The input token count (1200000) exceeds the maximum number of tokens allowed"),
+        (422, "Input validation error: `inputs` must have less than 1024 tokens. Given: 2000"),
+    ],
+)
+def test_servers_say_in_their_own_words_that_a_prompt_is_too_long(status: int, said: str) -> None:
+    failure = failure_of(status, vllm(said, status))
+    assert type(failure.error) is PromptTooLongError
+    assert failure.rule.action is RetryAction.FAIL
+
+
+def test_a_limit_of_the_answer_is_no_prompt_that_is_too_long() -> None:
+    """A shorter prompt would be refused for the same ``max_tokens``."""
+    failure = failure_of(400, vllm("max_tokens must not exceed the context length of 4096", 400))
+    assert type(failure.error) is RequestRefusedError
 
 
 def test_pages_hint_at_a_proxy() -> None:

@@ -13,7 +13,7 @@ from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.policy import FleetPolicy, LoadPolicy, make_prefix_policies
 from fanfold.backends.simulated.engine import EngineSpec
-from fanfold.tests.benchmarks.prefix import POLICIES
+from fanfold.tests.benchmarks.prefix import POLICIES, run_policy
 from fanfold.tests.benchmarks.prefix_workloads import make_workloads
 from fanfold.tests.support.memory_servers import (
     MODEL,
@@ -28,8 +28,8 @@ ENGINE = EngineSpec(kv_blocks=20_000, max_num_seqs=8, step_s=0.02)
 
 def test_shared_prefixes_are_computed_once_and_time_follows() -> None:
     workload = make_workloads()["two-thirds 2:1"](0, 60)
-    today, hits, _ = POLICIES["today"](workload)
-    auto, more_hits, _ = POLICIES["auto"](workload)
+    today, hits, _ = run_policy("today", workload)
+    auto, more_hits, _ = run_policy("auto", workload)
     most = 2 / 3 * 49 / 50 + 64 / 1536 / 50
     assert hits < more_hits
     assert more_hits > 0.9 * most
@@ -38,16 +38,16 @@ def test_shared_prefixes_are_computed_once_and_time_follows() -> None:
 
 def test_without_shared_prefixes_nothing_changes() -> None:
     workload = make_workloads()["unshared"](0, 20)
-    assert POLICIES["auto"](workload) == POLICIES["today"](workload)
+    assert run_policy("auto", workload) == run_policy("today", workload)
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", POLICIES)
 def test_runs_in_virtual_time_repeat_exactly(policy: str) -> None:
     """Nothing depends on addresses of objects, which differ with what the process did before."""
     workload = make_workloads()["heavy tails"](3, 12)
-    first = POLICIES[policy](workload)
+    first = run_policy(policy, workload)
     kept = [object() for _ in range(1000)]
-    assert POLICIES[policy](workload) == first, kept
+    assert run_policy(policy, workload) == first, kept
 
 
 async def _wait_inside(
