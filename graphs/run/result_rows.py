@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby, tee
 from typing import Any, Final
 
+import pyarrow as pa
+
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import split_column
 from ...backends.core.images import show_images
@@ -31,6 +33,7 @@ from ...backends.storage.results_schema import (
 )
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_extents
 from ...configs.raw_settings import expand_variables, get_at_path, read_settings
+from ...nodes.item.part import PART, is_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ _SUMS: Final = (
     "completion_tokens",
     "wasted_tokens",
     "usd",
+    "pieces",
 )
 
 
@@ -180,6 +184,7 @@ def make_result_layout(
         fold: How the samples of a row are folded; None gives each item a row.
         certain: Whether records have the certainty of a field.
     """
+    parts = {"pieces": INTEGER} if _has_parts(store) else {}
     if fold is not None:
         return make_layout(
             fold.fold_schema(schema),
@@ -193,11 +198,18 @@ def make_result_layout(
                     for name, kind in (("agreement", "vote"), ("spread", "mean"))
                     if (shape := _make_figure_type(fold.rule, kind)) is not None
                 },
+                **parts,
             },
         )
     further = {"row_id": FREE_TEXT, "sample": INTEGER} if store.samples > 1 else {}
     further |= {"certainty": NUMBER} if certain else {}
-    return make_layout(schema, store.types, store.id_column, tuple(optional), further)
+    return make_layout(schema, store.types, store.id_column, tuple(optional), further | parts)
+
+
+def _has_parts(store: ItemStore) -> bool:
+    """Return True if items are parts of documents (``input.split``)."""
+    place = store.types.field(PART).type if PART in store.types.names else None
+    return place is not None and pa.types.is_struct(place) and is_place(f.name for f in place)
 
 
 def _make_figure_type(rule: FoldRule, kind: str) -> CellType | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +16,11 @@ PART: Final = "part"
 _KINDS: Final = {"document": str, "number": int, "of": int, "start": int, "end": int}
 _LEAST: Final = 2
 """Samples of a fold, which its result only counts."""
+
+
+def is_place(names: Iterable[str]) -> bool:
+    """Return True if a column with these fields says where a part is."""
+    return set(_KINDS).issubset(names)
 
 
 def is_part(row: Row) -> bool:
