@@ -16,7 +16,7 @@ from ...backends.core.fields import split_column
 from ...backends.core.images import show_images
 from ...backends.core.samples import FoldRule, SampleFold, find_row_error
 from ...backends.core.templates import ItemPrompt
-from ...backends.core.types import Json, Row, find_row_id
+from ...backends.core.types import PART_COLUMN, PART_FIELDS, Json, Row, find_row_id
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import RunIds
@@ -33,7 +33,6 @@ from ...backends.storage.results_schema import (
 )
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_extents
 from ...configs.raw_settings import expand_variables, get_at_path, read_settings
-from ...nodes.item.part import PART, is_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +207,10 @@ def make_result_layout(
 
 def _has_parts(store: ItemStore) -> bool:
     """Return True if items are parts of documents (``input.split``)."""
-    place = store.types.field(PART).type if PART in store.types.names else None
-    return place is not None and pa.types.is_struct(place) and is_place(f.name for f in place)
+    if PART_COLUMN not in store.types.names:
+        return False
+    place = store.types.field(PART_COLUMN).type
+    return pa.types.is_struct(place) and set(PART_FIELDS).issubset(field.name for field in place)
 
 
 def _make_figure_type(rule: FoldRule, kind: str) -> CellType | None:
