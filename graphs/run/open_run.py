@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -137,7 +138,7 @@ async def open_run(
         files = await asyncio.to_thread(_open_run_files, folder, loaded, options.is_new)
         stack.push_async_callback(asyncio.to_thread, files.files.close)
         journal, total, price = files.journal, len(files.store), files.price
-        stack.push_async_callback(journal.aclose)
+        stack.push_async_callback(_close_journal, journal, folder, config)
         owner = f"{socket.gethostname()} pid {os.getpid()}"
         journal.start_session(owner, config.journal.fsync_s, files.next_session)
         if options.retry_before is not None:
@@ -590,6 +591,18 @@ def _check_simulated(now: bool, before: bool) -> None:
 
 async def _refuse_item(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
+
+
+async def _close_journal(journal: Journal, folder: RunFolder, config: RunConfig) -> None:
+    """Close the journal; remove the stored answers about pieces of parts if no item needs them.
+
+    A failed item may: a session that retries it does not pay again for its other pieces.
+    """
+    await journal.aclose()
+    counts = journal.count_items()
+    if config.cache == "off" and not counts.open and not counts.failed:
+        with suppress(OSError):  # on NFS, while a worker has a file open: it stays, unused
+            await asyncio.to_thread(shutil.rmtree, folder.responses)
 
 
 def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> ResultSource:

@@ -17,8 +17,8 @@ from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
 from ...backends.core.text_tokens import halve_text
-from ...backends.core.types import Item, Json, Row
-from ..item.part import PART, is_part
+from ...backends.core.types import PART_COLUMN, Item, Json, Row
+from ..item.part import is_part
 from .base import (
     Answer,
     LevelPlan,
@@ -437,7 +437,7 @@ class Summarize(Operator):
     @property
     def _is_of_parts(self) -> bool:
         """Return True if each document gets a summary of its parts."""
-        return self.group_by == f"{PART}.document"
+        return self.group_by == f"{PART_COLUMN}.document"
 
     def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the schema of the columns beside a summary: the parts of a document."""
