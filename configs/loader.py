@@ -292,7 +292,7 @@ def make_portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                     return f"./{spelled.relative_to(parent)}"
         return path
 
-    settings = copy.deepcopy(dict(plain))
+    settings: dict[str, Any] = orjson.loads(orjson.dumps(plain))  # a fast deep copy
     _change_paths(settings, relative)
     return settings
 

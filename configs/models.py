@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..backends.core.samples import FoldKind, SampleFold
 from ..backends.core.templates import ItemPrompt
+from ..backends.core.types import PART_COLUMN
 from .aggregators import AgreementConfig, AnyAggregatorConfig, list_aggregator_specs
 from .backend import BackendConfig, NodeConfig
 from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
@@ -90,10 +91,6 @@ SAMPLING_FIELDS: Final = frozenset(
 
 BATCH_PROMPT: Final = "{body}"
 """``task.prompt`` of a batch in OpenAI's format; its text counts in estimates and digests."""
-
-
-PART_COLUMN: Final = "part"
-"""Column of the parts of documents: document, number, of, start, end."""
 
 
 class SplitConfig(Section):

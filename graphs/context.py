@@ -52,7 +52,7 @@ from .invocation import (
 from .run.accounting import OpenRun
 from .run.final_reducers import add_final_results
 from .run.items import make_item_context
-from .run.open_run import OpenOptions, open_run, write_aggregate, write_results
+from .run.open_run import OpenOptions, open_run, refer_to_results, write_aggregate, write_results
 from .run.pipeline import Pipeline, list_stages, prepare_pipeline
 from .run.pipeline_report import read_stage_end
 from .run.pipeline_resources import PipelineResources
@@ -222,6 +222,11 @@ class RunContext(SettingsForm):
         """Return what the run shares with other runs of its pipeline, or None."""
         return None
 
+    @cached_property
+    def _is_begun(self) -> bool:
+        """Return True if the provenance of the run names this session."""
+        return False
+
     @property
     def owner(self) -> RunContext | None:
         """Return the bound settings that the context is a request to, or None."""
@@ -387,16 +392,17 @@ class RunContext(SettingsForm):
             loaded = await asyncio.to_thread(self._get_settings, folder)
             return await self._prepare_pipeline(loaded, path, items, preset)
         else:
-            await get_claims().wait_for_run(RunFolder(folder), self._invocation)
             self._retry_before.pop(folder, None)  # a further invocation retries again
             if self.embedded:
+                await get_claims().wait_for_run(RunFolder(folder), self._invocation)
                 self._deadlines.pop(folder, None)  # a new session
                 loaded = await asyncio.to_thread(self._get_settings, folder)
                 checked = await resume_run(RunFolder(folder), loaded)
                 self._keep_probed(folder, checked.endpoints)
         if self.embedded:
             await self._claim(folder)
-            await asyncio.to_thread(begin_session, RunFolder(folder))
+            if not self._is_begun:
+                await asyncio.to_thread(begin_session, RunFolder(folder))
         return await asyncio.to_thread(self._read_prepared, folder)
 
     async def _claim(self, folder: Path) -> None:
@@ -519,7 +525,9 @@ class RunContext(SettingsForm):
         try:
             stages = list_stages(loaded, folder)
             reserve = make_reserve(loaded, stages)
-            pipeline = Pipeline(RunFolder(folder), loaded, resources, self.allow_simulated, reserve)
+            pipeline = Pipeline(
+                RunFolder(folder), loaded, stages, resources, self.allow_simulated, reserve
+            )
             stage = next(one for one in pipeline.stages if one.name == name)
             await pipeline.run_stage(stage, run_inner)
         finally:
@@ -538,7 +546,7 @@ class RunContext(SettingsForm):
             trace=self.trace,
         )
         inner.__dict__ |= {"_around": self, "_shared_endpoints": ready.endpoints}
-        inner.__dict__["_resources"] = ready.resources
+        inner.__dict__ |= {"_resources": ready.resources, "_is_begun": ready.is_begun}
         inner.__dict__["_session_end"] = self._deadlines.get(folder)
         return inner
 
@@ -577,11 +585,15 @@ class RunContext(SettingsForm):
     @asynccontextmanager
     async def open_run(self, run: RunKey) -> AsyncIterator[OpenRun]:
         """Open a run; the nodes of one invocation share it."""
-        folder = self._folders.get(run["id"])
-        if folder is None or self._runs.get_open((folder, self._invocation)) is None:
-            folder = await asyncio.to_thread(self.find_folder, run)
-        async with self._open_at(folder) as tools:
+        async with self._open_at(await self._find_open_folder(run)) as tools:
             yield tools
+
+    async def _find_open_folder(self, run: RunKey) -> Path:
+        """Return the folder of a run, without a look at the disk while the run is open."""
+        folder = self._folders.get(run["id"])
+        if folder is not None and self._runs.get_open((folder, self._invocation)) is not None:
+            return folder
+        return await asyncio.to_thread(self.find_folder, run)
 
     @asynccontextmanager
     async def open_session_run(self, run: ReadyRun, end: Walltime | None) -> AsyncIterator[OpenRun]:
@@ -595,35 +607,39 @@ class RunContext(SettingsForm):
         assert folder is not None, "the command line names a folder"
         self._deadlines[folder] = end
         self._keep_probed(folder, run.endpoints)
-        self.__dict__["_resources"] = run.resources
+        self.__dict__ |= {"_resources": run.resources, "_is_begun": run.is_begun}
         async with self._open_at(folder) as tools:
             yield tools
 
     @asynccontextmanager
     async def _open_at(self, folder: Path) -> AsyncIterator[OpenRun]:
-        retried = self._retry_before if self.retry_failed else None
-        loaded = await asyncio.to_thread(self._get_settings, folder)
-        if folder not in self._deadlines:
-            end = None if self._around is None else self._session_end
-            if self._around is None:
-                end = session_deadline(loaded.config, time.time())
-            self._deadlines[folder] = end
-        mode = OpenOptions(
-            self.trace,
-            self.embedded,
-            retried,
-            self._progress_streams,
-            work_shard,
-            self._deadlines[folder],
-            self._resources,
-        )
         invocation, run_folder = self._invocation, RunFolder(folder)
+
+        def prepare() -> LoadedConfig:
+            loaded = self._get_settings(folder)
+            if folder not in self._deadlines:
+                end = None if self._around is None else self._session_end
+                if self._around is None:
+                    end = session_deadline(loaded.config, time.time())
+                self._deadlines[folder] = end
+            self._lower_limits(folder)
+            return loaded
 
         @asynccontextmanager
         async def make() -> AsyncIterator[OpenRun]:
             with invocation.track_opening():
                 await get_claims().claim_run(run_folder, invocation)
-                await asyncio.to_thread(self._lower_limits, folder)
+                loaded = await asyncio.to_thread(prepare)
+                mode = OpenOptions(
+                    self.trace,
+                    self.embedded,
+                    self._retry_before if self.retry_failed else None,
+                    self._progress_streams,
+                    work_shard,
+                    self._deadlines[folder],
+                    self._resources,
+                    self._is_begun and not self.embedded,  # embedded runs are opened repeatedly
+                )
                 ready = self._take_probed(folder) or self._shared_endpoints
                 async with open_run(run_folder, loaded, mode, ready) as tools:
                     with invocation.track_run(tools):
@@ -674,16 +690,18 @@ class RunContext(SettingsForm):
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Write the result files; return the whole aggregate, and references to the files."""
-        folder = await asyncio.to_thread(self.find_folder, run)
+        folder = await self._find_open_folder(run)
         run_folder = RunFolder(folder)
         async with self._open_at(folder) as tools:
-            loaded = self._get_settings(folder)
-            extents = tools.item_journal.extents()
-            source = await asyncio.to_thread(write_results, run_folder, loaded, tools)
-            aggregate = await add_final_results(loaded.config.reduce, aggregate, run_folder, source)
-            results = await asyncio.to_thread(
-                write_aggregate, run_folder, tools, aggregate, progress, extents
-            )
+            results = refer_to_results(run_folder, tools.simulated)
+            if not tools.is_level:  # its operator reads the journal
+                loaded, extents = self._get_settings(folder), tools.item_journal.extents()
+                source = await asyncio.to_thread(write_results, run_folder, loaded, tools)
+                reducers = loaded.config.reduce
+                aggregate = await add_final_results(reducers, aggregate, run_folder, source)
+                await asyncio.to_thread(
+                    write_aggregate, run_folder, tools, aggregate, progress, extents
+                )
             if self.embedded:
                 await asyncio.to_thread(end_session, run_folder)
         self._progress_streams.pop(folder, None)

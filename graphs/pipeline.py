@@ -196,7 +196,7 @@ class _PipelineSession:
         self.last: RunResult | None = None
         stages = list_stages(loaded, folder.path)
         reserve = make_reserve(loaded, stages)
-        self._pipeline = Pipeline(folder, loaded, self.resources, estimate_reserve=reserve)
+        self._pipeline = Pipeline(folder, loaded, stages, self.resources, estimate_reserve=reserve)
         self._options, self._console, self._stop = options, console, stop
 
     async def run(self) -> tuple[int, str | None]:

@@ -122,13 +122,18 @@ async def run_session(
         )
         if on_open is not None:
             on_open(tools)
-        async with add_saved_count(tools), record_session(folder) as (about, this):
-            is_level = about.get("level") is not None
-            session = Session(run, about["run"], is_level, context, tools, options, console, stop)
+        async with (
+            add_saved_count(tools),
+            record_session(folder, is_begun=run.is_begun) as (about, this),
+        ):
+            session = Session(run, about["run"], context, tools, options, console, stop)
             result = await session.run_graph()
             this["outcome"] = result.reason or FINISHED
-            this["settings"] = await asyncio.to_thread(folder.digest_settings)
+            if run.resources is None:
+                this["settings"] = await asyncio.to_thread(folder.digest_settings)
             this.update(exit_code=result.exit_code, **count_for_list(tools))
+    if run.resources is not None:  # the pipeline reports what all of its runs have cost
+        return replace(result, seconds=round(time.monotonic() - started, 3))
     budget = {} if tools.budget is None else tools.budget.report()
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
@@ -171,17 +176,29 @@ async def add_saved_count(tools: OpenRun) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Record the session in the run's provenance, at its start and at its end."""
-    about, this = await asyncio.to_thread(
-        lambda: (folder.read_provenance(), describe_session(folder))
-    )
+async def record_session(
+    folder: RunFolder, *, is_begun: bool = False
+) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Record the session in the run's provenance, at its start and at its end.
+
+    Args:
+        folder: The run's folder.
+        is_begun: Whether the provenance has the start already.
+    """
+
+    def begin() -> tuple[dict[str, Any], dict[str, Any]]:
+        about = folder.read_provenance()
+        if is_begun:
+            return about, about["sessions"].pop()
+        this = describe_session(folder)
+        folder.write_provenance(about | {"sessions": [*about["sessions"], this]})
+        return about, this
 
     async def write() -> None:
         sessions = [*about["sessions"], this]
         await asyncio.to_thread(folder.write_provenance, about | {"sessions": sessions})
 
-    await write()
+    about, this = await asyncio.to_thread(begin)
     this["outcome"] = "stopped by an error"
     try:
         yield about, this
@@ -200,13 +217,12 @@ async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any
 class Session:
     """One session of a run: its parts, and how it runs the graph.
 
-    A level of an operator keeps its checkpoints in memory: it has few steps, the journal has
-    everything, and a file of its own would cost more than many of its questions.
+    A level of an operator has no checkpoints: it has few steps, the journal has everything, and
+    they would cost more than many of its questions.
     """
 
     run: ReadyRun
     run_id: str
-    is_level: bool
     context: RunContext
     tools: OpenRun
     options: RunOptions
@@ -218,12 +234,13 @@ class Session:
         thread = RunnableConfig(
             configurable={"thread_id": self.run_id}, recursion_limit=UNBOUNDED_STEPS
         )
-        file = None if self.is_level else self.run.folder.checkpoints
-        async with open_saver(self.options.checkpointer, file) as saver:
-            graph = get_run_graph(saver)
-            resumed = await self._can_resume(graph, thread)
-            async with show_progress(self.tools, self.console, self.options.quiet):
-                result = await self._invoke(graph, thread, resumed)
+        async with show_progress(self.tools, self.console, self.options.quiet):
+            if self.tools.is_level:
+                return await self._invoke(get_run_graph(checkpointer=False), thread, resumed=False)
+            file = self.run.folder.checkpoints
+            async with open_saver(self.options.checkpointer, file) as saver:
+                graph = get_run_graph(saver)
+                result = await self._invoke(graph, thread, await self._can_resume(graph, thread))
                 if result.exit_code not in {
                     EXIT_BUDGET,
                     EXIT_INTERRUPTED,
@@ -245,8 +262,11 @@ class Session:
         """Resume from the last checkpoint, or fold all items again from the journal."""
         begin: Any = None if resumed else {}
         control = self.stop.control
+        durability: Any = "sync" if graph.checkpointer else None
         invocation = asyncio.ensure_future(
-            graph.ainvoke(begin, thread, context=self.context, durability="sync", control=control)
+            graph.ainvoke(
+                begin, thread, context=self.context, durability=durability, control=control
+            )
         )
         with self.stop.watch_work(self.tools.gate, invocation):
             return await self._outcome(invocation)

@@ -437,8 +437,9 @@ async def open_budget(
     Raises:
         JournalError: A spend log is damaged or cannot be written.
     """
-    settings = await asyncio.to_thread(make_budget_settings, folder, config, price)
-    place = await asyncio.to_thread(folder.read_place)
+    settings, place = await asyncio.to_thread(
+        lambda: (make_budget_settings(folder, config, price), folder.read_place())
+    )
     if not settings.limits.has_any and not (place is not None and place.limits):
         yield None
         return

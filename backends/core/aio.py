@@ -384,6 +384,11 @@ class SyncPortal:
                 self._private = LoopThread("fanfold-sync")
             return self._private.loop
 
+    @property
+    def is_open(self) -> bool:
+        """Return True if there is a private loop."""
+        return self._private is not None
+
     def close(self) -> None:
         """End the private loop, if there is one."""
         with self._lock:

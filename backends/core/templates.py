@@ -16,6 +16,7 @@ from .types import Json, Message, Row
 
 _MEMBER: Final = re.compile(r"""\s*(["'])[^"']*\1\s*:""")
 """How the text of a JSON object begins, after its brace."""
+_PARTS_OF_ONE_NAME: Final = 3
 _SHOWN: Final = 40
 _TOKEN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -70,6 +71,9 @@ class Template:
         if len(self.parts) == 1:
             return self.parts[0]
         try:
+            if len(self.parts) == _PARTS_OF_ONE_NAME:
+                before, name, after = self.parts
+                return f"{before}{_text(row[name])}{after}"
             return "".join(
                 [part if n % 2 == 0 else _text(row[part]) for n, part in enumerate(self.parts)]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
@@ -216,3 +217,15 @@ class RunKey(TypedDict):
 
     id: str
     name: str | None
+
+
+PART_COLUMN: Final = "part"
+"""Column of the parts of documents: an object with :data:`PART_FIELDS`."""
+PART_FIELDS: Final[Mapping[str, type]] = {
+    "document": str,
+    "number": int,
+    "of": int,
+    "start": int,
+    "end": int,
+}
+"""Fields of that column, with the types of their values."""

@@ -184,6 +184,7 @@ def make_label(url: str) -> str:
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
+@lru_cache(maxsize=4096)
 def identify_endpoint(url: str) -> str:
     """Return the canonical form of a base URL, which is equal for all spellings of an endpoint.
 

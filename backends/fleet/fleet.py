@@ -144,7 +144,8 @@ class Fleet:
 
     async def aclose(self) -> None:
         """Close all connections of the running loop, and stop the private loop."""
-        await asyncio.to_thread(self.portal.close)
+        if self.portal.is_open:
+            await asyncio.to_thread(self.portal.close)
         await self._disconnect()
 
     def close(self) -> None:

@@ -239,16 +239,28 @@ class ItemStore:
         items = list[Item | None]([None]) * len(indices)
         with self._convert_errors():
             for batch, places in wanted.items():
-                columns = self._reader.get_batch(batch).columns
-                for place in places:
-                    row, sample = divmod(indices[place], samples)
-                    name, data, problem = (
-                        column[row - starts[batch]].as_py() for column in columns
-                    )
-                    values = orjson.loads(data)
-                    name = make_sample_id(name, sample)
-                    items[place] = Item(indices[place], name, values, problem, sample)
+                rows = [indices[place] // samples - starts[batch] for place in places]
+                part = self._reader.get_batch(batch).take(pa.array(rows))
+                columns: list[list[Any]] = [column.to_pylist() for column in part.columns]
+                ids, data, problems = columns
+                for place, name, row, problem in zip(places, ids, data, problems, strict=True):
+                    index, sample = indices[place], indices[place] % samples
+                    own = make_sample_id(name, sample) if sample else name
+                    items[place] = Item(index, own, orjson.loads(row), problem, sample)
         return [item for item in items if item is not None]
+
+    def find_longest_row(self) -> int:
+        """Return the bytes of the longest item, with its columns as compact JSON.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        import pyarrow.compute as pc  # noqa: PLC0415 - slow to import, and workers need it not
+
+        with self._convert_errors():
+            batches = map(self._reader.get_batch, range(len(self._header.starts)))
+            columns: Iterator[Any] = (one.column("row") for one in batches)
+            return max(int(pc.max(pc.binary_length(one)).as_py()) for one in columns)
 
     def iter_ids(self) -> Iterator[str]:
         """Yield the ids of all items in order, without their columns.

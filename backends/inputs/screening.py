@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from ...configs.models import PART_COLUMN, InputConfig, SplitConfig
+from ...configs.models import InputConfig, SplitConfig
 from ..core.aio import check_stopped
 from ..core.errors import InputError
 from ..core.fields import split_column
 from ..core.text_tokens import split_text
-from ..core.types import Json, Row, make_part_id
+from ..core.types import PART_COLUMN, Json, Row, make_part_id
 from ..core.values import MAX_DEPTH, is_too_deep
 from .base import (
     ItemEntry,

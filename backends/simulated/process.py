@@ -10,15 +10,16 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ...configs.models import RunConfig
 from ..core.errors import BackendError, ConfigurationError, MissingExtraError
-from .faults import FaultRule
-from .spec import REFUSED, SimulationSpec
+
+if TYPE_CHECKING:
+    from .spec import SimulationSpec
 
 MODULE: Final = "fanfold.backends.simulated"
 _START_S: Final = 120.0
@@ -100,6 +101,8 @@ async def _wait_ready(
     collecting: asyncio.Task[None],
 ) -> dict[str, Any]:
     """Send the specification and wait for the child's line."""
+    from .spec import REFUSED  # noqa: PLC0415
+
     try:
         async with asyncio.timeout(timeout_s):
             line = await _send_spec(child, spec)
@@ -152,7 +155,9 @@ def make_simulation_spec(config: RunConfig) -> SimulationSpec:
     simulated = config.endpoints.simulated
     if simulated is None:
         raise ConfigurationError("endpoints.simulated is not set")
-    from .responders import RESPONDERS  # noqa: PLC0415 - for runs with a simulated fleet only
+    # for runs with a simulated fleet only
+    from .responders import RESPONDERS  # noqa: PLC0415
+    from .spec import SimulationSpec  # noqa: PLC0415
 
     if simulated.responder not in RESPONDERS:
         msg = (
@@ -174,6 +179,8 @@ def make_simulation_spec(config: RunConfig) -> SimulationSpec:
 
 
 def _check_fault(key: str, rule: Mapping[str, Any]) -> None:
+    from .faults import FaultRule  # noqa: PLC0415
+
     try:
         FaultRule.from_mapping(rule)
         TypeAdapter(FaultRule).validate_python(rule)

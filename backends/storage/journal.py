@@ -565,11 +565,15 @@ class Journal:
         found = self._state.find(_OPEN, lo, hi)
         return hi if found < 0 else found
 
-    def read_answers(self, lo: int, hi: int) -> list[dict[str, Any] | None]:
+    def read_answers(self, lo: int, hi: int, *, whole: bool = False) -> list[dict[str, Any] | None]:
         """Read back how the items of a range ended; None for those that have not.
 
-        At least ``status``, ``output`` and ``error_class`` of each record are returned.
         Records that lie close to each other in a file are read together.
+
+        Args:
+            lo: Index of the first item.
+            hi: Index after the last item.
+            whole: Return all of each record, not only ``status``, ``output`` and ``error_class``.
 
         Raises:
             JournalError: The journal changed during the run.
@@ -591,7 +595,7 @@ class Journal:
                     break
                 stop, after = end, after + 1
             data = self._read_bytes(number, begin, stop - begin)
-            self._decode_all(places[at:after], data, found, lo)
+            self._decode_all(places[at:after], data, found, lo, whole=whole)
             at = after
         return found
 
@@ -601,6 +605,8 @@ class Journal:
         data: bytes,
         found: list[dict[str, Any] | None],
         lo: int,
+        *,
+        whole: bool,
     ) -> None:
         """Decode records that were read together; lines without a gap are checked together.
 
@@ -609,6 +615,7 @@ class Journal:
             data: What was read, from the first position on.
             found: Receives the records.
             lo: Index of the first one of the list.
+            whole: Whether all of each record is wanted.
         """
         begin, sizes = places[0][1], [self._length[index] for _, _, index in places]
         heads = [start - begin + PREVIOUS_CRC_BYTES for _, start, _ in places]
@@ -625,7 +632,7 @@ class Journal:
                 is_whole = False
             for (_, _, index), line in zip(places[at:after], lines[at:after], strict=True):
                 answer = None
-                if is_whole and self._state[index] == _DONE:
+                if is_whole and not whole and self._state[index] == _DONE:
                     answer = parse_answer(line, index)
                 if answer is None:
                     answer = self._parse(index, number, line if is_whole else b"{}")

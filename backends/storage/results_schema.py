@@ -246,6 +246,7 @@ def make_rows(records: Iterable[ResultRow], *, priced: bool) -> Iterator[ResultR
             "attempt_log": record.get("attempts"),
             "wasted_tokens": _wasted(record),
             "usd": _usd(record) if priced else None,
+            "pieces": len(record.get("pieces") or ()) or None,
         }
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
+from ..core.disk import sync_folder
 from ..core.errors import ConfigurationError, JournalError
 from ..core.types import Json
 from ..core.values import check_counts, is_count
@@ -181,9 +182,12 @@ class RunFolder:
         return StagePlace(root, key, kept, limits)
 
     def write_place(self, place: StagePlace) -> None:
-        """Record the place of the run in a pipeline; the file contains no path of the machine."""
+        """Record the place of the run in a pipeline; the file contains no path of the machine.
+
+        It is not flushed to disk, because each session of the pipeline writes it again.
+        """
         data = {"v": 1, "key": place.key, "kept": dict(place.kept), "limits": dict(place.limits)}
-        write_json(self.place, data)
+        write_json(self.place, data, flush=False)
 
     @property
     def responses(self) -> Path:
@@ -342,17 +346,28 @@ def make_busy_message(what: object) -> str:
     )
 
 
-def write_json(path: Path, data: Json) -> None:
+def write_json(path: Path, data: Json, *, flush: bool = True) -> None:
     """Write JSON in one step: a reader sees the old file or the new one.
+
+    Args:
+        path: The file.
+        data: Its content.
+        flush: Whether it is on disk at the end.
 
     Raises:
         JournalError: The file cannot be written.
     """
-    write_bytes(path, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    text = orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    write_bytes(path, text, flush=flush)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, flush: bool = True) -> None:
     """Write a file in one step.
+
+    Args:
+        path: The file.
+        data: Its content.
+        flush: Whether it is on disk at the end.
 
     Raises:
         JournalError: The file cannot be written; the old one is untouched.
@@ -362,8 +377,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         with partial.open("xb") as file:  # "x": never follow a link that already exists
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -627,11 +643,13 @@ def create_folder(path: Path) -> Iterator[RunFolder]:
     """Create a run folder that appears under its name only when the block succeeds.
 
     An existing empty folder is filled, not replaced: its permissions, group and striping stay,
-    and it may be a mount point or a working directory.
+    and it may be a mount point or a working directory. The folder is on disk at the end, if the
+    block has flushed its files.
 
     Raises:
         ConfigurationError: The folder cannot be created, or another process or invocation has
             created it meanwhile.
+        JournalError: It cannot be flushed to disk.
     """
     path = path.resolve()  # a symbolic link to an empty folder stays a link
     made, filled = [p for p in path.parents if not p.exists()], path.is_dir()
@@ -649,11 +667,25 @@ def create_folder(path: Path) -> Iterator[RunFolder]:
             _fill(partial, path)
         else:
             _rename_partial(partial, path)
+        flush_folders(path, path.parent, *(parent.parent for parent in made))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made if not path.exists() else ():
             with suppress(OSError):  # another process has put something there meanwhile
                 parent.rmdir()
+
+
+def flush_folders(*paths: Path) -> None:
+    """Make new entries of folders durable.
+
+    Raises:
+        JournalError: A folder cannot be flushed to disk.
+    """
+    for path in paths:
+        try:
+            sync_folder(path)
+        except OSError as error:
+            raise JournalError(f"{path}: cannot be flushed to disk: {error.strerror}") from error
 
 
 def _rename_partial(partial: Path, path: Path) -> None:

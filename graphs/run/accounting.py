@@ -39,6 +39,7 @@ class OpenRun(RunTools):
         fleet: The fleet; None if no item is open or workers send the requests.
         silence: Which endpoints answer nothing.
         batches: The transport of batches, if they answer the requests.
+        is_level: Whether the run is a level of an operator, whose results nobody opens as a file.
     """
 
     store: ItemStore
@@ -47,6 +48,7 @@ class OpenRun(RunTools):
     fleet: Fleet | None = None
     silence: SilenceWatch = field(default_factory=SilenceWatch)
     batches: BatchTransport | None = None
+    is_level: bool = False
 
 
 @asynccontextmanager
@@ -81,7 +83,7 @@ async def charge_node_time(
 
 def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
     """Return a function that reports the statistics of each endpoint."""
-    return lambda: [asdict(report) for report in fleet.report()]
+    return lambda: [asdict(one) for one in fleet.report() if one.calls or one.opened]
 
 
 @asynccontextmanager

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from ...backends.core.errors import ConfigurationError, JournalError, MissingExtraError
@@ -37,22 +36,19 @@ _CONNECT_S: Final = 10
 
 
 @asynccontextmanager
-async def open_saver(url: str | None, file: Path | None) -> AsyncIterator[BaseCheckpointSaver[Any]]:
+async def open_saver(url: str | None, file: Path) -> AsyncIterator[BaseCheckpointSaver[Any]]:
     """Open the checkpoint saver of a run.
 
     Args:
         url: ``postgresql://…``, or None for SQLite.
-        file: The SQLite file; None keeps the checkpoints in memory.
+        file: The SQLite file.
 
     Raises:
         ConfigurationError: The URL is of another kind, or the database cannot be reached.
         MissingExtraError: PostgreSQL without the extra ``postgres``.
         JournalError: A checkpoint cannot be written or read.
     """
-    if url is None and file is None:
-        yield InMemorySaver()
-    elif url is None:
-        assert file is not None, "the saver is not in memory"
+    if url is None:
         async with _open_sqlite(file, is_network(file)) as saver:
             yield saver
     elif url.partition(":")[0] in ("postgresql", "postgres"):

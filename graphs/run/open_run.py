@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import random
+import shutil
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -100,6 +101,7 @@ class OpenOptions:
         work_shard: The function that workers run.
         deadline: End of the session, or None.
         resources: What the run shares with other runs of its pipeline, or None.
+        is_new: Whether this session has created the run, so that no other one has worked on it.
     """
 
     trace: bool
@@ -109,6 +111,7 @@ class OpenOptions:
     work_shard: WorkShard
     deadline: Walltime | None = None
     resources: PipelineResources | None = None
+    is_new: bool = False
 
 
 @asynccontextmanager
@@ -132,14 +135,10 @@ async def open_run(
     """
     config = loaded.config
     async with AsyncExitStack() as stack:
-        files = await asyncio.to_thread(_open_run_files, folder, loaded)
+        files = await asyncio.to_thread(_open_run_files, folder, loaded, options.is_new)
         stack.push_async_callback(asyncio.to_thread, files.files.close)
-        journal, total = files.journal, len(files.store)
-        price = (
-            await asyncio.to_thread(find_token_prices, config, files.model, files.simulated)
-            or NO_PRICES
-        )
-        stack.push_async_callback(journal.aclose)
+        journal, total, price = files.journal, len(files.store), files.price
+        stack.push_async_callback(_close_journal, journal, folder, config)
         owner = f"{socket.gethostname()} pid {os.getpid()}"
         journal.start_session(owner, config.journal.fsync_s, files.next_session)
         if options.retry_before is not None:
@@ -226,6 +225,7 @@ async def open_run(
                         ),
                         ready,
                         fleet,
+                        files.open_batches,
                     )
                 )
         tools = OpenRun(
@@ -252,6 +252,7 @@ async def open_run(
             batches=batches,
             stage=files.stage,
             make_item_variables=make_item_variables,
+            is_level=files.is_level,
         )
         if journal.count_items().open:
             logs = open_spend_logs(folder, get_run_ids(files.provenance))
@@ -260,12 +261,13 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        await stack.enter_async_context(note_counts(folder, tools))
+        if not tools.is_level:
+            await stack.enter_async_context(note_counts(folder, tools))
         stack.enter_context(
             close_at_deadline(
                 tools.gate,
                 options.deadline,
-                await asyncio.to_thread(_learn_from_records, tools, journal, budget),
+                await _learn_from_records(tools, journal, budget),
             )
         )
         yield tools
@@ -365,10 +367,10 @@ def _check_trace(options: OpenOptions) -> None:
         raise ConfigurationError(msg)
 
 
-def _learn_from_records(
+async def _learn_from_records(
     tools: OpenRun, journal: Journal, budget: RunBudget | None
 ) -> ItemTimes | None:
-    """Learn from earlier sessions how long items and answers of this process are; blocks.
+    """Learn from earlier sessions how long items and answers of this process are.
 
     Returns:
         The times; None if workers or batches do the work, which goes on elsewhere, or if no item
@@ -376,8 +378,15 @@ def _learn_from_records(
     """
     if tools.coordinator is not None or tools.batches is not None:
         return None
-    if not journal.count_items().open:
+    counts = journal.count_items()
+    if not counts.open:
         return None
+    if counts.done or counts.failed:
+        await asyncio.to_thread(_add_records, tools, journal, budget)
+    return tools.progress.times
+
+
+def _add_records(tools: OpenRun, journal: Journal, budget: RunBudget | None) -> None:
     total, times = tools.progress.total, tools.progress.times
     for index in random.Random(0).sample(range(total), min(total, _SAMPLED_RECORDS)):
         if journal.is_finished(index):
@@ -385,7 +394,6 @@ def _learn_from_records(
             times.add(record, is_earlier=True)
             if budget is not None and record["requests"] == 1 and record["completion_tokens"]:
                 budget.budget.lengths.add(record["completion_tokens"])
-    return times
 
 
 def _gate(config: RunConfig) -> Gate:
@@ -405,9 +413,20 @@ _BATCHES_LEFT: Final = "batches at the service go on and cannot be recalled"
 
 @asynccontextmanager
 async def _open_batches(
-    config: BackendConfig, about: BatchRun, ready: ReadyEndpoints, fleet: Fleet
+    config: BackendConfig,
+    about: BatchRun,
+    ready: ReadyEndpoints,
+    fleet: Fleet,
+    left: Sequence[str],
 ) -> AsyncIterator[BatchTransport | None]:
     """Open the transport of batches if the settings ask for it; yield None if they do not.
+
+    Args:
+        config: The backend.
+        about: The run.
+        ready: The endpoints.
+        fleet: The fleet.
+        left: A line for each batch of an earlier session that is still open.
 
     Raises:
         ConfigurationError: The deployment or the folder does not fit.
@@ -418,8 +437,7 @@ async def _open_batches(
         async with open_batches(config, about, ready, fleet) as batches:
             yield batches
         return
-    records = await asyncio.to_thread(BatchFolder(about.folder).read)
-    for line in describe_open_batches(records):
+    for line in left:
         logger.warning("%s with backend.kind: batch; this session sends the requests again", line)
     yield None
 
@@ -434,6 +452,8 @@ class _RunFiles:
     provenance: dict[str, Any]
     next_session: int
     node_time: NodeTime
+    price: TokenPrices
+    open_batches: tuple[str, ...] = ()
     stage: str = ""
 
     @property
@@ -444,6 +464,10 @@ class _RunFiles:
     @property
     def run(self) -> tuple[str, ...]:
         return get_run_ids(self.provenance)
+
+    @property
+    def is_level(self) -> bool:
+        return self.provenance.get("level") is not None
 
     @property
     def model(self) -> str:
@@ -458,7 +482,7 @@ class _RunFiles:
         return str(self.provenance["fingerprint"])
 
 
-def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
+def _open_run_files(folder: RunFolder, loaded: LoadedConfig, is_new: bool) -> _RunFiles:
     about = folder.read_provenance()
     if (
         compute_fingerprint(loaded.config, about["model"], about["simulated"])
@@ -480,7 +504,8 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
         stack.callback(_record_extents, folder, journal)
         if lost:
             logger.warning("%s", describe_lost_files(lost, journal))
-        write_extents(folder.journal, journal.extents())
+        if extents := journal.extents():
+            write_extents(folder.journal, extents)
         _save_snapshot(journal)
         logs = open_spend_logs(folder, get_run_ids(about))
         place = folder.read_place()
@@ -490,7 +515,9 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
             journal,
             about,
             logs.next_session(),
-            logs.total_node_time(),
+            NodeTime() if is_new else logs.total_node_time(),
+            find_token_prices(loaded.config, about["model"], bool(about["simulated"])) or NO_PRICES,
+            tuple(describe_open_batches(BatchFolder(folder.batches).read())),
             "" if place is None else place.stage,
         )
 
@@ -566,6 +593,18 @@ async def _refuse_item(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
 
 
+async def _close_journal(journal: Journal, folder: RunFolder, config: RunConfig) -> None:
+    """Close the journal; remove the stored answers about pieces of parts if no item needs them.
+
+    A failed item may: a session that retries it does not pay again for its other pieces.
+    """
+    await journal.aclose()
+    counts = journal.count_items()
+    if config.cache == "off" and not counts.open and not counts.failed:
+        with suppress(OSError):  # on NFS, while a worker has a file open: it stays, unused
+            await asyncio.to_thread(shutil.rmtree, folder.responses)
+
+
 def write_results(folder: RunFolder, loaded: LoadedConfig, tools: OpenRun) -> ResultSource:
     """Write results and failures; return what they were read from.
 
@@ -592,8 +631,8 @@ def write_aggregate(
     aggregate: list[dict[str, Any]],
     progress: dict[str, Any],
     extents: Mapping[str, int],
-) -> dict[str, Any]:
-    """Write the aggregate; return references to all results.
+) -> None:
+    """Write the aggregate.
 
     Args:
         folder: The run's folder.
@@ -611,11 +650,15 @@ def write_aggregate(
         folder.aggregate,
         {**content, "progress": progress, "aggregate": aggregate, "journal": extents},
     )
+
+
+def refer_to_results(folder: RunFolder, simulated: bool) -> dict[str, Any]:
+    """Return references to all results of a run."""
     return {
         "folder": str(folder.path),
         "table": str(folder.results),
         "failures": str(folder.failures),
-        "simulated": tools.simulated,
+        "simulated": simulated,
     }
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final, TypeAlias
 import orjson
 
 from ...backends.core.aio import call_stoppable
-from ...backends.core.disk import sync_folder
 from ...backends.core.errors import ConfigurationError, InputError, JournalError
 from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
@@ -43,6 +42,7 @@ from ...backends.storage.run_folder import (
     RunFolder,
     StagePlace,
     create_folder,
+    flush_folders,
     get_folder_identity,
     get_run_ids,
     place_to_be,
@@ -71,7 +71,14 @@ from .fingerprint import compute_fingerprint
 from .input_check import check_input_setting
 from .next_steps import FINISHED
 from .pipeline_resources import PipelineResources
-from .prepare import ExtendRun, ReadyRun, describe_input, prepare_run, resume_run
+from .prepare import (
+    ExtendRun,
+    ReadyRun,
+    describe_input,
+    describe_session,
+    prepare_run,
+    resume_run,
+)
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, is_finished, list_levels
 from .stage_rows import StageRows, describe_rows
@@ -465,23 +472,25 @@ class Pipeline:
     Args:
         folder: The folder of the pipeline; the caller has locked it.
         loaded: Its settings.
+        stages: Its stages.
         resources: What its runs share.
         allow_simulated: Allow a simulated fleet.
         estimate_reserve: Returns what the budget keeps during a stage, by its items; blocks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what a session has, handed on once
         self,
         folder: RunFolder,
         loaded: LoadedConfig,
+        stages: Sequence[Stage],
         resources: PipelineResources,
         allow_simulated: bool = True,
         estimate_reserve: Callable[[Stage, Path], Amount] | None = None,
     ) -> None:
-        self.folder, self.loaded = folder, loaded
+        self.folder, self.loaded, self.stages = folder, loaded, stages
         self._estimate_reserve = estimate_reserve
         self._resources, self._allow_simulated = resources, allow_simulated
-        self.stages = list_stages(loaded, folder.path)
+        self._session: dict[str, Any] | None = None
         self._extension = list[PipelineExtension | None]()
 
     async def run_stage(self, stage: Stage, run: RunInner) -> None:
@@ -533,7 +542,7 @@ class Pipeline:
         source: EntrySource,
         note: ExtendRun,
     ) -> ReadyRun:
-        """Create a run of the pipeline; it is on disk when this returns.
+        """Create a run of the pipeline for a session that follows at once.
 
         Args:
             folder: The folder to create.
@@ -542,25 +551,30 @@ class Pipeline:
             source: Its items.
             note: Returns what to add to the provenance, once the items are written.
         """
-        await asyncio.to_thread(folder.path.parent.mkdir, parents=True, exist_ok=True)
         if not self._extension:  # read once: a warning about a folder that is gone is enough
             self._extension = [await asyncio.to_thread(PipelineExtension.read, self.folder)]
         if (extension := self._extension[0]) is not None:
             note = extension.make_extend(place.stage, loaded, note)
+
+        async def extend(made: RunFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+            if self._session is None:
+                self._session = await asyncio.to_thread(describe_session, folder)
+            session = {**self._session, "started": utc_timestamp()}
+            return {**await note(made, about), "sessions": [session]}
+
         probed = self._resources.find_probed(loaded)
         made = await prepare_run(
             loaded,
             folder.path,
             allow_simulated=self._allow_simulated,
-            extend=note,
+            extend=extend,
             source=source,
             place=place,
             probed=probed,
         )
         if probed is None and made.endpoints is not None:
             self._resources.keep_probed(loaded, made.endpoints)
-        await asyncio.to_thread(_sync, folder.path)
-        return await self._share_resources(made)
+        return replace(await self._share_resources(made), is_begun=True)
 
     async def resume(
         self, folder: RunFolder, loaded: LoadedConfig, place: StagePlace, run: RunInner
@@ -606,6 +620,7 @@ class _OperatorRun:
         self._levels, self._asking = 0, False
         self._answer_tokens = 0
         self._open = list[LevelAnswers]()
+        self._settings = dict[str, LoadedConfig]()
 
     async def run(self) -> None:
         stage, folder = self._stage, self._stage.folder
@@ -657,12 +672,10 @@ class _OperatorRun:
 
     def _create(self, rows: StageRows) -> None:
         stage = self._stage
-        stage.folder.path.parent.mkdir(exist_ok=True)
         with create_folder(stage.folder.path) as folder:
             summary = load_rows(folder.path / _INPUT_FILE, rows.open())
             folder.write_place(self._pipeline.make_place(stage, stage.folder))
             _write_operator(folder, stage, summary.items, rows.counts.to_json())
-        _sync(stage.folder.path)
 
     async def _ask(
         self, level: str, task: LevelTask, questions: Iterable[Question]
@@ -684,8 +697,7 @@ class _OperatorRun:
         self, folder: RunFolder, level: str, task: LevelTask, questions: Iterable[Question]
     ) -> None:
         stage, pipeline = self._stage, self._pipeline
-        settings = _level_settings(stage, task, self._answer_tokens)
-        loaded = load_stage(pipeline.loaded, stage.number, settings)
+        loaded = self._load_level(task)
         source = NamedRows(f"level {level!r} of stage {stage.name!r}", _iter_questions(questions))
         place = pipeline.make_place(stage, folder)
         if not folder.provenance.exists():
@@ -702,6 +714,15 @@ class _OperatorRun:
             )
             raise ConfigurationError(msg)
         await pipeline.resume(folder, loaded, place, self._run)
+
+    def _load_level(self, task: LevelTask) -> LoadedConfig:
+        """Return the settings of a level; most levels of a stage have the same."""
+        settings = _level_settings(self._stage, task, self._answer_tokens)
+        key = repr(settings)
+        if key not in self._settings:
+            loaded = load_stage(self._pipeline.loaded, self._stage.number, settings)
+            self._settings[key] = loaded
+        return self._settings[key]
 
     async def _finish(self, kept: Mapping[str, Any], end: OperatorEnd, store: ItemStore) -> None:
         """Write the results as those of a run whose items are the results."""
@@ -782,7 +803,7 @@ class LevelAnswers(Sequence[Answer]):
 
     def __init__(self, folder: RunFolder) -> None:
         about = folder.read_provenance()
-        self._total = about["input"]["items"]
+        self._folder, self._total = folder.journal, about["input"]["items"]
         self._journal = Journal(folder.journal, get_run_ids(about), self._total)
 
     def __len__(self) -> int:
@@ -792,26 +813,34 @@ class LevelAnswers(Sequence[Answer]):
     def __getitem__(self, at: Any) -> Any:
         """Return one answer, or a list of them; blocks."""
         if isinstance(at, slice):
-            return [self._read(index) for index in range(*at.indices(len(self)))]
-        return self._read(range(len(self))[at])
+            return [self[index] for index in range(*at.indices(len(self)))]
+        return _make_answer(self._journal.read_record(range(len(self))[at]))
 
     def __iter__(self) -> Iterator[Answer]:
         """Yield the answers in order; blocks."""
-        return map(self._read, range(len(self)))
-
-    def _read(self, index: int) -> Answer:
-        record = self._journal.read_record(index)
-        return Answer(
-            str(record["id"]),
-            record.get("output"),
-            record.get("error_class"),
-            record.get("error"),
-            record,
-        )
+        for lo in range(0, len(self), _SLICE):
+            some = self._journal.read_answers(lo, min(lo + _SLICE, len(self)), whole=True)
+            for index, record in enumerate(some, start=lo):
+                if record is None:
+                    msg = f"{self._folder}: the answer to question {index + 1} is gone; put the "
+                    raise JournalError(
+                        f"{msg}missing files of the journal back, or start a new run"
+                    )
+                yield _make_answer(record)
 
     def close(self) -> None:
         """Close the files."""
         self._journal.close()
+
+
+def _make_answer(record: dict[str, Any]) -> Answer:
+    return Answer(
+        str(record["id"]),
+        record.get("output"),
+        record.get("error_class"),
+        record.get("error"),
+        record,
+    )
 
 
 def _own_limits(stage: Stage) -> dict[str, float]:
@@ -889,9 +918,11 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
 def _level_settings(
     stage: Stage, task: LevelTask, answer_tokens: int | None = None
 ) -> dict[str, Any]:
-    changes: dict[str, Any] = {"input": {}, "reduce": [dict(one) for one in task.reduce]}
+    changes: dict[str, Any] = {"input": {}, "reduce": []}
     if stage.config.cascade is not None:  # its questions are its items, which may be parts
         changes["input"] = keep_split(stage.loaded.raw.get("input"))
+    else:  # they have nothing in common at their beginnings but what all have
+        changes["limits"] = {**(stage.loaded.raw.get("limits") or {}), "order": "input"}
     repairs = stage.loaded.config.task.repairs
     changes["task"] = {"repairs": repairs} | dict(task.task)
     model = dict(stage.loaded.raw.get("model") or {})
@@ -920,15 +951,6 @@ async def _count_tokens(texts: Sequence[str]) -> list[int]:
 
 def _estimate_tokens(texts: Sequence[str]) -> list[int]:
     return [math.ceil(_CAUTION * estimate_text_tokens(text)) for text in texts]
-
-
-def _sync(path: Path) -> None:
-    """Make a new folder and its content durable."""
-    try:
-        for one in (path, path.parent, path.parent.parent):
-            sync_folder(one)
-    except OSError as error:
-        raise JournalError(f"{path}: cannot be flushed to disk: {error.strerror}") from error
 
 
 def _make_record(
@@ -992,7 +1014,7 @@ def _write_result_files(
     settings = to_yaml(make_portable(loaded.plain, folder.path)).encode()
     write_bytes(folder.settings, settings)
     folder.write_provenance(about)
-    _sync(folder.path)
+    flush_folders(folder.path)
 
 
 def remove_unfinished(folder: RunFolder) -> None:

@@ -139,6 +139,7 @@ class ReadyRun:
         reduce_changed: True if the aggregators differ from those in the checkpoints.
         endpoints: The endpoints that were probed for the check; None if there was no need.
         resources: What it shares with other runs of its pipeline; None for a run of its own.
+        is_begun: Whether its provenance names the session that is to come.
     """
 
     folder: RunFolder
@@ -146,6 +147,7 @@ class ReadyRun:
     reduce_changed: bool = False
     endpoints: ReadyEndpoints | None = None
     resources: PipelineResources | None = None
+    is_begun: bool = False
 
 
 ExtendRun: TypeAlias = Callable[[RunFolder, Mapping[str, Any]], Awaitable[dict[str, Any]]]
@@ -204,23 +206,15 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
     from .part_length import check_part_lengths  # noqa: PLC0415 - as above
 
     check_single_task(loaded)
-    if not await asyncio.to_thread(is_vacant, path):
-        msg = f"{path}: contains other files; choose another --out"
-        raise ConfigurationError(msg)
     if source is None:
         check_input_setting(loaded, items)
     if loaded.config.task.graph is not None:
         from .item_engine import check_item_graph  # noqa: PLC0415 - imports LangGraph
 
         check_item_graph(loaded.config)
-    if not defer_endpoints:
+    if not defer_endpoints and probed is None:
         check_endpoints(loaded)
-    await asyncio.to_thread(check_cache, loaded.config)
-    if loaded.config.backend.is_batch:
-        from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - for batches only
-
-        await asyncio.to_thread(check_batch_settings, loaded.config.backend)
-    async with _create_folder(path) as folder:
+    async with _create_folder(path, loaded.config) as folder:
         given, columns = loaded.config.input, needed_columns(loaded.config)
         samples = loaded.config.task.samples
         if source is not None:
@@ -236,46 +230,59 @@ async def prepare_run(  # noqa: PLR0913 - each is given by one kind of caller
             from ...backends.batch.transport import get_deployment  # noqa: PLC0415 - as above
 
             get_deployment(ready)
-        await asyncio.to_thread(_check_stored_requests, loaded.config, ready, folder.items)
         if simulated and not allow_simulated:
             msg = (
                 "the endpoints are a simulated fleet, whose answers are meaningless; no request "
                 "was sent"
             )
             raise ConfigurationError(msg)
+
+        def describe() -> dict[str, Any]:
+            _check_stored_requests(loaded.config, ready, folder.items)
+            order = store_order(folder, loaded.config)
+            cost = find_model_price(loaded.config, model, bool(simulated))
+            return {
+                "run": secrets.token_hex(8),
+                "earlier": [],
+                "place": place_to_be(folder),
+                "name": loaded.config.name,
+                "config": loaded.source,
+                "simulated": simulated,
+                "model": model,
+                "price": cost.to_json() if cost is not None else None,
+                "fingerprint": compute_fingerprint(loaded.config, model, simulated),
+                "input": describe_input(
+                    summary, given.path if items is None and source is None else None
+                ),
+                "order": order,
+                "sessions": [],
+            }
+
         if ready is not None and source is None:  # else they are split further when refused
             await check_part_lengths(loaded.config, ready, folder.items)
-        order = await asyncio.to_thread(store_order, folder, loaded.config)
-        cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
-        about: dict[str, Any] = {
-            "run": secrets.token_hex(8),
-            "earlier": [],
-            "place": await asyncio.to_thread(place_to_be, folder),
-            "name": loaded.config.name,
-            "config": loaded.source,
-            "simulated": simulated,
-            "model": model,
-            "price": cost.to_json() if cost is not None else None,
-            "fingerprint": compute_fingerprint(loaded.config, model, simulated),
-            "input": describe_input(
-                summary, given.path if items is None and source is None else None
-            ),
-            "order": order,
-            "sessions": [],
-        }
+        about = await asyncio.to_thread(describe)
         if extend is not None:
             about |= await extend(folder, about)
-        if place is not None:
-            await asyncio.to_thread(folder.write_place, place)
-        await asyncio.to_thread(_write, folder, path, loaded, about)
+        await asyncio.to_thread(_write, folder, path, loaded, about, place)
     return ReadyRun(RunFolder(path), loaded, endpoints=ready)
 
 
 @asynccontextmanager
-async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
-    """Create a run folder in a thread; remove it if the block fails."""
+async def _create_folder(path: Path, config: RunConfig) -> AsyncIterator[RunFolder]:
+    """Check what is on disk, and create a run folder, in a thread; remove it if the block fails."""
     making = create_folder(path)
-    folder = await asyncio.to_thread(making.__enter__)
+
+    def begin() -> RunFolder:
+        if not is_vacant(path):
+            raise ConfigurationError(f"{path}: contains other files; choose another --out")
+        check_cache(config)
+        if config.backend.is_batch:
+            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - seldom used
+
+            check_batch_settings(config.backend)
+        return making.__enter__()
+
+    folder = await asyncio.to_thread(begin)
     try:
         yield folder
     except BaseException as error:
@@ -301,7 +308,15 @@ async def _resolve_model(
         return ready.model, ready.simulated, ready
 
 
-def _write(folder: RunFolder, path: Path, loaded: LoadedConfig, about: dict[str, Any]) -> None:
+def _write(
+    folder: RunFolder,
+    path: Path,
+    loaded: LoadedConfig,
+    about: dict[str, Any],
+    place: StagePlace | None,
+) -> None:
+    if place is not None:
+        folder.write_place(place)
     write_bytes(folder.settings, to_yaml(make_portable(loaded.plain, path)).encode())
     folder.write_provenance(about)
 

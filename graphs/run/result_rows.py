@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from itertools import groupby, tee
 from typing import Any, Final
 
+import pyarrow as pa
+
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import split_column
 from ...backends.core.images import show_images
 from ...backends.core.samples import FoldRule, SampleFold, find_row_error
 from ...backends.core.templates import ItemPrompt
-from ...backends.core.types import Json, Row, find_row_id
+from ...backends.core.types import PART_COLUMN, PART_FIELDS, Json, Row, find_row_id
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import RunIds
@@ -121,6 +123,7 @@ _SUMS: Final = (
     "completion_tokens",
     "wasted_tokens",
     "usd",
+    "pieces",
 )
 
 
@@ -180,6 +183,7 @@ def make_result_layout(
         fold: How the samples of a row are folded; None gives each item a row.
         certain: Whether records have the certainty of a field.
     """
+    parts = {"pieces": INTEGER} if _has_parts(store) else {}
     if fold is not None:
         return make_layout(
             fold.fold_schema(schema),
@@ -193,11 +197,20 @@ def make_result_layout(
                     for name, kind in (("agreement", "vote"), ("spread", "mean"))
                     if (shape := _make_figure_type(fold.rule, kind)) is not None
                 },
+                **parts,
             },
         )
     further = {"row_id": FREE_TEXT, "sample": INTEGER} if store.samples > 1 else {}
     further |= {"certainty": NUMBER} if certain else {}
-    return make_layout(schema, store.types, store.id_column, tuple(optional), further)
+    return make_layout(schema, store.types, store.id_column, tuple(optional), further | parts)
+
+
+def _has_parts(store: ItemStore) -> bool:
+    """Return True if items are parts of documents (``input.split``)."""
+    if PART_COLUMN not in store.types.names:
+        return False
+    place = store.types.field(PART_COLUMN).type
+    return pa.types.is_struct(place) and set(PART_FIELDS).issubset(field.name for field in place)
 
 
 def _make_figure_type(rule: FoldRule, kind: str) -> CellType | None:

@@ -124,15 +124,17 @@ def find_models(folder: RunFolder, about: Mapping[str, Any]) -> str:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Return True if a run has ended and its results are written; blocks.
+    """Return True if a run has ended and its results, if it is no level, are written; blocks.
 
     Raises:
         JournalError: Its provenance is damaged.
     """
-    if not folder.provenance.exists() or not folder.aggregate.exists():
+    if not folder.provenance.exists():
         return False
-    sessions = folder.read_provenance()["sessions"]
-    return bool(sessions) and sessions[-1].get("outcome") == FINISHED
+    about = folder.read_provenance()
+    has_results = about.get("level") is not None or folder.aggregate.exists()
+    last = about["sessions"][-1] if about["sessions"] else {}
+    return has_results and last.get("outcome") == FINISHED
 
 
 def is_pipeline_finished(folder: RunFolder) -> bool:

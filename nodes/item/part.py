@@ -8,21 +8,17 @@ from typing import Any, Final
 
 from ...backends.core.samples import SampleFold, concat_answers, make_rule
 from ...backends.core.text_tokens import halve_text
-from ...backends.core.types import Json, Row
+from ...backends.core.types import PART_COLUMN, PART_FIELDS, Json, Row
 
-PART: Final = "part"
-"""Column of a part: document, number, of, start, end."""
-
-_KINDS: Final = {"document": str, "number": int, "of": int, "start": int, "end": int}
 _LEAST: Final = 2
 """Samples of a fold, which its result only counts."""
 
 
 def is_part(row: Row) -> bool:
     """Return True if ``input.split`` made the row."""
-    found = row.get(PART)
+    found = row.get(PART_COLUMN)
     return isinstance(found, dict) and all(
-        isinstance(found.get(name), kind) for name, kind in _KINDS.items()
+        isinstance(found.get(name), kind) for name, kind in PART_FIELDS.items()
     )
 
 
@@ -49,12 +45,12 @@ class PartSplit:
         text = row.get(self.column)
         if not isinstance(text, str) or not is_part(row):
             return []
-        about = row[PART]
+        about = row[PART_COLUMN]
         return [
             {
                 **row,
                 self.column: text[lo:hi],
-                PART: {**about, "start": about["start"] + lo, "end": about["start"] + hi},
+                PART_COLUMN: {**about, "start": about["start"] + lo, "end": about["start"] + hi},
             }
             for lo, hi in halve_text(text, self.overlap)
         ]

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ...backends.core.protocols import CURRENT_CALLS
+from ...backends.core.types import PART_COLUMN
 from ..context import ItemContext
 from .item_state import ItemState
-from .part import PART
 
 
 async def ask_pieces(
@@ -35,7 +35,7 @@ async def ask_pieces(
         calls.keeps_answers = True
     for row in rows:
         end = await ask(ItemState(id=state["id"], row=row, problem=None))
-        about = row[PART]
+        about = row[PART_COLUMN]
         if "error" in end:
             return _fail(end, f"characters {about['start']:,} to {about['end']:,} of the document")
         if calls is not None:
@@ -47,7 +47,9 @@ async def ask_pieces(
             first = {**first, "repairs": first["repairs"] + own["repairs"]}
         places += [first, *more]
     joined: ItemState = {
-        "output": context.split.join([end["output"] for end in ends], [row[PART] for row in rows]),
+        "output": context.split.join(
+            [end["output"] for end in ends], [row[PART_COLUMN] for row in rows]
+        ),
         "pieces": places,
     }
     joined["raw"] = "\n\n".join(end["raw"] for end in ends)

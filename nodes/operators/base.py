@@ -28,7 +28,6 @@ class LevelTask:
             that section, not the value of the stage.
         model: Changes to the section ``model`` of the stage, such as a name or a temperature.
         endpoints: Endpoints in place of those of the stage, as in the settings, or None.
-        reduce: Aggregators of the answers, as in the settings.
         is_requests: The questions are requests in OpenAI's batch format (columns ``url`` and
             ``body``), and ``task`` is empty.
         asks_again: The questions are those of an earlier level, whose answers do not count for
@@ -38,7 +37,6 @@ class LevelTask:
     task: Mapping[str, Json]
     model: Mapping[str, Json] = field(default_factory=dict)
     endpoints: Mapping[str, Json] | str | None = None
-    reduce: Sequence[Mapping[str, Json]] = ()
     is_requests: bool = False
     asks_again: bool = False
 
@@ -123,6 +121,10 @@ class Items(Protocol):
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         """Return the ids of the items ``lo`` to ``hi`` (exclusive); blocks."""
+        ...
+
+    def find_longest_row(self) -> int:
+        """Return the bytes of the longest item, with its columns as compact JSON; blocks."""
         ...
 
 

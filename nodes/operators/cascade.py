@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Final
 from ...backends.core.fields import FieldPath, split_column
 from ...backends.core.money import NANO_PER_USD
 from ...backends.core.terminal import count_nouns
-from ...backends.core.types import Json, Row
-from ..item.part import PART, is_part
+from ...backends.core.types import PART_COLUMN, Json, Row
+from ..item.part import is_part
 from .base import (
     Answer,
     LevelPlan,
@@ -218,7 +218,7 @@ class _Work:
         found = (split_column(name, row) for name in self.cascade.names)
         columns = {one[0] for one in found if one is not None}
         if is_part(row):  # a part that is too long is asked in pieces
-            columns.add(PART)
+            columns.add(PART_COLUMN)
         return {name: row[name] for name in row if name in columns}
 
     def read_large(self, item: int) -> Answer:

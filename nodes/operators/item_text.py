@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Final, TypeVar
 
 import orjson
@@ -55,6 +56,15 @@ def _read(read: Callable[[int, int], list[_T]], indices: Iterable[int]) -> Itera
 
 
 def _group_near(indices: Iterable[int]) -> Iterator[list[int]]:
+    left = iter(indices)
+    while chunk := list(islice(left, _SLICE)):
+        if chunk == list(range(chunk[0], chunk[0] + len(chunk))):
+            yield chunk
+        else:
+            yield from _split_far(chunk)
+
+
+def _split_far(indices: Iterable[int]) -> Iterator[list[int]]:
     some = list[int]()
     for index in indices:
         if some and not (0 < index - some[-1] <= _GAP and index - some[0] < _SLICE):

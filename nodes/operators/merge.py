@@ -12,8 +12,7 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.fields import find_properties
 from ...backends.core.samples import SampleFold, concat_answers, make_rule
 from ...backends.core.terminal import count_nouns
-from ...backends.core.types import Item, Row
-from ..item.part import PART
+from ...backends.core.types import PART_COLUMN, Item, Row
 from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
 from .parts import PARTS, PARTS_SCHEMA, describe_parts, read_part
 
@@ -35,7 +34,7 @@ class Merge(Operator):
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the answers and of the parts."""
-        return (self.field, PART)
+        return (self.field, PART_COLUMN)
 
     def describe_results(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the schema of merged answers.
@@ -44,18 +43,18 @@ class Merge(Operator):
             ConfigurationError: The items are no parts of documents.
         """
         columns = find_properties(rows)
-        if not {self.field, PART} <= columns.keys():
+        if not {self.field, PART_COLUMN} <= columns.keys():
             have = ", ".join(columns)
             raise ConfigurationError(
-                f"merge needs the columns {self.field!r} and {PART!r}, which input.split adds; "
-                f"the items have {have}"
+                f"merge needs the columns {self.field!r} and {PART_COLUMN!r}, which input.split "
+                f"adds; the items have {have}"
             )
         schema = columns[self.field]
         return dict(_make_fold(schema).fold_schema(schema) or {})
 
     def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the schema of the columns of documents."""
-        left_out = {self.field, PART, self.text}
+        left_out = {self.field, PART_COLUMN, self.text}
         kept = {k: v for k, v in rows["properties"].items() if k not in left_out}
         return {**rows, "properties": kept | {PARTS: PARTS_SCHEMA}}
 
@@ -117,7 +116,7 @@ class _Documents:
             yield from self._tools.items.read(lo, min(len(self._tools.items), lo + _SLICE))
 
     def _make_row(self, parts: Sequence[Item]) -> Row:
-        left_out = (self._merge.field, PART, self._merge.text)
+        left_out = (self._merge.field, PART_COLUMN, self._merge.text)
         kept = {name: value for name, value in parts[0].row.items() if name not in left_out}
         return kept | {PARTS: describe_parts([(item.id, read_part(item)) for item in parts])}
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ...backends.core.errors import InputError
-from ...backends.core.types import Item, Json
-from ..item.part import PART, is_part
+from ...backends.core.types import PART_COLUMN, Item, Json
+from ..item.part import is_part
 
 PARTS: Final = "parts"
 """Column of a document with its parts: of, missing, sources."""
@@ -39,8 +39,8 @@ def read_part(item: Item) -> Mapping[str, Any]:
         InputError: It is not one that ``input.split`` made.
     """
     if not is_part(item.row):
-        raise InputError(f"merge: item {item.id!r} has no column {PART!r} from input.split")
-    about: Mapping[str, Any] = item.row[PART]
+        raise InputError(f"merge: item {item.id!r} has no column {PART_COLUMN!r} from input.split")
+    about: Mapping[str, Any] = item.row[PART_COLUMN]
     return about
 
 

@@ -31,6 +31,8 @@ _OVERHEAD: Final = 500
 """Tokens of a prompt besides the texts of its group and ``prompt``."""
 _PER_ITEM: Final = 8
 """Tokens of an item's label and quotes, beside its text."""
+_PER_BYTE: Final = 1.2
+"""Tokens of a byte of text, at most: no tokenizer has more than one, and estimates are cautious."""
 _SLICE: Final = 256
 
 _ROUND: Final = """\
@@ -106,13 +108,12 @@ class Rank(Operator):
 
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Compare groups of items in rounds until the best k are settled, then give reasons."""
-        longest = await self._count_longest(tools)
         judge = _Judge(self, tools)
         tournament = Tournament(
             len(tools.items),
             judge.order,
             k=self.k,
-            group=self._fit_group(tools.context_tokens, tools.answer_tokens, longest),
+            group=await self._choose_group(tools),
             repeats=self.repeats,
             seed=self.seed,
         )
@@ -151,6 +152,17 @@ class Rank(Operator):
                 LevelPlan("reasons", k, int(k * (tokens + prompt)), k * size.answer_tokens)
             )
         return plans
+
+    async def _choose_group(self, tools: StageTools) -> int:
+        """Return the items of a group; texts are counted only if some may be too long for it."""
+        context, answer = tools.context_tokens, tools.answer_tokens
+        if context is None:
+            return self.group
+        row = await asyncio.to_thread(tools.items.find_longest_row)
+        most = len(self.text or "") + row * max(1, len(self.columns))
+        if self._fit_group(context, answer, int(_PER_BYTE * most) + _PER_ITEM) == self.group:
+            return self.group
+        return self._fit_group(context, answer, await self._count_longest(tools))
 
     async def _count_longest(self, tools: StageTools) -> int:
         """Return the tokens of the longest item."""

@@ -7,7 +7,7 @@ import bisect
 import itertools
 import random
 import re
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -17,8 +17,8 @@ from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
 from ...backends.core.text_tokens import halve_text
-from ...backends.core.types import Item, Json, Row
-from ..item.part import PART, is_part
+from ...backends.core.types import PART_COLUMN, Item, Json, Row
+from ..item.part import is_part
 from .base import (
     Answer,
     LevelPlan,
@@ -38,7 +38,11 @@ SHOWN_IDS: Final = 5
 _MOST_GROUP: Final = 6000
 _OVERHEAD: Final = 600
 """Tokens of a prompt besides the texts of its group and ``prompt``."""
-_SLICE: Final = 256
+_SLICE: Final = 1024
+_MOST_KEPT: Final = 1 << 24
+"""Characters of all texts up to which they are kept in memory."""
+_USUAL_LABEL: Final = "t99"
+"""Label with the length of most."""
 _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
@@ -242,9 +246,10 @@ class Summarize(Operator):
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Summarize groups of items, then merge the summaries until each group has one."""
         most = self._most_tokens(tools.context_tokens, tools.answer_tokens)
-        counts = dict[str, int]()
-        tree = _Tree(self, tools)
-        nodes = await tree.ask("leaves", _LEAF, await self._pack_items(tools, most, counts))
+        counts, texts = dict[str, int](), _Texts(tools, self.text)
+        tree = _Tree(self, tools, texts)
+        leaves = await self._pack_items(tools, texts, most, counts)
+        nodes = await tree.ask("leaves", _LEAF, leaves)
         depth = 1
         while len(nodes) > len(counts):
             depth += 1
@@ -336,20 +341,25 @@ class Summarize(Operator):
         return LevelTask(task)
 
     async def _pack_items(
-        self, tools: StageTools, most: int, counts: dict[str, int]
+        self, tools: StageTools, texts: _Texts, most: int, counts: dict[str, int]
     ) -> list[_Group]:
         """Return the leaves in the order of their groups.
 
         Args:
             tools: What the operator may use.
+            texts: Receives the texts of the items.
             most: Most tokens of a leaf.
             counts: Receives the items of each group.
         """
-        packer = _Packer(self, tools, most)
-        async for item, tokens in self._count_items(tools):
-            group = self._read_group(item.row)
-            counts[group] = counts.get(group, 0) + 1
-            await packer.add(group, item.index, tokens)
+        packer = _Packer(tools, texts, most)
+        for lo in range(0, len(tools.items), _SLICE):
+            groups, shown = await asyncio.to_thread(self._read_slice, tools, texts, lo)
+            tokens = await tools.count_tokens(shown)
+            for index, (group, used) in enumerate(zip(groups, tokens, strict=True), start=lo):
+                counts[group] = counts.get(group, 0) + 1
+                if not packer.add(group, index, used):
+                    await packer.close(group)
+                    packer.add(group, index, used, always=True)
         packed = await packer.end()
         leaves = ((group, leaf) for group, leaves in packed.items() for leaf in leaves)
         return [
@@ -357,30 +367,17 @@ class Summarize(Operator):
             for number, (group, leaf) in enumerate(leaves, start=1)
         ]
 
-    async def _count_items(self, tools: StageTools) -> AsyncIterator[tuple[Item, int]]:
-        for lo in range(0, len(tools.items), _SLICE):
-            hi = min(len(tools.items), lo + _SLICE)
-            some = await asyncio.to_thread(tools.items.read, lo, hi)
-            texts = [self.render(item) for item in some]
-            for item, tokens in zip(some, await tools.count_tokens(texts), strict=True):
-                yield item, tokens
+    def _read_slice(self, tools: StageTools, texts: _Texts, lo: int) -> tuple[list[str], list[str]]:
+        """Return the groups and the labelled texts of some items; blocks."""
+        some = tools.items.read(lo, min(len(tools.items), lo + _SLICE))
+        shown = [_show(_USUAL_LABEL, text) for text in texts.add(some)]
+        return [self._read_group(one.row) for one in some], shown
 
     def _read_group(self, row: Row) -> str:
         if self.group_by is None:
             return _ALL
         value = _pick(row, self.group_by)
         return value if isinstance(value, str) else orjson.dumps(value).decode()
-
-    def render(self, item: Item, number: int = 99, piece: tuple[int, int] | None = None) -> str:
-        """Return the text of an item after its label.
-
-        Args:
-            item: The item.
-            number: Its place in its group; the default has the length of most.
-            piece: Start and end of the part of the text that is shown; None shows all.
-        """
-        text = render_item(item, self.text)
-        return _show(_label(number), text if piece is None else text[slice(*piece)])
 
     @staticmethod
     async def _pack_nodes(
@@ -440,7 +437,7 @@ class Summarize(Operator):
     @property
     def _is_of_parts(self) -> bool:
         """Return True if each document gets a summary of its parts."""
-        return self.group_by == f"{PART}.document"
+        return self.group_by == f"{PART_COLUMN}.document"
 
     def describe_columns(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the schema of the columns beside a summary: the parts of a document."""
@@ -477,6 +474,36 @@ class Summarize(Operator):
         return StageResult(node.group, output, row)
 
 
+class _Texts:
+    """The texts of items; they are kept while they are small, so that few stages read them twice.
+
+    Args:
+        tools: What the operator may use.
+        text: The setting ``text``.
+    """
+
+    def __init__(self, tools: StageTools, text: str | None) -> None:
+        self._tools, self._text = tools, text
+        self._kept: list[str] | None = []
+        self._size = 0
+
+    def add(self, items: Sequence[Item]) -> list[str]:
+        """Return the texts of the next items."""
+        texts = [render_item(item, self._text) for item in items]
+        self._size += sum(map(len, texts))
+        if self._size > _MOST_KEPT:
+            self._kept = None
+        elif self._kept is not None:
+            self._kept += texts
+        return texts
+
+    def read(self, indices: Iterable[int]) -> Iterator[str]:
+        """Yield the texts of items that were added, by their indices; blocks."""
+        if self._kept is not None:
+            return map(self._kept.__getitem__, indices)
+        return (render_item(item, self._text) for item in read_items(self._tools, indices))
+
+
 class _Leaf:
     """A leaf that is still open: its items and their estimated tokens."""
 
@@ -484,11 +511,6 @@ class _Leaf:
 
     def __init__(self) -> None:
         self.items, self.tokens, self.used = list[int](), list[int](), 0
-
-    def add(self, index: int, tokens: int) -> None:
-        self.items.append(index)
-        self.tokens.append(tokens)
-        self.used += tokens
 
 
 class _Packer:
@@ -499,8 +521,8 @@ class _Packer:
     is steady, the tokenizer counts only some of the leaves.
     """
 
-    def __init__(self, summarize: Summarize, tools: StageTools, most: int) -> None:
-        self._summarize, self._tools, self._most = summarize, tools, most
+    def __init__(self, tools: StageTools, texts: _Texts, most: int) -> None:
+        self._tools, self._texts, self._most = tools, texts, most
         self._listed = _most_labels(tools.answer_tokens)
         self._open = dict[str, _Leaf]()
         self._closed = dict[str, list[list[int]]]()
@@ -508,26 +530,40 @@ class _Packer:
         self._raw = 0.0
         self._steady = self._skip = 0
 
-    async def add(self, group: str, index: int, tokens: int) -> None:
-        """Add an item with its estimated tokens."""
+    def add(self, group: str, index: int, tokens: int, *, always: bool = False) -> bool:
+        """Add an item with its estimated tokens to the open leaf of its group.
+
+        Args:
+            group: The group.
+            index: The item.
+            tokens: Its estimated tokens.
+            always: Whether it is added even if it may not fit.
+
+        Returns:
+            False if the leaf has no room for the item, which was not added.
+        """
         leaf = self._open.get(group)
         if leaf is None:
             leaf = self._open[group] = _Leaf()
             self._closed[group] = []
-        used = (leaf.used + tokens) * (self._ratio or 1.0)
-        if leaf.items and (used > self._most or len(leaf.items) >= self._listed):
-            leaf = await self._close(group)
-        leaf.add(index, tokens)
+        if leaf.items and not always:
+            used = (leaf.used + tokens) * (self._ratio or 1.0)
+            if used > self._most or len(leaf.items) >= self._listed:
+                return False
+        leaf.items.append(index)
+        leaf.tokens.append(tokens)
+        leaf.used += tokens
+        return True
 
     async def end(self) -> dict[str, list[list[int]]]:
         """Return the indices of the items of each leaf, by group."""
         for group in self._open:
             while self._open[group].items:
-                await self._close(group)
+                await self.close(group)
         return self._closed
 
-    async def _close(self, group: str) -> _Leaf:
-        """Close the leaf of a group; return the next one, which has what did not fit."""
+    async def close(self, group: str) -> None:
+        """Close the leaf of a group; the next one begins with what did not fit."""
         leaf = self._open[group]
         kept = len(leaf.items)
         if self._ratio is None or (leaf.used > self._most and not self._skip):
@@ -536,14 +572,13 @@ class _Packer:
             self._skip = max(0, self._skip - 1)
         self._closed[group].append(leaf.items[:kept])
         left = self._open[group] = _Leaf()
-        for index, tokens in zip(leaf.items[kept:], leaf.tokens[kept:], strict=True):
-            left.add(index, tokens)
-        return left
+        left.items, left.tokens = leaf.items[kept:], leaf.tokens[kept:]
+        left.used = sum(left.tokens)
 
     async def _count_fitting(self, leaf: _Leaf) -> int:
         """Return how many items from the beginning fit by the tokenizer, at least one."""
-        items = await asyncio.to_thread(lambda: list(read_items(self._tools, leaf.items)))
-        texts, kept = [self._summarize.render(item) for item in items], len(items)
+        found = await asyncio.to_thread(lambda: list(self._texts.read(leaf.items)))
+        texts, kept = [_show(_USUAL_LABEL, text) for text in found], len(found)
         while True:
             exact = await self._tools.count_exact("\n\n".join(texts[:kept]))
             if exact is None:
@@ -572,8 +607,8 @@ class _Tree:
         cut: Indices of items whose texts were cut, because one is too long for a question.
     """
 
-    def __init__(self, summarize: Summarize, tools: StageTools) -> None:
-        self._summarize, self._tools = summarize, tools
+    def __init__(self, summarize: Summarize, tools: StageTools, texts: _Texts) -> None:
+        self._summarize, self._tools, self._texts = summarize, tools, texts
         self.levels = self.splits = 0
         self.cut = set[int]()
 
@@ -588,17 +623,15 @@ class _Tree:
         return [one for one in parts if isinstance(one, _Node)]
 
     def _iter_questions(self, groups: Sequence[_Group]) -> Iterator[Question]:
-        items = read_items(self._tools, _iter_members(groups))
+        found = self._texts.read(_iter_members(groups))
         for group in groups:
             if group.is_merge:
                 statements = (one for node in group.members for one in node.statements)
                 texts = [_show(f"s{at}", one.text) for at, one in enumerate(statements, start=1)]
             else:
-                some = itertools.islice(items, len(group.members))
-                texts = [
-                    self._summarize.render(item, at, group.piece)
-                    for at, item in enumerate(some, start=1)
-                ]
+                piece = slice(*(group.piece or (None,)))
+                some = itertools.islice(found, len(group.members))
+                texts = [_show(_label(at), text[piece]) for at, text in enumerate(some, start=1)]
             yield Question(group.id, {"texts": "\n\n".join(texts)})
 
     def _replace(
@@ -622,7 +655,8 @@ class _Tree:
             elif part.is_merge:
                 found.append(_merge(part.members, answer))
             else:
-                ids = {_label(at): (one,) for at, one in enumerate(own, start=1)}
+                labels = map(_label, range(1, len(own) + 1))
+                ids = dict(zip(labels, zip(own, strict=True), strict=True))
                 found.append(_make_node(part.group, answer, ids))
         return found
 
@@ -630,8 +664,8 @@ class _Tree:
         """Return questions about parts of the only item of a leaf; none of two summaries."""
         if part.is_merge:
             return []
-        (item,) = read_items(self._tools, part.members)
-        halves = part.cut(render_item(item, self._summarize.text))
+        (text,) = self._texts.read(part.members)
+        halves = part.cut(text)
         if halves:
             self.cut.update(part.members)
         return halves
@@ -673,10 +707,12 @@ def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -
     for found in answer.output["statements"]:
         if not found["text"].strip():
             continue
-        named = dict.fromkeys(name.strip("[] ") for name in found["ids"])
+        named = dict.fromkeys(found["ids"])
+        if not named.keys() <= ids.keys():
+            named = dict.fromkeys(name.strip("[] ") for name in found["ids"])
         known = [name for name in named if name in ids]
         node.unknown += len(found["ids"]) - len(known)
-        sources = dict.fromkeys(source for name in known for source in ids[name])
+        sources = dict.fromkeys(itertools.chain.from_iterable(map(ids.__getitem__, known)))
         node.statements.append(_Statement(found["text"], tuple(sources)))
     return node
 

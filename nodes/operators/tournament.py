@@ -14,7 +14,14 @@ pairs on a cycle are compared again, in other groups, up to ``repeats`` times.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -95,10 +102,13 @@ class _Wins:
             self.met[item] = self.met.get(item, 0) + 1
             won, lost = self._totals.get(item, (0, 0))
             self._totals[item] = won + last - place, lost + place
-            wins = self._wins.setdefault(item, {})
-            for other in order[place + 1 :]:
-                wins[other] = wins.get(other, 0) + 1
-            self.pairs += last - place
+            wins, worse = self._wins.get(item), order[place + 1 :]
+            if wins is None:
+                self._wins[item] = dict.fromkeys(worse, 1)
+            else:
+                for other in worse:
+                    wins[other] = wins.get(other, 0) + 1
+        self.pairs += last * (last + 1) // 2
 
     def count(self, one: int, other: int) -> tuple[int, int]:
         """Return how often the first won against the second, and the second against the first."""
@@ -108,23 +118,32 @@ class _Wins:
         """Return how often an item won, by the item that lost."""
         return self._wins.get(item, _NO_WINS)
 
-    def share(self, item: int, others: Collection[int] | None = None) -> float:
-        """Return the share of an item's comparisons with others, or with all, that it won."""
-        if others is None:
-            won, lost = self._totals.get(item, (0, 0))
-        else:
-            wins = self.get(item)
-            won = sum(wins.get(other, 0) for other in others)
-            lost = sum(self.get(other).get(item, 0) for other in others)
-        return won / (won + lost) if won + lost else 0.5
+    def share(self, item: int) -> float:
+        """Return the share of an item's comparisons that it won."""
+        return _divide(*self._totals.get(item, (0, 0)))
 
-    def is_beaten(self, item: int, other: int) -> bool:
-        """Return True if the other one has won against the item more often than lost."""
-        won, lost = self.count(item, other)
-        return lost > won
+    def shares(self, items: Sequence[int]) -> dict[int, float]:
+        """Return, for each of some items, the share of its comparisons with them that it won."""
+        won, lost = dict.fromkeys(items, 0), dict.fromkeys(items, 0)
+        for item in items:
+            wins = self.get(item)
+            for other in wins.keys() & lost.keys():
+                won[item] += wins[other]
+                lost[other] += wins[other]
+        return {item: _divide(won[item], lost[item]) for item in items}
+
+    def count_each(self, items: Iterable[int], other: int) -> Iterator[tuple[int, int, int]]:
+        """Yield each item, how often it won against the other one, and how often it lost."""
+        wins, lost = self._wins, self.get(other)
+        for item in items:
+            yield item, wins.get(item, _NO_WINS).get(other, 0), lost.get(item, 0)
 
 
 _NO_WINS: Final[Mapping[int, int]] = {}
+
+
+def _divide(won: int, lost: int) -> float:
+    return won / (won + lost) if won + lost else 0.5
 
 
 class _Graph:
@@ -136,17 +155,15 @@ class _Graph:
     def __init__(self, items: Sequence[int], wins: _Wins) -> None:
         self.items = items
         count = len(items)
-        direct, places = [0] * count, {item: place for place, item in enumerate(items)}
+        won, lost = [0] * count, [0] * count
+        places = {item: place for place, item in enumerate(items)}
         for one, item in enumerate(items):
-            won = wins.get(item)
-            for other in won.keys() & places.keys():
-                if won[other] > wins.get(other).get(item, 0):
-                    direct[one] |= 1 << places[other]
-        self.below = _close(direct)
-        self.above = [0] * count
-        for one in range(count):
-            for other in _bits(self.below[one]):
-                self.above[other] |= 1 << one
+            beaten = wins.get(item)
+            for other in beaten.keys() & places.keys():
+                if beaten[other] > wins.get(other).get(item, 0):
+                    won[one] |= 1 << places[other]
+                    lost[places[other]] |= 1 << one
+        self.below, self.above = _close(won), _close(lost)
         self.cycle = [self.below[n] & self.above[n] for n in range(count)]
 
     def better(self, position: int) -> int:
@@ -156,13 +173,6 @@ class _Graph:
     def known(self, position: int) -> int:
         """Return the items whose relation to this one is known, itself included."""
         return self.above[position] | self.below[position] | 1 << position
-
-
-def _bits(bits: int) -> Iterable[int]:
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low
 
 
 def _close(direct: Sequence[int]) -> list[int]:
@@ -250,19 +260,20 @@ class Tournament:
             need = self._k - len(kept)
             pivot = await self._choose_pivot(open_items, need)
             rest = [item for item in open_items if item != pivot]
-            unmet = [item for item in rest if not any(self._wins.count(item, pivot))]
+            counts = self._wins.count_each(rest, pivot)
+            unmet = [item for item, won, lost in counts if not won and not lost]
             await self._ask([[*part, pivot] for part in self._split(unmet, self._group - 1)])
             # An item that failed to be compared stays in the race.
-            lost, above = list[int](), list[int]()
-            for item in rest:
-                (lost if self._wins.is_beaten(item, pivot) else above).append(item)
+            below, above = list[int](), list[int]()
+            for item, won, lost in self._wins.count_each(rest, pivot):
+                (below if lost > won else above).append(item)
             if len(above) >= need:
                 if len(above) + 1 >= len(open_items):
                     break
                 open_items = above
             else:
                 kept += [*above, pivot]
-                open_items = lost
+                open_items = below
                 if len(kept) >= self._k:
                     return kept
         return kept + open_items
@@ -328,10 +339,9 @@ class Tournament:
 
     def _order(self, items: Sequence[int]) -> list[int]:
         """Return the items, best first; tied ones by their share of wins, then by number."""
-        graph = _Graph(items, self._wins)
+        graph, shares = _Graph(items, self._wins), self._wins.shares(items)
         places = sorted(
-            range(len(items)),
-            key=lambda n: (graph.better(n), -self._wins.share(items[n], items), items[n]),
+            range(len(items)), key=lambda n: (graph.better(n), -shares[items[n]], items[n])
         )
         return [items[n] for n in places]
 

@@ -80,8 +80,16 @@ def test_losses_follow_from_the_figures() -> None:
     cost = Table("cost", "", "", "", rows={"raw aiohttp": [0.2], "fanfold run": [0.5]})
     memory = Table("cost-memory", "", "", "", rows={"raw aiohttp": [44.0], "fanfold run": [256.0]})
     storm = Table("storm", "", "", "", rows={"before": [100.0], "during": [80.0], "later": [99.0]})
-    (text,) = find_losses([cost, memory, storm])
+    parts = {
+        "HTTP client (aiohttp)": [50.0],
+        "fleet: retries": [30.0],
+        "input": [9.0],
+        "rest": [2.0],
+    }
+    profile = Table("profile", "", "", "", rows=parts)
+    (text,) = find_losses([cost, memory, profile, storm])
     assert "0.5 ms of CPU time, 2.5 times that of a bare loop" in text
+    assert "The three largest parts of it: HTTP client 50 %, fleet 30 %, input 9 %." in text
     assert "256 MB of memory; a bare loop takes 44 MB" in text
     assert "up to 20 % of the throughput (during)" in text
     assert find_losses([]) == []

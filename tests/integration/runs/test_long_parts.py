@@ -94,6 +94,9 @@ async def test_a_refused_part_is_answered_in_pieces(lab_of: LabMaker, size: int)
             assert 0 <= record["output"]["score"] <= 1
             assert record["requests"] > len(record["pieces"])
             assert record["useful_tokens"] > 0
+        pieces = {record["id"]: len(record.get("pieces") or ()) or None for record in found}
+        assert {row["id"]: row["pieces"] for row in table} == pieces
+        assert not folder.responses.exists(), "no item needs the answers about pieces any more"
         short = [record for record in found if not record.get("pieces")]
         assert all(record["requests"] == 1 for record in short)
         sums = sum(record["prompt_tokens"] + record["completion_tokens"] for record in found)
@@ -142,6 +145,7 @@ async def test_a_prompt_that_is_too_long_without_its_part_fails(lab_of: LabMaker
         result = await lab.live(folder)
         assert result.exit_code == 3
         assert {record["error_class"] for record in records(folder.path)} == {"PromptTooLongError"}
+        assert folder.responses.is_dir(), "a retry does not pay again for pieces with an answer"
         assert result.progress["tokens"]["prompt"] == 0
 
 

@@ -16,10 +16,12 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 
+from fanfold import load_results
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import RunFolder, get_run_ids
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.pipeline_report import list_raise_options, read_pipeline
+from fanfold.graphs.run.stage_folder import is_finished
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 from fanfold.tests.integration.runs.test_workers_kill import marked
 from fanfold.tests.support.command_server import DEADLINE_S
@@ -103,8 +105,8 @@ def has_lines(folder: Path) -> bool:
 def outputs(root: Path) -> bytes:
     """Return all results of all stages and levels, without times and costs."""
     found = list[Any]()
-    for file in sorted(root.glob("stages/**/results.parquet")):
-        table = pq.read_table(file)
+    for file in sorted(root.glob("stages/**/items.arrow")):
+        table = load_results(file.parent).to_arrow()
         times = ("latency_s", "finished_at", "endpoint", "attempts", "fingerprint")
         paid = ("requests", "reused", "wasted_tokens")
         rows = table.drop_columns([n for n in (*times, *paid) if n in table.column_names])
@@ -169,8 +171,8 @@ async def test_killed_in_each_stage_and_level(lab_of: LabMaker, backend: dict[st
                 process.kill()
                 assert await asyncio.wait_for(process.wait(), DEADLINE_S) == -signal.SIGKILL
             await lab.until(lab.fleet_is_idle)
-            assert not (folder / "results.parquet").exists()  # it was at work
-            assert all((lab.out / done / "results.parquet").exists() for done in RUNS[:number])
+            assert not is_finished(RunFolder(folder))  # it was at work
+            assert all(is_finished(RunFolder(lab.out / done)) for done in RUNS[:number])
             arguments = ("resume", str(lab.out))
         moved = lab.home / "moved"
         shutil.move(lab.out, moved)

@@ -65,6 +65,20 @@ def target(tmp_path: Path) -> Path:
     return folder / "items.arrow"
 
 
+def test_the_longest_row_in_any_batch(target: Path) -> None:
+    load_input(InputConfig(), target, ["n"], [*numbers(300), {"n": "ä" * 40}, *numbers(300)])
+    with ItemStore(target) as store:
+        assert store.find_longest_row() == len('{"n":""}') + 80
+
+
+def test_single_items_in_any_order(target: Path) -> None:
+    load_input(InputConfig(), target, ["n"], numbers(700), samples=2)
+    with ItemStore(target) as store:
+        indices = [1399, 0, 512, 513, 0, 700, 1]
+        assert store.read_at(indices) == [store.read(at, at + 1)[0] for at in indices]
+        assert store.read_at([]) == []
+
+
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
 def test_any_range(target: Path, count: int) -> None:
     load_input(InputConfig(), target, ["n"], numbers(count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
@@ -29,6 +30,9 @@ class Rows:
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
+
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.items)
 
 
 no_questions: Any = None  # the model is not asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import orjson
 import pytest
 
 from fanfold.backends.core.types import Item
@@ -30,6 +31,9 @@ class Rows:
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.read(lo, hi)]
+
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.read(0, len(self)))
 
 
 async def no_answers(

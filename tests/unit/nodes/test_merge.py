@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
@@ -47,6 +48,9 @@ class Rows:
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
+
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.items)
 
 
 async def merge(

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.templates import ItemPrompt
-from fanfold.backends.core.types import Message
+from fanfold.backends.core.types import PART_COLUMN, Message
 from fanfold.nodes.context import ItemContext
 from fanfold.nodes.item.answer import AnswerCheck
 from fanfold.nodes.item.item_state import ItemState
-from fanfold.nodes.item.part import PART, PartSplit
+from fanfold.nodes.item.part import PartSplit
 from fanfold.nodes.item.pieces import ask_pieces
 
 TEXT = "One sentence of some words. " * 40
@@ -32,7 +32,12 @@ def make_state() -> ItemState:
     """Return the state of a part whose answer was cut, with reasoning before it."""
     about = {"document": "d", "number": 1, "of": 1, "start": 0, "end": len(TEXT)}
     why = {"class": "TruncatedAnswerError", "text": "cut"}
-    return {"id": "d/p1", "row": {"text": TEXT, PART: about}, "too_long": why, "reasoning": "whole"}
+    return {
+        "id": "d/p1",
+        "row": {"text": TEXT, PART_COLUMN: about},
+        "too_long": why,
+        "reasoning": "whole",
+    }
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,9 @@ class Rows:
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
 
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.items)
+
 
 class Model:
     """Orders texts by the value that they state; one that says "rank me first" wins."""
@@ -52,6 +55,7 @@ class Model:
     def __init__(self) -> None:
         self.levels: list[tuple[str, LevelTask, list[Question]]] = []
         self.edit: Callable[[list[str]], Any] = lambda order: {"order": order}
+        self.counted = 0
 
     async def ask(
         self, level: str, task: LevelTask, questions: Iterable[Question]
@@ -86,6 +90,7 @@ async def rank(
     texts: Sequence[str] | Rows, model: Model, context: int | None = None, **settings: Any
 ) -> OperatorEnd:
     async def count(some: Sequence[str]) -> list[int]:
+        model.counted += len(some)
         return [len(text) // 4 for text in some]
 
     rows = texts if isinstance(texts, Rows) else Rows(texts)
@@ -196,6 +201,18 @@ async def test_groups_fit_the_context() -> None:
     await rank(texts, model, context=3000, k=2, reasons=False)
     sizes = {question.row["count"] for _, _, asked in model.levels for question in asked}
     assert max(sizes) == 4
+
+
+@pytest.mark.parametrize(("context", "is_read"), [(None, False), (1_000_000, False), (3000, True)])
+async def test_texts_are_counted_only_if_some_may_not_fit(
+    context: int | None, is_read: bool
+) -> None:
+    model = Model()
+    texts = [f"value {n} " + "long " * 400 for n in range(20)]
+    await rank(texts, model, context=context, reasons=False)
+    assert model.counted == (20 if is_read else 0)
+    most = max(question.row["count"] for _, _, asked in model.levels for question in asked)
+    assert most == (4 if is_read else 10)
 
 
 async def test_the_same_answers_ask_the_same_questions() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 import pytest
 
 from fanfold.backends.core.types import Item
@@ -39,6 +40,9 @@ class Rows:
 
     def read_ids(self, lo: int, hi: int) -> list[str]:
         return [one.id for one in self.items[lo:hi]]
+
+    def find_longest_row(self) -> int:
+        return max(len(orjson.dumps(one.row)) for one in self.items)
 
 
 @dataclass
@@ -180,6 +184,17 @@ async def test_the_same_items_and_answers_give_the_same_questions() -> None:
     await summarize(first, 500, group_by="kind")
     await summarize(second, 500, group_by="kind")
     assert first.levels == second.levels
+
+
+@pytest.mark.parametrize("group_by", [None, "kind"])
+async def test_long_texts_are_read_again_for_the_same_questions(
+    monkeypatch: pytest.MonkeyPatch, group_by: str | None
+) -> None:
+    kept, again = Model(), Model()
+    await summarize(kept, 3000, group_by=group_by)
+    monkeypatch.setattr("fanfold.nodes.operators.summarize._MOST_KEPT", 2000)
+    await summarize(again, 3000, group_by=group_by)
+    assert kept.levels == again.levels
 
 
 async def test_braces_in_the_prompt_are_text() -> None:
