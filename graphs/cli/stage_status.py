@@ -11,6 +11,7 @@ from typing import Any, Final
 from rich.text import Text
 
 from ...backends.budget.cost import describe_cost, group_usage, read_budget
+from ...backends.budget.price import read_price
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import UsageTotals
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
@@ -205,7 +206,9 @@ def show_pipeline_cost(path: Path, by: str | None, as_json: bool) -> None:
         console.print(part)
     if by is None:
         console.print(total_table(cost, running))
-    print_missing_price(about)
+    prices = [read_price(run.read_provenance()) for run in list_stage_runs(folder)]
+    if prices and not any(prices):
+        print_missing_price(about)
 
 
 def _group(folder: RunFolder, by: str) -> dict[str, UsageTotals]:

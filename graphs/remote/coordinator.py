@@ -39,7 +39,7 @@ from ...configs.models import RunConfig
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
 from .heartbeat import MISSED_POLLS, ControlFiles, TimelineReport
-from .rate_leases import RateFile, RateLender, make_rate_lender
+from .rate_leases import RATE_LIMITS, RateFile, RateLender, make_rate_lender
 from .task_template import TaskTemplate
 
 
@@ -550,7 +550,9 @@ class SharedWorkers:
 
     def get_lender(self, template: TaskTemplate) -> RateLender | None:
         """Return what divides the rate limits: what workers have used counts for the next run."""
-        key = orjson.dumps([template.settings[name] for name in ("limits", "backend", "endpoints")])
+        settings = template.settings
+        rates = [settings["limits"][name] for name in RATE_LIMITS]
+        key = orjson.dumps([rates, settings["backend"], settings["endpoints"]])
         if key not in self._lenders:
             self._lenders[key] = make_rate_lender(template.config)
         return self._lenders[key]

@@ -22,6 +22,13 @@ from .heartbeat import rates_file
 
 logger = logging.getLogger(__name__)
 
+RATE_LIMITS: Final = (
+    "requests_per_s",
+    "tokens_per_min",
+    "endpoint_requests_per_s",
+    "endpoint_tokens_per_min",
+)
+"""Settings in ``limits`` that are divided; the last two hold for each endpoint."""
 _READ_S: Final = 2.0
 _LOST_S: Final = 10.0
 """A worker that cannot read its share for so long uses the share that each worker has."""
@@ -149,10 +156,12 @@ def make_rate_lender(config: RunConfig) -> RateLender | None:
     Without it each worker keeps its share of all that are configured.
     """
     limits, backend, first = config.limits, config.backend, config.endpoints.first
-    rates = [limits.requests_per_s, limits.tokens_per_min]
-    if not backend.node_endpoints:
-        rates += [limits.endpoint_requests_per_s, limits.endpoint_tokens_per_min]
-    limited = any(rate is not None for rate in rates) or first is not None or config.endpoints.auto
+    rates = RATE_LIMITS[:2] if backend.node_endpoints else RATE_LIMITS
+    limited = (
+        any(getattr(limits, name) is not None for name in rates)
+        or first is not None
+        or config.endpoints.auto
+    )
     if not limited or backend.concurrent_shards == 1:
         return None
     behind = first is not None or config.endpoints.auto

@@ -138,6 +138,17 @@ def test_all_are_asked_again_on_request(shell: Shell, fleet: Served) -> None:
     assert asked(stages) == {name: (0, count) for name, count in requests.items()}
 
 
+def test_only_a_pipeline_without_prices_is_said_to_have_none(shell: Shell, fleet: Served) -> None:
+    use(shell, fleet, model={"max_tokens": 400, "price": {"prompt": 1.0, "completion": 2.0}})
+    run(shell, "--out", "first")
+    run(shell, "--from", "first", "--out", "second", "--yes")
+    for folder in ("first", "second"):
+        assert "without a price" not in shell("cost", folder).err
+    use(shell, fleet)
+    run(shell, "--from", "first", "--out", "third", "--yes")
+    assert "without a price" in shell("cost", "third").err
+
+
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_later_session_needs_the_other_folder(
     shell: Shell, fleet: Served, gone: bool, caplog: pytest.LogCaptureFixture

@@ -70,3 +70,5 @@ def test_what_workers_have_used_of_a_rate_counts_for_the_next_run(tmp_path: Path
     assert shared.get_lender(run_of(tmp_path, "n", limits={"tokens_per_min": 1000})) is lender
     assert shared.get_lender(run_of(tmp_path, limits={"tokens_per_min": 10})) is not lender
     assert shared.get_lender(run_of(tmp_path)) is None
+    ordered = {"tokens_per_min": 1000, "order": "input", "streams": 7}
+    assert shared.get_lender(run_of(tmp_path, limits=ordered)) is lender  # a level of an operator
