@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
@@ -258,25 +259,40 @@ async def take_over(  # noqa: PLR0913 - a run, those that it extends, and how
     return plan
 
 
-@dataclass(slots=True)
+@dataclass
 class _Source:
     """A run whose items may be taken over.
 
     Attributes:
         run: Its id.
-        path: Its folder.
+        folder: Its folder.
         journal: Its journal.
         indices: Its items that have not been matched yet, by id.
         total: Number of its items.
-        ask_again: ``cut``, ``failed``, ``all`` or None: finished items that are asked again.
+        loaded: The settings of the new run.
+        ask_again: ``cut``, ``failed`` or ``all``: finished items that are asked again; None decides
+            by what has changed.
     """
 
     run: str
-    path: Path
+    folder: RunFolder
     journal: Journal
     indices: dict[str, int]
     total: int
+    loaded: LoadedConfig
     ask_again: str | None
+
+    @cached_property
+    def _failed_again(self) -> str | None:
+        """Return which failed items are asked again; most runs have none, and settings are slow."""
+        return self.ask_again or _choose_ask_again(self.folder, self.loaded)
+
+    def is_asked_again(self, record: Mapping[str, Any]) -> bool:
+        """Return True if a finished item is asked again; blocks."""
+        if self.ask_again == "all" or record["status"] == "done":
+            return self.ask_again == "all"
+        again = self._failed_again
+        return again == "failed" or (again == "cut" and _is_truncated(record))
 
 
 def _open_source(
@@ -300,8 +316,7 @@ def _open_source(
     stack.enter_context(journal)
     if lost := list_lost_files(folder.journal):
         logger.warning("--from: %s", describe_lost_files(lost, journal))
-    again = ask_again or _choose_ask_again(folder, loaded)
-    return _Source(before["run"], folder.path, journal, indices, len(indices), again)
+    return _Source(before["run"], folder, journal, indices, len(indices), loaded, ask_again)
 
 
 def _open_matcher(
@@ -380,12 +395,6 @@ def _get_deciding(settings: Mapping[str, Any], section: str) -> Any:
     if section not in _NO_EFFECT or not isinstance(found, Mapping):
         return found
     return {key: value for key, value in found.items() if key not in _NO_EFFECT[section]}
-
-
-def _is_asked_again(record: Mapping[str, Any], ask_again: str | None) -> bool:
-    if ask_again == "all" or record["status"] == "done":
-        return ask_again == "all"
-    return ask_again == "failed" or (ask_again == "cut" and _is_truncated(record))
 
 
 def _is_truncated(record: Mapping[str, Any]) -> bool:
@@ -492,7 +501,7 @@ class _Matcher:
             is_same = record.get("question") == question
             if not is_same or bool(record.get("simulated")) != plan.simulated:
                 continue
-            if _is_asked_again(record, source.ask_again):
+            if source.is_asked_again(record):
                 again = again or record
             elif record["status"] == "done":
                 plan.done += 1

@@ -7,7 +7,16 @@ from typing import Any, cast
 
 import pytest
 
+from fanfold.backends.storage.run_folder import RunFolder
+from fanfold.configs.loader import load_config
+from fanfold.configs.yaml_text import to_yaml
 from fanfold.graphs.run.extend import ExtensionPlan, _Matcher, _Source
+
+SETTINGS: dict[str, Any] = {
+    "input": {"path": "in.csv", "id": "id"},
+    "task": {"prompt": "Say {text}"},
+    "endpoints": {"simulated": {"nodes": 1}},
+}
 
 
 class _Records:
@@ -46,10 +55,16 @@ DONE, FAILED, OTHER = make_record("done"), make_record("failed"), make_record("d
     ],
 )
 def test_an_answer_comes_before_a_failure(
-    records: list[dict[str, Any] | None], again: str | None, expected: tuple[Any, bool]
+    tmp_path: Path,
+    records: list[dict[str, Any] | None],
+    again: str | None,
+    expected: tuple[Any, bool],
 ) -> None:
+    loaded = load_config(SETTINGS)
+    folder = RunFolder(tmp_path)
+    folder.settings.write_bytes(to_yaml(loaded.plain).encode())
     sources = [
-        _Source("r", Path(), cast("Any", _Records(record)), {"a": 0}, 1, again)
+        _Source("r", folder, cast("Any", _Records(record)), {"a": 0}, 1, loaded, again)
         for record in records
     ]
     plan = ExtensionPlan("r", Path(), simulated=True)
