@@ -822,10 +822,11 @@ class LevelAnswers(Sequence[Answer]):
             some = self._journal.read_answers(lo, min(lo + _SLICE, len(self)), whole=True)
             for index, record in enumerate(some, start=lo):
                 if record is None:
-                    msg = f"{self._folder}: the answer to question {index + 1} is gone; put the "
-                    raise JournalError(
-                        f"{msg}missing files of the journal back, or start a new run"
+                    msg = (
+                        f"{self._folder}: the answer to question {index + 1} is gone; put the "
+                        "missing files of the journal back, or start a new run"
                     )
+                    raise JournalError(msg)
                 yield _make_answer(record)
 
     def close(self) -> None:

@@ -437,7 +437,7 @@ def _commit(folder: Path) -> str | None:
 
 def _own_commit() -> str | None:
     """Return fanfold's own commit; None for an installed wheel, even inside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return _commit(root) if (root / ".git").exists() else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fanfold
 from fanfold.backends.cluster.chain import chain_file
 from fanfold.backends.core.errors import ConfigurationError, JournalError
 from fanfold.backends.storage.journal import Journal
@@ -188,6 +190,19 @@ def test_commands_are_kept_without_the_folder(
     monkeypatch.setattr(sys, "argv", ["fanfold", *(a.format(run=run, link=link) for a in typed)])
     found = describe_session(RunFolder(Path("..", "run")))["command"]
     assert found == ["fanfold", *(a.format(run=run) for a in kept)]
+
+
+def test_a_session_names_the_commit_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(fanfold.__file__).resolve().parent
+    if not (root / ".git").exists():
+        pytest.skip("fanfold does not run from a checkout")
+    monkeypatch.chdir(tmp_path)
+    head = subprocess.check_output(["git", "-C", str(root), "rev-parse", "HEAD"], text=True)
+    git = describe_session(RunFolder(tmp_path))["git"]
+    assert head.strip() in git["fanfold"]
+    assert git["workdir"] is None
 
 
 def test_jobs_of_the_folder_that_was_copied_are_foreign(tmp_path: Path) -> None:
