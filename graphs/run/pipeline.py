@@ -628,6 +628,8 @@ class _OperatorRun:
             rows = self._pipeline.open_rows(stage)
             await asyncio.to_thread(self._create, rows)
         kept = await asyncio.to_thread(_read_operator, stage)
+        place = self._pipeline.make_place(stage, folder)
+        await asyncio.to_thread(folder.write_place, place)
         if folder.provenance.exists():
             return
         if "answer_tokens" not in kept:
@@ -644,8 +646,6 @@ class _OperatorRun:
             kept |= found
             await asyncio.to_thread(write_json, folder.path / OPERATOR_FILE, kept)
         self._answer_tokens = kept["answer_tokens"]
-        place = self._pipeline.make_place(stage, folder)
-        await asyncio.to_thread(folder.write_place, place)
         tokens = await asyncio.to_thread(
             StageTokens, folder.path, lambda: self._pipeline.find_endpoints(stage.loaded)
         )

@@ -197,3 +197,14 @@ def test_what_is_refused(shell: Shell, fleet: Served) -> None:
 def set_real(folder: Path) -> None:
     path = folder / "provenance.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"simulated": False}))
+
+
+def test_a_lost_place_is_written_again(shell: Shell, fleet: Served) -> None:
+    """It is not flushed to disk, so a power failure may leave an empty file."""
+    use(shell, fleet)
+    run(shell, "--out", "first")
+    for file in (shell.folder / "first").glob("stages/*/stage.json"):
+        file.write_bytes(b"")
+    assert "a resumed pipeline writes it again" in shell("cost", "first").err
+    assert shell("resume", "first").code == 0
+    assert shell("cost", "first").code == 0
