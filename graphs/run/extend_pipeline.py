@@ -124,12 +124,7 @@ class PipelineExtension:
         if not source.provenance.exists() or known["run"] not in get_run_ids(
             source.read_provenance()
         ):
-            logger.warning(
-                "%s: pipeline %s is no longer there, so no more answers are taken over from it; if "
-                "it was moved, stop, and repeat fanfold run with its new place in --from",
-                source.path,
-                known["run"],
-            )
+            _warn_gone(source, known["run"])
             return None
         return cls(source, known["run"], known["ask_again"])
 
@@ -180,6 +175,8 @@ class PipelineExtension:
             runs = await asyncio.to_thread(lambda: _order_runs(self.list_runs(stage), facts))
             if confirm is None:
                 runs = await asyncio.to_thread(_select_kind, runs, about["simulated"])
+            if not runs and not await asyncio.to_thread(self.source.provenance.exists):
+                _warn_gone(self.source, self.run)
             if not runs or loaded.config.input.is_batch:
                 if confirm is not None:
                     await confirm(None)
@@ -191,6 +188,15 @@ class PipelineExtension:
             return facts | {"from": plan.to_json()}
 
         return extend
+
+
+def _warn_gone(source: RunFolder, run: str) -> None:
+    logger.warning(
+        "%s: pipeline %s is no longer there, so no more answers are taken over from it; if it was "
+        "moved, stop, and repeat fanfold run with its new place in --from",
+        source.path,
+        run,
+    )
 
 
 def _order_runs(runs: Sequence[RunFolder], facts: Mapping[str, Any]) -> list[RunFolder]:

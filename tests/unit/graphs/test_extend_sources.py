@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.loader import load_config
 from fanfold.configs.yaml_text import to_yaml
 from fanfold.graphs.run.extend import ExtensionPlan, _Matcher, _Source
+from fanfold.graphs.run.extend_pipeline import PipelineExtension
 
 SETTINGS: dict[str, Any] = {
     "input": {"path": "in.csv", "id": "id"},
@@ -40,6 +42,18 @@ def make_record(status: str, question: str = "same") -> dict[str, Any]:
 
 
 DONE, FAILED, OTHER = make_record("done"), make_record("failed"), make_record("done", "other")
+
+
+async def test_a_pipeline_that_disappears_during_a_session_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def note(_folder: RunFolder, _about: Mapping[str, Any]) -> dict[str, Any]:
+        return {"level": "round 1"}
+
+    extension = PipelineExtension(RunFolder(tmp_path / "gone"), "abc", None)
+    extend = extension.make_extend("best", load_config(SETTINGS), note)
+    assert await extend(RunFolder(tmp_path), {"simulated": True}) == {"level": "round 1"}
+    assert "pipeline abc is no longer there" in caplog.text
 
 
 @pytest.mark.parametrize(
