@@ -198,12 +198,17 @@ def _make_counts(done: int, failed: int, usd: float | None, noted: str | None = 
     return _Counts(done, failed, done + failed, usd, noted)
 
 
+def _count_run(run: RunFolder) -> _Counts:
+    about = run.read_provenance()
+    return _count_items(run, about, about["sessions"][-1] if about["sessions"] else {})
+
+
 def _count_stages(folder: RunFolder, about: Mapping[str, Any], last: Mapping[str, Any]) -> _Counts:
     """Return the done and ended items of the first stage, the failed ones of all, and dollars."""
     if all(is_count(last.get(key)) for key in ("done", "failed", "failed_in_stages")):
         ended = last["done"] + last["failed"]
         return _Counts(last["done"], last["failed_in_stages"], ended, last.get("usd"))
-    found = [_count_items(run, run.read_provenance(), {}) for run in list_stage_runs(folder)]
+    found = [_count_run(run) for run in list_stage_runs(folder)]
     noted = min((one.noted for one in found if one.noted), default=None)
     if any(one.done is None for one in found):
         return _Counts()

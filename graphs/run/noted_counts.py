@@ -28,10 +28,17 @@ def count_for_list(tools: RunTools) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def note_counts(folder: RunFolder, tools: RunTools) -> AsyncIterator[None]:
-    """Write the counts of a run to its folder while the block runs, and when it ends.
+async def note_counts(
+    folder: RunFolder, tools: RunTools, *, at_end: bool = True
+) -> AsyncIterator[None]:
+    """Write the counts of a run to its folder every few seconds while the block runs.
 
     A failure is a warning, once: the journal has the items.
+
+    Args:
+        folder: The folder.
+        tools: The open run.
+        at_end: Whether to write them at the end, too.
     """
     failed, ended = False, asyncio.Event()
 
@@ -50,7 +57,8 @@ async def note_counts(folder: RunFolder, tools: RunTools) -> AsyncIterator[None]
             with suppress(TimeoutError):
                 async with asyncio.timeout(_NOTE_S):
                     await ended.wait()
-            await write()
+            if at_end or not ended.is_set():
+                await write()
 
     following = asyncio.create_task(follow())
     try:

@@ -261,8 +261,8 @@ async def open_run(
             )
         await stack.enter_async_context(write_batch_output(folder, config.batch, tools))
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        if not tools.is_level:
-            await stack.enter_async_context(note_counts(folder, tools))
+        # most levels are short, and the end of each is in its provenance
+        await stack.enter_async_context(note_counts(folder, tools, at_end=not tools.is_level))
         stack.enter_context(
             close_at_deadline(
                 tools.gate,

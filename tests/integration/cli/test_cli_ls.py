@@ -214,3 +214,22 @@ def test_a_folder_that_may_not_be_read(some_runs: Shell) -> None:
         assert len(listed(some_runs, "runs")["runs"]) == 2
     finally:
         locked.chmod(0o755)
+
+
+def test_a_killed_pipeline_is_counted_from_what_its_ended_levels_noted(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [
+        {"name": "say", "map": {"prompt": "Say {text}"}},
+        {"name": "best", "reduce": {"op": "rank", "prompt": "Best?", "text": "{text}", "k": 2}},
+    ]
+    shell.write(task=None, reduce=None, stages=stages)
+    assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 0
+    file = shell.folder / "run" / "provenance.json"
+    about = json.loads(file.read_text())
+    (session,) = about["sessions"]
+    killed = {key: session[key] for key in ("started", "pid", "host")} | {"outcome": None}
+    file.write_text(json.dumps(about | {"sessions": [killed]}))
+    monkeypatch.setattr(runs, "_MOST_READ", 10)
+    (found,) = listed(shell)["runs"]
+    assert (found["state"], found["done"], found["failed"]) == ("killed; resumable", 3, 0)
