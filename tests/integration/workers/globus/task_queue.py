@@ -223,9 +223,14 @@ class TaskQueue:
                 task.completion_t = str(time.time())
 
     def on_result(self, body: bytes) -> None:
-        """Take a result of an endpoint: store it and forward it, unless a fault strikes."""
+        """Take a result of an endpoint: store it and forward it, unless a fault strikes.
+
+        A late result of a task that has ended, or is forgotten, uses up no fault.
+        """
         with self.lock:
-            if self._faults.take("drop_results"):
+            if self._find_pending(body) is None:
+                self.records.stats["results_ignored"] += 1
+            elif self._faults.take("drop_results"):
                 self.records.stats["results_dropped"] += 1
             elif self._faults.take("hold_results"):
                 self.records.stats["results_held"] += 1
@@ -241,14 +246,19 @@ class TaskQueue:
             self._deliver(body)
         return len(held)
 
-    def _deliver(self, body: bytes) -> None:
+    def _find_pending(self, body: bytes) -> tuple[TaskRecord, Result] | None:
+        """Return the task of a result and the result; None if the task is not awaited."""
         message = messagepack.unpack(body)
         assert isinstance(message, Result)
+        task = self.records.tasks.get(str(message.task_id))
+        return None if task is None or task.status != "pending" else (task, message)
+
+    def _deliver(self, body: bytes) -> None:
         with self.lock:
-            task = self.records.tasks.get(str(message.task_id))
-            if task is None or task.status != "pending":
+            if (found := self._find_pending(body)) is None:
                 self.records.stats["results_ignored"] += 1
                 return
+            task, message = found
             if message.is_error:
                 task.status, task.exception = "failed", message.data
             else:
