@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fanfold.tests.integration.runs.conftest import LabMaker
+from fanfold.tests.integration.runs.test_samples_runs import BACKENDS
 from fanfold.tests.integration.workers.long_parts import assert_same_pieces_on
 
 pytestmark = pytest.mark.integration
-
-BACKENDS: dict[str, dict[str, Any]] = {
-    "processes": {"kind": "local", "processes": 2},
-    "records in results": {"kind": "local", "processes": 2, "shared_folder": False},
-    "parsl": {"kind": "parsl", "workers": 2},
-    "launched": {"kind": "launched", "workers": 2},
-}
 
 
 @pytest.mark.parametrize("name", BACKENDS)
