@@ -31,7 +31,7 @@ from ..run.rich_console import open_message_console
 from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, execute_run, run_pilot
-from .extend import is_interactive, make_confirmation
+from .extend import check_ask_again, is_interactive, make_confirmation
 from .format import budget_lines, cost_lines, describe_items, format_duration, format_usd_amount
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
@@ -236,7 +236,7 @@ async def _prepare_session(
     else:
         folder = open_folder(path)
         if overrides.extends is not None:
-            await asyncio.to_thread(_check_extended, folder, overrides.extends, overrides.only)
+            await asyncio.to_thread(_check_extended, folder, overrides)
         run = await with_deadline(resume_run(folder, loaded), end)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(run.folder.raised_limits.unlink, missing_ok=True)
@@ -270,7 +270,7 @@ async def _open_extension(
     )
 
 
-def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
+def _check_extended(folder: RunFolder, overrides: Overrides) -> None:
     """Check that an existing run extends the run that is named; then it is resumed.
 
     The other folder may be gone by now.
@@ -278,7 +278,10 @@ def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
     Raises:
         ConfigurationError: It does not, or by other items.
     """
+    source, only = overrides.extends, overrides.only
+    assert source is not None, "the command names a run"
     known = folder.read_provenance().get("from")
+    check_ask_again(folder, known, overrides.ask_again)
     if known is not None and known["only"] != only:
         chosen = "all items" if known["only"] is None else f"--only {known['only']!r}"
         msg = f"{folder.path}: this run exists and was begun with {chosen}; choose another --out"
