@@ -383,13 +383,17 @@ def evaluate(  # noqa: PLR0913 - click passes one argument per option
 @app.command()
 @take_folder
 @path_option("target", "-o", "--output", about="File to write; default: DIR/report.html.")
-@take_stage
+@text_option(
+    "--stage",
+    metavar="NAME[/LEVEL]",
+    about="Of a pipeline: only this stage, or a level of its operator.",
+)
 def report(folder: Path, target: Path | None, stage: str | None) -> None:
     """Write a run as one HTML page: finding, items, failures, endpoints, settings."""
     from ..run.stage_folder import find_run
     from .report import show_report
 
-    show_report(find_run(folder, stage), target)
+    show_report(folder if stage is None else find_run(folder, stage), target)
 
 
 @app.command()

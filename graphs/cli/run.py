@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from ...backends.core.errors import (
     EXIT_INTERRUPTED,
@@ -32,7 +32,14 @@ from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, execute_run, run_pilot
 from .extend import check_ask_again, is_interactive, make_confirmation
-from .format import budget_lines, cost_lines, describe_items, format_duration, format_usd_amount
+from .format import (
+    budget_lines,
+    cost_lines,
+    describe_items,
+    format_duration,
+    format_usd_amount,
+    input_lines,
+)
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
 from .run_end import print_result
@@ -95,9 +102,6 @@ def confirm_rest(left: int) -> bool:
 
 T = TypeVar("T")
 
-_NAMED: Final = 10
-"""Skipped items that one line names."""
-
 
 def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: OutputMode) -> int:
     """Start a run, or resume the one in ``out``; return the exit code.
@@ -126,7 +130,9 @@ def run_in_folder(
     """Start a run in a folder, or resume the one in it; return the exit code."""
     if loaded.config.stages is not None:
         session = pipeline_session(path, loaded, overrides, output)
-        return print_pipeline_result(_run_guarded(session, path), output)
+        code = print_pipeline_result(_run_guarded(session, path), output)
+        write_report_at_end(path, code, output)
+        return code
     pilot = None
     if overrides.pilot is not None:
         pilot = _run_guarded(_pilot_session(path, loaded, overrides, output), path)
@@ -197,7 +203,9 @@ def resume_in_session(
     path = folder.path
     if folder.is_pipeline:
         session = pipeline_session(path, loaded, overrides, output)
-        return print_pipeline_result(_run_guarded(session, path), output)
+        code = print_pipeline_result(_run_guarded(session, path), output)
+        write_report_at_end(path, code, output)
+        return code
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
     code = print_result(result, output)
     write_report_at_end(path, code, output)
@@ -300,12 +308,5 @@ def _about(folder: RunFolder) -> list[str]:
     """Return what was read, what was skipped, and the run folder."""
     found = folder.read_provenance()["input"]
     items = describe_items(found["items"], found.get("samples", 1))
-    lines = [f"{items} from {found['source']}; run folder {folder.path}"]
-    if skipped := found["skipped"]:
-        names = ", ".join(s["id"] for s in skipped[:_NAMED])
-        more = ", …" if len(skipped) > _NAMED else ""
-        lines.append(f"skipped {found['skipped_total']:,}: {names}{more}")
-        lines.append(f"  {skipped[0]['id']}: {skipped[0]['reason']}; all reasons: provenance.json")
-    if found["invalid"]:
-        lines.append(f"{count_nouns(found['invalid'], 'invalid item')} will fail without a call")
-    return lines
+    first = f"{items} from {found['source']}; run folder {folder.path}"
+    return [first, *input_lines(found)]

@@ -35,6 +35,7 @@ from ..run.rich_console import Terminal, open_message_console
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
 from .extend import check_ask_again, is_interactive, make_pipeline_confirmation
+from .format import input_lines
 from .options import OutputMode
 from .stage_findings import show_pipeline_findings
 
@@ -96,6 +97,7 @@ async def pipeline_session(
             print_messages(
                 [
                     f"{items} from {found['source']}; stages {names}; run folder {folder.path}",
+                    *input_lines(found),
                     *find_stage_warnings(loaded),
                 ]
             )
