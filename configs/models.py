@@ -409,7 +409,7 @@ class LimitsConfig(Section):
         walltime_s: Maximum seconds of one session of a run; the end of a batch job limits it too.
         body_bytes: Maximum bytes of one answer after decompression; a larger one fails its item
             (``EndpointReplyError``).
-        margin_s: Seconds that are kept at the end of that time, besides ``drain_s``, for closing
+        margin_s: Seconds that are kept at the end of that time, after ``drain_s``, for closing
             everything.
     """
 
@@ -497,7 +497,7 @@ class JournalConfig(Section):
 
 
 class KeepConfig(Section):
-    """Data that is kept besides the answers.
+    """Data that is kept in addition to the answers.
 
     Attributes:
         raw: Answers whose original text the journal keeps, up to 16,000 bytes: ``rejected``, those

@@ -91,7 +91,7 @@ RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 _CAUTION: Final = 1.15
-"""Factor on estimated tokens, so that texts are seldom longer than their estimates."""
+"""Factor on estimated tokens, so that texts are rarely longer than their estimates."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,7 +277,7 @@ async def _create_folder(path: Path, config: RunConfig) -> AsyncIterator[RunFold
             raise ConfigurationError(f"{path}: contains other files; choose another --out")
         check_cache(config)
         if config.backend.is_batch:
-            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - seldom used
+            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - rarely used
 
             check_batch_settings(config.backend)
         return making.__enter__()
