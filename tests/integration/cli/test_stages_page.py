@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Shell
+from .conftest import SCHEMA, Shell
 
 pytestmark = pytest.mark.integration
 
@@ -150,3 +150,22 @@ def test_skipped_documents_are_named_before_the_first_call(shell: Shell) -> None
     said = shell("run", "c.yaml", "--out", "run")
     assert said.code == 0
     assert "skipped 1: P2\n" in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "said"),
+    [
+        ({}, "output.score > 1", "3 do not fulfil where: output.score > 1"),
+        ({"max_tokens": 1}, None, "3 failed (fanfold failures run --stage first)"),
+    ],
+)
+def test_a_stage_without_items_says_what_became_of_the_results(
+    shell: Shell, change: dict[str, Any], where: str | None, said: str
+) -> None:
+    rate = {"prompt": "Rate {text}", "schema": SCHEMA}
+    first = {"name": "first", "map": rate, "model": change}
+    second = {"name": "second", "map": {"prompt": "Say {first.score}"}, "where": where}
+    shell.write(task=None, reduce=None, stages=[first, second])
+    ended = shell("run", "c.yaml", "--out", "run", "--quiet")
+    assert ended.code == 2
+    assert f"no result of stage 'first' is passed on: {said}" in ended.err
