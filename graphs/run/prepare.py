@@ -277,7 +277,7 @@ async def _create_folder(path: Path, config: RunConfig) -> AsyncIterator[RunFold
             raise ConfigurationError(f"{path}: contains other files; choose another --out")
         check_cache(config)
         if config.backend.is_batch:
-            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - seldom used
+            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - rarely used
 
             check_batch_settings(config.backend)
         return making.__enter__()
@@ -458,9 +458,8 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     """
     before = load_config(folder.settings)
     after = loaded or before
-    _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
-    await call_stoppable(_check_unchanged, folder, about, before, after)
+    await call_stoppable(check_settings_fit, folder, about, after, before)
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
@@ -509,9 +508,25 @@ def _ensure_identity_locked(folder: RunFolder) -> None:
         ensure_run_identity(folder)
 
 
-def _check_unchanged(
-    folder: RunFolder, about: dict[str, Any], before: LoadedConfig, after: LoadedConfig
+def check_settings_fit(
+    folder: RunFolder,
+    about: Mapping[str, Any],
+    after: LoadedConfig,
+    before: LoadedConfig | None = None,
 ) -> None:
+    """Check that settings fit an existing run, as far as that shows without its endpoints; blocks.
+
+    Args:
+        folder: The run's folder.
+        about: Its provenance.
+        after: The settings to resume with.
+        before: The settings of the run; None reads them.
+
+    Raises:
+        ConfigurationError: They do not fit; the message lists the differences.
+    """
+    before = before or load_config(folder.settings)
+    _check_secrets(folder, after)
     lines = diff_settings(before.plain, after.plain, about["model"])
     if after.config.endpoints.simulated is not None and about["simulated"] is False:
         lines.append("endpoints: real → simulated; a run cannot mix their answers")
