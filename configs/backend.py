@@ -138,8 +138,8 @@ class BackendConfig(Section):
         attempts: Maximum number of tasks for one shard.
         silence_s: Seconds without a heartbeat until a worker counts as lost.
         deadline_s: Maximum seconds of a worker for one shard.
-        queue_s: Maximum seconds of a shard in an engine's queue, besides the time of the shard
-            that its worker is running.
+        queue_s: Maximum seconds of a shard in an engine's queue, in addition to the time of the
+            shard that its worker is running.
         shard_least_s: Minimum seconds of work in a shard.
         shard_most_s: Maximum seconds of work in a shard.
     """

@@ -35,9 +35,9 @@ class BudgetConfig(Section):
         tokens: Prompt and completion tokens.
         requests: Requests sent, including failed ones.
         node_hours: Hours times nodes.
-        on_limit: ``pause`` waits for a higher cap by LangGraph's interrupt; ``stop`` ends the run
+        on_limit: ``pause`` waits for a higher limit by LangGraph's interrupt; ``stop`` ends the run
             with an error. In both cases it can be resumed.
-        warn_at: Fractions of a cap at which a warning is logged.
+        warn_at: Fractions of a limit at which a warning is logged.
         reserve_for_reduce: What stages leave of the limits for later stages that reduce: ``auto``,
             the estimate for them; or amounts (usd, tokens, requests), 0 by default.
     """

@@ -113,7 +113,7 @@ class FirstConfig(Section):
             its default for a user.
         window_s: Length in seconds of the gateway's windows.
         sessions: Number of sessions of a run; the gateway assigns each one to a replica.
-        poll_s: Seconds between two looks at the gateway's list of jobs, which it keeps so long.
+        poll_s: Seconds between two reads of the gateway's list of jobs; it caches the list for 60.
         start_wait_s: Maximum seconds to wait for a model that does not run.
     """
 

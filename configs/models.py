@@ -129,11 +129,11 @@ class InputConfig(Section):
 
     Attributes:
         path: A csv, tsv, smi, jsonl, json (an array of objects) or parquet file; a folder or a
-            pattern (``parts/*.csv``) of such files of one kind, or of .txt and .md files. All but
-            parquet may be packed (``.csv.gz``). An array in a json file is read as a whole: prefer
-            jsonl above some 100 MB.
+            pattern (``parts/*.csv``) of such files of one kind, of .txt and .md files, or of .pdf
+            files (extra ``pdf``). All tables but parquet may be packed (``.csv.gz``). An array in a
+            json file is read as a whole: prefer jsonl above some 100 MB.
         dataset: Instead of a path, a data set that fanfold provides: ``rdkit-nci5k``,
-            ``molecules``, ``abstracts``, ``topics`` or ``records``.
+            ``molecules``, ``abstracts``, ``topics``, ``records`` or ``tables``.
         id: Column with the ids of the items; None: row numbers, or file names for a folder of
             texts.
         limit: Number of items to take from the beginning.
@@ -398,8 +398,8 @@ class LimitsConfig(Section):
         endpoint_tokens_per_min: Maximum tokens per minute of one endpoint.
         retry_budget: Maximum number of retries as a share of all calls (0.2: one retry per five
             calls); a run with more retries stops.
-        affinity: Number of characters: requests whose messages begin with the same characters, so
-            many of them, go to the same endpoint, which has them in its prefix cache.
+        affinity: Length of a prefix in characters: requests whose messages share it go to the same
+            endpoint, whose prefix cache contains it.
         order: ``auto``: items whose prompts share a long prefix, beyond the text that is the same
             for all of them, follow each other, and each group goes to one endpoint while it has
             room; without such groups, and with ``input``, the order is that of the input. It is
@@ -409,7 +409,7 @@ class LimitsConfig(Section):
         walltime_s: Maximum seconds of one session of a run; the end of a batch job limits it too.
         body_bytes: Maximum bytes of one answer after decompression; a larger one fails its item
             (``EndpointReplyError``).
-        margin_s: Seconds that are kept at the end of that time, besides ``drain_s``, for closing
+        margin_s: Seconds at the end of a session, after ``drain_s``, that are kept for closing
             everything.
     """
 
@@ -497,7 +497,7 @@ class JournalConfig(Section):
 
 
 class KeepConfig(Section):
-    """Data that is kept besides the answers.
+    """Data that is kept in addition to the answers.
 
     Attributes:
         raw: Answers whose original text the journal keeps, up to 16,000 bytes: ``rejected``, those

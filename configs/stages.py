@@ -135,7 +135,10 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
     known = list[str]()
     for stage in stages:
         if stage.name in known:
-            raise ValueError(f"stages: the name {stage.name!r} occurs twice")
+            added = ""
+            if stage.name == MERGED_STAGE:
+                added = "; input.split.merge adds a stage of this name: rename yours"
+            raise ValueError(f"stages: the name {stage.name!r} occurs twice{added}")
         if stage.source is not None and stage.source not in known:
             earlier = ", ".join(known) or "none"
             msg = (

@@ -141,7 +141,7 @@ def _check_examples(task: TaskConfig) -> None:
 
 
 def find_task_warnings(task: TaskConfig) -> list[str]:
-    """Return a line for each part of a task that is allowed but seldom intended."""
+    """Return a line for each part of a task that is allowed but rarely intended."""
     lines = list[str]()
     asks_same = task.images is None and task.graph is None
     if asks_same and not ItemPrompt.parse(task.model_dump(by_alias=True)).columns:
@@ -182,11 +182,11 @@ def find_sample_warnings(config: RunConfig) -> list[str]:
     if task.answer_schema is None and task.graph is None:
         lines.append(
             "task.samples: without task.schema, only answers with the same text agree; texts "
-            "longer than a label will seldom do"
+            "longer than a label will rarely do"
         )
     if fields := list_free_texts(task.fold, task.answer_schema):
         lines.append(
-            f"task.samples: {', '.join(fields)}: texts without an enum seldom agree, and are null "
+            f"task.samples: {', '.join(fields)}: texts without an enum rarely agree, and are null "
             "in the results where they do not; fanfold results --samples has all of them"
         )
     return lines

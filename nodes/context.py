@@ -54,6 +54,8 @@ class ItemContext:
         images: Reads the images that are sent after the prompt; None if there are none.
         certainty: Keys down to the field whose certainty is recorded; None records none.
         split: How parts that are too long are asked in pieces; None: they fail.
+        asks_pieces_together: Whether the pieces of a part are asked at the same time: a request may
+            take hours, as in a batch.
         completions: The client that sends an item's own request in place of the prompt, if items
             are requests.
     """
@@ -67,6 +69,7 @@ class ItemContext:
     images: ImageSource | None = None
     certainty: tuple[str, ...] | None = None
     split: PartSplit | None = None
+    asks_pieces_together: bool = False
 
 
 class ItemRuntime(Protocol):

@@ -214,6 +214,7 @@ class BatchTransport:
         self._folder = BatchFolder(run.folder)
         self._known = defaultdict[tuple[int, bytes], deque[_Line]](deque)
         self._attempts = Counter[int]()
+        self._awaited = Counter[int]()  # requests that wait for a batch, by item
         self._queue = dict[_Line, None]()
         self._arrived = 0.0
         self._batches = dict[int, _Batch]()
@@ -321,14 +322,18 @@ class BatchTransport:
         return line
 
     async def _wait(self, line: _Line, log: CallLog) -> tuple[int, bytes] | str | None:
-        queue, log.queue = log.queue, self
+        index, log.queue = line.record.index, self
         line.is_awaited = True
+        self._awaited[index] += 1
         self._endpoint.flight.begin()
         try:
             return await line.outcome
         finally:
             self._endpoint.flight.end()
-            log.queue = queue
+            self._awaited[index] -= 1
+            if not self._awaited[index]:  # else other pieces of the item wait for a batch, too
+                del self._awaited[index]
+                log.queue = None
             self._queue.pop(line, None)
 
     def _record(

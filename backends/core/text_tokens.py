@@ -31,7 +31,7 @@ class _Weights(dict[str, int]):
     def __missing__(self, piece: str) -> int:
         weight = sum(map(_weight, _RUN.findall(piece)))
         if len(piece) <= _LONGEST_KEPT and len(self) < _MOST_KEPT:
-            # long numbers seldom repeat; short ones do: years, and the labels of texts
+            # long numbers rarely repeat; short ones do: years, and the labels of texts
             has_digit = _DIGIT.search(piece) is not None
             if not has_digit or (len(piece) <= _LONGEST_NUMBER and len(self) < _MOST_KEPT // 2):
                 self[piece] = weight

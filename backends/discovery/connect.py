@@ -729,7 +729,7 @@ def make_chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
 
     Behind a gateway a stream yields the whole answer at once.
     """
-    # LangChain takes half a second to import, and workers seldom need it
+    # LangChain takes half a second to import, and workers rarely need it
     from ..fleet.langchain import ChatFleet  # noqa: PLC0415
 
     chat = ChatFleet.of(fleet, params)

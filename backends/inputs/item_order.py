@@ -66,7 +66,7 @@ def find_groups(
     """Find groups of items whose prompts share a prefix, and an order by them; blocks.
 
     Text that all prompts share does not count, nor does a prefix of a large part of them: every
-    server keeps it in its cache anyway. A sample shows whether it is worth while to read all.
+    server keeps it in its cache anyway. A sample shows whether it is worth reading all.
 
     Args:
         rows: Number of rows.

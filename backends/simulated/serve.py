@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, help="first port; 0 for a free one")
     parser.add_argument("--addressing", help="path, port or addr")
     parser.add_argument("--model", help="name of the served model")
-    parser.add_argument("--responder", help="generator of the answers: schema or esol")
+    parser.add_argument(
+        "--responder", help="what computes the answers: schema, labels, esol or agent"
+    )
     return parser
 
 

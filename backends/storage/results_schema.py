@@ -115,7 +115,7 @@ class _Reader:
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or not properties:
             return JSON
-        # A missing additionalProperties also allows more, but is seldom meant that way.
+        # A missing additionalProperties also allows more, but is rarely meant that way.
         if schema.get("additionalProperties", False) is not False or "patternProperties" in schema:
             return JSON
         return CellType("struct", tuple((n, self._below(s)) for n, s in properties.items()))

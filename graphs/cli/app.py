@@ -113,7 +113,8 @@ def folder_is_pipeline(path: Path) -> bool:
 @text_option(
     "--only",
     metavar="CONDITIONS",
-    about="With --from: only items that were failed, or e.g. 'output.score > 0.8'.",
+    about="With --from: only the items that meet these conditions, e.g. 'failed' or "
+    "'output.score > 0.8'.",
 )
 def run(  # noqa: PLR0913 - click passes one argument per option
     *,
@@ -382,18 +383,24 @@ def evaluate(  # noqa: PLR0913 - click passes one argument per option
 @app.command()
 @take_folder
 @path_option("target", "-o", "--output", about="File to write; default: DIR/report.html.")
-@take_stage
+@text_option(
+    "--stage",
+    metavar="NAME[/LEVEL]",
+    about="Of a pipeline: only this stage, or a level of its operator.",
+)
 def report(folder: Path, target: Path | None, stage: str | None) -> None:
     """Write a run as one HTML page: finding, items, failures, endpoints, settings."""
     from ..run.stage_folder import find_run
     from .report import show_report
 
-    show_report(find_run(folder, stage), target)
+    show_report(folder if stage is None else find_run(folder, stage), target)
 
 
 @app.command()
 @take_folder
-@click.option("--by", metavar="KEY", help=f"One row per {', '.join(COST_BY)}.")
+@click.option(
+    "--by", metavar="KEY", help=f"One row per {', '.join(COST_BY[:-1])} or {COST_BY[-1]}."
+)
 @take_json
 def cost(folder: Path, by: str | None, as_json: bool) -> None:
     """Show the cost of a run over all its sessions: tokens, dollars, node-hours."""
@@ -475,9 +482,19 @@ def schema(target: Path | None) -> None:
 @app.command()
 @number_option("--nodes", default=8, about="Number of simulated servers.")
 @number_option("--port", least=0, most=65535, default=0, about="First port; 0 picks free ports.")
-@click.option("--addressing", metavar="TEXT", default="port", help="path, port or addr.")
+@click.option(
+    "--addressing",
+    metavar="KIND",
+    default="port",
+    help="How addresses differ: port, path (on one port), addr (loopback addresses, Linux only).",
+)
 @click.option("--model", metavar="TEXT", default="simulated-8b", help="Model name.")
-@click.option("--responder", metavar="TEXT", default="schema", help="schema, esol or agent.")
+@click.option(
+    "--responder",
+    metavar="NAME",
+    default="schema",
+    help="What computes the answers: schema, labels, esol or agent.",
+)
 @path_option("--file", default=Path("endpoints.txt"), about="Endpoints file to write.")
 def simulate(  # noqa: PLR0913 - click passes one argument per option
     *,

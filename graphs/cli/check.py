@@ -28,6 +28,7 @@ from ..run.estimate import Estimate, estimate_run
 from .format import budget_lines, cost_lines, describe_items, format_usd_amount
 
 if TYPE_CHECKING:
+    from ...backends.inputs.base import InputSummary
     from ..run.stage_estimate import PipelineEstimate, StageEstimate
 
 _SHOWN_HOSTS: Final = 5
@@ -117,7 +118,7 @@ def _pipeline_data(loaded: LoadedConfig, found: PipelineEstimate) -> dict[str, A
 def _pipeline_lines(loaded: LoadedConfig, found: PipelineEstimate) -> Iterator[str]:
     read = found.input
     yield f"settings: {loaded.source}: valid"
-    yield f"input: {count_nouns(read.items, 'item')} from {read.source}"
+    yield f"input: {count_nouns(read.items, 'item')} from {read.source}{_describe_left_out(read)}"
     for name, lines in found.endpoints.items():
         yield from (f"endpoint, from stage {name}: {line}" for line in lines)
     for one in found.stages:
@@ -161,13 +162,17 @@ def _describe(one: StageEstimate) -> str:
     )
 
 
+def _describe_left_out(read: InputSummary) -> str:
+    skipped = f", {read.skipped_total:,} skipped" if read.skipped_total else ""
+    return skipped + (f", {read.invalid:,} invalid" if read.invalid else "")
+
+
 def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
     read = found.input
     return [
         f"settings: {loaded.source}: valid",
         f"input: {describe_items(read.items, read.samples)} from {read.source}"
-        + (f", {read.skipped_total:,} skipped" if read.skipped_total else "")
-        + (f", {read.invalid:,} invalid" if read.invalid else ""),
+        + _describe_left_out(read),
         *(f"endpoint: {line}" for line in found.endpoints),
         *(
             ("system text:", *(f"  {line}" for line in found.system.splitlines()))

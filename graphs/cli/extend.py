@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...backends.core.errors import ConfigurationError, FanfoldError
 from ...backends.core.money import NANO_PER_USD, Amount
 from ...backends.core.terminal import count_nouns
+from ...backends.storage.run_folder import RunFolder
 from ...configs.loader import LoadedConfig
 from ..run.console import print_messages
 from ..run.extend import ExtensionPlan
@@ -94,6 +96,28 @@ def _estimate_most(plan: PipelinePlan, stages: Sequence[Stage]) -> list[StageEst
 def is_interactive() -> bool:
     """Return True if stdin and stderr are terminals, so that a question can be answered."""
     return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def check_ask_again(
+    folder: RunFolder, known: Mapping[str, Any] | None, ask_again: str | None
+) -> None:
+    """Check that an existing extension was begun with the given choice of items to ask again.
+
+    Args:
+        folder: Its folder.
+        known: What its provenance says of the run that it extends, or None.
+        ask_again: The choice; None takes that of the extension.
+
+    Raises:
+        ConfigurationError: It was begun with another one.
+    """
+    if known is None or ask_again is None or known.get("ask_again", ask_again) == ask_again:
+        return
+    begun = "without --ask-again"
+    if known["ask_again"] is not None:
+        begun = f"with --ask-again {known['ask_again']}"
+    msg = f"{folder.path}: this run exists and was begun {begun}; choose another --out"
+    raise ConfigurationError(msg)
 
 
 def make_confirmation(yes: bool, interactive: bool) -> Callable[[ExtensionPlan], Awaitable[None]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from ...backends.core.terminal import count_nouns
 
@@ -192,3 +192,22 @@ def describe_items(items: int, samples: int) -> str:
         return count_nouns(items, "item")
     rows = count_nouns(items // samples, "row")
     return f"{count_nouns(items, 'item')} ({rows}, {samples:,} samples of each)"
+
+
+_NAMED: Final = 10
+"""Skipped items that one line names."""
+
+
+def input_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which rows of the input are skipped, and how many items are invalid.
+
+    Args:
+        found: The entry ``input`` of a provenance.
+    """
+    if skipped := found["skipped"]:
+        names = ", ".join(one["id"] for one in skipped[:_NAMED])
+        more = ", …" if len(skipped) > _NAMED else ""
+        yield f"skipped {found['skipped_total']:,}: {names}{more}"
+        yield f"  {skipped[0]['id']}: {skipped[0]['reason']}; all reasons: provenance.json"
+    if found["invalid"]:
+        yield f"{count_nouns(found['invalid'], 'invalid item')} will fail without a call"

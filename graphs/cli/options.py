@@ -125,7 +125,9 @@ def flag(*names: str, about: str) -> Decorator[Any]:
 
 take_config = argument("config", "CONFIG|PRESET", "A YAML file or a preset.", type=nonempty)
 take_folder = argument("folder", "DIR", "A run folder.")
-take_out = path_option("--out", metavar="DIR", about="Run folder.")
+take_out = path_option(
+    "--out", metavar="DIR", about="Run folder; default: a new one in fanfold-runs."
+)
 take_output = path_option("target", "-o", "--output", about="Output file; default: stdout.")
 take_pilot = number_option(
     "--pilot", about="Run N items first, show an estimate for all, then ask."
@@ -136,7 +138,7 @@ take_stage = text_option(
     metavar="NAME[/LEVEL]",
     about="Of a pipeline: this stage, or a level of its operator; default: the last stage.",
 )
-take_json = flag("as_json", "--json", about="Print one JSON object at the end.")
+take_json = flag("as_json", "--json", about="Print one JSON object instead of text.")
 
 _SHARED: Final[Mapping[str, Decorator[Any]]] = {
     "input_path": click.option(
@@ -147,7 +149,9 @@ _SHARED: Final[Mapping[str, Decorator[Any]]] = {
         "--endpoints", metavar="URLS|FILE|simulated|auto", help="Endpoints that serve the model."
     ),
     "checkpointer": click.option(
-        "--checkpointer", metavar="URL", help="postgresql://… instead of SQLite."
+        "--checkpointer",
+        metavar="URL",
+        help="Database for LangGraph's checkpoints, postgresql://…; default: SQLite.",
     ),
     "assignments": click.option(
         "assignments",
@@ -157,7 +161,7 @@ _SHARED: Final[Mapping[str, Decorator[Any]]] = {
         help="Override a setting, e.g. limits.streams=64.",
     ),
     "trace": flag("--trace", about="Run and trace every item with LangGraph."),
-    "as_json": take_json,
+    "as_json": flag("as_json", "--json", about="Print one JSON object at the end, no progress."),
     "quiet": flag("--quiet", about="Show no progress and no tables."),
     "no_report": flag("--no-report", about="Write no report.html at the end."),
     "retry_failed": flag("--retry-failed", about="Retry failed items."),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from ...backends.core.errors import (
     EXIT_INTERRUPTED,
@@ -31,8 +31,15 @@ from ..run.rich_console import open_message_console
 from ..run.run_result import RunResult
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, execute_run, run_pilot
-from .extend import is_interactive, make_confirmation
-from .format import budget_lines, cost_lines, describe_items, format_duration, format_usd_amount
+from .extend import check_ask_again, is_interactive, make_confirmation
+from .format import (
+    budget_lines,
+    cost_lines,
+    describe_items,
+    format_duration,
+    format_usd_amount,
+    input_lines,
+)
 from .options import ASK_AGAIN, OutputMode
 from .report_at_end import write_report_at_end
 from .run_end import print_result
@@ -95,9 +102,6 @@ def confirm_rest(left: int) -> bool:
 
 T = TypeVar("T")
 
-_NAMED: Final = 10
-"""Skipped items that one line names."""
-
 
 def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: OutputMode) -> int:
     """Start a run, or resume the one in ``out``; return the exit code.
@@ -126,7 +130,9 @@ def run_in_folder(
     """Start a run in a folder, or resume the one in it; return the exit code."""
     if loaded.config.stages is not None:
         session = pipeline_session(path, loaded, overrides, output)
-        return print_pipeline_result(_run_guarded(session, path), output)
+        code = print_pipeline_result(_run_guarded(session, path), output)
+        write_report_at_end(path, code, output)
+        return code
     pilot = None
     if overrides.pilot is not None:
         pilot = _run_guarded(_pilot_session(path, loaded, overrides, output), path)
@@ -197,7 +203,9 @@ def resume_in_session(
     path = folder.path
     if folder.is_pipeline:
         session = pipeline_session(path, loaded, overrides, output)
-        return print_pipeline_result(_run_guarded(session, path), output)
+        code = print_pipeline_result(_run_guarded(session, path), output)
+        write_report_at_end(path, code, output)
+        return code
     result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
     code = print_result(result, output)
     write_report_at_end(path, code, output)
@@ -236,7 +244,7 @@ async def _prepare_session(
     else:
         folder = open_folder(path)
         if overrides.extends is not None:
-            await asyncio.to_thread(_check_extended, folder, overrides.extends, overrides.only)
+            await asyncio.to_thread(_check_extended, folder, overrides)
         run = await with_deadline(resume_run(folder, loaded), end)
         if overrides.budget_assignments:  # the latest setting counts
             await asyncio.to_thread(run.folder.raised_limits.unlink, missing_ok=True)
@@ -270,7 +278,7 @@ async def _open_extension(
     )
 
 
-def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
+def _check_extended(folder: RunFolder, overrides: Overrides) -> None:
     """Check that an existing run extends the run that is named; then it is resumed.
 
     The other folder may be gone by now.
@@ -278,7 +286,10 @@ def _check_extended(folder: RunFolder, source: Path, only: str | None) -> None:
     Raises:
         ConfigurationError: It does not, or by other items.
     """
+    source, only = overrides.extends, overrides.only
+    assert source is not None, "the command names a run"
     known = folder.read_provenance().get("from")
+    check_ask_again(folder, known, overrides.ask_again)
     if known is not None and known["only"] != only:
         chosen = "all items" if known["only"] is None else f"--only {known['only']!r}"
         msg = f"{folder.path}: this run exists and was begun with {chosen}; choose another --out"
@@ -297,12 +308,5 @@ def _about(folder: RunFolder) -> list[str]:
     """Return what was read, what was skipped, and the run folder."""
     found = folder.read_provenance()["input"]
     items = describe_items(found["items"], found.get("samples", 1))
-    lines = [f"{items} from {found['source']}; run folder {folder.path}"]
-    if skipped := found["skipped"]:
-        names = ", ".join(s["id"] for s in skipped[:_NAMED])
-        more = ", …" if len(skipped) > _NAMED else ""
-        lines.append(f"skipped {found['skipped_total']:,}: {names}{more}")
-        lines.append(f"  {skipped[0]['id']}: {skipped[0]['reason']}; all reasons: provenance.json")
-    if found["invalid"]:
-        lines.append(f"{count_nouns(found['invalid'], 'invalid item')} will fail without a call")
-    return lines
+    first = f"{items} from {found['source']}; run folder {folder.path}"
+    return [first, *input_lines(found)]

@@ -34,7 +34,8 @@ from ..run.pipeline_report import StageState, describe_stages, list_raise_option
 from ..run.rich_console import Terminal, open_message_console
 from ..run.shutdown import session_deadline, with_deadline
 from ..session import RunOptions
-from .extend import is_interactive, make_pipeline_confirmation
+from .extend import check_ask_again, is_interactive, make_pipeline_confirmation
+from .format import input_lines
 from .options import OutputMode
 from .stage_findings import show_pipeline_findings
 
@@ -96,6 +97,7 @@ async def pipeline_session(
             print_messages(
                 [
                     f"{items} from {found['source']}; stages {names}; run folder {folder.path}",
+                    *input_lines(found),
                     *find_stage_warnings(loaded),
                 ]
             )
@@ -105,7 +107,7 @@ async def pipeline_session(
             msg = f"{path}: this is a single run, but the settings have stages; use a new folder"
             raise ConfigurationError(msg)
         if overrides.extends is not None:
-            await asyncio.to_thread(_note_source, folder, overrides.extends)
+            await asyncio.to_thread(_note_source, folder, overrides.extends, overrides.ask_again)
         if loaded is None:
             loaded = await asyncio.to_thread(load_config, folder.settings)
         else:
@@ -140,14 +142,15 @@ async def _open_extension(
     )
 
 
-def _note_source(folder: RunFolder, source: Path) -> None:
+def _note_source(folder: RunFolder, source: Path, ask_again: str | None) -> None:
     """Check that an existing pipeline extends the one that is named, and note where that is.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: It does not, or asks other items again.
     """
     about = folder.read_provenance()
     known = about.get("from")
+    check_ask_again(folder, known, ask_again)
     if known is not None and not source.exists():
         return
     found = open_folder(source).read_provenance()

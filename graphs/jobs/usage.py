@@ -189,7 +189,7 @@ class _Answer(BaseModel):
 def _get_answer(path: Path, chain: JobChain) -> _Answer:
     """Return states and usage; ask the scheduler if the last answer is of more than a minute ago.
 
-    Its administrators ask users to query it seldom, and ``status`` may run in a loop. After a new
+    Its administrators ask users to query it rarely, and ``status`` may run in a loop. After a new
     event of the chain it is asked at once if the event changes which jobs are of interest.
     """
     file = chain_file(path).path.with_name("scheduler.json")

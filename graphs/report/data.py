@@ -30,6 +30,7 @@ from ...backends.storage.run_folder import (
 )
 from ...backends.storage.timeline import FILE_NAME as TIMELINE_FILE
 from ...configs.raw_settings import get_at_path, read_settings
+from ...nodes.operators import Cascade
 from ..analysis.failures import describe_failures
 from ..run.next_steps import continue_lines, find_next_command
 from ..run.result_rows import ResultSource, open_result_source, read_prompts
@@ -77,6 +78,7 @@ class ReportData:
         operator: Settings of the operator, if the run is its stage; else None.
         place: Place of the run in a pipeline, or None.
         sessions: Its sessions; of an operator, those of its levels.
+        failed_questions: Failed questions of the levels of an operator that reduces.
     """
 
     about: Mapping[str, Any]
@@ -99,6 +101,7 @@ class ReportData:
     operator: Mapping[str, Any] | None = None
     place: StagePlace | None = None
     sessions: Sequence[Mapping[str, Any]] = ()
+    failed_questions: int = 0
 
 
 def read_report(folder: RunFolder) -> ReportData:
@@ -134,11 +137,17 @@ def read_report(folder: RunFolder) -> ReportData:
         ]
         failures = describe_failures(folder, source.journal, source.store)
         levels = list(list_levels(folder.path)) if operator else []
+        ends = [_read_level(level) for level in levels]
         cost = (
-            sum_costs(map(_read_level_cost, levels))
+            sum_costs(cost for cost, _ in ends)
             if operator
             else read_cost(folder, get_run_ids(about), source.journal.usage_by_session)
         )
+        failed_questions = 0
+        if (
+            operator and operator["op"] != Cascade.op
+        ):  # the failures of a cascade are those of items
+            failed_questions = sum(failed for _, failed in ends) - int(report.get("splits", 0))
         if lost := list_lost_files(folder.journal):
             notices.append(describe_lost_files(lost, source.journal))
         prompt = None if source.prompts is None else source.prompts.prompt
@@ -175,14 +184,16 @@ def read_report(folder: RunFolder) -> ReportData:
         [one for level in levels for one in level.read_provenance()["sessions"]]
         if operator
         else about["sessions"],
+        failed_questions,
     )
 
 
-def _read_level_cost(level: RunFolder) -> Cost:
+def _read_level(level: RunFolder) -> tuple[Cost, int]:
+    """Return the cost of a level, and its failed questions."""
     about = level.read_provenance()
     run = get_run_ids(about)
     with Journal(level.journal, run, about["input"]["items"]) as journal:
-        return read_cost(level, run, journal.usage_by_session)
+        return read_cost(level, run, journal.usage_by_session), journal.count_items().failed
 
 
 def _read_first(source: ResultSource) -> list[ResultRow]:

@@ -44,8 +44,28 @@ def write_report(path: Path, target: Path | None = None) -> Path:
 
 def render_page(data: ReportData) -> bytes:
     """Return the page of a report."""
-    root = files(__package__) / _FOLDER
-    script, style = ((root / name).read_text("utf-8") for name in ("table.js", "style.css"))
+    script = _read_file("table.js")
+    return render_template(
+        "report.html.j2",
+        data,
+        sections=words.list_sections(data),
+        script=Markup(script),
+        script_hash=_hash(script),
+        meta=_to_script_json(_make_meta(data)),
+        table=_to_base64(data.rows.table),
+        blocks=[_to_base64(block) for block in data.rows.blocks],
+    )
+
+
+def render_template(name: str, data: object, **more: Any) -> bytes:
+    """Return a page.
+
+    Args:
+        name: Its template.
+        data: What it says.
+        **more: Further values for the template.
+    """
+    style = _read_file("style.css")
     environment = Environment(
         loader=PackageLoader(__package__, _FOLDER),
         autoescape=True,
@@ -56,22 +76,20 @@ def render_page(data: ReportData) -> bytes:
     )
     environment.tests["long_word"] = has_long_word
     environment.filters["number"] = lambda value: NONE if value is None else f"{value:,}"
-    template = environment.get_template("report.html.j2")
-    text = template.render(
+    text = environment.get_template(name).render(
         data=data,
         words=words,
-        sections=words.list_sections(data),
-        script=Markup(script),
         style=Markup(style),
-        script_hash=_hash(script),
         style_hash=_hash(style),
-        meta=_to_script_json(_make_meta(data)),
-        table=_to_base64(data.rows.table),
-        blocks=[_to_base64(block) for block in data.rows.blocks],
         version=own_version(),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        **more,
     )
     return text.encode(errors="replace")
+
+
+def _read_file(name: str) -> str:
+    return (files(__package__) / _FOLDER / name).read_text("utf-8")
 
 
 def _show(value: Any) -> Any:

@@ -99,6 +99,10 @@ def list_missing(data: ReportData) -> Iterator[str]:
     if counts.failed:
         have = "has" if counts.failed == 1 else "have"
         yield f"{count_nouns(counts.failed, 'item')} failed and {have} no answer"
+    if data.failed_questions and data.place is not None:
+        root = shlex.quote(os.fspath(data.place.root))
+        questions = count_nouns(data.failed_questions, "question")
+        yield f"the answers to {questions} of the operator, which failed: fanfold failures {root}"
     if skipped := found.get("skipped_total"):
         were = "was" if skipped == 1 else "were"
         yield f"{count_nouns(skipped, 'row')} of the input {were} skipped"

@@ -326,7 +326,7 @@ def find_leaks(
 
 
 def check_gold_values(config: RunConfig, store: ItemStore) -> list[str]:
-    """Return a line for each comparison, and for what is seldom intended in its gold values.
+    """Return a line for each comparison, and for what is rarely intended in its gold values.
 
     Args:
         config: The settings, whose fields were checked.

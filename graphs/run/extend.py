@@ -182,7 +182,7 @@ class Extension:
             confirm=self.confirm,
             only=self.only,
         )
-        return {"from": plan.to_json()}
+        return {"from": plan.to_json() | {"ask_again": self.ask_again}}
 
 
 def open_source(path: Path) -> RunFolder:

@@ -117,6 +117,7 @@ def make_item_context(
         images=images,
         certainty=None if field is None else FieldPath.parse(field).keys,
         split=_make_split(config),
+        asks_pieces_together=config.backend.is_batch,
     )
 
 

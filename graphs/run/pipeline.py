@@ -67,15 +67,17 @@ from ...nodes.operators import (
 )
 from .extend import ExtensionPlan
 from .extend_pipeline import PipelineExtension, PipelinePlan
-from .fingerprint import compute_fingerprint
+from .fingerprint import compute_fingerprint, diff_settings
 from .input_check import check_input_setting
 from .next_steps import FINISHED
 from .pipeline_resources import PipelineResources
 from .prepare import (
     ExtendRun,
     ReadyRun,
+    check_settings_fit,
     describe_input,
     describe_session,
+    has_file_changed,
     prepare_run,
     resume_run,
 )
@@ -90,7 +92,7 @@ RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
 _INPUT_FILE: Final = "input.arrow"
 _SLICE: Final = 256
 _CAUTION: Final = 1.15
-"""Factor on estimated tokens, so that texts are seldom longer than their estimates."""
+"""Factor on estimated tokens, so that texts are rarely longer than their estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +318,9 @@ def write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
     """Write changed settings of a pipeline, unless another process works on it; blocks.
 
     Raises:
-        ConfigurationError: The settings have other stages.
+        ConfigurationError: The settings have other stages, or change one that has begun; nothing
+            was written.
+        JournalError: A file of a stage is damaged.
     """
     known = folder.read_provenance()["stages"]
     names = [stage.name for stage in loaded.config.stages or ()]
@@ -326,10 +330,28 @@ def write_settings(folder: RunFolder, loaded: LoadedConfig) -> None:
             f"{', '.join(names)}; stages can be added at the end only: use a new run folder"
         )
         raise ConfigurationError(msg)
+    for stage in list_stages(loaded, folder.path):
+        _check_begun(stage)
     with folder.lock():
         text = to_yaml(make_portable(loaded.plain, folder.path))
         write_bytes(folder.settings, text.encode())
         folder.write_provenance(folder.read_provenance() | {"stages": names})
+
+
+def _check_begun(stage: Stage) -> None:
+    """Check that the settings of a stage fit what it has done, if it has begun; blocks.
+
+    Raises:
+        ConfigurationError: They do not.
+        JournalError: A file of the stage is damaged.
+    """
+    folder = stage.folder
+    if stage.config.operator is not None:
+        if (folder.path / OPERATOR_FILE).exists():
+            _read_operator(stage)
+    elif folder.provenance.exists():
+        _check_selection(stage)
+        check_settings_fit(folder, folder.read_provenance(), stage.loaded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -883,10 +905,18 @@ def _write_operator(
         "v": 1,
         "reduce": stage.config.operator.model_dump(mode="json"),
         "selection": stage.selection(),
+        "settings": _get_operator_settings(stage),
         "items": items,
         "passed_on": None if counts is None else dict(counts),
     }
     write_json(folder.path / OPERATOR_FILE, data)
+
+
+def _get_operator_settings(stage: Stage) -> dict[str, Any]:
+    """Return the settings beside those of an operator that its answers depend on."""
+    sections = ["model"] if stage.config.cascade is None else ["model", "task"]
+    sections += ["input"] if stage.source is None else []
+    return {name: stage.loaded.plain[name] for name in sections}
 
 
 def _read_operator(stage: Stage) -> dict[str, Any]:
@@ -907,10 +937,19 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
         raise JournalError(f"{path}: damaged ({error}); start a new run") from None
     _compare_selection(stage, selection)
     now = stage.config.operator.model_dump(mode="json")
-    if changed := [key for key in now if now[key] != known.get(key)]:
+    changed = [key for key in now if now[key] != known.get(key)]
+    if (before := kept.get("settings")) is not None:
+        name = kept.get("model") or before["model"].get("name") or ""
+        changed += diff_settings(before, _get_operator_settings(stage), name)
+    if not changed and stage.source is None:
+        given, columns = stage.loaded.config.input, stage.make_operator().columns
+        about = RunFolder(stage.folder.path.parents[1]).read_provenance()
+        if has_file_changed(given, columns, about["input"]):
+            changed.append(f"input: the content of {given.path} changed")
+    if changed:
         msg = (
-            f"{stage.folder.path}: stage {stage.name!r} has begun with other settings of its "
-            f"operator ({', '.join(changed)}); use a new run folder"
+            f"{stage.folder.path}: stage {stage.name!r} has begun with other settings or items of "
+            f"its operator ({', '.join(changed)}); use a new run folder"
         )
         raise ConfigurationError(msg)
     return dict(kept)

@@ -20,6 +20,7 @@ from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
+from ...nodes.shard.progress import Progress
 from .pipeline import Stage, list_stages
 from .stage_folder import OPERATOR_FILE, is_finished
 
@@ -309,9 +310,11 @@ def read_stage_budget(state: StageState) -> dict[str, dict[str, float]]:
 def read_stage_end(stage: Stage, progress: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return aggregate, progress and results of a finished stage, as a run's graph has them.
 
+    The counts of an operator are those of its results, and its usage that of all its levels.
+
     Args:
         stage: The stage.
-        progress: Counts of the last run of the stage, or None to read those of its results.
+        progress: Counts of the run of the stage, or None to read those of its results.
 
     Raises:
         JournalError: A file is damaged.
@@ -319,6 +322,8 @@ def read_stage_end(stage: Stage, progress: Mapping[str, Any] | None) -> dict[str
     folder = stage.folder
     found = _read_json(folder, folder.aggregate.name)
     counts = dict(found["progress"]) if progress is None else dict(progress)
+    if stage.config.operator is not None:
+        counts = _sum_levels(stage, found)
     return {
         "aggregate": found["aggregate"],
         "progress": {**counts, "stage": stage.name},
@@ -329,6 +334,14 @@ def read_stage_end(stage: Stage, progress: Mapping[str, Any] | None) -> dict[str
             "simulated": bool(found["simulated"]),
         },
     }
+
+
+def _sum_levels(stage: Stage, aggregate: Mapping[str, Any]) -> dict[str, Any]:
+    counts, runs = aggregate["progress"], map(LevelState.read, stage.list_levels())
+    usage = UsageTotals.total(run.usage for run in runs)
+    whole = Progress(counts["items"], counts["done"], counts["failed"], usage=usage)
+    simulated = bool(aggregate["simulated"])
+    return whole.to_json(simulated=simulated, priced=usage.nano_usd > 0)
 
 
 def describe_stages(state: PipelineState) -> Iterator[str]:

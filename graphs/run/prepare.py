@@ -59,7 +59,7 @@ from ...backends.storage.run_folder import (
 from ...configs.aggregators import FinalReducerConfig
 from ...configs.base import expand_home
 from ...configs.loader import LoadedConfig, load_config, make_portable
-from ...configs.models import RunConfig
+from ...configs.models import InputConfig, RunConfig
 from ...configs.preset_files import is_preset
 from ...configs.serialize import find_lost_secrets
 from ...configs.yaml_text import to_yaml
@@ -277,7 +277,7 @@ async def _create_folder(path: Path, config: RunConfig) -> AsyncIterator[RunFold
             raise ConfigurationError(f"{path}: contains other files; choose another --out")
         check_cache(config)
         if config.backend.is_batch:
-            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - seldom used
+            from ...backends.batch.files import check_batch_settings  # noqa: PLC0415 - rarely used
 
             check_batch_settings(config.backend)
         return making.__enter__()
@@ -458,9 +458,8 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun
     """
     before = load_config(folder.settings)
     after = loaded or before
-    _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
-    await call_stoppable(_check_unchanged, folder, about, before, after)
+    await call_stoppable(check_settings_fit, folder, about, after, before)
     ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         ready = await _check_simulated(folder, about, after)
@@ -509,9 +508,25 @@ def _ensure_identity_locked(folder: RunFolder) -> None:
         ensure_run_identity(folder)
 
 
-def _check_unchanged(
-    folder: RunFolder, about: dict[str, Any], before: LoadedConfig, after: LoadedConfig
+def check_settings_fit(
+    folder: RunFolder,
+    about: Mapping[str, Any],
+    after: LoadedConfig,
+    before: LoadedConfig | None = None,
 ) -> None:
+    """Check that settings fit an existing run, as far as that shows without its endpoints; blocks.
+
+    Args:
+        folder: The run's folder.
+        about: Its provenance.
+        after: The settings to resume with.
+        before: The settings of the run; None reads them.
+
+    Raises:
+        ConfigurationError: They do not fit; the message lists the differences.
+    """
+    before = before or load_config(folder.settings)
+    _check_secrets(folder, after)
     lines = diff_settings(before.plain, after.plain, about["model"])
     if after.config.endpoints.simulated is not None and about["simulated"] is False:
         lines.append("endpoints: real → simulated; a run cannot mix their answers")
@@ -605,10 +620,7 @@ def _has_input_changed(
     A missing file does not matter, because the run folder has a copy; a new path must exist. Of a
     run that has a selection of the input, only the selected items are compared.
     """
-    from ...backends.inputs.item_store import (  # noqa: PLC0415 - pyarrow is slow to import
-        ItemStore,
-        load_input,
-    )
+    from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - pyarrow is slow to import
 
     known = about["input"]
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
@@ -620,7 +632,37 @@ def _has_input_changed(
     if (about.get("from") or {}).get("only") is not None:
         with ItemStore(folder.items) as store:
             only = frozenset(store.iter_ids())
+    columns = needed_columns(after.config)
+    return _compute_digest(after.config.input, columns, only) != str(known["digest"])
+
+
+def has_file_changed(
+    given: InputConfig, columns: Collection[str], known: Mapping[str, Any]
+) -> bool:
+    """Return True if the file of an input is there, and has other rows than before; blocks.
+
+    Args:
+        given: The settings of the input.
+        columns: Columns that are needed.
+        known: The entry ``input`` of a provenance.
+
+    Raises:
+        ConfigurationError: The file cannot be read.
+    """
+    path, stamp = given.path, known["stamp"]
+    if path is None or stamp is None or not is_present(Path(path)):
+        return False
+    return read_file_stamp(Path(path)) != stamp and (
+        _compute_digest(given, columns, None) != str(known["digest"])
+    )
+
+
+def _compute_digest(
+    given: InputConfig, columns: Collection[str], only: Collection[str] | None
+) -> str:
+    from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - as above
+
     with tempfile.TemporaryDirectory() as temporary:
-        target, columns = Path(temporary) / "items.arrow", needed_columns(after.config)
-        digest: str = load_input(after.config.input, target, columns, only=only).digest
-    return digest != str(known["digest"])
+        target = Path(temporary) / "items.arrow"
+        digest: str = load_input(given, target, columns, only=only).digest
+    return digest

@@ -85,7 +85,7 @@ class StageEstimate:
 
 
 def measure_rows(path: Path) -> tuple[int, float]:
-    """Return the number of items in a store, and the mean tokens of their columns; blocks.
+    """Return the number of rows in a store of items, and the mean tokens of a row; blocks.
 
     Raises:
         JournalError: The store is damaged.
@@ -93,7 +93,7 @@ def measure_rows(path: Path) -> tuple[int, float]:
     with ItemStore(path) as store:
         chosen = sample_indices(len(store), _SAMPLE, store.digest)
         tokens = [estimate_text_tokens(to_json_text(row)) for row, _ in store.iter_rows(chosen)]
-        return len(store), sum(tokens) / max(1, len(tokens))
+        return len(store) // store.samples, sum(tokens) / max(1, len(tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,10 @@ def estimate_stages(
         prices = _find_prices(stage.loaded, model)
         if stage.config.operator is None:
             fixed = estimate_text_tokens(f"{config.task.system} {config.task.prompt}")
-            prompt = int(count * (fixed + per_item))
+            calls = count * config.task.samples
+            prompt = int(calls * (fixed + per_item))
             yield StageEstimate(
-                stage, count, [LevelPlan("", count, prompt, count * answer)], prices
+                stage, count, [LevelPlan("", calls, prompt, calls * answer)], prices
             )
             sizes[stage.name] = count, per_item + min(answer, _LIKELY_ANSWER)
         else:

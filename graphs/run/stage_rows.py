@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...backends.core.errors import ConfigurationError
+from ...backends.core.errors import ConfigurationError, InputError
 from ...backends.core.samples import SampleFold
 from ...backends.core.selection import Selection
 from ...backends.core.types import Json, Row
@@ -196,6 +197,19 @@ class StageRows:
                 row[self.source] = output
                 row |= {other.name: other.find_output(name) for other in others}
                 yield name, row
+        if not self.counts.passed:
+            raise InputError(self._explain_none())
+
+    def _explain_none(self) -> str:
+        """Return why the stage has no items."""
+        counts, why = self.counts, list[str]()
+        if counts.failed:
+            command = f"fanfold failures {shlex.quote(str(self.root))} --stage {self.source}"
+            why.append(f"{counts.failed:,} failed ({command})")
+        if counts.unselected:
+            do = "does" if counts.unselected == 1 else "do"
+            why.append(f"{counts.unselected:,} {do} not fulfil where: {self.where}")
+        return f"no result of stage {self.source!r} is passed on: {', '.join(why)}"
 
 
 def describe_rows(

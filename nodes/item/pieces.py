@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+from ...backends.core.aio import detach_task
+from ...backends.core.errors import FanfoldError
 from ...backends.core.protocols import CURRENT_CALLS
-from ...backends.core.types import PART_COLUMN
+from ...backends.core.types import PART_COLUMN, Row
 from ..context import ItemContext
 from .item_state import ItemState
 
@@ -16,8 +19,9 @@ async def ask_pieces(
 ) -> ItemState:
     """Return the answer about a part from those about its pieces; an item without any fails.
 
-    The pieces are asked one after the other, so that an item has one request in flight. Their
-    answers are stored until the item has ended: a later session does not pay for them again.
+    The pieces are asked one after the other, so that an item has one request in flight, unless
+    ``context.asks_pieces_together``. Their answers are stored until the item has ended: a later
+    session does not pay for them again.
 
     Args:
         state: The state of an item whose prompt is too long.
@@ -33,13 +37,19 @@ async def ask_pieces(
     calls, ends, places = CURRENT_CALLS.get(), list[ItemState](), list[dict[str, int]]()
     if calls is not None:
         calls.keeps_answers = True
-    for row in rows:
+
+    async def ask_one(row: Row) -> ItemState:
         end = await ask(ItemState(id=state["id"], row=row, problem=None))
+        if calls is not None and "error" not in end:
+            calls.keep_answer()
+        return end
+
+    asked = await _ask_together(ask_one, rows) if context.asks_pieces_together else None
+    for number, row in enumerate(rows):
+        end = await ask_one(row) if asked is None else asked[number]
         about = row[PART_COLUMN]
         if "error" in end:
             return _fail(end, f"characters {about['start']:,} to {about['end']:,} of the document")
-        if calls is not None:
-            calls.keep_answer()
         ends.append(end)
         own = {"start": about["start"], "end": about["end"], "repairs": end.get("repairs", 0)}
         first, *more = end.get("pieces") or [own]
@@ -59,6 +69,22 @@ async def ask_pieces(
     if context.certainty is not None:
         joined["certainty"] = _find_least([end.get("certainty") for end in ends])
     return joined
+
+
+async def _ask_together(
+    ask: Callable[[Row], Coroutine[Any, Any, ItemState]], rows: Sequence[Row]
+) -> list[ItemState]:
+    """Ask about all pieces at the same time; return how they ended, in order.
+
+    Raises:
+        RunStoppedError: The run ends before the item does; no piece is waited for.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [detach_task(group.create_task(ask(row))) for row in rows]
+    except* FanfoldError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _fail(end: ItemState, where: str) -> ItemState:

@@ -76,7 +76,7 @@ def end_item(state: ItemState) -> str:  # noqa: ARG001 - a routing function take
 
 
 async def split(state: ItemState, runtime: ItemRuntime) -> ItemState:
-    """Ask about the pieces of a part that is too long, one after the other; any other item fails.
+    """Ask about the pieces of a part that is too long; any other item fails.
 
     Each piece takes the steps of an item, so that one that is too long is split again.
     """

@@ -591,7 +591,7 @@ class _Packer:
         return kept
 
     def _learn(self, ratio: float) -> None:
-        """Use the ratio of exact to estimated tokens; count more seldom while it is steady."""
+        """Use the ratio of exact to estimated tokens; count less often while it is steady."""
         is_steady = abs(ratio - self._raw) <= _STEADY * ratio
         self._steady = min(_MOST_SKIPPED, 2 * self._steady + 1) if is_steady else 0
         self._raw, self._skip = ratio, self._steady

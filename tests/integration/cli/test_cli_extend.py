@@ -221,6 +221,20 @@ def test_ask_again(shell: Shell, truncated: dict[str, int], choice: str | None) 
     assert plan_of(shell.folder / "new")["asked"] == asked[choice]
 
 
+def test_another_choice_of_what_to_ask_again_needs_another_run(
+    shell: Shell, truncated: dict[str, int]
+) -> None:
+    command = ("run", "c.yaml", "--from", "old", "--out", "new", *YES)
+    shell(*command, "--ask-again", "cut")
+    refused = shell(*command, "--ask-again", "all")
+    assert refused.code == 2
+    assert "was begun with --ask-again cut" in refused.err
+    for same in (("--ask-again", "cut"), ()):
+        assert "finished" in shell("status", "new").out + shell("status", "new").err
+        assert shell(*command, *same).code != 2
+    assert plan_of(shell.folder / "new")["asked"] == truncated["TruncatedAnswerError"]
+
+
 def test_changed_limits_ask_failed_items(shell: Shell, truncated: dict[str, int]) -> None:
     shell.write(**cut(100, limits={"request_timeout_s": 99}))
     shell("run", "c.yaml", "--from", "old", "--out", "new", *YES)

@@ -138,6 +138,20 @@ def test_all_are_asked_again_on_request(shell: Shell, fleet: Served) -> None:
     assert asked(stages) == {name: (0, count) for name, count in requests.items()}
 
 
+def test_another_choice_of_what_to_ask_again_needs_another_pipeline(
+    shell: Shell, fleet: Served
+) -> None:
+    use(shell, fleet)
+    run(shell, "--out", "first")
+    run(shell, "--from", "first", "--out", "new", "--yes")
+    before = fleet.requests
+    command = ("run", "c.yaml", "--from", "first", "--out", "new")
+    refused = shell(*command, "--ask-again", "all")
+    assert (refused.code, "was begun without --ask-again" in refused.err) == (2, True)
+    assert shell(*command).code == 0
+    assert fleet.requests == before
+
+
 def test_only_a_pipeline_without_prices_is_said_to_have_none(shell: Shell, fleet: Served) -> None:
     use(shell, fleet, model={"max_tokens": 400, "price": {"prompt": 1.0, "completion": 2.0}})
     run(shell, "--out", "first")

@@ -87,3 +87,33 @@ def test_an_empty_or_unfinished_run(shell: Shell, ended: bool) -> None:
     text = (shell.folder / "run" / "report.html").read_text()
     assert "have not ended" in text
     assert "fanfold resume run --budget-requests N" in text
+
+
+def test_failed_questions_of_an_operator_are_on_its_page_and_on_that_of_the_pipeline(
+    shell: Shell,
+) -> None:
+    reduce = {"op": "summarize", "prompt": "Sum up.", "text": "{text}"}
+    summary = {"name": "sum", "reduce": reduce, "model": {"max_tokens": 3}}
+    shell.write(task=None, reduce=None, stages=[summary])
+    assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 3
+    assert shell("report", "run").code == 0
+    root = shell.folder / "run"
+    whole, stage = ((path / "report.html").read_text() for path in (root, root / "stages" / "sum"))
+    assert '<div class="bad"><dt>Failed</dt><dd>2</dd></div>' in whole
+    assert '<div class="bad"><dt>Failed questions</dt><dd>2</dd></div>' in stage
+    assert "2 questions of the operator, which failed: fanfold failures" in stage
+
+
+def test_a_pipeline_that_has_not_ended_has_a_page(shell: Shell) -> None:
+    stages = [
+        {"name": "first", "map": {"prompt": "Say {text}"}},
+        {"name": "sum", "reduce": {"op": "summarize", "prompt": "Sum", "text": "{first}"}},
+    ]
+    budget = {"requests": 4, "reserve_for_reduce": {}}
+    shell.write(task=None, reduce=None, stages=stages, budget=budget)
+    assert shell("run", "c.yaml", "--out", "run", "--quiet").code == 4
+    assert shell("report", "run").code == 0
+    text = (shell.folder / "run" / "report.html").read_text()
+    assert "1 <small>of 2</small>" in text
+    assert "fanfold resume run --budget-requests N" in text
+    assert re.findall(r'href="(stages/[^"]+)"', text) == ["stages/first/report.html"]

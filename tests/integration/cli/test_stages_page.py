@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Shell
+from .conftest import SCHEMA, Shell
 
 pytestmark = pytest.mark.integration
 
@@ -79,12 +79,33 @@ def test_the_example_runs_and_every_command_shows_it(  # noqa: PLR0915 - of one 
     assert again["model"] == "simulated-8b"
     assert [again[key] for key in ("done", "failed", "ended")] == [12, 0, 12]
     assert "no item failed" in shell("failures", "review").err
-    assert shell("report", "review", "-o", "summary.html").code == 0
+    assert shell("report", "review", "--stage", "summary", "-o", "summary.html").code == 0
     page = (shell.folder / "summary.html").read_text()
     for part in ("Summarize the claims.", "2 results of the operator summarize", "A06, A11"):
         assert part in page
     for part in ("<pre>{stages}", "Distribution of statements", "1 items", "failed items are not"):
         assert part not in page
+    check_report_of_all_stages(shell)
+
+
+def check_report_of_all_stages(shell: Shell) -> None:
+    """One page lists the stages and what they have found, and has links to a page of each."""
+    assert not list((shell.folder / "review").rglob("report.html"))
+    assert shell("report", "review", "-o", "review.html").code == 0
+    alone = (shell.folder / "review.html").read_text()
+    assert not list((shell.folder / "review").rglob("report.html"))
+    assert 'href="stages' not in alone
+    said = shell("report", "review")
+    assert said.err.startswith("Report: review/report.html (")
+    page = (shell.folder / "review" / "report.html").read_text()
+    for text in (alone, page):
+        for part in ("SIMULATED", "6 not selected", "Distribution of topic", "A06, A11"):
+            assert part in text
+        assert "<script" not in text
+    links = re.findall(r'href="(stages/[^"]+)"', page)
+    assert links == [f"stages/{name}/report.html" for name in ("screen", "claims", "summary")]
+    for link in links:
+        assert 'id="table-data"' in (shell.folder / "review" / link).read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,3 +135,53 @@ def test_a_column_that_no_stage_provides_is_named_before_any_call(shell: Shell) 
     assert said.code == 2
     assert "did you mean 'screen.topic'" in said.err
     assert not (shell.folder / "review").exists()
+
+
+def test_skipped_documents_are_named_before_the_first_call(shell: Shell) -> None:
+    rows = [{"id": "P1", "text": "One sentence."}, {"id": "P2", "text": ""}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (shell.folder / "papers.jsonl").write_text(lines)
+    shell.write(
+        input={"path": "papers.jsonl", "id": "id", "split": {"merge": "vote"}},
+        task={"prompt": "Read {text}"},
+        reduce=None,
+    )
+    assert "1 skipped" in shell("check", "c.yaml").out
+    said = shell("run", "c.yaml", "--out", "run")
+    assert said.code == 0
+    assert "skipped 1: P2\n" in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "said"),
+    [
+        ({}, "output.score > 1", "3 do not fulfil where: output.score > 1"),
+        ({"max_tokens": 1}, None, "3 failed (fanfold failures run --stage first)"),
+    ],
+)
+def test_a_stage_without_items_says_what_became_of_the_results(
+    shell: Shell, change: dict[str, Any], where: str | None, said: str
+) -> None:
+    rate = {"prompt": "Rate {text}", "schema": SCHEMA}
+    first = {"name": "first", "map": rate, "model": change}
+    second = {"name": "second", "map": {"prompt": "Say {first.score}"}, "where": where}
+    shell.write(task=None, reduce=None, stages=[first, second])
+    ended = shell("run", "c.yaml", "--out", "run", "--quiet")
+    assert ended.code == 2
+    assert f"no result of stage 'first' is passed on: {said}" in ended.err
+
+
+@pytest.mark.parametrize("options", [("--limit", "2"), ()], ids=["another limit", "another row"])
+def test_an_operator_that_reads_the_input_keeps_it(shell: Shell, options: tuple[str, ...]) -> None:
+    stage = {"name": "unique", "reduce": {"op": "dedup", "text": "{text}"}}
+    shell.write(task=None, reduce=None, stages=[stage])
+    command = ("run", "c.yaml", "--out", "run", "--quiet")
+    assert shell(*command).code == 0
+    assert shell(*command).code == 0
+    if not options:
+        with (shell.folder / "in.csv").open("a") as file:
+            file.write("4,four\n")
+    refused = shell(*command, *options)
+    assert refused.code == 2
+    assert f"input{'.limit' if options else ': the content of'}" in refused.err
+    assert len(shell("results", "run").out.splitlines()) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,44 @@ async def test_parts_that_are_too_long_are_asked_in_pieces() -> None:
         "limits": {"hedge": False},
     }
     async with FirstGateway(make_spec()) as gateway:
-        first = {"base_url": gateway.url, "requests_per_s": 500, "poll_s": 0.2}
-        loaded = load_config(settings | {"endpoints": {"first": first}})
-        prepared = await prepare_run(loaded, Path("run"))
-        for one in gateway.deployments.values():
-            one.spec = replace(one.spec, context_window=900)
-        ended = await execute_run(prepared, RunOptions(quiet=True), Console(quiet=True))
+        records = await ask_long_parts(gateway, settings)
+    assert sum(bool(record.get("pieces")) for record in records) >= 2
+
+
+async def ask_long_parts(gateway: FirstGateway, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run a task over parts that turn out to be too long; return the records."""
+    first = {"base_url": gateway.url, "requests_per_s": 500, "poll_s": 0.2}
+    loaded = load_config(settings | {"endpoints": {"first": first}})
+    prepared = await prepare_run(loaded, Path("run"))
+    for one in gateway.deployments.values():
+        one.spec = replace(one.spec, context_window=900)
+    ended = await execute_run(prepared, RunOptions(quiet=True), Console(quiet=True))
     assert (ended.exit_code, ended.progress["failed"]) == (0, 0)
     lines = Path("run/journal/0001.jsonl").read_text().splitlines()[1:]
-    records = [json.loads(line) for line in lines]
-    assert sum(bool(record.get("pieces")) for record in records) >= 2
+    return [json.loads(line) for line in lines]
+
+
+async def test_the_pieces_of_parts_are_in_the_same_batch() -> None:
+    text = " ".join(f"Finding {n} is new." for n in range(800))
+    Path("in.jsonl").write_text("".join(f"{json.dumps({'id': i, 'text': text})}\n" for i in "ab"))
+    Path("files").mkdir()
+    settings = {
+        "input": {"path": "in.jsonl", "id": "id", "split": {"tokens": 2900, "overlap": 50}},
+        "task": {"prompt": "List the findings. {text}"},
+        "model": {"name": "m", "max_tokens": 100},
+        "backend": {
+            "kind": "batch", "service": "first", "dir": str(Path("files").absolute()),
+            "poll_s": 0.1, "poll_most_s": 0.2, "gather_s": 0.3,
+        },
+    }  # fmt: skip
+    async with FirstGateway(make_spec()) as gateway:
+        records = await ask_long_parts(gateway, settings)
+        batches = [Path(batch.input_file).read_text().splitlines() for batch in gateway.batches]
+    indices = [Counter(index_of(line) for line in lines) for lines in batches]
+    rounds = [set(counted.values()) for counted in indices]
+    assert rounds == [{1}, {2}, {4}], "the halves of a part, and those of its halves"
+    assert all(record["requests"] > len(record["pieces"]) for record in records)
+
+
+def index_of(line: str) -> str:
+    return str(json.loads(line)["custom_id"].split(":")[2])

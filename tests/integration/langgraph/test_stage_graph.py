@@ -75,6 +75,9 @@ async def test_a_pipeline_runs_in_its_graph_and_names_the_stage(tmp_path: Path) 
         again = await build_graph(context).ainvoke({})
         assert again["results"] == end["results"]
         counted = sum(node["requests"] for node in fleet.stats()["nodes"])
+        for found in (end["progress"], again["progress"]):  # of the results, and of all levels
+            assert (found["items"], found["done"], found["failed"]) == (1, 1, 0)
+            assert found["requests"] == counted - len(ITEMS)
         assert counted == len(fleet.stats(prompts=True)["prompts"])
 
 

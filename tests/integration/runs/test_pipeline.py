@@ -284,12 +284,15 @@ async def test_changed_settings_of_a_begun_stage_are_refused(lab_of: LabMaker) -
             (1, {"where": "output.score > 0.5"}),
             (1, {"map": CLAIM | {"prompt": "Other {x}"}}),
             (2, {"reduce": SUMMARIZE | {"prompt": "Other"}}),
+            (2, {"model": {"temperature": 0.3}}),
         ]
+        before = (lab.out / "run.yaml").read_bytes()
         for number, change in changes:
             changed = json.loads(orjson.dumps(lab.config))
             changed["stages"][number] |= change
             settings.write_bytes(orjson.dumps(changed))
             await command(lab, "run", str(settings), "--out", str(lab.out), code=2)
+            assert (lab.out / "run.yaml").read_bytes() == before
 
 
 PROCESSES = {"kind": "local", "processes": 2}

@@ -36,6 +36,12 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     return settings
 
 
+def merge_into_documents(settings: dict[str, Any]) -> None:
+    """Give a stage the name of the one that ``input.split.merge`` adds."""
+    settings["input"]["split"] = {"column": "abstract", "merge": "vote"}
+    settings["stages"][1]["name"] = "documents"
+
+
 def test_a_stage_has_the_defaults_of_the_top_level() -> None:
     loaded = load_config(SETTINGS)
     screen, best, summary = (load_stage(loaded, n).config for n in range(3))
@@ -97,6 +103,7 @@ def test_files_of_a_stage_are_inlined(tmp_path: Path) -> None:
         (lambda d: d["stages"][0].update(name="Big"), "stages.0.name"),
         (lambda d: d["stages"][0].update(name="input"), "already means something else"),
         (lambda d: d["stages"][1].update(name="screen"), "occurs twice"),
+        (merge_into_documents, "split.merge adds a stage of this name"),
         (lambda d: d["stages"][0].update(map=None), "nothing to do"),
         (lambda d: d["stages"][0].update(where="output == a"), "leave them out"),
         (lambda d: d["stages"][2].update({"from": "later"}), "no earlier stage"),

@@ -108,3 +108,14 @@ def test_a_resumed_pipeline_asks_for_answers_of_the_same_length(settings: dict[s
             256,
             1024,
         ]
+
+
+def test_samples_are_calls_of_their_own() -> None:
+    stages = [
+        {"name": "first", "map": {"prompt": "{x}", "samples": 3}},
+        {"name": "second", "map": {"prompt": "{first}"}},
+    ]
+    loaded = load_config({"input": {"dataset": "topics"}, "stages": stages, "endpoints": "auto"})
+    served = dict.fromkeys(("first", "second"), ServedModel("m", simulated=False))
+    found = list(estimate_stages(list_stages(loaded, Path()), 10, 5.0, served))
+    assert [(one.items, one.amount.requests) for one in found] == [(10, 30), (10, 10)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.core.templates import ItemPrompt
 from fanfold.backends.core.types import PART_COLUMN, Message
 from fanfold.nodes.context import ItemContext
@@ -80,3 +83,38 @@ async def test_repairs_of_all_pieces_count() -> None:
 
     found = await ask_pieces(make_state(), make_context(), ask)
     assert [piece["repairs"] for piece in found["pieces"]] == [3, 0, 1]
+
+
+async def test_pieces_that_are_asked_together_do_not_wait_for_each_other() -> None:
+    context = replace(make_context(), asks_pieces_together=True)
+    both = asyncio.Barrier(2)
+    ends = iter(["second", "first"])
+
+    async def ask(state: ItemState) -> ItemState:
+        await both.wait()
+        start = state["row"][PART_COLUMN]["start"]
+        await asyncio.sleep(0 if start else 0.01)  # the later piece ends first
+        return {"output": f"{next(ends)} {start}", "raw": "a", "repairs": 0}
+
+    found = await ask_pieces(make_state(), context, ask)
+    first, second = str(found["output"]).split("\n\n")
+    assert (first, second.partition(" ")[0]) == ("first 0", "second")
+    assert [piece["start"] > 0 for piece in found["pieces"]] == [False, True]
+
+
+async def test_a_stop_of_one_piece_ends_the_others() -> None:
+    context = replace(make_context(), asks_pieces_together=True)
+    ended = list[str]()
+
+    async def ask(state: ItemState) -> ItemState:
+        if state["row"][PART_COLUMN]["start"]:
+            raise RunStoppedError("the service is gone")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("first")
+        return {}
+
+    with pytest.raises(RunStoppedError, match="the service is gone"):
+        await ask_pieces(make_state(), context, ask)
+    assert ended == ["first"]
