@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 MASKED: Final = "**********"
@@ -29,6 +30,7 @@ _LOGIN: Final = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)
 def is_secret(name: str) -> bool:
     """Return True if the value of a key, a header, an option or a variable must not be shown.
 

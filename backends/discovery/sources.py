@@ -17,12 +17,12 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, Final, Protocol, TypeAlias
 
-import aiohttp
 import orjson
 
 from ...configs.endpoints import AEGIS_FILE, AEGIS_REGISTRY_FILE
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.lazy_tls import aiohttp
 from ..core.permissions import find_file_risk, find_path_risk
 from ..core.terminal import count_nouns
 from ..fleet.endpoint import (

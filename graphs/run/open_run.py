@@ -187,7 +187,7 @@ async def open_run(
                     )
                 )
                 await stack.enter_async_context(
-                    _record_workers(coordinator, folder, journal.session_number, price, silence)
+                    _record_workers(coordinator, files, folder, silence)
                 )
             else:
                 cache = await stack.enter_async_context(
@@ -204,9 +204,7 @@ async def open_run(
                         None if options.resources is None else options.resources.fleets,
                     )
                 )
-                await stack.enter_async_context(
-                    _record_fleet(fleet, folder, journal.session_number, price, silence)
-                )
+                await stack.enter_async_context(_record_fleet(fleet, files, folder, silence))
                 run_item = _make_item_runner(loaded, options, fleet, ready.model, total)
                 batches = await stack.enter_async_context(
                     _open_batches(
@@ -319,29 +317,28 @@ async def _open_charged_fleet(  # noqa: PLR0913, PLR0917 - what a session has, h
 
 @asynccontextmanager
 async def _record_fleet(
-    fleet: Fleet, folder: RunFolder, session: int, prices: TokenPrices, silence: SilenceWatch
+    fleet: Fleet, files: _RunFiles, folder: RunFolder, silence: SilenceWatch
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table of a fleet of this process."""
+    session = files.journal.session_number
     async with (
-        write_reports_at_end(make_reporter(fleet), folder, session, prices),
-        record_timeline(folder, fleet, silence),
+        write_reports_at_end(make_reporter(fleet), folder, session, files.price),
+        record_timeline(folder, fleet, silence, may_lack=files.is_new_level),
     ):
         yield
 
 
 @asynccontextmanager
 async def _record_workers(
-    coordinator: Coordinator,
-    folder: RunFolder,
-    session: int,
-    prices: TokenPrices,
-    silence: SilenceWatch,
+    coordinator: Coordinator, files: _RunFiles, folder: RunFolder, silence: SilenceWatch
 ) -> AsyncIterator[None]:
     """Write the timeline and the endpoints table from what workers report."""
-    reports = coordinator.stats_collector.reports
+    reports, session = coordinator.stats_collector.reports, files.journal.session_number
     async with (
-        write_reports_at_end(reports, folder, session, prices),
-        write_timeline(folder, lambda _: coordinator.take_timeline(), silence),
+        write_reports_at_end(reports, folder, session, files.price),
+        write_timeline(
+            folder, lambda _: coordinator.take_timeline(), silence, may_lack=files.is_new_level
+        ),
     ):
         yield
 
@@ -468,6 +465,11 @@ class _RunFiles:
     @property
     def is_level(self) -> bool:
         return self.provenance.get("level") is not None
+
+    @property
+    def is_new_level(self) -> bool:
+        """Return True in the first session of a level of an operator, which is mostly short."""
+        return self.is_level and self.journal.session_number == 1
 
     @property
     def model(self) -> str:

@@ -77,6 +77,7 @@ from .prepare import (
     check_settings_fit,
     describe_input,
     describe_session,
+    has_file_changed,
     prepare_run,
     resume_run,
 )
@@ -913,7 +914,8 @@ def _write_operator(
 
 def _get_operator_settings(stage: Stage) -> dict[str, Any]:
     """Return the settings beside those of an operator that its answers depend on."""
-    sections = ("model",) if stage.config.cascade is None else ("model", "task")
+    sections = ["model"] if stage.config.cascade is None else ["model", "task"]
+    sections += ["input"] if stage.source is None else []
     return {name: stage.loaded.plain[name] for name in sections}
 
 
@@ -939,10 +941,15 @@ def _read_operator(stage: Stage) -> dict[str, Any]:
     if (before := kept.get("settings")) is not None:
         name = kept.get("model") or before["model"].get("name") or ""
         changed += diff_settings(before, _get_operator_settings(stage), name)
+    if not changed and stage.source is None:
+        given, columns = stage.loaded.config.input, stage.make_operator().columns
+        about = RunFolder(stage.folder.path.parents[1]).read_provenance()
+        if has_file_changed(given, columns, about["input"]):
+            changed.append(f"input: the content of {given.path} changed")
     if changed:
         msg = (
-            f"{stage.folder.path}: stage {stage.name!r} has begun with other settings of its "
-            f"operator ({', '.join(changed)}); use a new run folder"
+            f"{stage.folder.path}: stage {stage.name!r} has begun with other settings or items of "
+            f"its operator ({', '.join(changed)}); use a new run folder"
         )
         raise ConfigurationError(msg)
     return dict(kept)

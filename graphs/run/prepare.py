@@ -59,7 +59,7 @@ from ...backends.storage.run_folder import (
 from ...configs.aggregators import FinalReducerConfig
 from ...configs.base import expand_home
 from ...configs.loader import LoadedConfig, load_config, make_portable
-from ...configs.models import RunConfig
+from ...configs.models import InputConfig, RunConfig
 from ...configs.preset_files import is_preset
 from ...configs.serialize import find_lost_secrets
 from ...configs.yaml_text import to_yaml
@@ -620,10 +620,7 @@ def _has_input_changed(
     A missing file does not matter, because the run folder has a copy; a new path must exist. Of a
     run that has a selection of the input, only the selected items are compared.
     """
-    from ...backends.inputs.item_store import (  # noqa: PLC0415 - pyarrow is slow to import
-        ItemStore,
-        load_input,
-    )
+    from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - pyarrow is slow to import
 
     known = about["input"]
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
@@ -635,7 +632,37 @@ def _has_input_changed(
     if (about.get("from") or {}).get("only") is not None:
         with ItemStore(folder.items) as store:
             only = frozenset(store.iter_ids())
+    columns = needed_columns(after.config)
+    return _compute_digest(after.config.input, columns, only) != str(known["digest"])
+
+
+def has_file_changed(
+    given: InputConfig, columns: Collection[str], known: Mapping[str, Any]
+) -> bool:
+    """Return True if the file of an input is there, and has other rows than before; blocks.
+
+    Args:
+        given: The settings of the input.
+        columns: Columns that are needed.
+        known: The entry ``input`` of a provenance.
+
+    Raises:
+        ConfigurationError: The file cannot be read.
+    """
+    path, stamp = given.path, known["stamp"]
+    if path is None or stamp is None or not is_present(Path(path)):
+        return False
+    return read_file_stamp(Path(path)) != stamp and (
+        _compute_digest(given, columns, None) != str(known["digest"])
+    )
+
+
+def _compute_digest(
+    given: InputConfig, columns: Collection[str], only: Collection[str] | None
+) -> str:
+    from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - as above
+
     with tempfile.TemporaryDirectory() as temporary:
-        target, columns = Path(temporary) / "items.arrow", needed_columns(after.config)
-        digest: str = load_input(after.config.input, target, columns, only=only).digest
-    return digest != str(known["digest"])
+        target = Path(temporary) / "items.arrow"
+        digest: str = load_input(given, target, columns, only=only).digest
+    return digest

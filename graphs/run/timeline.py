@@ -25,6 +25,8 @@ _WRITE_S: Final = 5.0
 _SHARE: Final = 500.0
 """Writing takes at most one part in so many of a core, however large the timeline is."""
 _MOST_PAUSE_S: Final = 60.0
+_SHORT_S: Final = 5.0
+"""Levels of an operator that end sooner need no timeline if all requests were answered."""
 
 TakeDeltas = Callable[[int], Sequence[TimelineDelta]]
 """Returns what processes have reported since the last call, in bins of at least a width in ms."""
@@ -47,14 +49,20 @@ class _TimelineWriter:
         self._writing: asyncio.Task[None] | None = None
         self._took_s = 0.0
 
-    async def write(self) -> None:
-        """Write the timeline if there is anything new."""
+    async def write(self, *, if_failed: bool = False) -> None:
+        """Write the timeline if there is anything new.
+
+        Args:
+            if_failed: Do not begin a timeline if no request has failed.
+        """
         if self._writing is not None:  # a thread goes on when its caller is cancelled
             await asyncio.wait({self._writing})
         deltas = [delta for delta in self._take(self._timeline.width_ms) if delta]
         self._note(deltas)
         await self.write_silent()
         if not deltas and not self._changed:
+            return
+        if if_failed and not self._loaded and not any(map(_has_failures, deltas)):
             return
         self._changed = True
         self._writing = asyncio.create_task(asyncio.to_thread(self._write, deltas))
@@ -97,9 +105,18 @@ class _TimelineWriter:
             await self.write()
 
 
+def _has_failures(delta: TimelineDelta) -> bool:
+    return any(counts.failures for counts in delta.cells.values())
+
+
 @asynccontextmanager
 async def write_timeline(
-    folder: RunFolder, take: TakeDeltas, silence: SilenceWatch, note: Note | None = None
+    folder: RunFolder,
+    take: TakeDeltas,
+    silence: SilenceWatch,
+    note: Note | None = None,
+    *,
+    may_lack: bool = False,
 ) -> AsyncIterator[None]:
     """Write the timeline of a run every few seconds while the block runs, and when it ends.
 
@@ -108,7 +125,9 @@ async def write_timeline(
         take: Returns what there is to add.
         silence: Receives the same.
         note: Adds it to ``silence``; None adds it alone.
+        may_lack: Whether it is no loss if a short session without failures is not in it.
     """
+    began = time.monotonic()
     writer = _TimelineWriter(folder, take, silence, note or silence.add)
     await writer.write_silent(first=True)
     following = asyncio.create_task(writer.follow())
@@ -118,14 +137,21 @@ async def write_timeline(
         following.cancel()
         with suppress(asyncio.CancelledError):
             await following
-        await writer.write()
+        await writer.write(if_failed=may_lack and time.monotonic() - began < _SHORT_S)
 
 
 @asynccontextmanager
 async def record_timeline(
-    folder: RunFolder, fleet: Fleet, silence: SilenceWatch
+    folder: RunFolder, fleet: Fleet, silence: SilenceWatch, *, may_lack: bool = False
 ) -> AsyncIterator[None]:
-    """Write the timeline of a run whose requests this process sends, while the block runs."""
+    """Write the timeline of a run whose requests this process sends, while the block runs.
+
+    Args:
+        folder: The run's folder.
+        fleet: The fleet of this process.
+        silence: Receives what the endpoints did.
+        may_lack: As for `write_timeline`.
+    """
 
     def note(deltas: Sequence[TimelineDelta]) -> None:
         members = [one for one in fleet.endpoints if not one.retired]
@@ -135,7 +161,13 @@ async def record_timeline(
 
     async with (
         open_recorder(lambda: fleet.endpoints) as recorder,
-        write_timeline(folder, lambda width_ms: [recorder.take(width_ms)], silence, note),
+        write_timeline(
+            folder,
+            lambda width_ms: [recorder.take(width_ms)],
+            silence,
+            note,
+            may_lack=may_lack,
+        ),
     ):
         yield
 

@@ -34,6 +34,8 @@ _PER_ITEM: Final = 8
 _PER_BYTE: Final = 1.2
 """Tokens of a byte of text, at most: no tokenizer has more than one, and estimates are cautious."""
 _SLICE: Final = 256
+_READ_BYTES: Final = 2**24
+"""Bytes of items that are read at once: the groups of a round are spread over the whole file."""
 
 _ROUND: Final = """\
 {instruction}
@@ -108,12 +110,13 @@ class Rank(Operator):
 
     async def run(self, tools: StageTools) -> OperatorEnd:
         """Compare groups of items in rounds until the best k are settled, then give reasons."""
-        judge = _Judge(self, tools)
+        longest = await asyncio.to_thread(tools.items.find_longest_row)
+        judge = _Judge(self, tools, longest)
         tournament = Tournament(
             len(tools.items),
             judge.order,
             k=self.k,
-            group=await self._choose_group(tools),
+            group=await self._choose_group(tools, longest),
             repeats=self.repeats,
             seed=self.seed,
         )
@@ -153,13 +156,17 @@ class Rank(Operator):
             )
         return plans
 
-    async def _choose_group(self, tools: StageTools) -> int:
-        """Return the items of a group; texts are counted only if some may be too long for it."""
+    async def _choose_group(self, tools: StageTools, longest: int) -> int:
+        """Return the items of a group; texts are counted only if some may be too long for it.
+
+        Args:
+            tools: Has the items.
+            longest: Bytes of the longest item.
+        """
         context, answer = tools.context_tokens, tools.answer_tokens
         if context is None:
             return self.group
-        row = await asyncio.to_thread(tools.items.find_longest_row)
-        most = len(self.text or "") + row * max(1, len(self.columns))
+        most = len(self.text or "") + longest * max(1, len(self.columns))
         if self._fit_group(context, answer, int(_PER_BYTE * most) + _PER_ITEM) == self.group:
             return self.group
         return self._fit_group(context, answer, await self._count_longest(tools))
@@ -263,10 +270,17 @@ def _describe_standing(
 
 
 class _Judge:
-    """Asks the model for the orders of a round, one level a round."""
+    """Asks the model for the orders of a round, one level a round.
 
-    def __init__(self, rank: Rank, tools: StageTools) -> None:
+    Args:
+        rank: The settings.
+        tools: Has the items.
+        longest: Bytes of the longest item.
+    """
+
+    def __init__(self, rank: Rank, tools: StageTools, longest: int) -> None:
         self._rank, self._tools = rank, tools
+        self._read_groups = max(_SLICE, _READ_BYTES // (rank.group * max(1, longest)))
         self._rounds = 0
         self.unknown = 0
 
@@ -291,8 +305,8 @@ class _Judge:
         return await asyncio.to_thread(self._read, groups, answers)
 
     def _questions(self, groups: Sequence[Group]) -> Iterator[Question]:
-        for lo in range(0, len(groups), _SLICE):
-            some = groups[lo : lo + _SLICE]
+        for lo in range(0, len(groups), self._read_groups):
+            some = groups[lo : lo + self._read_groups]
             items = self._tools.items.read_at([index for group in some for index in group])
             texts = (orjson.dumps(render_item(item, self._rank.text)).decode() for item in items)
             for number, group in enumerate(some, start=lo + 1):

@@ -14,14 +14,8 @@ pairs on a cycle are compared again, in other groups, up to ``repeats`` times.
 from __future__ import annotations
 
 import random
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -85,61 +79,60 @@ class Standing:
 
 
 class _Wins:
-    """How often each item won against each other, and what follows from it."""
+    """How often each item won against each other, and what follows from it.
+
+    Only the orders are kept, by item: most pairs that a group compares are never asked for.
+    """
 
     def __init__(self) -> None:
-        self._wins: dict[int, dict[int, int]] = {}
-        """By item and item that lost against it."""
-        self._totals: dict[int, tuple[int, int]] = {}
-        """Comparisons with single items that an item has won, and lost."""
-        self.met: dict[int, int] = {}
+        self._orders = defaultdict[int, list[tuple[Sequence[int], int]]](list)
+        """By item: the orders that contain it, each with its place in it."""
         self.pairs = 0
 
     def add(self, order: Sequence[int]) -> None:
         """Count an order of a group, best first."""
-        last = len(order) - 1
         for place, item in enumerate(order):
-            self.met[item] = self.met.get(item, 0) + 1
-            won, lost = self._totals.get(item, (0, 0))
-            self._totals[item] = won + last - place, lost + place
-            wins, worse = self._wins.get(item), order[place + 1 :]
-            if wins is None:
-                self._wins[item] = dict.fromkeys(worse, 1)
-            else:
-                for other in worse:
-                    wins[other] = wins.get(other, 0) + 1
-        self.pairs += last * (last + 1) // 2
+            self._orders[item].append((order, place))
+        self.pairs += len(order) * (len(order) - 1) // 2
 
-    def count(self, one: int, other: int) -> tuple[int, int]:
-        """Return how often the first won against the second, and the second against the first."""
-        return self.get(one).get(other, 0), self.get(other).get(one, 0)
+    def count_orders(self, item: int) -> int:
+        """Return how many orders contain an item."""
+        return len(self._orders.get(item, ()))
 
-    def get(self, item: int) -> Mapping[int, int]:
-        """Return how often an item won, by the item that lost."""
-        return self._wins.get(item, _NO_WINS)
+    def count_against(self, other: int) -> dict[int, int]:
+        """Return, by each item that met the other one, its wins against it minus its defeats."""
+        found = dict[int, int]()
+        for order, place in self._orders.get(other, ()):
+            for item in order[:place]:
+                found[item] = found.get(item, 0) + 1
+            for item in order[place + 1 :]:
+                found[item] = found.get(item, 0) - 1
+        return found
+
+    def count_among(self, items: Sequence[int]) -> dict[int, dict[int, int]]:
+        """Return how often each of some items won, by the other one of them that lost."""
+        members, found = set(items), dict[int, dict[int, int]]()
+        for item in items:
+            beaten = found[item] = {}
+            for order, place in self._orders.get(item, ()):
+                for other in members.intersection(order[place + 1 :]):
+                    beaten[other] = beaten.get(other, 0) + 1
+        return found
 
     def share(self, item: int) -> float:
         """Return the share of an item's comparisons that it won."""
-        return _divide(*self._totals.get(item, (0, 0)))
+        orders = self._orders.get(item, ())
+        lost = sum(place for _, place in orders)
+        return _divide(sum(len(order) - 1 for order, _ in orders) - lost, lost)
 
     def shares(self, items: Sequence[int]) -> dict[int, float]:
         """Return, for each of some items, the share of its comparisons with them that it won."""
         won, lost = dict.fromkeys(items, 0), dict.fromkeys(items, 0)
-        for item in items:
-            wins = self.get(item)
-            for other in wins.keys() & lost.keys():
-                won[item] += wins[other]
-                lost[other] += wins[other]
+        for item, beaten in self.count_among(items).items():
+            for other, times in beaten.items():
+                won[item] += times
+                lost[other] += times
         return {item: _divide(won[item], lost[item]) for item in items}
-
-    def count_each(self, items: Iterable[int], other: int) -> Iterator[tuple[int, int, int]]:
-        """Yield each item, how often it won against the other one, and how often it lost."""
-        wins, lost = self._wins, self.get(other)
-        for item in items:
-            yield item, wins.get(item, _NO_WINS).get(other, 0), lost.get(item, 0)
-
-
-_NO_WINS: Final[Mapping[int, int]] = {}
 
 
 def _divide(won: int, lost: int) -> float:
@@ -157,10 +150,10 @@ class _Graph:
         count = len(items)
         won, lost = [0] * count, [0] * count
         places = {item: place for place, item in enumerate(items)}
+        found = wins.count_among(items)
         for one, item in enumerate(items):
-            beaten = wins.get(item)
-            for other in beaten.keys() & places.keys():
-                if beaten[other] > wins.get(other).get(item, 0):
+            for other, times in found[item].items():
+                if times > found[other].get(item, 0):
                     won[one] |= 1 << places[other]
                     lost[places[other]] |= 1 << one
         self.below, self.above = _close(won), _close(lost)
@@ -260,13 +253,13 @@ class Tournament:
             need = self._k - len(kept)
             pivot = await self._choose_pivot(open_items, need)
             rest = [item for item in open_items if item != pivot]
-            counts = self._wins.count_each(rest, pivot)
-            unmet = [item for item, won, lost in counts if not won and not lost]
+            met = self._wins.count_against(pivot)
+            unmet = [item for item in rest if item not in met]
             await self._ask([[*part, pivot] for part in self._split(unmet, self._group - 1)])
             # An item that failed to be compared stays in the race.
-            below, above = list[int](), list[int]()
-            for item, won, lost in self._wins.count_each(rest, pivot):
-                (below if lost > won else above).append(item)
+            below, above, lead = list[int](), list[int](), self._wins.count_against(pivot)
+            for item in rest:
+                (below if lead.get(item, 0) < 0 else above).append(item)
             if len(above) >= need:
                 if len(above) + 1 >= len(open_items):
                     break
@@ -357,13 +350,13 @@ class Tournament:
                     item=item,
                     rank=graph.better(place) + 1,
                     tied=tied,
-                    comparisons=self._wins.met.get(item, 0),
+                    comparisons=self._wins.count_orders(item),
                     wins=self._wins.share(item),
                 )
             )
-        contradictions = 0
-        for (_, one), (_, other) in combinations(enumerate(best), 2):
-            won, lost = self._wins.count(one.item, other.item)
+        contradictions, wins = 0, self._wins.count_among([one.item for one in best])
+        for one, other in combinations(best, 2):
+            won, lost = wins[one.item].get(other.item, 0), wins[other.item].get(one.item, 0)
             contradictions += lost > won and one.rank < other.rank
         return Standing(
             best=tuple(best),

@@ -58,10 +58,10 @@ def measure(names: Sequence[str], repeats: int) -> None:
     All runs are made in this process, one after the other, and the fleet is in another one; before
     they are measured, a small run of each kind has imported and started what all of them need.
     Measured is the CPU time of a whole session in an existing run folder, from its opening to its
-    results on disk. So neither figure has the start of a process or the reading of the input: the
-    operator's 30,000 rows, and the questions of the map. All other work of the operator counts:
-    to read, measure and group the items, to write the questions and to read the answers of its
-    levels, its own algorithm, and its results, which are further records.
+    results on disk. So neither figure has the start of a process or the reading of the operator's
+    30,000 rows. Both have the storing of the questions, as the items of the levels or of the map.
+    All other work of the operator counts: to read, measure and group the items, to read the answers
+    of its levels, its own algorithm, and its results, which are further records.
 
     The map asks exactly the questions that the levels of the operator have asked, with their
     prompts, schemas and limits; so it has as many calls, records of calls, and prompt and answer
@@ -189,8 +189,8 @@ class _Bench:
 
     async def _run_map(self, level: RunFolder, rows: Sequence[tuple[str, Row]]) -> float:
         path, loaded = self._folder / "map", load_config(level.settings)
-        run = await prepare_run(loaded, path, source=NamedRows("questions", rows))
         began = _cpu_s()
+        run = await prepare_run(loaded, path, source=NamedRows("questions", rows))
         result = await execute_run(run, _OPTIONS, Terminal(file=io.StringIO()))
         spent = _cpu_s() - began
         assert result.progress["done"] == len(rows), result

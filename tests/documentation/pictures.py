@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fanfold.configs.preset_files import preset_names
+from fanfold.graphs.run.stage_folder import find_run
 from fanfold.tests.integration.report.browser import find_browser
 
 from .reference import ROOT
@@ -29,7 +30,8 @@ def main() -> None:
             run = [sys.executable, "-m", "fanfold", "run", name, "--out", str(out), "--quiet"]
             subprocess.run(run, check=True, cwd=folder)
             page = Path(folder) / f"{name}.html"
-            report = [sys.executable, "-m", "fanfold", "report", str(out), "-o", str(page)]
+            last = str(find_run(out, None))  # of a pipeline, the last stage
+            report = [sys.executable, "-m", "fanfold", "report", last, "-o", str(page)]
             subprocess.run(report, check=True, cwd=folder)
             picture = ROOT / "docs" / "pictures" / f"{name}.png"
             picture.parent.mkdir(exist_ok=True)

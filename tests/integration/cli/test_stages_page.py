@@ -169,3 +169,19 @@ def test_a_stage_without_items_says_what_became_of_the_results(
     ended = shell("run", "c.yaml", "--out", "run", "--quiet")
     assert ended.code == 2
     assert f"no result of stage 'first' is passed on: {said}" in ended.err
+
+
+@pytest.mark.parametrize("options", [("--limit", "2"), ()], ids=["another limit", "another row"])
+def test_an_operator_that_reads_the_input_keeps_it(shell: Shell, options: tuple[str, ...]) -> None:
+    stage = {"name": "unique", "reduce": {"op": "dedup", "text": "{text}"}}
+    shell.write(task=None, reduce=None, stages=[stage])
+    command = ("run", "c.yaml", "--out", "run", "--quiet")
+    assert shell(*command).code == 0
+    assert shell(*command).code == 0
+    if not options:
+        with (shell.folder / "in.csv").open("a") as file:
+            file.write("4,four\n")
+    refused = shell(*command, *options)
+    assert refused.code == 2
+    assert f"input{'.limit' if options else ': the content of'}" in refused.err
+    assert len(shell("results", "run").out.splitlines()) == 3

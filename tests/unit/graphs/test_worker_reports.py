@@ -168,6 +168,28 @@ async def test_a_damaged_timeline_is_named_and_begun_again(
     assert read_timeline(tmp_path / "timeline.arrow")["calls"].to_pylist() == [5]
 
 
+@pytest.mark.parametrize(
+    ("failures", "is_run", "writes"),
+    [({}, False, False), ({"EndpointError": 1}, False, True), ({}, True, True)],
+    ids=["all answered", "a failure", "no level"],
+)
+async def test_a_short_level_has_a_timeline_only_of_failures(
+    tmp_path: Path, failures: dict[str, int], is_run: bool, writes: bool
+) -> None:
+    delta, reports = TimelineDelta(), list[list[TimelineDelta]]()
+    delta.add(1_700_000_000_000, "a", BinCounts(5, failures))
+    async with write_timeline(
+        RunFolder(tmp_path),
+        lambda _: reports.pop() if reports else [],
+        SilenceWatch(),
+        may_lack=not is_run,
+    ):
+        reports.append([delta])
+    file = tmp_path / "timeline.arrow"
+    assert file.exists() is writes
+    assert not writes or read_timeline(file)["calls"].to_pylist() == [5]
+
+
 def test_a_result_keeps_its_report_as_plain_json() -> None:
     delta = TimelineDelta(1000)
     delta.add(5_000, "a", BinCounts(2, {"EndpointError": 1}, 1.5, 3, 4, 0.5))
