@@ -212,11 +212,24 @@ def test_public_names() -> None:
         ("fanfold.graphs.jobs.chain", READERS_NEED_NOT),
         (
             "fanfold.graphs.cli.check",
-            {*ENDPOINTS_NEED_NOT, "pyarrow.parquet", "rich"},
+            {*ENDPOINTS_NEED_NOT, "pyarrow.parquet", "rich", "tiktoken", "yaml"},
         ),
         (
             "fanfold.graphs.cli.endpoints",
             {*ENDPOINTS_NEED_NOT, "fanfold.backends.budget", "numpy", "pyarrow"},
+        ),
+        (
+            "fanfold.graphs.cli.run",
+            {
+                "academy",
+                "aiohttp.web",
+                "fanfold.backends.workers.academy.backend",
+                "fanfold.backends.workers.launched.backend",
+                "globus_compute_sdk",
+                "openai",
+                "parsl",
+                "tiktoken",
+            },
         ),
         ("fanfold.configs.preset_files", {"pydantic", "yaml"}),
         ("fanfold.backends.simulated.serve", {"pydantic", "yaml"}),
@@ -247,6 +260,19 @@ def test_importing_is_cheap(module: str, heavy: set[str]) -> None:
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_aiohttp_is_imported_in_one_place() -> None:
+    """A module that imports it first would make it read the certificate authorities."""
+    wrong = [
+        str(path)
+        for path in MODULES
+        if any(
+            isinstance(node, ast.Import) and any(one.name == "aiohttp" for one in node.names)
+            for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        )
+    ]
+    assert wrong == ["backends/core/lazy_tls.py"]
 
 
 def test_worker_imports_few_modules() -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import aiohttp
 import orjson
 
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import AuthenticationError, EndpointError, RunStoppedError
+from ..core.lazy_tls import aiohttp
 from ..core.values import parse_json
 from ..fleet.endpoint import Endpoint
 from ..fleet.failures import ErrorBody, HTTPAnswer, shorten

@@ -8,17 +8,15 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 from urllib.parse import urlsplit
 
-import aiohttp
 import orjson
-import tiktoken
-from tiktoken.model import encoding_name_for_model
 
 from ...configs.prices import find_provider_name
 from ..core.connection_errors import describe_connection_error
 from ..core.images import count_image_tokens, drop_images
+from ..core.lazy_tls import aiohttp
 from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
 from ..core.request_urls import URL_FIELD
@@ -29,9 +27,12 @@ from ..fleet.failures import HTTPAnswer
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
 
+if TYPE_CHECKING:
+    import tiktoken
+
 logger = logging.getLogger(__name__)
 
-LoadEncoding = Callable[[str], tiktoken.Encoding]
+LoadEncoding: TypeAlias = "Callable[[str], tiktoken.Encoding]"
 
 
 def find_encoding_name(model: str) -> str | None:
@@ -39,14 +40,22 @@ def find_encoding_name(model: str) -> str | None:
 
     A prefix up to a slash (``openai/gpt-oss-120b``) is ignored.
     """
+    from tiktoken.model import encoding_name_for_model  # noqa: PLC0415 - most models are not in it
+
     try:
         return encoding_name_for_model(model.rpartition("/")[2])
     except KeyError:
         return None
 
 
+def _get_encoding(name: str) -> tiktoken.Encoding:
+    import tiktoken  # noqa: PLC0415 - most models have another tokenizer
+
+    return tiktoken.get_encoding(name)
+
+
 async def load_encoding(
-    name: str, timeout_s: float, load: LoadEncoding = tiktoken.get_encoding
+    name: str, timeout_s: float, load: LoadEncoding = _get_encoding
 ) -> tiktoken.Encoding | None:
     """Load a vocabulary, which tiktoken downloads once and caches; log why loading failed.
 
@@ -58,7 +67,7 @@ async def load_encoding(
         timeout_s: Longest wait in seconds.
         load: Loads a vocabulary; blocks.
     """
-    loaded = Future[tiktoken.Encoding]()
+    loaded = Future["tiktoken.Encoding"]()
 
     def run() -> None:
         loaded.set_running_or_notify_cancel()
@@ -182,7 +191,7 @@ class TokenCounter:
         specs: Sequence[EndpointSpec],
         model: str,
         timeout_s: float = 5.0,
-        load: LoadEncoding = tiktoken.get_encoding,
+        load: LoadEncoding = _get_encoding,
         *,
         hosted: bool = False,
     ) -> None:

@@ -6,7 +6,7 @@ import errno
 import socket
 from typing import Final
 
-import aiohttp
+from .lazy_tls import aiohttp
 
 _REASONS: Final = {
     errno.ECONNREFUSED: "the connection was refused: no server listens on that port",

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
-import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, FanfoldError, NoEndpointError
+from ..core.lazy_tls import aiohttp
 from ..core.types import CHAT_URL
 from ..core.waits import pause_after
 from ..fleet.endpoint import (

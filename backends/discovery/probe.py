@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import aiohttp
-
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError
+from ..core.lazy_tls import aiohttp
 from ..core.types import SIMULATED_FINGERPRINT
 from ..core.values import parse_json
 from ..fleet.endpoint import DeploymentState, Endpoint, EndpointSpec

@@ -17,12 +17,12 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, Final, Protocol, TypeAlias
 
-import aiohttp
 import orjson
 
 from ...configs.endpoints import AEGIS_FILE, AEGIS_REGISTRY_FILE
 from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.lazy_tls import aiohttp
 from ..core.permissions import find_file_risk, find_path_risk
 from ..core.terminal import count_nouns
 from ..fleet.endpoint import (
@@ -334,7 +334,7 @@ def read_registry_file(path: Path, key: ApiKey = NO_KEY) -> RegistrySource:
         raise ConfigurationError(f"{path}: cannot be read: {reason}") from None
     url = text.strip().partition("\n")[0].strip()
     if len(data) > _LONGEST_URL:
-        raise ConfigurationError(f"{path}: is no file of Aegis: it is longer than a URL")
+        raise ConfigurationError(f"{path}: is not a file of Aegis: it is longer than a URL")
     try:
         if "@" in url.partition("//")[2].partition("/")[0]:
             raise ConfigurationError("the URL contains a user or a password")

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import quote
 
-import aiohttp
 import orjson
 
 from ..core.connection_errors import describe_connection_error
@@ -28,6 +27,7 @@ from ..core.errors import (
     RequestRefusedError,
 )
 from ..core.images import mask_images
+from ..core.lazy_tls import aiohttp
 from ..core.secrets import MASKED
 from ..core.values import parse_json
 from .endpoint import NO_KEY, redact_url

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
-import aiohttp
 import orjson
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential
 
 from ..core.errors import EndpointError, InvalidItemError
+from ..core.lazy_tls import aiohttp
 from ..core.request_urls import RequestKind, find_file_problem
 from .failures import BodyTooLargeError, classify_exception
 from .transport import Transport

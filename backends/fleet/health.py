@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from typing import Any, Final, TypeVar
 
-import aiohttp
 import orjson
 
 from ..core.errors import (
@@ -22,6 +21,7 @@ from ..core.errors import (
     PromptTooLongError,
     RunStoppedError,
 )
+from ..core.lazy_tls import aiohttp
 from ..core.parsing import parse_load_metrics
 from ..core.protocols import CallLog
 from ..core.request_urls import REQUEST_KINDS, URL_FIELD

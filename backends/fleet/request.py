@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, PromptTooLongError
 from ..core.images import count_image_tokens, drop_images
+from ..core.lazy_tls import aiohttp
 from ..core.protocols import CallLog, EndpointUsage, Reservation
 from ..core.request_urls import URL_FIELD, bound_usage, get_kind
 from ..core.types import CHAT_URL, Usage

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import aiohttp
 import orjson
 
+from ..core.lazy_tls import aiohttp
 from ..core.parsing import ServerLoad, parse_load_metrics
 from .endpoint import Endpoint, EndpointSpec
 from .failures import HTTPAnswer

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import orjson
 from yarl import URL
 
 from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
+from ..core.lazy_tls import aiohttp
 from ..core.request_urls import REQUEST_KINDS, read_kind_usage
 from ..core.types import CHAT_URL, SIMULATED_FINGERPRINT, Reply, Usage
 from ..core.values import cut_deep_levels, parse_json, parse_token_count, to_json_text

@@ -16,18 +16,10 @@ from ..core.errors import ConfigurationError
 from ..core.exit_with_parent import exit_with_parent
 from ..core.process import ensure_open_files
 from ..core.protocols import Backend
-from .academy.backend import AcademyBackend, AgentManager
-from .academy.exchange import ExchangeSettings
 from .executor import ExecutorBackend, WorkShard
 from .globus.backend import TaskSubmitter, make_globus_backends
 from .globus.service import TaskService, connect_service
 from .globus.tasks import TASK_LOG_FILE, TaskLog, TaskRegistry
-from .launched.backend import (
-    LaunchedBackend,
-    coordinator_host,
-    launcher_command,
-    python_command,
-)
 from .member import PoolPolicy
 from .parsl import JobNodes, ParslBackend
 from .pool import BackendPool
@@ -116,6 +108,10 @@ def _globus_backends(config: BackendConfig, work: WorkShard, folder: Path | None
 
 def _academy_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     """Return a backend per agent: one that dies does not affect the others."""
+    # slow to import, as all that has an HTTP server
+    from .academy.backend import AcademyBackend, AgentManager  # noqa: PLC0415
+    from .academy.exchange import ExchangeSettings  # noqa: PLC0415
+
     make = import_object(config.executor, "backend.executor") if config.executor else None
     settings = ExchangeSettings(config.exchange, config.silence_s)
     manager = AgentManager(settings, work, config.slots, make)
@@ -125,6 +121,12 @@ def _academy_backends(config: BackendConfig, work: WorkShard, _: Path | None) ->
 
 
 def _parsl_backends(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
+    from .launched.backend import (  # noqa: PLC0415 - as above
+        coordinator_host,
+        launcher_command,
+        python_command,
+    )
+
     nodes = JobNodes(
         launcher=launcher_command(config.command, config.workers, os.environ) or (),
         python=python_command(os.environ),
@@ -137,6 +139,8 @@ def _parsl_backends(config: BackendConfig, work: WorkShard, folder: Path | None)
 def _launched_backends(
     config: BackendConfig, work: WorkShard, folder: Path | None
 ) -> list[Backend]:
+    from .launched.backend import LaunchedBackend  # noqa: PLC0415 - as above
+
     ensure_open_files(config.workers, "workers", "backend.workers")  # one connection each
     return [LaunchedBackend(config, work, None if folder is None else folder / WORKERS_LOG)]
 

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiohttp import web
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -319,6 +318,7 @@ async def serve_metrics(tools: OpenRun, port: int | None) -> AsyncIterator[None]
         yield
         return
     check_metrics()
+    from aiohttp import web  # noqa: PLC0415 - slow to import, and few runs serve metrics
 
     async def answer(_: web.Request) -> web.Response:
         text = await asyncio.to_thread(_render_metrics, _snapshot(tools))
@@ -329,18 +329,14 @@ async def serve_metrics(tools: OpenRun, port: int | None) -> AsyncIterator[None]
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await _listen(runner, port)
+        try:
+            await web.TCPSite(runner, _HOST, port).start()
+        except OSError as error:
+            msg = f"metrics.port (--metrics-port) {port}: cannot listen there: {error.strerror}"
+            raise ConfigurationError(msg) from None
         yield
     finally:
         await runner.cleanup()
-
-
-async def _listen(runner: web.AppRunner, port: int) -> None:
-    try:
-        await web.TCPSite(runner, _HOST, port).start()
-    except OSError as error:
-        msg = f"metrics.port (--metrics-port) {port}: cannot listen there: {error.strerror}"
-        raise ConfigurationError(msg) from None
 
 
 def _snapshot(tools: OpenRun) -> _Snapshot:

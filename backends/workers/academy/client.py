@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import aiohttp
 from academy.exchange import HttpExchangeFactory
 from academy.exchange.cloud.client import HttpExchangeTransport
+
+from ...core.lazy_tls import aiohttp
 
 
 class OwnTransport(HttpExchangeTransport):

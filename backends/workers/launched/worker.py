@@ -12,19 +12,11 @@ from importlib import import_module
 from typing import Any, Final
 
 import orjson
-from aiohttp import (
-    ClientError,
-    ClientSession,
-    ClientWebSocketResponse,
-    TraceConfig,
-    TraceRequestRedirectParams,
-    WSMsgType,
-    WSServerHandshakeError,
-)
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random
 
 from ...core.connection_errors import describe_connection_error
 from ...core.errors import BackendError, ConfigurationError, RunStoppedError
+from ...core.lazy_tls import aiohttp
 from ...core.messages import own_version
 from ...core.process import TemporaryFolder
 from ...core.terminal import escape_controls
@@ -58,7 +50,7 @@ class TaskRunner:
         leave_reason: Why this worker cannot go on, though others may; or None.
     """
 
-    def __init__(self, work: WorkShard, socket: ClientWebSocketResponse) -> None:
+    def __init__(self, work: WorkShard, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._work, self._socket = work, socket
         self._running: asyncio.Task[None] | None = None
         self._temporary: TemporaryFolder | None = None
@@ -144,10 +136,10 @@ async def run_worker(url: str, token: str, work: WorkShard, silence_s: float) ->
     Raises:
         BackendError: The coordinator cannot be reached, or refuses the worker.
     """
-    refuse = TraceConfig()
+    refuse = aiohttp.TraceConfig()
     refuse.on_request_redirect.append(_refuse_redirect)
     # uses no proxy from the environment, and sends its token to the coordinator only
-    async with ClientSession(trace_configs=[refuse]) as session:
+    async with aiohttp.ClientSession(trace_configs=[refuse]) as session:
         connection = await _connect(session, url, token, silence_s * _HEARTBEAT_SHARE)
         runner = TaskRunner(work, connection)
         try:
@@ -156,7 +148,7 @@ async def run_worker(url: str, token: str, work: WorkShard, silence_s: float) ->
                 encode_message("hello", fanfold=own_version(), host=host, pid=pid)
             )
             async for message in connection:
-                if message.type is WSMsgType.BINARY:
+                if message.type is aiohttp.WSMsgType.BINARY:
                     await runner.handle_message(decode_message(message.data))
             if runner.leave_reason is not None:
                 why = escape_controls(runner.leave_reason)
@@ -172,7 +164,7 @@ async def run_worker(url: str, token: str, work: WorkShard, silence_s: float) ->
 
 
 async def _refuse_redirect(
-    _session: ClientSession, _context: object, params: TraceRequestRedirectParams
+    _session: aiohttp.ClientSession, _context: object, params: aiohttp.TraceRequestRedirectParams
 ) -> None:
     msg = (
         f"the coordinator at {params.url} answers HTTP {params.response.status}, a redirect, which "
@@ -183,9 +175,9 @@ async def _refuse_redirect(
 
 
 async def _connect(
-    session: ClientSession, url: str, token: str, heartbeat_s: float
-) -> ClientWebSocketResponse:
-    async def connect() -> ClientWebSocketResponse:
+    session: aiohttp.ClientSession, url: str, token: str, heartbeat_s: float
+) -> aiohttp.ClientWebSocketResponse:
+    async def connect() -> aiohttp.ClientWebSocketResponse:
         return await session.ws_connect(
             url,
             headers={"Authorization": f"Bearer {token}"},
@@ -202,11 +194,11 @@ async def _connect(
         reraise=True,
     )
     try:
-        connection: ClientWebSocketResponse = await retrying(connect)
-    except WSServerHandshakeError as error:
+        connection: aiohttp.ClientWebSocketResponse = await retrying(connect)
+    except aiohttp.WSServerHandshakeError as error:
         msg = f"the coordinator at {url} refused this worker: {error.status} {error.message}"
         raise BackendError(msg) from error
-    except (ClientError, TimeoutError) as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         msg = (
             f"{socket.gethostname()}: the coordinator at {url} cannot be reached: "
             f"{describe_connection_error(error)}; set backend.host to the name by which workers "
@@ -218,8 +210,8 @@ async def _connect(
 
 def _is_unreachable(error: BaseException) -> bool:
     """Return True if a connection was not made, rather than refused."""
-    failed = isinstance(error, (ClientError, TimeoutError))
-    return failed and not isinstance(error, WSServerHandshakeError)
+    failed = isinstance(error, (aiohttp.ClientError, TimeoutError))
+    return failed and not isinstance(error, aiohttp.WSServerHandshakeError)
 
 
 def main() -> None:

@@ -3,13 +3,13 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
-import yaml
+import orjson
 
 from fanfold.configs.prices import find_listed_price, find_provider_name, list_priced_hosts
 
 
 def test_every_entry_reads_and_is_dated() -> None:
-    raw = yaml.safe_load((files("fanfold.configs") / "data" / "prices.yaml").read_text())
+    raw = orjson.loads((files("fanfold.configs") / "data" / "prices.json").read_bytes())
     models = [(p, m) for p in raw["providers"] for m in p["models"]]
     assert len(models) == len({(p["name"], m) for p, m in models}) > 20
     for provider, model in models:
@@ -18,6 +18,7 @@ def test_every_entry_reads_and_is_dated() -> None:
         assert found.model == model
         assert found.source.startswith("https://")
         assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", found.date)
+        assert {type(found.prompt), type(found.completion)} == {float}
         assert 0 < (found.cached_prompt or found.prompt) <= found.prompt <= found.completion
 
 
