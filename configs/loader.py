@@ -361,7 +361,7 @@ def _iter_objects(file: TextIO, where: str) -> Iterator[dict[str, Any]]:
             msg = f"{where}, line {number}: not valid JSON: {error.msg}"
             raise ConfigurationError(msg) from None
         if not isinstance(found, dict):
-            raise ConfigurationError(f"{where}, line {number}: is no JSON object")
+            raise ConfigurationError(f"{where}, line {number}: not a JSON object")
         yield found
 
 

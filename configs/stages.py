@@ -142,7 +142,7 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
         if stage.source is not None and stage.source not in known:
             earlier = ", ".join(known) or "none"
             msg = (
-                f"stages: {stage.name!r} has from: {stage.source!r}, which is no earlier stage "
+                f"stages: {stage.name!r} has from: {stage.source!r}, which is not an earlier stage "
                 f"(there are {earlier})"
             )
             raise ValueError(msg)

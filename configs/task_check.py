@@ -77,7 +77,7 @@ def check_cascade(cascade: CascadeConfig, task: TaskConfig) -> None:
         task: The task of its stage.
 
     Raises:
-        ConfigurationError: The field is no enum, boolean or number, or the task does not allow it.
+        ConfigurationError: The field cannot be compared, or the task does not allow it.
     """
     if task.graph is not None:
         raise ConfigurationError("cascade needs fanfold's own item graph; leave out task.graph")
@@ -89,15 +89,15 @@ def check_cascade(cascade: CascadeConfig, task: TaskConfig) -> None:
     is_number = bool(types) and types <= {"number", "integer"} and "enum" not in schema
     if not ("enum" in schema or types == {"boolean"} or is_number):
         msg = (
-            f"cascade.field: {field!r} is no enum, boolean or number of the answer, so that two "
-            "models cannot be compared by it; name one that is, or leave out cascade"
+            f"cascade.field: {field!r} is not an enum, a boolean or a number of the answer, so two "
+            "models cannot be compared by it; name a field that is one, or leave out cascade"
         )
         raise ConfigurationError(msg)
     if is_number and cascade.tolerance is None:
         msg = f"cascade: {field!r} is a number; set tolerance, the largest difference that agrees"
         raise ConfigurationError(msg)
     if not is_number and cascade.tolerance is not None:
-        raise ConfigurationError(f"cascade: {field!r} is no number; leave out tolerance")
+        raise ConfigurationError(f"cascade: {field!r} is not a number; leave out tolerance")
 
 
 def _check_certainty(task: TaskConfig, field: str) -> None:
@@ -111,7 +111,7 @@ def _check_certainty(task: TaskConfig, field: str) -> None:
 def _find_answer_field(setting: str, field: str, task: TaskConfig) -> Mapping[str, Any]:
     """Return the schema of a field of the answer, which a setting names."""
     if FieldPath.parse(field).source != "output":
-        raise ConfigurationError(f"{setting}: {field!r} is no field of the answer")
+        raise ConfigurationError(f"{setting}: {field!r} is not a field of the answer")
     try:
         _, schema = resolve_field(field, task.answer_schema, {})
     except ConfigurationError as error:

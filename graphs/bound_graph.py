@@ -441,7 +441,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
             if isinstance(given.resume, Mapping) and (
                 odd := [key for key in given.resume if not isinstance(key, str)]
             ):
-                raise InputError(f"resume: the key {odd[0]!r} is no text; name a total, as 'usd'")
+                raise InputError(f"resume: the key {odd[0]!r} is not text; name a total, as 'usd'")
             if self._bound.policy is not None and (given.update or given.goto or given.graph):
                 msg = (
                     "a Command with update, goto or graph: a request may only answer an interrupt "

@@ -281,7 +281,7 @@ class CallerPolicy:
     def _preset(self, name: object) -> str:
         if not isinstance(name, str) or not is_preset(name):
             resolve_config(str(name))  # raises, listing the presets
-            raise ConfigurationError(f"context: preset: {name!r} is no preset")
+            raise ConfigurationError(f"context: preset: {name!r} is not a preset")
         return name
 
     def _read_config(self, config: object) -> CallerSettings:

@@ -113,7 +113,9 @@ def make_rule(setting: FoldSetting, schema: Mapping[str, Any] | None) -> FoldRul
         listed = ", ".join(names)
         close = get_close_matches(next(iter(given)), names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        msg = f"task.fold names {next(iter(given))!r}, which is no field of the answer ({listed})"
+        msg = (
+            f"task.fold names {next(iter(given))!r}, which is not a field of the answer ({listed})"
+        )
         raise ConfigurationError(msg + hint)
     if every == "mean" and not any(one.kind == "mean" for one in names.values()):
         needs = "task.schema" if schema is None else "a number in task.schema"

@@ -54,7 +54,7 @@ def unpack_halves(text: str) -> bytes:
     """
     halves = base64.b64decode(text, validate=True)
     if not halves or len(halves) % 2:
-        raise ValueError(f"{len(halves)} bytes are no vector of float16")
+        raise ValueError(f"{len(halves)} bytes are not a vector of float16")
     return halves
 
 

@@ -334,7 +334,7 @@ def read_registry_file(path: Path, key: ApiKey = NO_KEY) -> RegistrySource:
         raise ConfigurationError(f"{path}: cannot be read: {reason}") from None
     url = text.strip().partition("\n")[0].strip()
     if len(data) > _LONGEST_URL:
-        raise ConfigurationError(f"{path}: is no file of Aegis: it is longer than a URL")
+        raise ConfigurationError(f"{path}: is not a file of Aegis: it is longer than a URL")
     try:
         if "@" in url.partition("//")[2].partition("/")[0]:
             raise ConfigurationError("the URL contains a user or a password")

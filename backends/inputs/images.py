@@ -140,7 +140,7 @@ class ImageFolder:
         except OSError as error:
             raise InvalidItemError(f"{where} cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(about.st_mode):
-            raise InvalidItemError(f"{where} is no file")
+            raise InvalidItemError(f"{where} is not a file")
         if about.st_size > MOST_IMAGE_BYTES:
             msg = (
                 f"{where} has {about.st_size:,} bytes; images have at most "

@@ -163,7 +163,7 @@ class BatchFiles:
         if not path.exists():
             return True
         if not path.is_file():
-            raise ConfigurationError(f"{path}: is no regular file; choose another output")
+            raise ConfigurationError(f"{path}: is not a regular file; choose another output")
         with path.open("r+b") as file:
             end = 0
             for number, line in enumerate(file):

@@ -484,7 +484,7 @@ def read_evaluation(folder: RunFolder) -> dict[str, Any] | None:
     except (OSError, orjson.JSONDecodeError) as error:
         raise JournalError(f"{path}: cannot be read: {error}{hint}") from None
     if not isinstance(found, dict) or found.get("version") != EVALUATION_VERSION:
-        raise JournalError(f"{path}: is no evaluation of version {EVALUATION_VERSION}{hint}")
+        raise JournalError(f"{path}: is not an evaluation of version {EVALUATION_VERSION}{hint}")
     return found
 
 
@@ -856,7 +856,7 @@ def read_requested_limits(path: Path) -> set[str]:
 def _read_limit(value: object) -> float:
     """Return a limit of a budget; a whole number stays one, because requests are counted."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no limit")
+        raise TypeError(f"{value!r} is not a limit")
     return value
 
 

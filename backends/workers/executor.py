@@ -261,7 +261,7 @@ async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
         raise BackendError(f"{name}: cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(made, Executor):
         raise ConfigurationError(
-            f"{name}: made {type(made).__name__}, no concurrent.futures.Executor"
+            f"{name}: made {type(made).__name__}, not a concurrent.futures.Executor"
         )
     return made
 

@@ -262,7 +262,7 @@ class ParslBackend(ExecutorBackend):
             raise ConfigurationError(f"backend.config: {self._config}: {error}") from error
         config = found() if callable(found) else found
         if not isinstance(config, Config):
-            msg = f"backend.config: {self._config} is {type(config).__name__}, no parsl.Config"
+            msg = f"backend.config: {self._config} is {type(config).__name__}, not a parsl.Config"
             raise ConfigurationError(msg)
         return config
 

@@ -81,7 +81,7 @@ def _check_files(files: BatchFileNames, is_new: bool) -> None:
         if path.exists() and files.source.exists() and path.samefile(files.source):
             raise ConfigurationError(f"{path}: is the input; choose another file for the output")
         if path.exists() and not path.is_file():
-            raise ConfigurationError(f"{path}: is no regular file; choose another output")
+            raise ConfigurationError(f"{path}: is not a regular file; choose another output")
         if not path.absolute().parent.is_dir():
             raise ConfigurationError(f"{path}: there is no folder {path.absolute().parent}")
         if is_new and path.exists() and path.stat().st_size:

@@ -380,9 +380,8 @@ def read_gold_file(path: Path, id_column: str, gold: str) -> dict[str, Json]:
                     raise ConfigurationError(msg)
             name = format_id(row[id_column])
             if name is None:
-                msg = (
-                    f"{where}: the id in {source.describe_position(position)} is no text or number"
-                )
+                place = source.describe_position(position)
+                msg = f"{where}: the id in {place} is neither text nor a number"
                 raise ConfigurationError(msg)
             if name in values and values[name] != row[gold]:
                 msg = (

@@ -136,7 +136,7 @@ def load_function(entry: PythonConfig) -> RowReducer:
     """Import a user's function.
 
     Raises:
-        ConfigurationError: It cannot be imported, or is no plain function.
+        ConfigurationError: It cannot be imported, or is not a plain function.
     """
     from ...backends.workers.registry import import_object  # noqa: PLC0415 - imports all backends
 
@@ -151,7 +151,7 @@ def load_function(entry: PythonConfig) -> RowReducer:
             raise ConfigurationError(msg) from error
     _check_origin(entry)
     if not callable(found) or inspect.iscoroutinefunction(found):
-        msg = f"{key}: {name} is no plain function; it gets the rows of the results"
+        msg = f"{key}: {name} is not a plain function; it gets the rows of the results"
         raise ConfigurationError(msg)
     _check_parameters(found, name, key)
     function: RowReducer = found

@@ -235,8 +235,8 @@ def load_item_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
         graph = found(model)
         if not isinstance(graph, Runnable):
             msg = (
-                f"task.graph: {name} returned {type(graph).__name__}, no graph or other Runnable "
-                "(a StateGraph must be compiled)"
+                f"task.graph: {name} returned {type(graph).__name__}, not a graph or other "
+                "Runnable (a StateGraph must be compiled)"
             )
             raise ConfigurationError(msg)
         return graph

@@ -315,8 +315,9 @@ async def _bind_socket(host: str) -> socket.socket:
             raise
     except OSError as error:
         msg = (
-            f"backend.host: {host!r} is no name or address of this machine: {error.strerror}; "
-            "set the one by which workers reach it (FANFOLD_COORDINATOR_HOST in a job)"
+            f"backend.host: {host!r} is not a name or an address of this machine: "
+            f"{error.strerror}; set the one by which workers reach it (FANFOLD_COORDINATOR_HOST in "
+            "a job)"
         )
         raise ConfigurationError(msg) from error
     return bound

@@ -584,7 +584,7 @@ async def test_an_answer_has_names(simulated: SimulatedFleet, answer: Any) -> No
         settings(simulated, budget={"requests": 20}, **SMALL), checkpointer=InMemorySaver()
     )
     await graph.ainvoke({"items": rows(15)}, THREAD, context=FOUR)
-    with pytest.raises(InputError, match="no text"):
+    with pytest.raises(InputError, match="is not text"):
         await graph.ainvoke(Command(resume=answer), THREAD)
     assert (await graph.ainvoke(Command(resume={"requests": 20}), THREAD))["progress"]["done"] == 15
 

@@ -167,7 +167,7 @@ def test_variables_in_a_file_are_text(tmp_path: Path, monkeypatch: pytest.Monkey
     ("name", "content", "parts"),
     [
         ("e.jsonl", '{"text": 1}\n{', ["line 2", "not valid JSON"]),
-        ("e.jsonl", "[1]\n", ["line 1", "no JSON object"]),
+        ("e.jsonl", "[1]\n", ["line 1", "not a JSON object"]),
         ("e.jsonl", b"\xff\xfe", ["UTF-8"]),
         ("e.csv", "text,output\na\n", ["line 2", "cells"]),
         ("e.csv", "text,output\na,b,c\n", ["line 2", "cells"]),

@@ -101,7 +101,7 @@ def test_rules_of_the_setting() -> None:
         ({"fold": "mean", "schema": {"type": "string"}}, "a number in task.schema"),
         ({"fold": {"label": "mean"}, "schema": SCHEMA}, "task.fold.label: mean needs a number"),
         ({"fold": {"scores": "mean"}, "schema": SCHEMA}, "did you mean 'score'"),
-        ({"fold": {"deep.y": "vote"}, "schema": SCHEMA}, "'deep.y', which is no field"),
+        ({"fold": {"deep.y": "vote"}, "schema": SCHEMA}, "'deep.y', which is not a field"),
     ],
 )
 def test_refused(task: dict[str, Any], said: str) -> None:

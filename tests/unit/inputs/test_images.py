@@ -126,7 +126,7 @@ def test_what_is_no_image_of_the_folder(folder: Path, tmp_path: Path) -> None:
         "a.png/b": "cannot be read",
         "loop": "cannot be read",
         "sub": "cannot be read: Is a directory",
-        "pipe": "is no file",
+        "pipe": "is not a file",
         "x\0.png": "cannot be read",
         "x" * 300: "cannot be read",
         "x.pdf": "is a PDF; images are PNG, JPEG, WebP or GIF",

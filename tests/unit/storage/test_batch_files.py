@@ -181,7 +181,7 @@ def test_a_device_is_no_output(tmp_path: Path) -> None:
     write_run(tmp_path, ["done"] * ITEMS)
     with Journal(tmp_path, (RUN,), ITEMS) as journal:
         files = BatchFiles(journal, ABOUT, ITEMS, Path("/dev/null"), None)
-        with pytest.raises(ConfigurationError, match="no regular file"):
+        with pytest.raises(ConfigurationError, match="not a regular file"):
             files.open()
 
 

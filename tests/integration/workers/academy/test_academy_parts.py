@@ -169,7 +169,7 @@ async def test_settings_that_fail_at_the_start() -> None:
     with pytest.raises(ConfigurationError, match=r"exchange\.host: 192\.0\.2\.1"):
         await place(ExchangeSettings(ExchangeConfig(host="192.0.2.1"))).start()
     backend = place(ExchangeSettings(), make=list)
-    with pytest.raises(ConfigurationError, match="made list, no concurrent"):
+    with pytest.raises(ConfigurationError, match="made list, not a concurrent"):
         await backend.start()
     await backend.close()
 

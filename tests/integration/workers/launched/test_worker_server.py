@@ -182,5 +182,5 @@ async def test_a_worker_that_hears_nothing_any_more_is_gone() -> None:
 
 
 async def test_a_host_of_somebody_elses() -> None:
-    with pytest.raises(ConfigurationError, match="no name or address of this machine"):
+    with pytest.raises(ConfigurationError, match="not a name or an address of this machine"):
         await WorkerServer("192.0.2.1", 60).open()
