@@ -51,10 +51,14 @@ def _setting_field(key: str, **more: Any) -> Any:
 
 def _options(key: str, text: str, *excluded: str) -> Any:
     """Return a field for the settings of a section that have no field of their own."""
-    shown = section_schema(key)
-    for name in excluded:
-        del shown["properties"][name]
-    about = {"description": text, "json_schema_extra": {"anyOf": [shown, {"type": "null"}]}}
+
+    def show(shown: dict[str, Any]) -> None:
+        section = section_schema(key)
+        for name in excluded:
+            del section["properties"][name]
+        shown["anyOf"] = [section, {"type": "null"}]
+
+    about = {"description": text, "json_schema_extra": show}
     return field(default=None, metadata=about | {"section": key})
 
 

@@ -21,7 +21,7 @@ from ...backends.core.fields import split_column
 from ...backends.core.money import Amount
 from ...backends.core.selection import Selection
 from ...backends.core.text_tokens import estimate_text_tokens
-from ...backends.core.types import Json
+from ...backends.core.types import PART_COLUMN, Json
 from ...backends.discovery.connect import ReadyEndpoints, check_endpoints
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import has_own_servers
@@ -479,6 +479,8 @@ def _check_names(stage: Stage, properties: Mapping[str, Any]) -> None:
                 f"{stage.loaded.source}: there is no column {name!r}; its items have "
                 f"{', '.join([*properties, *inner])}{_suggest(name, inner)}"
             )
+            if name.partition(".")[0] == PART_COLUMN:
+                msg += f"; input.split adds {PART_COLUMN!r} to the items of the first stage"
             raise ConfigurationError(msg)
 
 

@@ -119,3 +119,8 @@ def test_samples_are_calls_of_their_own() -> None:
     served = dict.fromkeys(("first", "second"), ServedModel("m", simulated=False))
     found = list(estimate_stages(list_stages(loaded, Path()), 10, 5.0, served))
     assert [(one.items, one.amount.requests) for one in found] == [(10, 30), (10, 10)]
+
+
+def test_a_merge_of_items_that_are_no_parts_names_the_setting() -> None:
+    with pytest.raises(ConfigurationError, match=r"no column 'part'.*input\.split adds 'part'"):
+        check_columns(load({"op": "merge", "field": "x"}), INPUT)
