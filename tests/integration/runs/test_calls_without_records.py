@@ -21,8 +21,6 @@ BUDGETS: list[Any] = [
     pytest.param({"tokens": 10**7}, id="tokens", marks=pytest.mark.long),
     pytest.param({"requests": 10**5}, id="requests", marks=pytest.mark.long),
 ]
-GROWTH_S = 0.2
-"""Longer than it takes to note that more calls are in flight, as when a worker begins a shard."""
 
 
 def prepare(lab: Lab, budget: dict[str, Any]) -> None:
@@ -162,11 +160,9 @@ async def test_calls_of_a_killed_worker_are_in_doubt(
         lab.config["backend"] = backend
         lab.fleet.add_fault(FaultRule("slow", nodes=(1,), value=0.1))  # some are always in flight
         life = asyncio.create_task(lab.live(await lab.begin()))
-        await lab.until(lambda: life.done() or (len(begun(lab)) == 2 and lab.journal_lines() > 40))
+        await lab.until(lambda: life.done() or (busy(lab) and lab.journal_lines() > 40))
         assert not life.done()
-        await asyncio.sleep(GROWTH_S)
-        assert not life.done()
-        os.kill(begun(lab)[0], signal.SIGKILL)
+        os.kill(busy(lab)[0], signal.SIGKILL)
         lab.fleet._faults.clear()
         result = await asyncio.wait_for(life, DEADLINE_S)
         assert result.exit_code == 0
@@ -181,7 +177,12 @@ async def test_calls_of_workers_are_in_doubt_after_a_kill_of_the_coordinator(
         prepare(lab, {})
         lab.config["backend"] = backend
         lab.fleet.add_fault(FaultRule("slow", nodes=(1,), value=0.1))  # some are always in flight
-        await lab.killed_at(40, after_s=GROWTH_S)
+        async with lab.process() as process:
+            await lab.until(lambda: busy(lab) and lab.journal_lines() >= 40)
+            process.kill()
+            await asyncio.wait_for(process.wait(), DEADLINE_S)
+        await lab.until(lab.fleet_is_idle)
+        lab.life_ended()
         assert await check_bound(lab, exact=False) >= 1
         lab.fleet._faults.clear()
         result = await lab.live()
@@ -220,7 +221,12 @@ async def test_nothing_of_workers_is_in_doubt_after_an_end(
         assert await check_bound(lab, exact=True) == 0
 
 
-def begun(lab: Lab) -> list[int]:
-    """Return the workers that have recorded an item, by the names of their journal files."""
-    files = (lab.out / "journal").glob("*-*.jsonl")
-    return [int(f.stem.split("-")[-2]) for f in files if f.read_bytes().count(b"\n") > 1]
+def busy(lab: Lab) -> list[int]:
+    """Return the workers that have noted calls in flight last, by the names of their spend logs."""
+    found = list[int]()
+    for file in (lab.out / "budget").glob("*-*.jsonl"):
+        lines = [json.loads(line) for line in file.read_bytes().splitlines() if line.endswith(b"}")]
+        noted = [line["open"]["requests"] for line in lines if "open" in line]
+        if noted and noted[-1]:
+            found.append(int(file.stem.split("-")[-2]))
+    return found
