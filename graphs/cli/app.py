@@ -533,14 +533,14 @@ for _command in (jobs.submit, jobs.cancel, jobs.pack, jobs.chain, setup.presets,
     app.add_command(_command)
 
 
-_YOUNG_OBJECTS: Final = 10_000
+YOUNG_OBJECTS: Final = 10_000
 """New objects after which Python looks for garbage; 700, its default, cost 3 % of a run."""
 
 
 def main() -> None:
     """Run the command line; report each fanfold error as one message and an exit code."""
     _open_closed_streams()
-    gc.set_threshold(_YOUNG_OBJECTS)
+    gc.set_threshold(YOUNG_OBJECTS)
     atexit.register(gc.freeze)  # the last collection would free nothing, and takes half a second
     try:
         sys.exit(app.main(standalone_mode=False) or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import logging
 import resource
@@ -21,6 +22,7 @@ from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.loader import LoadedConfig, load_config
+from fanfold.graphs.cli.app import YOUNG_OBJECTS
 from fanfold.graphs.pipeline import execute_pipeline
 from fanfold.graphs.run.pipeline import list_stages, prepare_pipeline
 from fanfold.graphs.run.prepare import prepare_run
@@ -73,6 +75,7 @@ def measure(names: Sequence[str], repeats: int) -> None:
         repeats: How often each is measured; the least CPU time counts.
     """
     logging.disable(logging.WARNING)
+    gc.set_threshold(YOUNG_OBJECTS)  # as the command line does
     asyncio.run(_measure(names, repeats))
 
 
