@@ -123,7 +123,7 @@ async def test_a_ready_graph_cannot_be_held_to_a_budget(cap: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("graph", "words"), [("uncompiled", "StateGraph must be compiled"), ("Talk", "no graph")]
+    ("graph", "words"), [("uncompiled", "StateGraph must be compiled"), ("Talk", "not a graph")]
 )
 async def test_what_is_no_graph_is_said(graph: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
