@@ -81,7 +81,7 @@ def main() -> None:  # noqa: PLR0912 - a branch for each measurement
     if "shards" in names:
         shards.measure(given.backends)
     if "stages" in names:
-        stages.measure(given.operators, 3)
+        stages.measure(given.operators, 7)
     if "start" in names:
         start.measure(5)
     if "streams" in names:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import orjson
@@ -72,7 +73,8 @@ def measure(names: Sequence[str], repeats: int) -> None:
 
     Args:
         names: The operators.
-        repeats: How often each is measured; the least CPU time counts.
+        repeats: How often each is measured, one after the other; printed are the least CPU times,
+            and the median and the range of the ratios.
     """
     logging.disable(logging.WARNING)
     gc.set_threshold(YOUNG_OBJECTS)  # as the command line does
@@ -105,14 +107,16 @@ class _Found:
     items: int
     levels: int
     calls: int
-    operator_s: float
-    map_s: float
+    operator_s: Sequence[float]
+    map_s: Sequence[float]
 
     def print(self) -> None:
-        operator, other = (1000 * s / self.calls for s in (self.operator_s, self.map_s))
+        operator, other = (1000 * min(s) / self.calls for s in (self.operator_s, self.map_s))
+        ratios = [one / other for one, other in zip(self.operator_s, self.map_s, strict=True)]
         print(
             f"{self.name:>10} {self.items:>7,} {self.levels:>7,} {self.calls:>7,} "
-            f"{operator:>9.3f} {other:>7.3f} {operator / other:>6.2f}",
+            f"{operator:>9.3f} {other:>7.3f} {median(ratios):>6.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})",
             flush=True,
         )
 
@@ -132,7 +136,7 @@ class _Bench:
         self._urls, self._small = list(urls), list(small)
 
     async def run(self, count: int, repeats: int) -> _Found:
-        """Return the least CPU times of a stage of so many items and of its map."""
+        """Return the CPU times of a stage of so many items and of its map."""
         loaded = self._load_stage()
         rows = [{"id": f"i{n}", "text": f"{_WORDS * 9}{n}"} for n in range(count)]
         staged, mapped = list[float](), list[float]()
@@ -144,7 +148,7 @@ class _Bench:
             mapped.append(await self._run_maps(levels))
             calls = sum(len(_read_rows(level)) for level in levels)
             shutil.rmtree(self._folder)
-        return _Found(self._name, count, len(levels), calls, min(staged), min(mapped))
+        return _Found(self._name, count, len(levels), calls, staged, mapped)
 
     def _load_stage(self) -> LoadedConfig:
         stage = {"name": self._name, **_STAGES[self._name][1]}
