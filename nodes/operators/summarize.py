@@ -18,6 +18,7 @@ from ...backends.core.fields import split_column
 from ...backends.core.terminal import count_nouns
 from ...backends.core.text_tokens import halve_text
 from ...backends.core.types import PART_COLUMN, Item, Json, Row
+from ...backends.core.values import name_values
 from ..item.part import is_part
 from .base import (
     Answer,
@@ -47,7 +48,7 @@ _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
-"""Id of the only summary."""
+"""Id of the only summary, and key of its group."""
 _LABEL_TOKENS: Final = 6
 """Tokens of a text's label in an answer, with quotes and comma."""
 _LABEL_SHARE: Final = 2
@@ -135,7 +136,7 @@ class _Node:
     """A summary within the tree.
 
     Attributes:
-        group: The group that it belongs to.
+        group: Key of the group that it belongs to.
         statements: Its statements.
         failed: Questions below it that failed.
         unknown: Ids in answers that were not in their group.
@@ -153,7 +154,7 @@ class _Group:
 
     Attributes:
         id: The name of the question.
-        group: The group of the summary that it belongs to.
+        group: Key of the group of the summary that it belongs to.
         members: Indices of items, or summaries.
         piece: Start and end of the part of its only item's text that it is about, in characters;
             None: the whole text.
@@ -256,7 +257,11 @@ class Summarize(Operator):
             groups = await self._pack_nodes(tools, nodes, most)
             nodes = await tree.ask(f"merge {depth}", _MERGE, groups)
         parts = await asyncio.to_thread(self._list_parts, tools) if self._is_of_parts else {}
-        results = [self._present(node, counts[node.group], parts.get(node.group)) for node in nodes]
+        names = self._name_groups(counts)
+        results = [
+            self._present(names[node.group], node, counts[node.group], parts.get(names[node.group]))
+            for node in nodes
+        ]
         unknown = sum(node.unknown for node in nodes)
         uncited = sum(not one.sources for node in nodes for one in node.statements)
         report: dict[str, Any] = {
@@ -374,10 +379,17 @@ class Summarize(Operator):
         return [self._read_group(one.row) for one in some], shown
 
     def _read_group(self, row: Row) -> str:
+        """Return the key of an item's group: JSON, in which "1" and 1 differ."""
         if self.group_by is None:
             return _ALL
-        value = _pick(row, self.group_by)
-        return value if isinstance(value, str) else orjson.dumps(value).decode()
+        return orjson.dumps(_pick(row, self.group_by)).decode()
+
+    def _name_groups(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the ids of the summaries, by the keys of their groups."""
+        if self.group_by is None:
+            return {_ALL: _ALL}
+        listed = list(keys)
+        return dict(zip(listed, name_values(map(orjson.loads, listed)), strict=True))
 
     @staticmethod
     async def _pack_nodes(
@@ -458,7 +470,10 @@ class Summarize(Operator):
 
     @staticmethod
     def _present(
-        node: _Node, items: int, parts: Sequence[tuple[str, Mapping[str, Any]]] | None
+        name: str,
+        node: _Node,
+        items: int,
+        parts: Sequence[tuple[str, Mapping[str, Any]]] | None,
     ) -> StageResult:
         statements = [
             {"text": one.text, "ids": list(one.sources[:SHOWN_IDS]), "sources": list(one.sources)}
@@ -471,7 +486,7 @@ class Summarize(Operator):
             "unknown_ids": node.unknown,
         }
         row: Row = {} if parts is None else {PARTS: describe_parts(parts)}
-        return StageResult(node.group, output, row)
+        return StageResult(name, output, row)
 
 
 class _Texts:

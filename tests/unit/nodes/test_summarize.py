@@ -115,6 +115,31 @@ async def test_groups_get_a_summary_each() -> None:
     assert found["b"]["statements"][0]["sources"] == [f"i{n}" for n in range(1, 41, 2)]
 
 
+async def test_values_of_different_types_are_different_groups() -> None:
+    values: list[Any] = [None, "null", 1, "1", 1.5, "1.5", True, "true", "a", '"1"', [1], "[1]", ""]
+    rows = Rows(2 * len(values))
+    for item in rows.items:
+        item.row["kind"] = values[item.index % len(values)]
+    tools = StageTools(rows, ("text", "kind"), Model().ask, count_tokens, None, 256)
+    results = (await Summarize("Sum", "{text}", group_by="kind").run(tools)).results
+    found = {one.id: one.output["statements"][0]["sources"] for one in results}
+    names = [
+        *("null", '"null"', "1", '"\\"1\\""', "1.5", '"1.5"', "true", '"true"', "a", '"1"'),
+        *("[1]", '"[1]"', ""),
+    ]
+    assert list(found) == names
+    assert list(found.values()) == [[f"i{n}", f"i{n + len(values)}"] for n in range(len(values))]
+
+
+async def test_a_text_alone_names_its_group_as_it_is() -> None:
+    rows = Rows(2)
+    for item, value in zip(rows.items, ["1", "null"], strict=True):
+        item.row["kind"] = value
+    tools = StageTools(rows, ("text", "kind"), Model().ask, count_tokens, None, 256)
+    results = (await Summarize("Sum", "{text}", group_by="kind").run(tools)).results
+    assert [one.id for one in results] == ["1", "null"]
+
+
 @pytest.mark.parametrize("brackets", [False, True])
 async def test_invented_ids_are_left_out_and_counted(brackets: bool) -> None:
     model = Model(invents=True, brackets=brackets)
