@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,20 @@ class StageRows:
                     stack.callback(other.close)
                     found = describe_rows(found, name, other.answer_schema)
         return found
+
+    def find_none(self) -> PassedOn | None:
+        """Return what became of the results if none is passed on, else None; blocks.
+
+        Raises:
+            ConfigurationError: ``where`` cannot be read.
+            JournalError: The earlier stage is damaged.
+        """
+        rows = replace(self, joined=(), counts=PassedOn())
+        try:
+            next(rows.open().iter_entries())
+        except InputError:
+            return rows.counts
+        return None
 
     def _parse(self, source: StageReader) -> Selection | None:
         if self.where is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -50,10 +51,31 @@ def test_a_summary_whose_questions_all_failed_has_failed(shell: Shell) -> None:
     assert "2 x RefusedAnswerError" in failures
     assert "its question failed; leaf 1: " in failures
     assert "0: failed: its question failed" in shell("status", "r").out
+    again = f"fanfold run {shlex.quote('r/run.yaml')} --from r --out r-2 --ask-again failed"
+    assert json.loads(shell("status", "r", "--json").out)["next_command"] == again
     assert shell("report", "r", "--stage", "s").code == 0
     page = (shell.folder / "r" / "stages" / "s" / "report.html").read_text()
     assert "2 items failed and have no answer" in page
     assert "its question failed; leaf 1" in page
+
+
+def test_a_stage_without_items_needs_another_where(shell: Shell) -> None:
+    (shell.folder / "in.jsonl").write_text('{"id": "a", "t": "x"}\n')
+    stages = [
+        {"name": "s", "map": {"prompt": "{t}", "schema": SCHEMA}},
+        {"name": "none", "where": "output.score > 2", "map": {"prompt": "{s.score}"}},
+    ]
+    given = {"path": "in.jsonl", "id": "id"}
+    shell.write(input=given, endpoints=GOOD, task=None, reduce=None, stages=stages)
+    assert shell("run", "c.yaml", "--out", "r").code == 2
+    command = "fanfold resume r --set stages.1.where=CONDITION"
+    assert json.loads(shell("status", "r", "--json").out)["next_command"] == command
+    assert f"continue with: {command}" in shell("status", "r").out
+    assert shell("report", "r").code == 0
+    assert command in (shell.folder / "r" / "report.html").read_text()
+    given_where = command.replace("CONDITION", "'output.score > 0'").replace("fanfold ", "")
+    assert shell(*shlex.split(given_where)).code == 0
+    assert json.loads(shell("status", "r", "--json").out)["next_command"] is None
 
 
 @pytest.mark.parametrize("merge", ["concat", "summarize"])
