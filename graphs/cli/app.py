@@ -420,6 +420,7 @@ def cost(folder: Path, by: str | None, as_json: bool) -> None:
 @take_json
 def endpoints(config: str, changes: Overrides, as_json: bool) -> int:
     """List the endpoints and their current state; exit with 2 if none serves the model."""
+    _expect_short_command()
     from .endpoints import list_endpoints
 
     return list_endpoints(config, changes, as_json)
@@ -451,6 +452,7 @@ def results(  # noqa: PLR0913 - click passes one argument per option
     stage: str | None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
+    _expect_short_command()
     from .export import export_results
 
     optional = [name for name, is_given in (("prompt", prompt), ("raw", raw)) if is_given]
@@ -465,6 +467,7 @@ def results(  # noqa: PLR0913 - click passes one argument per option
 @take_json
 def check(config: str, changes: Overrides, sample: int, like: Path | None, as_json: bool) -> None:
     """Validate the config and estimate tokens, cost and time, without calling the model."""
+    _expect_short_command()
     from .check import check_config
 
     check_config(config, changes, sample, like, as_json)
@@ -535,6 +538,20 @@ for _command in (jobs.submit, jobs.cancel, jobs.pack, jobs.chain, setup.presets,
 
 YOUNG_OBJECTS: Final = 10_000
 """New objects after which Python looks for garbage; 700, its default, cost 3 % of a run."""
+
+
+_SHORT_COMMAND_OBJECTS: Final = 200_000
+"""The same for commands that end within a second: about what their modules consist of."""
+
+
+def _expect_short_command() -> None:
+    """Avoid work that pays off in long commands only; call it before their modules are imported.
+
+    NumPy, which Arrow imports, starts a thread on each core for algebra that these commands do not
+    need. It takes longer than the import itself, and login nodes limit the number of threads.
+    """
+    gc.set_threshold(_SHORT_COMMAND_OBJECTS)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def main() -> None:

@@ -58,7 +58,6 @@ from ...backends.inputs.images import open_images
 from ...backends.inputs.item_order import LEAST_ROWS, LateRepeat, find_late_repeat, sample_rows
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
-from ...backends.storage.journal import Journal
 from ...backends.storage.results import ResultLayout
 from ...backends.storage.run_folder import get_run_ids, open_folder
 from ...configs.loader import LoadedConfig
@@ -594,6 +593,8 @@ def _read_answered_prompts(path: Path, count: int) -> list[tuple[dict[str, Any],
     Raises:
         ConfigurationError: The run cannot be read.
     """
+    from ...backends.storage.journal import Journal  # noqa: PLC0415 - few estimates read a run
+
     folder = open_folder(path)
     about, settings = folder.read_provenance(), read_settings(folder.settings).data
     task = settings["task"]

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ...backends.budget.price import Price
 from ...backends.core.errors import ConfigurationError, TruncatedAnswerError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, BudgetLimits
 from ...backends.core.terminal import count_nouns
 from ...backends.core.types import Usage
-from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import get_run_ids, open_folder
+
+if TYPE_CHECKING:
+    from ...backends.storage.journal import Journal
 
 _SIGMAS: Final = 2.0
 """Standard errors on either side: about 95 of 100 such ranges contain the true mean."""
@@ -300,6 +302,8 @@ def read_item_stats(path: Path, simulated: bool, limit: AnswerLimit) -> ItemStat
         ConfigurationError: There is no run or no finished item, or the answers are of the other
             kind.
     """
+    from ...backends.storage.journal import Journal  # noqa: PLC0415 - few estimates read a run
+
     folder = open_folder(path)
     about = folder.read_provenance()
     if bool(about["simulated"]) is not simulated:

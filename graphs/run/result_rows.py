@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, tee
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
@@ -18,8 +18,6 @@ from ...backends.core.samples import FoldRule, SampleFold, find_row_error
 from ...backends.core.templates import ItemPrompt
 from ...backends.core.types import PART_COLUMN, PART_FIELDS, Json, Row, find_row_id
 from ...backends.inputs.item_store import ItemStore
-from ...backends.storage.journal import Journal
-from ...backends.storage.journal_file import RunIds
 from ...backends.storage.results import ResultLayout, make_layout, make_rows
 from ...backends.storage.results_schema import (
     FREE_TEXT,
@@ -33,6 +31,10 @@ from ...backends.storage.results_schema import (
 )
 from ...backends.storage.run_folder import RunFolder, get_run_ids, read_extents
 from ...configs.raw_settings import expand_variables, get_at_path, read_settings
+
+if TYPE_CHECKING:
+    from ...backends.storage.journal import Journal
+    from ...backends.storage.journal_file import RunIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,8 @@ def open_result_source(
             there are no samples, or the folder is that of a pipeline.
         JournalError: The journal, the items or the aggregate are damaged.
     """
+    from ...backends.storage.journal import Journal  # noqa: PLC0415 - `check` needs layouts only
+
     about = folder.read_provenance()
     if folder.is_pipeline:
         msg = (
