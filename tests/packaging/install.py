@@ -1,8 +1,9 @@
 """``make test-install``: wheel and sdist install into empty environments, and fanfold runs there.
 
 For each Python on PATH from 3.11 to 3.14, or those that ``--python`` names: wheel and sdist alone,
-the wheel with each extra, and with all of them. An extra whose packages have no wheel for a Python
-is named, not hidden; so is a Python that is missing.
+the wheel with each extra, and with all of them. Each time a preset runs, and the modules of the
+extra are imported; without extras, the message that names a missing one is read. An extra whose
+packages have no wheel for a Python is named, not hidden; so is a Python that is missing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,23 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 PYTHONS: Final = ("python3.11", "python3.12", "python3.13", "python3.14")
 OWN: Final = frozenset({"dev", "test", "docs"})
 """Extras for work on fanfold itself, which `make` installs."""
+MODULES: Final = {
+    "parsl": ("parsl",),
+    "academy": ("academy.manager",),
+    "endpoint": ("globus_compute_endpoint",),
+    "postgres": ("langgraph.checkpoint.postgres.aio", "psycopg_pool"),
+    "chem": ("rdkit.Chem",),
+    "report": ("altair", "vl_convert"),
+    "first": ("alcf_tokens.auth",),
+    "agents": ("langchain.agents",),
+    "metrics": ("prometheus_client",),
+    "pandas": ("pandas",),
+    "polars": ("polars",),
+    "analysis": ("duckdb",),
+    "pdf": ("pypdfium2",),
+    "studio": ("langgraph_api", "langgraph_cli"),
+}
+"""What an extra installs and fanfold imports."""
 NO_WHEEL: Final = ("No matching distribution found", "Failed building wheel", "Failed to build")
 
 
@@ -28,6 +46,12 @@ def list_extras() -> list[str]:
     """Return the extras that users install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [name for name in project["optional-dependencies"] if name not in OWN]
+
+
+def read_version(python: str) -> str | None:
+    """Return the version of an interpreter; None if it does not start, as pyenv's stand-ins."""
+    done = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def make_environment(folder: Path, python: str) -> Path:
@@ -48,42 +72,56 @@ def build(python: str, folder: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def try_install(python: str, folder: Path, what: str) -> str:
+def run_steps(own: Path, folder: Path, extras: list[str]) -> str:
+    """Run fanfold in an environment; return ``ok`` or the step that failed, with its output."""
+    fanfold = str(own.with_name("fanfold"))
+    modules = [module for extra in extras for module in MODULES[extra]]
+    steps = [
+        [str(own), "-m", "pip", "check"],
+        *([str(own), "-c", f"import {module}"] for module in modules),
+        [str(own), "-c", "import fanfold; fanfold.build_graph, fanfold.ChatFleet"],
+        [fanfold, "--help"],
+        [fanfold, "run", "quickstart", "--limit", "20", "--quiet", "--out", "run"],
+        [fanfold, "results", "run", "-o", "rows.csv"],
+    ]
+    for step in steps:
+        done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"FAILED: {' '.join(step[1:])}: {(done.stdout + done.stderr)[-400:]}"
+    if not extras:
+        step = [fanfold, "run", "quickstart", "--limit", "1", "--checkpointer", "postgresql://h/d"]
+        done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode != 2 or "pip install 'fanfold[postgres]'" not in done.stderr:
+            return f"FAILED: message on a missing extra: {done.returncode} {done.stderr[-400:]}"
+    return "ok"
+
+
+def try_install(python: str, folder: Path, what: str, extras: list[str], uv: str | None) -> str:
     """Install into an empty environment and run fanfold; return ``ok`` or what went wrong."""
     own = make_environment(folder, python)
+    with_pip = [str(own), "-m", "pip", "install"]
+    command = [uv, "pip", "install", "--python", str(own)] if uv else with_pip
     install = subprocess.run(
-        [str(own), "-m", "pip", "install", "--quiet", what],
+        [*command, "--quiet", what],
         capture_output=True,
         text=True,
         check=False,
     )
     if install.returncode:
         lines = [line for line in install.stderr.splitlines() if line.startswith("ERROR")]
-        is_extra = "[" in what  # without one, fanfold must install
-        no_wheel = is_extra and any(word in install.stderr for word in NO_WHEEL)
+        no_wheel = extras and any(word in install.stderr for word in NO_WHEEL)  # fanfold must
         return f"{'no wheel' if no_wheel else 'FAILED'}: {lines[-1] if lines else install.stderr}"
-    steps = (
-        [str(own), "-m", "pip", "check"],
-        [str(own), "-m", "fanfold", "--version"],
-        [str(own), "-m", "fanfold", "run", "data_annotation", "--quiet", "--out", "run"],
-        [str(own), "-m", "fanfold", "results", "run", "-o", "rows.csv"],
-    )
-    for step in steps:
-        done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return f"FAILED: {' '.join(step[1:])}: {(done.stdout + done.stderr)[-400:]}"
-    return "ok"
+    return run_steps(own, folder, extras)
 
 
-def iter_targets(wheel: Path, sdist: Path, extras: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield a name and what pip installs."""
-    yield "wheel", str(wheel)
-    yield "sdist", str(sdist)
+def iter_targets(wheel: Path, sdist: Path, extras: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield what pip installs, and its extras."""
+    yield str(wheel), []
+    yield str(sdist), []
     for extra in extras:
-        yield f"wheel[{extra}]", f"{wheel}[{extra}]"
+        yield f"{wheel}[{extra}]", [extra]
     if len(extras) > 1:
-        listed = ",".join(extras)
-        yield "wheel, all extras", f"{wheel}[{listed}]"
+        yield f"{wheel}[{','.join(extras)}]", extras
 
 
 def main() -> None:
@@ -91,20 +129,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("extras", nargs="*", choices=[*list_extras(), []], default=[])
     parser.add_argument("--python", action="append", help="an interpreter; may be repeated")
+    parser.add_argument("--uv", help="install with this uv, which is faster than pip")
     options = parser.parse_args()
     extras = options.extras or list_extras()
     wanted: list[str] = options.python or list(PYTHONS)
-    pythons = [found for name in wanted if (found := shutil.which(name))]
-    print("not found:", *([name for name in wanted if not shutil.which(name)] or ["none"]))
-    failed = not pythons or (options.python is not None and len(pythons) < len(wanted))
-    for python in pythons:
+    found = {name: path for name in wanted if (path := shutil.which(name))}
+    pythons = {path: version for path in found.values() if (version := read_version(path))}
+    missing = [name for name in wanted if found.get(name) not in pythons]
+    print("not found:", *(missing or ["none"]))
+    failed = not pythons or (options.python is not None and bool(missing))
+    for python, version in pythons.items():
         with TemporaryDirectory(prefix="fanfold-install-") as name:
             folder = Path(name)
-            for target, what in iter_targets(*build(python, folder), extras):
-                found = try_install(python, folder / "env", what)
+            for what, chosen in iter_targets(*build(python, folder), extras):
+                answer = try_install(python, folder / "env", what, chosen, options.uv)
                 shutil.rmtree(folder / "env")
-                failed = failed or found.startswith("FAILED")
-                print(f"{Path(python).name} {target}: {found}", flush=True)
+                failed = failed or answer.startswith("FAILED")
+                kind = "sdist" if what.endswith(".tar.gz") else "wheel"
+                label = (
+                    f"{kind}[{'all together' if len(chosen) > 1 else chosen[0]}]"
+                    if chosen
+                    else kind
+                )
+                print(f"{version}, {label}: {answer}", flush=True)
     sys.exit(failed)
 
 
