@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PYTHONS: Final = ("python3.11", "python3.12", "python3.13", "python3.14")
@@ -42,6 +42,14 @@ MODULES: Final = {
 NO_WHEEL: Final = ("No matching distribution found", "Failed building wheel", "Failed to build")
 
 
+class Target(NamedTuple):
+    """What is installed."""
+
+    name: str
+    what: str  # pip's argument
+    extras: list[str]
+
+
 def list_extras() -> list[str]:
     """Return the extras that users install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -54,15 +62,14 @@ def read_version(python: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def make_environment(folder: Path, python: str) -> Path:
+def make_environment(folder: Path, python: str, *options: str) -> Path:
     """Create an empty environment; return its Python."""
-    subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    subprocess.run([python, "-m", "venv", *options, str(folder)], check=True)
     return folder / "bin" / "python"
 
 
-def build(python: str, folder: Path) -> tuple[Path, Path]:
+def build(own: Path, folder: Path) -> tuple[Path, Path]:
     """Build wheel and sdist; return their paths."""
-    own = make_environment(folder / "build", python)
     pip = [str(own), "-m", "pip", "install", "--quiet", "build"]
     subprocess.run(pip, check=True)
     target = folder / "dist"
@@ -72,12 +79,12 @@ def build(python: str, folder: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def run_steps(own: Path, folder: Path, extras: list[str]) -> str:
+def run_steps(own: Path, pip: list[str], folder: Path, extras: list[str]) -> str:
     """Run fanfold in an environment; return ``ok`` or the step that failed, with its output."""
     fanfold = str(own.with_name("fanfold"))
     modules = [module for extra in extras for module in MODULES[extra]]
     steps = [
-        [str(own), "-m", "pip", "check"],
+        [*pip, "--python", str(own), "check"],
         *([str(own), "-c", f"import {module}"] for module in modules),
         [str(own), "-c", "import fanfold; fanfold.build_graph, fanfold.ChatFleet"],
         [fanfold, "--help"],
@@ -96,32 +103,33 @@ def run_steps(own: Path, folder: Path, extras: list[str]) -> str:
     return "ok"
 
 
-def try_install(python: str, folder: Path, what: str, extras: list[str], uv: str | None) -> str:
+def try_install(python: str, pip: list[str], folder: Path, target: Target, uv: str | None) -> str:
     """Install into an empty environment and run fanfold; return ``ok`` or what went wrong."""
-    own = make_environment(folder, python)
-    with_pip = [str(own), "-m", "pip", "install"]
-    command = [uv, "pip", "install", "--python", str(own)] if uv else with_pip
+    own = make_environment(folder, python, "--without-pip")
+    with_uv = [uv, "pip", "install", "--python", str(own)] if uv else []
     install = subprocess.run(
-        [*command, "--quiet", what],
+        [*(with_uv or [*pip, "--python", str(own), "install"]), "--quiet", target.what],
         capture_output=True,
         text=True,
         check=False,
     )
     if install.returncode:
         lines = [line for line in install.stderr.splitlines() if line.startswith("ERROR")]
-        no_wheel = extras and any(word in install.stderr for word in NO_WHEEL)  # fanfold must
+        no_wheel = target.extras and any(
+            word in install.stderr for word in NO_WHEEL
+        )  # fanfold must
         return f"{'no wheel' if no_wheel else 'FAILED'}: {lines[-1] if lines else install.stderr}"
-    return run_steps(own, folder, extras)
+    return run_steps(own, pip, folder, target.extras)
 
 
-def iter_targets(wheel: Path, sdist: Path, extras: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield what pip installs, and its extras."""
-    yield str(wheel), []
-    yield str(sdist), []
+def iter_targets(wheel: Path, sdist: Path, extras: list[str]) -> Iterator[Target]:
+    """Yield wheel and sdist alone, the wheel with each extra, and with all of them."""
+    yield Target("wheel", str(wheel), [])
+    yield Target("sdist", str(sdist), [])
     for extra in extras:
-        yield f"{wheel}[{extra}]", [extra]
+        yield Target(f"wheel[{extra}]", f"{wheel}[{extra}]", [extra])
     if len(extras) > 1:
-        yield f"{wheel}[{','.join(extras)}]", extras
+        yield Target("wheel[all together]", f"{wheel}[{','.join(extras)}]", extras)
 
 
 def main() -> None:
@@ -141,17 +149,13 @@ def main() -> None:
     for python, version in pythons.items():
         with TemporaryDirectory(prefix="fanfold-install-") as name:
             folder = Path(name)
-            for what, chosen in iter_targets(*build(python, folder), extras):
-                answer = try_install(python, folder / "env", what, chosen, options.uv)
+            own = make_environment(folder / "build", python)
+            pip = [str(own), "-m", "pip"]
+            for target in iter_targets(*build(own, folder), extras):
+                answer = try_install(python, pip, folder / "env", target, options.uv)
                 shutil.rmtree(folder / "env")
                 failed = failed or answer.startswith("FAILED")
-                kind = "sdist" if what.endswith(".tar.gz") else "wheel"
-                label = (
-                    f"{kind}[{'all together' if len(chosen) > 1 else chosen[0]}]"
-                    if chosen
-                    else kind
-                )
-                print(f"{version}, {label}: {answer}", flush=True)
+                print(f"{version}, {target.name}: {answer}", flush=True)
     sys.exit(failed)
 
 
