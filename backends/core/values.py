@@ -151,6 +151,24 @@ def to_json_text(value: Any) -> str:
         return _shorten(value)
 
 
+def name_values(values: Iterable[Json]) -> list[str]:
+    """Return a name for each of some different values: a text itself, else JSON.
+
+    A text that is the name of another value is quoted: ``"1"`` beside the number 1. The names do
+    not depend on the order of the values.
+    """
+    listed = list(values)
+    taken = {to_json_text(value) for value in listed if not isinstance(value, str)}
+    quoted = dict[str, str]()
+    for text in sorted(one for one in listed if isinstance(one, str)):
+        name = text
+        while name in taken:
+            name = to_json_text(name)
+        taken.add(name)
+        quoted[text] = name
+    return [quoted[v] if isinstance(v, str) else to_json_text(v) for v in listed]
+
+
 def replace_surrogates(text: str) -> str:
     """Return a text with ``?`` in place of half surrogate pairs, which UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()

@@ -211,6 +211,8 @@ class Journal:
         if found is None:
             return False
         paths = [self._folder / one.name for one in found.files]
+        if len(set(paths)) < len(paths) or not set(paths) <= set(self._paths):
+            return False
         for path, one in zip(paths, found.files, strict=True):
             if not is_unchanged(JournalSource(path, self._run), one.end, one.line, one.crc):
                 return False

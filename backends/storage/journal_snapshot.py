@@ -7,7 +7,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,11 +15,17 @@ import orjson
 
 from ..core.errors import JournalError
 from ..core.money import UsageTotals
+from ..core.values import is_count
 from .journal_file import RunIds, get_current_run_id, is_own_run, open_regular
 
 SNAPSHOT_FILE: Final = "index.bin"
 
 _VERSION: Final = 1
+_ENDS: Final = 2
+"""States of an item besides those of error classes, which follow them: open and done."""
+_MOST_STATES: Final = 256
+_BLOCK: Final = 1 << 18
+"""Items that are checked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,49 @@ def read_snapshot(folder: Path, run: RunIds, items: int) -> JournalSnapshot | No
             is_whole = all(file.readinto(column) == len(column) for column in columns)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if is_whole and _compute_crc(columns) == about["crc"] else None
+    if not is_whole or _compute_crc(columns) != about["crc"] or not _is_in_range(found):
+        return None
+    return found
+
+
+def _is_in_range(found: JournalSnapshot) -> bool:
+    """Return True if no value leads out of the journal; the checksums do not say who wrote them."""
+    counts = [found.duplicates, *(n for one in found.files for n in (one.end, one.line, one.crc))]
+    counts += [n for session, usage in found.usage.items() for n in (session, *astuple(usage))]
+    if not isinstance(found.classes, dict):
+        return False
+    codes = range(_ENDS, _ENDS + len(found.classes))
+    return (
+        all(map(is_count, counts))
+        and all(isinstance(one.name, str) for one in found.files)
+        and list(found.classes.values()) == list(codes)
+        and codes.stop <= _MOST_STATES
+        and not found.states.translate(None, bytes(range(codes.stop)))
+        and _are_records_in_files(found)
+    )
+
+
+def _are_records_in_files(found: JournalSnapshot) -> bool:
+    import numpy as np  # noqa: PLC0415 - takes 0.1 s, and only long journals have a saved index
+
+    ends = np.array([one.end for one in found.files], np.int64)
+    kinds = (np.uint8, np.intc, np.int64, np.intc)
+    columns = [
+        np.frombuffer(column, kind) for column, kind in zip(_get_columns(found), kinds, strict=True)
+    ]
+    for lo in range(0, len(found.states), _BLOCK):
+        states, numbers, starts, lengths = (column[lo : lo + _BLOCK] for column in columns)
+        has_record = lengths != 0
+        if (states > 0)[~has_record].any():
+            return False
+        numbers, starts, lengths = (one[has_record] for one in (numbers, starts, lengths))
+        if not len(numbers):
+            continue
+        if numbers.min() < 0 or numbers.max() >= len(ends):
+            return False
+        if min(starts.min(), lengths.min()) < 0 or (starts > ends[numbers] - lengths).any():
+            return False
+    return True
 
 
 def _get_columns(snapshot: JournalSnapshot) -> Sequence[bytearray | array[int]]:

@@ -16,6 +16,7 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import UsageTotals
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_state
 from ...configs.loader import load_config
+from ...nodes.operators import Cascade
 from ..run.console import print_json, print_lines, print_messages
 from ..run.next_steps import FINISHED
 from ..run.pipeline_report import (
@@ -27,7 +28,13 @@ from ..run.pipeline_report import (
     read_stage_budget,
 )
 from ..run.rich_console import Terminal, print_message
-from ..run.stage_folder import find_models, find_run, list_stage_runs
+from ..run.stage_folder import (
+    find_models,
+    find_run,
+    list_levels,
+    list_stage_runs,
+    read_operator,
+)
 from .failures import show_failures
 from .options import COST_BY
 from .stage_findings import show_pipeline_findings
@@ -235,7 +242,7 @@ def show_stage_failures(
         show_failures(find_run(path, stage), error_class, as_json)
         return
     folder = open_folder(path)
-    failed = [one for one in list_stage_runs(folder) if _count_failed(one, error_class)]
+    failed = [one for one in _list_failing(folder) if _count_failed(one, error_class)]
     if not failed:
         which = "" if error_class is None else f" with {error_class}"
         print_messages([f"{path}: no item failed{which}"])
@@ -244,6 +251,17 @@ def show_stage_failures(
             key = str(one.path.relative_to(folder.path)).removeprefix("stages/")
             print_lines([f"stage {key.replace('/levels/', ', level ')}"])
         show_failures(one.path, error_class, as_json)
+
+
+def _list_failing(folder: RunFolder) -> Iterator[RunFolder]:
+    """Yield the runs that ask the model, and the results of operators, which may fail too."""
+    for name in folder.read_provenance()["stages"]:
+        stage = RunFolder(folder.stages / name)
+        operator = read_operator(stage.path)
+        runs = [] if operator is None else list(list_levels(stage.path))
+        if operator is None or operator["op"] != Cascade.op:  # whose failures are in its levels
+            runs.append(stage)
+        yield from (run for run in runs if run.provenance.exists())
 
 
 def _count_failed(run: RunFolder, error_class: str | None) -> int:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import count_nouns, escape_controls
-from ..run.console import describe_other_groups
+from ..run.console import describe_other_groups, name_aggregate_values
 from ..run.rich_console import print_line
 
 _CELL: Final = 80
@@ -44,7 +44,7 @@ def format_cell(value: Any, most: int | None = _CELL) -> Text:
 
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:
     """Print one table per aggregator, marked if the answers are simulated."""
-    for stage in aggregate:
+    for stage in map(name_aggregate_values, aggregate):
         title = str(stage["op"])
         for word, key in (("of", "field"), ("by", "group_by")):
             if name := format_cell(stage.get(key)).plain:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from ...backends.core.terminal import count_nouns
-from ..run.console import describe_other_groups
+from ..run.console import describe_other_groups, name_aggregate_values
 from .charts import Charts
 from .molecules import SMILES_NAMES, DrawMolecule
 from .rows import TableColumn
@@ -86,7 +86,8 @@ class FindingMaker:
     def make(self, aggregate: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         """Yield the finding: the aggregate, then other fields of the answer."""
         seen = set[str]()
-        for entry in sorted(aggregate, key=lambda one: _ORDER.get(str(one.get("op")), 1)):
+        entries = sorted(aggregate, key=lambda one: _ORDER.get(str(one.get("op")), 1))
+        for entry in map(name_aggregate_values, entries):
             groups = entry.get("groups")
             if "group_by" in entry and isinstance(groups, list):
                 yield self._make_groups(entry, groups)

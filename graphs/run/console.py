@@ -12,11 +12,13 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import IO, Any, Final
 
 import orjson
 
 from ...backends.core.terminal import count_nouns, escape_controls, escape_json
+from ...backends.core.values import name_values, to_json_text
 
 
 def print_messages(lines: Iterable[str]) -> None:
@@ -172,6 +174,35 @@ def fill_lines(parts: Sequence[str], width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
+
+
+def name_aggregate_values(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an entry of the aggregate in which texts do not look like other groups and values.
+
+    The text ``1`` beside the number 1 is quoted.
+    """
+    if "group_by" in entry and isinstance(entry.get("groups"), list):
+        groups = _name_texts(entry["groups"], "group")
+        rows = [row for one in groups for row in one.get("counts") or ()]
+        named = iter(_name_texts(rows, "value"))
+        shown = [
+            {**one, "counts": list(islice(named, len(one["counts"])))} if "counts" in one else one
+            for one in groups
+        ]
+        return {**entry, "groups": shown}
+    if entry.get("op") == "histogram" and isinstance(entry.get("counts"), list):
+        return {**entry, "counts": _name_texts(entry["counts"], "value")}
+    return entry
+
+
+def _name_texts(rows: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """Return rows whose texts below a key differ from other values, as texts."""
+    values = {to_json_text(row[key]): row[key] for row in rows}
+    names = dict(zip(values, name_values(values.values()), strict=True))
+    return [
+        {**row, key: names[to_json_text(row[key])]} if isinstance(row[key], str) else row
+        for row in rows
+    ]
 
 
 def describe_other_groups(entry: Mapping[str, Any]) -> str:

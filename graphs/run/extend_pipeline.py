@@ -174,7 +174,8 @@ class PipelineExtension:
             facts = await note(folder, about)
             runs = await asyncio.to_thread(lambda: _order_runs(self.list_runs(stage), facts))
             if confirm is None:
-                runs = await asyncio.to_thread(_select_kind, runs, about["simulated"])
+                level = facts.get("level")
+                runs = await asyncio.to_thread(_select_kind, runs, about["simulated"], level)
             if not runs and not await asyncio.to_thread(self.source.provenance.exists):
                 _warn_gone(self.source, self.run)
             if not runs or loaded.config.input.is_batch:
@@ -214,10 +215,16 @@ def _order_runs(runs: Sequence[RunFolder], facts: Mapping[str, Any]) -> list[Run
     return [*same, *others]
 
 
-def _select_kind(runs: Sequence[RunFolder], simulated: bool) -> list[RunFolder]:
-    """Return the runs whose answers are simulated, or those whose answers are real; blocks."""
-    kept = [run for run in runs if run.read_provenance()["simulated"] == simulated]
-    if len(kept) < len(runs):
+def _select_kind(runs: Sequence[RunFolder], simulated: bool, level: Json) -> list[RunFolder]:
+    """Return the runs whose answers are simulated, or those whose answers are real; blocks.
+
+    The models of a stage may be of both kinds, so a warning is due only if the answers to the same
+    questions, those of the same level, are left out.
+    """
+    known = [(run, run.read_provenance()) for run in runs]
+    kept = [run for run, about in known if about["simulated"] == simulated]
+    same = [run for run, about in known if about.get("level") == level]
+    if same and not any(run in kept for run in same):
         kind = "real" if simulated else "simulated"
-        logger.warning("--from: %s answers of %s are not taken over", kind, runs[0].path)
+        logger.warning("--from: %s answers of %s are not taken over", kind, same[0].path)
     return kept

@@ -87,11 +87,9 @@ def continue_lines(folder: RunFolder, classes: Collection[str], running: bool) -
         running: Whether a session is working on the run.
     """
     if (place := folder.read_place()) is not None:
-        whole = RunFolder(place.root)
-        again = f"{shlex.quote(str(whole.settings))} {_extend_options(whole)} --ask-again failed"
         yield (
             "failed items are not passed on to later stages; a new run that takes over the answers "
-            f"asks them again: fanfold run {again}"
+            f"asks them again: {ask_failed_command(RunFolder(place.root))}"
         )
         return
     fixed = [name for name in classes if not find_remedy(name).is_retry]
@@ -110,13 +108,17 @@ def _describe_new_run(folder: RunFolder) -> str:
     """Return how a remedy that needs a new run is applied; requests cannot be taken over."""
     if _read_setting(folder, "input", "format") == "openai_batch":
         return "the remedy needs a new run in another folder"
-    options = _extend_options(folder)
-    settings = shlex.quote(str(folder.settings))
-    command = f"fanfold run {settings} {options} --ask-again failed"
+    settings, command = shlex.quote(str(folder.settings)), ask_failed_command(folder)
     return (
         f"correct the input, or change a setting with --set KEY=VALUE or in a copy of {settings}, "
         f"and extend the run: {command}"
     )
+
+
+def ask_failed_command(folder: RunFolder) -> str:
+    """Return the command of a new run that takes over the answers and asks failed items again."""
+    options = f"{_extend_options(folder)} --ask-again failed"
+    return f"fanfold run {shlex.quote(str(folder.settings))} {options}"
 
 
 def longer_answers_command(folder: RunFolder) -> str | None:

@@ -7,7 +7,7 @@ import math
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -57,6 +57,7 @@ from ...configs.yaml_text import to_yaml
 from ...nodes.operators import (
     Answer,
     Cascade,
+    FailedItem,
     LevelTask,
     Operator,
     OperatorEnd,
@@ -83,7 +84,7 @@ from .prepare import (
 )
 from .result_rows import ResultSource, make_result_layout
 from .stage_folder import OPERATOR_FILE, is_finished, list_levels
-from .stage_rows import StageRows, describe_rows
+from .stage_rows import StageReader, StageRows, describe_rows
 from .stage_tokens import StageTokens
 
 RunInner: TypeAlias = Callable[[ReadyRun], Awaitable[None]]
@@ -630,6 +631,22 @@ class Pipeline:
         )
         return StageRows(self.folder.path, stage.source, stage.config.where, joined)
 
+    def iter_failed(self, stage: Stage) -> Iterator[FailedItem]:
+        """Yield the items that failed in the stages before one that keep the ids of items; blocks.
+
+        Raises:
+            JournalError: An earlier stage is damaged.
+        """
+        by_name, sources = {one.name: one for one in self.stages}, list[Stage]()
+        while stage.source is not None:
+            stage = by_name[stage.source]
+            sources.append(stage)
+            if stage.config.reduces:
+                break
+        for one in reversed(sources):
+            with closing(StageReader(one.name, one.folder.path)) as reader:
+                yield from reader.iter_failed()
+
     def make_place(self, stage: Stage, folder: RunFolder) -> StagePlace:
         """Return the place of a run of a stage."""
         key = str(folder.path.relative_to(self.folder.path))
@@ -685,6 +702,7 @@ class _OperatorRun:
                 count_exact=tokens.count,
                 folder=folder.path,
                 row_schema=await asyncio.to_thread(self._describe_rows),
+                read_failed=lambda: self._pipeline.iter_failed(stage),
             )
             try:
                 end = await stage.make_operator().run(tools)

@@ -21,8 +21,10 @@ from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.loader import LoadedConfig
 from ...nodes.shard.progress import Progress
+from .next_steps import ask_failed_command
 from .pipeline import Stage, list_stages
 from .stage_folder import OPERATOR_FILE, is_finished
+from .stage_rows import PassedOn, StageRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,9 @@ def find_next_command(
 ) -> str | None:
     """Return the command that continues a pipeline, or None if it has ended or a session runs.
 
+    If no result is passed on to the next stage, that is another ``where``, or a new run that asks
+    the failed items again.
+
     Args:
         folder: The folder of the pipeline.
         about: Its provenance.
@@ -260,9 +265,27 @@ def find_next_command(
     """
     if folder.is_in_use() or state.is_finished:
         return None
+    blocked = _find_blocked(folder, state)
+    if blocked is not None:
+        stage, counts = blocked
+        if not counts.unselected:
+            return ask_failed_command(folder)
+        where = f"--set stages.{stage.number}.where=CONDITION"
+        return f"fanfold resume {shlex.quote(str(folder.path))} {where}"
     last = about["sessions"][-1] if about["sessions"] else {}
     options = list_raise_options(state, budget) if last.get("exit_code") == EXIT_BUDGET else []
     return " ".join(["fanfold resume", shlex.quote(str(folder.path)), *options])
+
+
+def _find_blocked(folder: RunFolder, state: PipelineState) -> tuple[Stage, PassedOn] | None:
+    """Return the next stage if no result is passed on to it, and what became of the results."""
+    ended = {one.stage.name for one in state.stages if one.state == "finished"}
+    following = next(one for one in state.stages if one.state != "finished")
+    stage = following.stage
+    if following.state != "waiting" or stage.source is None or stage.source not in ended:
+        return None
+    counts = StageRows(folder.path, stage.source, stage.config.where).find_none()
+    return None if counts is None else (stage, counts)
 
 
 def list_raise_options(state: PipelineState, budget: Mapping[str, Any]) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...backends.core.errors import ConfigurationError, InputError
-from ...backends.core.samples import SampleFold
+from ...backends.core.samples import SampleFold, find_row_error
 from ...backends.core.selection import Selection
 from ...backends.core.types import Json, Row
 from ...backends.inputs.column_types import describe_columns
@@ -18,6 +18,7 @@ from ...backends.inputs.item_store import ItemStore, NamedRows
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids
 from ...configs.raw_settings import get_at_path, read_settings
+from ...nodes.operators import FailedItem
 
 
 @dataclass(slots=True)
@@ -82,6 +83,21 @@ class StageReader:
 
     def _is_ended(self, index: int) -> bool:
         return all(map(self.journal.is_finished, range(index, index + self.store.samples)))
+
+    def iter_failed(self) -> Iterator[FailedItem]:
+        """Yield the failed items; with samples, the rows of which no sample has an answer."""
+        samples, journal = self.store.samples, self.journal
+        found = {
+            n - n % samples for name in journal.count_failures() for n in journal.find_failed(name)
+        }
+        for index in sorted(found):
+            if not self._is_ended(index) or self.read_result(index)[1] != "failed":
+                continue
+            records = [journal.read_record(index + n) for n in range(samples)]
+            name = find_row_error([record["error_class"] for record in records])
+            error = next(one["error"] for one in records if one["error_class"] == name)
+            (item,) = self.store.read(index, index + 1)
+            yield FailedItem(item, str(name), str(error))
 
     def read_result(self, index: int) -> tuple[str, str, Json]:
         """Return id, status and answer of an item; with samples, of its row, whose first it is.
@@ -164,6 +180,20 @@ class StageRows:
                     stack.callback(other.close)
                     found = describe_rows(found, name, other.answer_schema)
         return found
+
+    def find_none(self) -> PassedOn | None:
+        """Return what became of the results if none is passed on, else None; blocks.
+
+        Raises:
+            ConfigurationError: ``where`` cannot be read.
+            JournalError: The earlier stage is damaged.
+        """
+        rows = replace(self, joined=(), counts=PassedOn())
+        try:
+            next(rows.open().iter_entries())
+        except InputError:
+            return rows.counts
+        return None
 
     def _parse(self, source: StageReader) -> Selection | None:
         if self.where is None:

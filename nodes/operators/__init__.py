@@ -6,6 +6,7 @@
 from .base import (
     Answer,
     Ask,
+    FailedItem,
     LevelPlan,
     LevelTask,
     Operator,
@@ -23,6 +24,7 @@ __all__ = [
     "Answer",
     "Ask",
     "Cascade",
+    "FailedItem",
     "LevelPlan",
     "LevelTask",
     "Operator",

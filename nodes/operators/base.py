@@ -104,6 +104,21 @@ class Ask(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class FailedItem:
+    """An item that failed in an earlier stage, so that it is no item of this one.
+
+    Attributes:
+        item: The item.
+        error_class: Class of the error.
+        error: Its text.
+    """
+
+    item: Item
+    error_class: str
+    error: str
+
+
 class Items(Protocol):
     """The items of a stage."""
 
@@ -133,6 +148,11 @@ async def cannot_count(_text: str) -> int | None:
     return None
 
 
+def no_failed_items() -> Iterable[FailedItem]:
+    """Return no items."""
+    return ()
+
+
 @dataclass(frozen=True)
 class StageTools:
     """What an operator may use.
@@ -151,6 +171,7 @@ class StageTools:
         row_schema: JSON Schema of the rows of the items.
         streams: Questions that are asked at the same time (``limits.streams``); the same in all
             sessions of the stage.
+        read_failed: Returns the items that failed in the stages before this one; blocks.
     """
 
     items: Items
@@ -163,6 +184,7 @@ class StageTools:
     row_schema: Mapping[str, Any] = field(default_factory=dict)
     streams: int = 256
     count_exact: Callable[[str], Awaitable[int | None]] = cannot_count
+    read_failed: Callable[[], Iterable[FailedItem]] = no_failed_items
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, Final
@@ -14,7 +14,15 @@ from ...backends.core.samples import SampleFold, concat_answers, make_rule
 from ...backends.core.terminal import count_nouns
 from ...backends.core.types import PART_COLUMN, Item, Row
 from .base import LevelPlan, Operator, OperatorEnd, SizeEstimate, StageResult, StageTools
-from .parts import PARTS, PARTS_SCHEMA, describe_parts, read_part
+from .parts import (
+    PARTS,
+    PARTS_SCHEMA,
+    LostDocument,
+    describe_lost,
+    describe_parts,
+    find_lost_documents,
+    read_part,
+)
 
 _SLICE: Final = 256
 
@@ -73,6 +81,8 @@ class Merge(Operator):
             are = "is" if counts["missing"] == 1 else "are"
             missing = count_nouns(counts["missing"], "part")
             lines.append(f"{missing} {are} missing: failed, or not selected")
+        if documents.lost:
+            lines.append(describe_lost(documents.lost))
         report = {"op": self.op, "items": len(tools.items), **counts, "lines": lines}
         return OperatorEnd(documents, report)
 
@@ -85,15 +95,19 @@ class _Documents:
         schema = find_properties(tools.row_schema).get(merge.field)
         self._fold = _make_fold(schema)
         self._schema = {"type": "string"} if schema is None else schema
+        self.lost: list[LostDocument] = []
 
     def count(self) -> dict[str, int]:
-        """Count documents, parts and missing parts; blocks."""
-        found = {"documents": 0, "parts": 0, "missing": 0}
+        """Count documents, parts and missing parts, and find the lost documents; blocks."""
+        found, known = {"documents": 0, "parts": 0, "missing": 0}, set[str]()
         for parts in self._group():
+            about = read_part(parts[0])
+            known.add(about["document"])
             found["documents"] += 1
             found["parts"] += len(parts)
-            found["missing"] += max(0, read_part(parts[0])["of"] - len(parts))
-        return found
+            found["missing"] += max(0, about["of"] - len(parts))
+        self.lost = find_lost_documents(self._tools.read_failed(), known)
+        return found | {"lost_documents": len(self.lost)}
 
     def __iter__(self) -> Iterator[StageResult]:
         """Yield the documents; blocks."""
@@ -103,7 +117,12 @@ class _Documents:
             output = folded
             if self._merge.how == "concat":
                 output = concat_answers(folded, answers, self._schema, self._schema)
-            yield StageResult(read_part(parts[0])["document"], output, self._make_row(parts))
+            about = read_part(parts[0])
+            places = describe_parts([(item.id, read_part(item)) for item in parts], about["of"])
+            row = self._keep_columns(parts[0].row) | {PARTS: places}
+            yield StageResult(about["document"], output, row)
+        for lost in self.lost:
+            yield lost.to_result(self._keep_columns(lost.row))
 
     def _group(self) -> Iterator[list[Item]]:
         """Yield the parts of each document, which follow each other."""
@@ -115,10 +134,9 @@ class _Documents:
         for lo in range(0, len(self._tools.items), _SLICE):
             yield from self._tools.items.read(lo, min(len(self._tools.items), lo + _SLICE))
 
-    def _make_row(self, parts: Sequence[Item]) -> Row:
+    def _keep_columns(self, row: Row) -> Row:
         left_out = (self._merge.field, PART_COLUMN, self._merge.text)
-        kept = {name: value for name, value in parts[0].row.items() if name not in left_out}
-        return kept | {PARTS: describe_parts([(item.id, read_part(item)) for item in parts])}
+        return {name: value for name, value in row.items() if name not in left_out}
 
 
 def _make_fold(schema: Mapping[str, Any] | None) -> SampleFold:

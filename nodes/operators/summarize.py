@@ -15,9 +15,11 @@ import orjson
 
 from ...backends.core.errors import PromptTooLongError
 from ...backends.core.fields import split_column
+from ...backends.core.samples import find_row_error
 from ...backends.core.terminal import count_nouns
 from ...backends.core.text_tokens import halve_text
 from ...backends.core.types import PART_COLUMN, Item, Json, Row
+from ...backends.core.values import name_values
 from ..item.part import is_part
 from .base import (
     Answer,
@@ -31,7 +33,14 @@ from .base import (
     StageTools,
 )
 from .item_text import escape_braces, list_text_columns, read_ids, read_items, render_item
-from .parts import PARTS, PARTS_SCHEMA, describe_parts, read_part
+from .parts import (
+    PARTS,
+    PARTS_SCHEMA,
+    describe_lost,
+    describe_parts,
+    find_lost_documents,
+    read_part,
+)
 
 SHOWN_IDS: Final = 5
 """Ids of items that a statement shows; ``sources`` has all."""
@@ -47,7 +56,7 @@ _LEAST: Final = 2
 """Summaries that a merge takes at least, so that every level has fewer than the one before."""
 _LABEL: Final = re.compile(r"\[([ts]\d+)\]")
 _ALL: Final = "all"
-"""Id of the only summary."""
+"""Id of the only summary, and key of its group."""
 _LABEL_TOKENS: Final = 6
 """Tokens of a text's label in an answer, with quotes and comma."""
 _LABEL_SHARE: Final = 2
@@ -130,21 +139,45 @@ class _Statement:
     sources: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A question that failed."""
+
+    question: str
+    error_class: str | None
+    error: str | None
+
+
 @dataclass(slots=True)
 class _Node:
     """A summary within the tree.
 
     Attributes:
-        group: The group that it belongs to.
+        group: Key of the group that it belongs to.
         statements: Its statements.
-        failed: Questions below it that failed.
+        answered: Whether a question below it was answered.
+        failed: Answers to questions below it that failed.
         unknown: Ids in answers that were not in their group.
     """
 
     group: str
     statements: list[_Statement] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    answered: bool = False
+    failed: list[_Failure] = field(default_factory=list)
     unknown: int = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Return True if there is no summary, because all of its questions failed."""
+        return bool(self.failed) and not self.answered
+
+    def describe_loss(self) -> tuple[str, str]:
+        """Return the most frequent error class of its questions, and why there is no summary."""
+        name = str(find_row_error([one.error_class for one in self.failed]))
+        example = next(one for one in self.failed if one.error_class == name)
+        questions = count_nouns(len(self.failed), "question")
+        all_failed = f"all {questions} failed" if len(self.failed) > 1 else "its question failed"
+        return name, f"{all_failed}; {example.question}: {example.error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +186,7 @@ class _Group:
 
     Attributes:
         id: The name of the question.
-        group: The group of the summary that it belongs to.
+        group: Key of the group of the summary that it belongs to.
         members: Indices of items, or summaries.
         piece: Start and end of the part of its only item's text that it is about, in characters;
             None: the whole text.
@@ -256,7 +289,16 @@ class Summarize(Operator):
             groups = await self._pack_nodes(tools, nodes, most)
             nodes = await tree.ask(f"merge {depth}", _MERGE, groups)
         parts = await asyncio.to_thread(self._list_parts, tools) if self._is_of_parts else {}
-        results = [self._present(node, counts[node.group], parts.get(node.group)) for node in nodes]
+        names = self._name_groups(counts)
+        results = [
+            self._present(names[node.group], node, counts[node.group], parts.get(names[node.group]))
+            for node in nodes
+        ]
+        documents = await asyncio.to_thread(
+            lambda: find_lost_documents(tools.read_failed(), parts) if self._is_of_parts else []
+        )
+        results += [one.to_result({}) for one in documents]
+        lost = [names[node.group] for node in nodes if node.is_lost]
         unknown = sum(node.unknown for node in nodes)
         uncited = sum(not one.sources for node in nodes for one in node.statements)
         report: dict[str, Any] = {
@@ -267,10 +309,18 @@ class Summarize(Operator):
             "splits": tree.splits,
             "cut": len(tree.cut),
             "failed": sum(len(node.failed) for node in nodes),
+            "lost_groups": len(lost),
+            "lost_documents": len(documents),
             "unknown_ids": unknown,
             "uncited": uncited,
         }
         lines = [_describe_citations(unknown, sum(len(node.failed) for node in nodes))]
+        if lost:
+            shown = ", ".join(lost[:SHOWN_IDS])
+            more = f" and {len(lost) - SHOWN_IDS:,} more" if len(lost) > SHOWN_IDS else ""
+            lines.append(f"no question was answered, so there is no summary of: {shown}{more}")
+        if documents:
+            lines.append(describe_lost(documents))
         if tree.cut:
             were = "was" if len(tree.cut) == 1 else "were"
             items = count_nouns(len(tree.cut), "item")
@@ -374,10 +424,17 @@ class Summarize(Operator):
         return [self._read_group(one.row) for one in some], shown
 
     def _read_group(self, row: Row) -> str:
+        """Return the key of an item's group: JSON, in which "1" and 1 differ."""
         if self.group_by is None:
             return _ALL
-        value = _pick(row, self.group_by)
-        return value if isinstance(value, str) else orjson.dumps(value).decode()
+        return orjson.dumps(_pick(row, self.group_by)).decode()
+
+    def _name_groups(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the ids of the summaries, by the keys of their groups."""
+        if self.group_by is None:
+            return {_ALL: _ALL}
+        listed = list(keys)
+        return dict(zip(listed, name_values(map(orjson.loads, listed)), strict=True))
 
     @staticmethod
     async def _pack_nodes(
@@ -458,7 +515,10 @@ class Summarize(Operator):
 
     @staticmethod
     def _present(
-        node: _Node, items: int, parts: Sequence[tuple[str, Mapping[str, Any]]] | None
+        name: str,
+        node: _Node,
+        items: int,
+        parts: Sequence[tuple[str, Mapping[str, Any]]] | None,
     ) -> StageResult:
         statements = [
             {"text": one.text, "ids": list(one.sources[:SHOWN_IDS]), "sources": list(one.sources)}
@@ -467,11 +527,13 @@ class Summarize(Operator):
         output = {
             "statements": statements,
             "items": items,
-            "failed": node.failed,
+            "failed": [one.question for one in node.failed],
             "unknown_ids": node.unknown,
         }
-        row: Row = {} if parts is None else {PARTS: describe_parts(parts)}
-        return StageResult(node.group, output, row)
+        row: Row = {} if parts is None else {PARTS: describe_parts(parts, parts[0][1]["of"])}
+        if node.is_lost:
+            return StageResult(name, None, row, *node.describe_loss())
+        return StageResult(name, output, row)
 
 
 class _Texts:
@@ -683,7 +745,8 @@ def _join(nodes: Sequence[_Node]) -> _Node:
     return _Node(
         nodes[0].group,
         [one for node in nodes for one in node.statements],
-        [name for node in nodes for name in node.failed],
+        any(node.answered for node in nodes),
+        [one for node in nodes for one in node.failed],
         sum(node.unknown for node in nodes),
     )
 
@@ -694,7 +757,8 @@ def _merge(nodes: Sequence[_Node], answer: Answer) -> _Node:
     merged = _make_node(nodes[0].group, answer, ids)
     if not answer.is_done:
         merged.statements = statements  # nothing is lost; the next level is longer
-    merged.failed = [name for node in nodes for name in node.failed] + merged.failed
+    merged.answered |= any(node.answered for node in nodes)
+    merged.failed = [one for node in nodes for one in node.failed] + merged.failed
     merged.unknown += sum(node.unknown for node in nodes)
     return merged
 
@@ -702,8 +766,8 @@ def _merge(nodes: Sequence[_Node], answer: Answer) -> _Node:
 def _make_node(group: str, answer: Answer, ids: Mapping[str, tuple[str, ...]]) -> _Node:
     """Return the summary in an answer; ids that were not in the question are left out."""
     if not answer.is_done:
-        return _Node(group, failed=[answer.id])
-    node = _Node(group)
+        return _Node(group, failed=[_Failure(answer.id, answer.error_class, answer.error)])
+    node = _Node(group, answered=True)
     for found in answer.output["statements"]:
         if not found["text"].strip():
             continue

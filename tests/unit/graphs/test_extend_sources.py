@@ -12,7 +12,7 @@ from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.loader import load_config
 from fanfold.configs.yaml_text import to_yaml
 from fanfold.graphs.run.extend import ExtensionPlan, _Matcher, _Source
-from fanfold.graphs.run.extend_pipeline import PipelineExtension
+from fanfold.graphs.run.extend_pipeline import PipelineExtension, _select_kind
 
 SETTINGS: dict[str, Any] = {
     "input": {"path": "in.csv", "id": "id"},
@@ -54,6 +54,36 @@ async def test_a_pipeline_that_disappears_during_a_session_is_named(
     extend = extension.make_extend("best", load_config(SETTINGS), note)
     assert await extend(RunFolder(tmp_path), {"simulated": True}) == {"level": "round 1"}
     assert "pipeline abc is no longer there" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("level", "is_simulated", "kept", "warned"),
+    [
+        ("small", False, ["small"], None),
+        ("large", True, ["large"], None),
+        ("large", False, ["small"], "simulated answers of {large}"),
+        ("small", True, ["large"], "real answers of {small}"),
+        ("of a later version", True, ["large"], None),
+    ],
+)
+def test_a_warning_names_only_answers_that_are_left_out(  # noqa: PLR0913, PLR0917
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    level: str,
+    is_simulated: bool,
+    kept: list[str],
+    warned: str | None,
+) -> None:
+    runs = {name: RunFolder(tmp_path / name) for name in ("small", "large")}
+    for name, run in runs.items():
+        run.path.mkdir()
+        run.write_provenance({"level": name, "simulated": name == "large"})
+    found = _select_kind(list(runs.values()), is_simulated, level)
+    assert [run.path.name for run in found] == kept
+    said = [record.getMessage() for record in caplog.records]
+    paths = {name: run.path for name, run in runs.items()}
+    expected = [] if warned is None else [f"--from: {warned.format(**paths)} are not taken over"]
+    assert said == expected
 
 
 @pytest.mark.parametrize(

@@ -496,3 +496,14 @@ def test_numbers_of_a_file_without_types(values: list[Any], numbers: list[Any] |
     column = TableColumn("x", "input", pa.string(), values).to_json()
     assert (column["values"] if column["kind"] == "number" else None) == numbers
     assert TableColumn("x", "answer", pa.string(), values).to_json()["kind"] != "number"
+
+
+def test_texts_do_not_look_like_other_groups_and_values() -> None:
+    counts = [{"value": 1, "count": 30}, {"value": "1", "count": 20}]
+    groups = [{"group": 2, "size": 50, "counts": counts}, {"group": "2", "size": 0, "counts": []}]
+    head: dict[str, Any] = {"op": "histogram", "field": "x"}
+    entries = [{**head, "counts": counts}, {**head, "group_by": "kind", "groups": groups}]
+    plain, grouped = FindingMaker(None, None).make(entries)
+    assert [list(row) for row in plain.rows] == [["1", "30"], ['"1"', "20"]]
+    assert list(grouped.head) == ["group", "size", "1", '"1"']
+    assert [row[0] for row in grouped.rows] == ["2", '"2"']

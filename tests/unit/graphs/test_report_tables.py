@@ -111,6 +111,24 @@ def test_rows_of_groups_begin_with_the_group() -> None:
     assert text.count("│ a ") == 2
 
 
+def test_texts_do_not_look_like_other_groups_and_values() -> None:
+    counts = [{"value": 1, "count": 30}, {"value": "1", "count": 20}]
+    groups = [
+        {"group": None, "size": 3, "counts": counts[:1]},
+        {"group": "null", "size": 4, "counts": counts[1:]},
+        {"group": "2", "size": 5, "counts": counts},
+    ]
+    grouped = {"op": "histogram", "field": "f", "group_by": "k", "groups": groups, "others": 0}
+    plain = {"op": "histogram", "field": "f", "counts": counts}
+    lines = [line.replace("│", " ").split() for line in shown([grouped]).splitlines()]
+    assert ["null", "3", "30"] in lines
+    assert ['"null"', "4", "20"] in lines
+    assert ["2", "5", "30", "20"] in lines
+    lines = [line.replace("│", " ").split() for line in shown([plain]).splitlines()]
+    assert ["1", "30"] in lines
+    assert ['"1"', "20"] in lines
+
+
 COLUMN = st.tuples(st.integers(1, 120), st.integers(1, 120), st.booleans())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
 from fanfold.backends.core.types import Item, Json
-from fanfold.nodes.operators import OperatorEnd, StageTools
+from fanfold.nodes.operators import FailedItem, OperatorEnd, StageTools
 from fanfold.nodes.operators.merge import Merge
 
 ANSWER = {
@@ -54,10 +54,15 @@ class Rows:
 
 
 async def merge(
-    items: Sequence[Item], schema: Mapping[str, Any] = ROWS, **settings: Any
+    items: Sequence[Item],
+    schema: Mapping[str, Any] = ROWS,
+    failed: Sequence[FailedItem] = (),
+    **settings: Any,
 ) -> OperatorEnd:
     unused: Any = None
-    tools = StageTools(Rows(items), (), unused, unused, None, 256, row_schema=schema)
+    tools = StageTools(
+        Rows(items), (), unused, unused, None, 256, row_schema=schema, read_failed=lambda: failed
+    )
     return await Merge(field="read", text="text", **settings).run(tools)
 
 
@@ -123,3 +128,34 @@ async def test_a_damaged_part_is_refused(part: Json) -> None:
     item = PARTS[0]
     with pytest.raises(InputError, match="'d/p1'"):
         await merge([Item(0, item.id, {**item.row, "part": part})])
+
+
+async def test_a_document_without_a_part_that_is_left_has_failed() -> None:
+    def fail(number: int, document: str, of: int, error_class: str) -> FailedItem:
+        item = make_item(9, document, number, of, None)
+        del item.row["read"]
+        return FailedItem(item, error_class, f"error {number}")
+
+    failed = [
+        fail(3, "d", 4, "EndpointLostError"),  # other parts of d are there
+        fail(1, "f", 3, "EndpointLostError"),
+        fail(2, "f", 3, "TruncatedAnswerError"),
+        fail(3, "f", 3, "TruncatedAnswerError"),
+        fail(1, "g", 2, "EndpointLostError"),
+        fail(1, "h", 1, "InvalidItemError"),
+        FailedItem(Item(9, "own", {"part": "a column of the user"}), "InvalidItemError", ""),
+    ]
+    end = await merge(PARTS, failed=failed)
+    found = {one.id: one for one in end.results}
+    assert list(found) == ["d", "e", "f", "g", "h"]
+    assert [one.error_class for one in found.values()][:2] == [None, None]
+    assert found["f"].output is None
+    assert found["f"].error_class == "TruncatedAnswerError"
+    assert found["f"].error == "all 3 parts failed; f/p2: error 2"
+    parts = {"of": 3, "missing": [1, 2, 3], "sources": []}
+    assert found["f"].row == {"title": "f", "parts": parts}
+    assert found["g"].error == "1 of 2 parts failed, and no other is left; g/p1: error 1"
+    assert found["h"].error == "its only part failed; h/p1: error 1"
+    assert (end.report["documents"], end.report["lost_documents"]) == (2, 3)
+    line = "3 documents have no part left, because parts failed: f, g, h"
+    assert line in end.report["lines"]

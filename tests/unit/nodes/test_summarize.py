@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -13,6 +13,7 @@ import pytest
 from fanfold.backends.core.types import Item
 from fanfold.nodes.operators import (
     Answer,
+    FailedItem,
     LevelTask,
     OperatorEnd,
     Question,
@@ -115,6 +116,31 @@ async def test_groups_get_a_summary_each() -> None:
     assert found["b"]["statements"][0]["sources"] == [f"i{n}" for n in range(1, 41, 2)]
 
 
+async def test_values_of_different_types_are_different_groups() -> None:
+    values: list[Any] = [None, "null", 1, "1", 1.5, "1.5", True, "true", "a", '"1"', [1], "[1]", ""]
+    rows = Rows(2 * len(values))
+    for item in rows.items:
+        item.row["kind"] = values[item.index % len(values)]
+    tools = StageTools(rows, ("text", "kind"), Model().ask, count_tokens, None, 256)
+    results = (await Summarize("Sum", "{text}", group_by="kind").run(tools)).results
+    found = {one.id: one.output["statements"][0]["sources"] for one in results}
+    names = [
+        *("null", '"null"', "1", '"\\"1\\""', "1.5", '"1.5"', "true", '"true"', "a", '"1"'),
+        *("[1]", '"[1]"', ""),
+    ]
+    assert list(found) == names
+    assert list(found.values()) == [[f"i{n}", f"i{n + len(values)}"] for n in range(len(values))]
+
+
+async def test_a_text_alone_names_its_group_as_it_is() -> None:
+    rows = Rows(2)
+    for item, value in zip(rows.items, ["1", "null"], strict=True):
+        item.row["kind"] = value
+    tools = StageTools(rows, ("text", "kind"), Model().ask, count_tokens, None, 256)
+    results = (await Summarize("Sum", "{text}", group_by="kind").run(tools)).results
+    assert [one.id for one in results] == ["1", "null"]
+
+
 @pytest.mark.parametrize("brackets", [False, True])
 async def test_invented_ids_are_left_out_and_counted(brackets: bool) -> None:
     model = Model(invents=True, brackets=brackets)
@@ -140,6 +166,29 @@ async def test_failed_leaves_leave_nothing_to_merge() -> None:
     assert len(result.output["failed"]) == 39
     (statement,) = result.output["statements"]
     assert statement["sources"] == [f"i{n}" for n in range(390, 400)]
+
+
+async def test_a_summary_without_an_answer_has_failed() -> None:
+    failed = frozenset(f"leaf {n}" for n in (2, 4, 5))
+    end = await summarize(Model(failed), 41, group_by="kind")
+    a, b = end.results
+    assert (a.id, a.error_class, a.output["failed"]) == ("a", None, ["leaf 2"])
+    assert (b.id, b.output, b.error_class) == ("b", None, "TruncatedAnswerError")
+    assert b.error == "all 2 questions failed; leaf 4: cut"
+    assert (end.report["lost_groups"], end.report["failed"]) == (1, 3)
+    assert "no question was answered, so there is no summary of: b" in end.report["lines"]
+
+
+async def test_a_summary_of_nothing_to_say_has_not_failed() -> None:
+    class Silent(Model):
+        def _answer(self, question: Question) -> Answer:
+            if question.id == "leaf 1":
+                return super()._answer(question)
+            return Answer(question.id, {"statements": []}, None, None, {})
+
+    (result,) = (await summarize(Silent(frozenset({"leaf 1"})), 20)).results
+    assert (result.error_class, result.output["failed"]) == (None, ["leaf 1"])
+    assert result.output["statements"] == []
 
 
 async def test_statements_that_say_or_cite_nothing() -> None:
@@ -174,6 +223,18 @@ async def test_a_summary_of_a_document_says_where_its_parts_are() -> None:
     }
     assert "parts" in summary.describe_columns({})["properties"]
     assert result.output["statements"][0]["sources"] == ["d/p1", "d/p3"]
+    lost = [
+        FailedItem(Item(n, f"e/p{n}", {"part": part("e", n)}), "InvalidAnswerError", "no JSON")
+        for n in (1, 2, 3)
+    ]
+    known = FailedItem(Item(4, "d/p2", {"part": part("d", 2)}), "InvalidAnswerError", "no JSON")
+    end = await summary.run(replace(tools, read_failed=lambda: [*lost, known]))
+    assert [one.id for one in end.results] == ["d", "e"]
+    failed = list(end.results)[1]
+    assert (failed.output, failed.error_class) == (None, "InvalidAnswerError")
+    assert failed.error == "all 3 parts failed; e/p1: no JSON"
+    assert failed.row == {"parts": {"of": 3, "missing": [1, 2, 3], "sources": []}}
+    assert "1 document has no part left, because parts failed: e" in end.report["lines"]
     rows.items = [Item(0, "a", {"text": "x", "part": {"document": "own"}})]
     (result,) = (await summary.run(tools)).results
     assert (result.id, result.row) == ("own", {})
@@ -324,8 +385,8 @@ async def test_an_item_is_not_cut_without_end_if_no_question_fits() -> None:
     end = await Summarize("Sum", "{text}").run(tools)
     assert len(model.levels) < 10
     (result,) = end.results
-    assert result.output["failed"]
-    assert result.output["statements"] == []
+    assert (result.output, result.error_class) == (None, "PromptTooLongError")
+    assert end.report["failed"]
 
 
 @pytest.mark.parametrize("group_by", [None, "kind"])
@@ -389,4 +450,4 @@ async def test_nothing_is_checked_without_statements() -> None:
     failed = frozenset({f"leaf {n}" for n in range(1, 10)})
     report = (await summarize(Model(failed), 30, verify=5)).report
     assert report["verified"]["pairs"] == 0
-    assert report["lines"][1] == "a judge could check none of the statements"
+    assert report["lines"][-1] == "a judge could check none of the statements"

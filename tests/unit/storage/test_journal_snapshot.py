@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import zlib
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,6 +133,120 @@ def test_a_damaged_saved_index_is_ignored(tmp_path: Path, cut: int) -> None:
     flipped[cut] ^= 1
     path.write_bytes(flipped)
     assert read_snapshot(tmp_path, "r", ITEMS) is None
+
+
+COLUMNS = (("B", 1), ("i", 4), ("q", 8), ("i", 4))
+"""Type and bytes of a value in each column of a saved index."""
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], bytearray], None]) -> None:
+    """Change a saved index, with checksums that fit."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    about, columns = orjson.loads(first.partition(b" ")[2]), bytearray(rest)
+    change(about, columns)
+    about["crc"] = zlib.crc32(columns)
+    head = orjson.dumps(about)
+    path.write_bytes(b"%08x %b\n" % (zlib.crc32(head), head) + columns)
+
+
+def set_value(column: int, item: int, value: int) -> Callable[[dict[str, Any], bytearray], None]:
+    """Return a change of a value of a column."""
+    kind, size = COLUMNS[column]
+
+    def change(_about: dict[str, Any], columns: bytearray) -> None:
+        at = ITEMS * sum(size for _, size in COLUMNS[:column]) + item * size
+        columns[at : at + size] = array(kind, [value]).tobytes()
+
+    return change
+
+
+def set_key(*path: Any, value: Any) -> Callable[[dict[str, Any], bytearray], None]:
+    """Return a change of the head."""
+
+    def change(about: dict[str, Any], _columns: bytearray) -> None:
+        inner: Any = about
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_value(0, 2, 3),  # a state without an error class
+        set_value(0, 2, 255),
+        set_value(0, 5, 1),  # an answer without a record
+        set_value(1, 1, 2),  # a file that does not exist
+        set_value(1, 1, -1),
+        set_value(2, 1, -(2**40)),
+        set_value(2, 1, 2**40),
+        set_value(3, 1, -5),
+        set_value(3, 1, 2**31 - 1),
+        set_key("classes", value={}),
+        set_key("classes", value={"a": 2, "b": 2}),
+        set_key("classes", value={str(n): n + 2 for n in range(300)}),
+        set_key("classes", value=[2]),
+        set_key("files", value=[]),
+        set_key("files", 0, "name", value=7),
+        set_key("files", 0, "name", value="../0001.jsonl"),
+        set_key("files", 0, "name", value="0009.jsonl"),
+        set_key("files", 0, "end", value=-1),
+        set_key("files", 0, "end", value="9"),
+        set_key("files", 0, "line", value=None),
+        set_key("usage", value=[[1, {"requests": "3"}]]),
+        set_key("usage", value=[["1", {}]]),
+        set_key("usage", value=[[[], {}]]),
+        set_key("usage", value=None),
+        set_key("duplicates", value=-1),
+    ],
+)
+def test_a_crafted_saved_index_is_ignored(
+    tmp_path: Path, change: Callable[[dict[str, Any], bytearray], None]
+) -> None:
+    write_journal(tmp_path / "0001.jsonl", [sample(1), sample(2, "failed")])
+    write_journal(tmp_path / "0002.jsonl", [sample(3)])
+    save(tmp_path)
+    expected = read(tmp_path, plainly=False)
+    rewrite(tmp_path / SNAPSHOT_FILE, change)
+    assert read(tmp_path, plainly=False) == expected
+
+
+values = st.one_of(
+    st.integers(-(2**31), 2**31 - 1), st.integers(-3, 600), st.sampled_from([0, 1, 2, 3])
+)
+odd_json = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_no_saved_index_ends_in_another_error(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "journal"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_journal(folder / "0001.jsonl", [sample(1), sample(2, "failed")])
+    write_journal(folder / "0002.jsonl", [sample(3)])
+    save(folder)
+    path = folder / SNAPSHOT_FILE
+    kind = data.draw(st.sampled_from(["bytes", "columns", "head", "items"]))
+    if kind == "bytes":
+        path.write_bytes(data.draw(st.binary(max_size=200)))
+    elif kind == "columns":
+        for _ in range(data.draw(st.integers(1, 4))):
+            column, item = data.draw(st.integers(0, 3)), data.draw(st.integers(0, ITEMS - 1))
+            value = data.draw(values)
+            rewrite(path, set_value(column, item, value % 256 if column == 0 else value))
+    else:
+        about = orjson.loads(path.read_bytes().partition(b"\n")[0].partition(b" ")[2])
+        name = "items" if kind == "items" else data.draw(st.sampled_from(sorted(about)))
+        odd: Any = data.draw(st.integers(0, 2**60) if kind == "items" else odd_json)
+        rewrite(path, set_key(name, value=odd))
+    read(folder, plainly=False)  # raises nothing but a JournalError, which it returns
 
 
 def test_what_is_no_file_is_ignored(tmp_path: Path) -> None:
