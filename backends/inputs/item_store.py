@@ -460,11 +460,14 @@ class NamedRows:
         Raises:
             InputError: There are no rows.
         """
-        is_empty = True
+        is_empty, names_items = True, True
         for name, row in self._rows:
             is_empty = False
+            names_items = names_items and row.get("id") == name
             self.columns.update(dict.fromkeys(row))
             yield ItemEntry(name, orjson.dumps(row), None, row)
+        if names_items and self.id_column is None:  # e.g. documents put together from their parts
+            self.id_column = "id"
         if is_empty:
             raise InputError(f"{self.source}: there are no items; nothing to run")
 
