@@ -45,7 +45,7 @@ docs: .venv/.dev
 	$(BIN)/python -m fanfold.tests.documentation.site
 	$(BIN)/zensical build --strict --clean
 test-install:
-	$(PY) tests/packaging/install.py
+	$(PY) tests/packaging/install.py $(ARGS)
 bench: .venv/.dev
 	$(BIN)/python -m fanfold.tests.benchmarks.suite
 bench-quick: .venv/.dev

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from .arrow_columns import make_column
 from .types import Json
 
 _PARSED: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
@@ -28,8 +29,8 @@ def parse_texts(texts: Sequence[Json], kind: pa.DataType) -> pa.Array[Any]:
     Raises:
         ArrowInvalid: A text is none.
     """
-    array = pa.array(texts, pa.string())
+    array = make_column(texts, pa.string())
     if pa.types.is_time(kind):  # Arrow parses a time only behind a date
-        dated = pa.array([None if text is None else f"1970-01-01 {text}" for text in texts])
-        return dated.cast(pa.string()).cast(pa.timestamp(kind.unit)).cast(kind)
+        dated = [None if text is None else f"1970-01-01 {text}" for text in texts]
+        return make_column(dated, pa.string()).cast(pa.timestamp(kind.unit)).cast(kind)
     return array.cast(kind)

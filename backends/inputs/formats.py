@@ -333,9 +333,8 @@ def _mode(path: Path) -> int:
         return path.stat().st_mode
     except FileNotFoundError as error:
         hint = did_you_mean(path.name, _list_siblings(path))
-        raise InputError(
-            f"input.path: {path} does not exist (looked for {path.absolute()}){hint}"
-        ) from error
+        where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
+        raise InputError(f"input.path: {path} does not exist{where}{hint}") from error
     except OSError as error:
         raise unreadable_error(path, error) from error
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import IOBase
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 import orjson
 import pyarrow as pa
 
+from ..core.arrow_columns import make_column
 from ..core.errors import InputError, JournalError
 from ..core.types import Item, Json, Row, make_sample_id
 from .base import InputSummary, ItemEntry, SkippedRow
@@ -240,7 +239,7 @@ class ItemStore:
         with self._convert_errors():
             for batch, places in wanted.items():
                 rows = [indices[place] // samples - starts[batch] for place in places]
-                part = self._reader.get_batch(batch).take(pa.array(rows))
+                part = self._reader.get_batch(batch).take(make_column(rows, pa.int64()))
                 columns: list[list[Any]] = [column.to_pylist() for column in part.columns]
                 ids, data, problems = columns
                 for place, name, row, problem in zip(places, ids, data, problems, strict=True):
@@ -461,11 +460,14 @@ class NamedRows:
         Raises:
             InputError: There are no rows.
         """
-        is_empty = True
+        is_empty, names_items = True, True
         for name, row in self._rows:
             is_empty = False
+            names_items = names_items and row.get("id") == name
             self.columns.update(dict.fromkeys(row))
             yield ItemEntry(name, orjson.dumps(row), None, row)
+        if names_items and self.id_column is None:  # e.g. documents put together from their parts
+            self.id_column = "id"
         if is_empty:
             raise InputError(f"{self.source}: there are no items; nothing to run")
 
@@ -549,23 +551,13 @@ def _batches(entries: Iterable[ItemEntry]) -> Iterable[list[ItemEntry]]:
 
 
 def _columns(batch: list[ItemEntry]) -> pa.RecordBatch:
-    ids = _make_column([entry.id.encode() for entry in batch], pa.string())
-    rows = _make_column([entry.row for entry in batch], pa.binary())
-    found = [None if one.problem is None else one.problem.encode() for one in batch]
-    return pa.record_batch([ids, rows, _make_column(found, pa.string())], schema=SCHEMA)
-
-
-def _make_column(values: Sequence[bytes | None], kind: pa.DataType) -> pa.Array[Any]:
-    """Return a column of texts or bytes.
-
-    ``pa.array`` would import pandas where it is installed, which takes half a second.
-    """
-    ends = array("i", accumulate((len(value or b"") for value in values), initial=0))
-    present = sum(1 << at for at, value in enumerate(values) if value is not None)
-    bits = present.to_bytes(-(-len(values) // 8), "little")
-    parts = (bits, ends, b"".join(filter(None, values)))
-    buffers: list[pa.Buffer | None] = [pa.py_buffer(part) for part in parts]
-    return pa.Array.from_buffers(kind, len(values), buffers)
+    columns: tuple[Sequence[Any], ...] = (
+        [entry.id for entry in batch],
+        [entry.row for entry in batch],
+        [entry.problem for entry in batch],
+    )
+    arrays = [make_column(one, part.type) for one, part in zip(columns, SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=SCHEMA)
 
 
 def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:

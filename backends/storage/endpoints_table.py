@@ -9,6 +9,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..core.arrow_columns import make_column
 from ..core.errors import JournalError
 from .results import replace_file
 
@@ -62,8 +63,9 @@ def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], session: 
     """
     before = [row for row in _rows(path) if row["session"] != session]
     rows = [*before, *(_row(report, session) for report in reports)]
+    columns = [make_column([row.get(one.name) for row in rows], one.type) for one in _TABLE]
     with replace_file(path) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_TABLE), file)
+        pq.write_table(pa.table(columns, schema=_TABLE), file)
 
 
 def read_endpoints(path: Path) -> list[dict[str, Any]]:

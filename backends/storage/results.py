@@ -16,6 +16,7 @@ from typing import IO, Any, Final
 import orjson
 import pyarrow as pa
 
+from ..core.arrow_columns import make_column
 from ..core.arrow_text import is_read_as_text, parse_texts
 from ..core.errors import JournalError
 from ..core.types import Json
@@ -329,7 +330,7 @@ def _columns(batch: list[ResultRow], table: pa.Schema, layout: ResultLayout) -> 
         [
             arrays[field.name]
             if field.name in arrays
-            else pa.array(columns[field.name], field.type)
+            else make_column(columns[field.name], field.type)
             for field in table
         ],
         schema=table,
@@ -341,7 +342,7 @@ def _input_array(rows: Sequence[Mapping[str, Json]], column: InputColumn) -> pa.
     if is_read_as_text(column.type):
         return parse_texts(values, column.type)
     cells, _ = fit_column(_cell_type(column.type), values)
-    return pa.array(cells, column.type)
+    return make_column(cells, column.type)
 
 
 def _cell_type(kind: pa.DataType) -> CellType:
@@ -358,7 +359,7 @@ def _cell_type(kind: pa.DataType) -> CellType:
 def _times(batch: list[ResultRow]) -> pa.Array[Any]:
     """Return the times at which items ended."""
     kind = _TYPES["finished_at"]
-    texts = pa.array([record.get("finished_at") for record in batch], pa.string())
+    texts = make_column([record.get("finished_at") for record in batch], pa.string())
     try:
         return texts.cast(kind)
     except pa.ArrowInvalid:  # another form of ISO 8601, or a damaged record

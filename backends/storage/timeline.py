@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import ipc
 
+from ..core.arrow_columns import make_column, make_scalar, read_numbers, write_numbers
 from ..core.errors import JournalError
 from ..core.timeline import BASE_MS, TimelineDelta
 from .results import replace_file
@@ -71,7 +73,7 @@ class _Sums:
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
-        self._old = self._recent = schema.empty_table()
+        self._old = self._recent = _make_table([], schema)
         self._bound = self._old_bins = 0
 
     @property
@@ -103,20 +105,20 @@ class _Sums:
     def restore(self, table: pa.Table, width: int) -> None:
         """Take over rows in any order, in place of those that there are."""
         order = pc.sort_indices(table, [("key", "ascending")])
-        self._old, self._recent = table.take(order), self._schema.empty_table()
+        self._old, self._recent = table.take(order), _make_table([], self._schema)
         self.widen(width)
 
     def widen(self, width: int) -> None:
         """Make all bins wider, a part of the rows after the other: it takes less memory."""
         table, start = self.table(), 0
-        sums = [self._schema.empty_table()]
+        sums = [_make_table([], self._schema)]
         while start < table.num_rows:
             last = min(start + _MOST_RECENT, table.num_rows) - 1
             bin_ = _scalar(table["key"][last]) >> _BIN_SHIFT
             end = _find(table, ((bin_ & -width) + width) << _BIN_SHIFT)
             sums.append(_sum(_floor(table.slice(start, end - start), width)))
             start = end
-        self._old, self._recent = pa.concat_tables(sums), self._schema.empty_table()
+        self._old, self._recent = pa.concat_tables(sums), _make_table([], self._schema)
         self._old_bins = _count_bins(self._old)
         self._bound = _MOST_KEY
 
@@ -145,21 +147,25 @@ def _find(table: pa.Table, key: int) -> int:
 
 
 def _count_bins(table: pa.Table) -> int:
-    return int(_scalar(pc.count_distinct(pc.shift_right(table["key"], _BIN_SHIFT))))
+    return int(_scalar(pc.count_distinct(pc.shift_right(table["key"], _int(_BIN_SHIFT)))))
 
 
 def _floor(table: pa.Table, width: int) -> pa.Table:
     """Move rows to the bins of a width that is a power of two."""
     mask = ~((width - 1) << _BIN_SHIFT)
-    return table.set_column(0, "key", pc.bit_wise_and(table["key"], mask))
+    return table.set_column(0, "key", pc.bit_wise_and(table["key"], _int(mask)))
 
 
 def _sum(table: pa.Table) -> pa.Table:
-    sums = table.column_names[1:]
-    grouped = table.group_by("key", use_threads=False).aggregate([(n, "sum") for n in sums])
-    names = ["key", *(f"{name}_sum" for name in sums)]
-    grouped = grouped.select(names).rename_columns(table.column_names)
-    return grouped.take(pc.sort_indices(grouped, [("key", "ascending")]))
+    """Return the rows sorted by key, each key once; ``group_by`` of Arrow imports pandas."""
+    if not table.num_rows:
+        return table
+    table = table.take(pc.sort_indices(table, [("key", "ascending")]))
+    numbers = [read_numbers(_combine(column)) for column in table.columns]
+    starts = np.flatnonzero(np.diff(numbers[0], prepend=-1))
+    sums = [numbers[0][starts], *(np.add.reduceat(one, starts) for one in numbers[1:])]
+    columns = [write_numbers(one, part.type) for one, part in zip(sums, table.schema, strict=True)]
+    return pa.table(columns, schema=table.schema)
 
 
 class Timeline:
@@ -198,9 +204,11 @@ class Timeline:
         self.width_ms = _read_width(self._path, table)
         names = _combine(table["endpoint"].unify_dictionaries())
         ids = [self._endpoint_id(name) for name in names.dictionary.to_pylist()]
-        endpoints = pc.shift_left(pa.array(ids, pa.int64()), _CLASS_BITS).take(names.indices)
-        starts = pc.divide(_combine(table["start"].cast(pa.int64())), BASE_MS)
-        keys = pc.bit_wise_or(pc.shift_left(starts, _BIN_SHIFT), endpoints)
+        endpoints = pc.shift_left(make_column(ids, pa.int64()), _int(_CLASS_BITS)).take(
+            names.indices
+        )
+        starts = pc.divide(_combine(table["start"].cast(pa.int64())), _int(BASE_MS))
+        keys = pc.bit_wise_or(pc.shift_left(starts, _int(_BIN_SHIFT)), endpoints)
         numbers = [
             table["calls"],
             pc.multiply(table["in_flight"], seconds),
@@ -213,7 +221,8 @@ class Timeline:
         parents, names, counts = _unnest(table["failures"])
         found = names.dictionary_encode()
         classes = [self._class_id(name) for name in found.dictionary.to_pylist()]
-        keys = pc.bit_wise_or(keys.take(parents), pa.array(classes, pa.int64()).take(found.indices))
+        codes = make_column(classes, pa.int64()).take(found.indices)
+        keys = pc.bit_wise_or(keys.take(parents), codes)
         self._failures.restore(pa.table([keys, counts], schema=_FAILURES), width)
 
     def add(self, deltas: Iterable[TimelineDelta]) -> None:
@@ -247,10 +256,11 @@ class Timeline:
         Raises:
             JournalError: It cannot be written; the old file is untouched.
         """
-        rows, seconds = self._rows.table().combine_chunks(), self.width_ms / 1000
-        keys, names = _combine(rows["key"]), pa.array(self._endpoints, pa.string())
-        starts = pc.multiply(pc.shift_right(keys, _BIN_SHIFT), BASE_MS)
-        ids = pc.bit_wise_and(pc.shift_right(keys, _CLASS_BITS), _MOST_ENDPOINTS - 1)
+        rows = self._rows.table().combine_chunks()
+        seconds = make_scalar(self.width_ms / 1000, pa.float64())
+        keys, names = _combine(rows["key"]), make_column([*self._endpoints], pa.string())
+        starts = pc.multiply(pc.shift_right(keys, _int(_BIN_SHIFT)), _int(BASE_MS))
+        ids = pc.bit_wise_and(pc.shift_right(keys, _int(_CLASS_BITS)), _int(_MOST_ENDPOINTS - 1))
         columns = [
             starts.cast(SCHEMA.field("start").type),
             pa.repeat(seconds, rows.num_rows),
@@ -283,15 +293,15 @@ class Timeline:
             keys: The rows' keys, sorted.
         """
         failures = self._failures.table().combine_chunks()
-        owners = pc.bit_wise_and(_combine(failures["key"]), ~(_MOST_CLASSES - 1))
+        owners = pc.bit_wise_and(_combine(failures["key"]), _int(~(_MOST_CLASSES - 1)))
         counts: Any = pc.value_counts(owners).flatten()
-        lengths = pc.fill_null(counts[1].take(pc.index_in(keys, counts[0])), 0)
+        lengths = pc.fill_null(counts[1].take(pc.index_in(keys, counts[0])), _int(0))
         ends = _combine(pc.cumulative_sum(lengths)).cast(pa.int32())
-        classes = pc.bit_wise_and(_combine(failures["key"]), _MOST_CLASSES - 1)
+        classes = pc.bit_wise_and(_combine(failures["key"]), _int(_MOST_CLASSES - 1))
         maps: Any = pa.MapArray
         return maps.from_arrays(
-            pa.concat_arrays([pa.array([0], pa.int32()), ends]),
-            pa.array(self._classes, pa.string()).take(classes),
+            pa.concat_arrays([make_column([0], pa.int32()), ends]),
+            make_column([*self._classes], pa.string()).take(classes),
             _combine(failures["count"]),
         )
 
@@ -321,9 +331,9 @@ def _number(known: dict[str, int], name: str, most: int, others: str) -> int:
 
 
 def _make_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    if not rows:
-        return schema.empty_table()
-    return pa.table([*map(list, zip(*rows, strict=True))], schema=schema)
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    made = [make_column(one, part.type) for one, part in zip(columns, schema, strict=True)]
+    return pa.table(made, schema=schema)
 
 
 def _unnest(failures: Any) -> tuple[Any, Any, Any]:
@@ -332,6 +342,10 @@ def _unnest(failures: Any) -> tuple[Any, Any, Any]:
     # the functions for lists refuse maps, and some of them abort the process
     rows = pc.list_parent_indices(pa.ListArray.from_arrays(maps.offsets, maps.keys))
     return rows, maps.keys, maps.items
+
+
+def _int(value: int) -> Any:
+    return make_scalar(value, pa.int64())
 
 
 def _scalar(value: Any) -> Any:

@@ -20,6 +20,9 @@ from ..core.messages import MAX_MESSAGE_BYTES, ShardResult, ShardTask, own_versi
 from ..core.protocols import Backend
 from ..core.types import Json, Row
 
+_LOOK_S: Final = 0.01
+"""Seconds between two looks for a file."""
+
 GRAPH: Final = f"{__name__}:actor"
 """Value for ``task.graph``."""
 
@@ -28,20 +31,29 @@ async def run_scripted_item(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Do what the columns of an item ask for.
 
     ``answer`` returns the item's ``text``; ``fail`` raises; ``large`` returns ``bytes`` bytes;
-    ``die`` kills the process; ``hang`` blocks the event loop for ``seconds``. With ``once``, a file
-    path, ``die`` and ``hang`` happen at most once. ``answer`` sleeps for ``seconds`` first.
+    ``die`` kills the process; ``hang`` blocks the event loop for ``seconds``, or until the file
+    ``until`` exists. With ``once``, a file path, ``die`` and ``hang`` happen at most once.
+    ``answer`` sleeps for ``seconds`` first.
     """
     do = columns.get("do", "answer")
     if do in ("die", "hang") and _is_first_time(columns.get("once")):
         if do == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(columns["seconds"])  # noqa: ASYNC251 - the hang is intended
+        _hang(columns)
     elif do == "fail":
         raise ValueError(f"item {columns.get('text')!r} fails as scripted")
     elif do == "large":
         return {"output": "x" * columns["bytes"]}
     await asyncio.sleep(columns.get("seconds", 0) if do == "answer" else 0)
     return {"output": columns.get("text", "")}
+
+
+def _hang(columns: Mapping[str, Any]) -> None:
+    if (until := columns.get("until")) is None:
+        time.sleep(columns["seconds"])
+        return
+    while not Path(until).exists():
+        time.sleep(_LOOK_S)
 
 
 def _is_first_time(file: str | None) -> bool:

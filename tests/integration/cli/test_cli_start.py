@@ -71,6 +71,16 @@ def test_commands_import_only_what_they_need(shell: Shell) -> None:
     assert found == "[]"
 
 
+def test_runs_do_not_import_pandas(shell: Shell) -> None:
+    """Arrow imports it for many conversions; it takes 40 MB."""
+    commands = [["run", "c.yaml", "--out", "r", "--pilot", "2"], ["resume", "r"]]
+    said, found = run_commands(commands, {"pandas"}).rstrip().rsplit("\n", 1)
+    assert "top_k of score" in said
+    assert found == "[]"
+    tables = ("results.parquet", "endpoints.parquet", "timeline.arrow", "items.arrow")
+    assert all((shell.folder / "r" / name).exists() for name in tables)
+
+
 def test_nothing_is_collected_at_the_end() -> None:
     code = """if True:
         import atexit, gc

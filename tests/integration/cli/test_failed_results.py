@@ -103,6 +103,7 @@ def test_a_document_whose_parts_all_failed_is_named(shell: Shell, merge: str) ->
     lost = [row["id"].removesuffix("/p1") for row in parts if row["status"] == "failed"]
     assert 0 < len(lost) < len(rows)
     assert f"{len(lost)} documents have no part left, because parts failed: {lost[0]}" in said.err
+    assert [row["input_id"] + "/p1" for row in parts] == [row["id"] for row in parts]
     results = {row["id"]: row for row in read_lines(shell("results", "r").out)}
     assert results.keys() == {row["id"] for row in rows}
     for name, row in results.items():
@@ -110,6 +111,7 @@ def test_a_document_whose_parts_all_failed_is_named(shell: Shell, merge: str) ->
         assert row["parts"]["of"] == 1
         if merge == "concat":
             assert row["title"] == f"T{name[1:]}"
+        assert "input_id" not in row  # it would repeat the id
     listed = shell("failures", "r", "--stage", "documents", "--class", "RefusedAnswerError")
     assert listed.out.split() == lost
     assert f"its only part failed; {lost[0]}/p1" in shell("failures", "r").out

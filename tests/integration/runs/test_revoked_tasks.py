@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -22,21 +23,23 @@ from fanfold.backends.workers.testing import make_task
 from fanfold.graphs.remote.coordinator import Coordinator
 from fanfold.graphs.worker import work_shard
 from fanfold.nodes.shard.progress import Progress
+from fanfold.tests.support.command_server import DEADLINE_S
 from fanfold.tests.unit.graphs.coordinator_lab import template, until
 
 pytestmark = pytest.mark.integration
-ITEMS, STALLS_AT = 60, 20
+ITEMS, STALLS_AT, MORE = 60, 20, 15
+ONCE, WAKE = "once", "wake"
 
 
 async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
-    """Its event loop hangs for 6 s after 20 items of 0.1 s each; silence is 3 s here."""
+    """Its event loop hangs after 20 items, until the next worker has done some more."""
     ledger = Journal(tmp_path, "rehearsal", ITEMS)
     ledger.start_session("test", 1.0)
     pattern = make_task("x", [])
     run = dict(pattern.run) | {"token": "t"}
     terms = template(tmp_path, run=run, settings=pattern.settings)
     workers = ExecutorBackend(_two_workers, work_shard, 2, "two")
-    pool = BackendPool([workers], PoolPolicy(silence_s=3.0))
+    pool = BackendPool([workers], PoolPolicy(silence_s=600.0))  # loaded machines are silent, too
     lender = LeaseManager(None, terms.config, "none", pool.capacity)
     coordinator = Coordinator(pool, terms, ledger, Progress(total=ITEMS), lender)
 
@@ -47,7 +50,9 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
         return not ledger.is_finished(index)
 
     async with coordinator.open_pool():
-        answers = [one async for one in coordinator.run_shard(Shard(0, ITEMS), remaining)]
+        async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
+            tasks.create_task(_lose_and_wake(pool, ledger, tmp_path))
+            answers = [one async for one in coordinator.run_shard(Shard(0, ITEMS), remaining)]
         assert [task and task.attempt for task, _ in answers] == [1]
         await until(lambda: pool.in_flight == 0)  # the first copy has answered as well
         await coordinator.refresh()
@@ -59,6 +64,18 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
     assert twice < (ITEMS - STALLS_AT) / 2  # the one in flight, and what it began as it woke
 
 
+async def _lose_and_wake(pool: BackendPool, ledger: Journal, folder: Path) -> None:
+    """Count the worker that hangs as silent, and wake it once the next one has its items."""
+    try:
+        while not (folder / ONCE).exists():  # noqa: ASYNC110 - a process makes the file
+            await asyncio.sleep(0.01)
+        pool._members[0].mark_lost("no heartbeat")
+        while ledger.count_items().done <= STALLS_AT + MORE:  # noqa: ASYNC110 - as in until()
+            await asyncio.sleep(0.01)
+    finally:
+        (folder / WAKE).touch()
+
+
 def _two_workers() -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(2, mp_context=spawn, initializer=exit_with_parent)
@@ -67,7 +84,8 @@ def _two_workers() -> ProcessPoolExecutor:
 def _row(index: int, folder: Path) -> dict[str, Any]:
     if index != STALLS_AT:
         return {"text": str(index), "seconds": 0.1}
-    return {"text": "stalls", "do": "hang", "seconds": 6.0, "once": str(folder / "once")}
+    files = {"once": str(folder / ONCE), "until": str(folder / WAKE)}
+    return {"text": "stalls", "do": "hang", **files}
 
 
 def _written(folder: Path) -> Counter[int]:

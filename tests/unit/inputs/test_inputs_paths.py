@@ -97,12 +97,17 @@ def test_an_unreadable_file(
         load(InputConfig(path=str(path)))
 
 
-def test_a_missing_file(tmp_path: Path, put: Put, load: Load) -> None:
+def test_a_missing_file(
+    tmp_path: Path, put: Put, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put("molecules.csv", "x\n1\n")
+    with pytest.raises(InputError, match=r"molecule\.csv does not exist; did you mean 'molecul"):
+        load(InputConfig(path=str(tmp_path / "molecule.csv")))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(
         InputError, match=r"molecule\.csv does not exist \(looked for /.*\); did you mean 'molecul"
     ):
-        load(InputConfig(path=str(tmp_path / "molecule.csv")))
+        load(InputConfig(path="molecule.csv"))
     with pytest.raises(InputError, match=r"a\.csv does not exist"):
         load(InputConfig(path=str(tmp_path / "nowhere" / "a.csv")))
 
