@@ -29,11 +29,8 @@ from ..core.errors import (
     RunStoppedError,
 )
 from ..core.types import CHAT_URL, Usage
-from ..fleet.cache import RequestCache
 from ..fleet.endpoint import DeploymentState, EndpointSpec
 from ..fleet.failures import LOGPROBS_FIELD
-from ..fleet.fleet import Fleet, FleetClient
-from ..fleet.memory import FleetMemory
 from ..fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
@@ -45,7 +42,6 @@ from ..fleet.policy import (
     make_prefix_policies,
 )
 from ..simulated.process import launch, make_simulation_spec
-from ..storage.response_cache import ResponseCache
 from .gateway import describe_members
 from .probe import probe_models, select_model
 from .resolve import (
@@ -63,7 +59,11 @@ from .resolve import (
 from .sources import AdmitEndpoints, EndpointSource, FileSource, follow_source, locate_file
 
 if TYPE_CHECKING:
+    from ..fleet.cache import RequestCache
+    from ..fleet.fleet import Fleet, FleetClient
     from ..fleet.langchain import ChatFleet, LangChainClient
+    from ..fleet.memory import FleetMemory
+    from ..storage.response_cache import ResponseCache
 
 
 SESSION_HEADER: Final = "X-ALCF-Session-ID"
@@ -251,6 +251,10 @@ async def open_cache(
     if is_off and (config.input.split is None or own_folder is None):
         yield None
         return
+    # `check` and `endpoints`, which should start fast, open no fleet
+    from ..fleet.cache import RequestCache  # noqa: PLC0415
+    from ..storage.response_cache import ResponseCache  # noqa: PLC0415
+
     async with AsyncExitStack() as stack:
         shared = not is_off and config.cache != "run"
         contested = shared or (own_folder is not None and config.backend.is_remote)
@@ -677,6 +681,8 @@ async def open_fleet(  # noqa: PLR0913, PLR0917 - each is given by one kind of c
         prefix: Characters that are equal at the beginning of a group of prompts, or None.
         memory: What earlier fleets of this process have learned, or None.
     """
+    from ..fleet.fleet import Fleet  # noqa: PLC0415 - as in `open_cache`
+
     endpoint_set = ready.endpoint_set
     _log_choice(ready)
     for line in ready.absent[:_WARNED]:
@@ -745,4 +751,6 @@ def make_chat_client(
         from ..fleet.langchain import LangChainClient  # noqa: PLC0415 - as above
 
         return LangChainClient(make_chat_fleet(fleet, params))
+    from ..fleet.fleet import FleetClient  # noqa: PLC0415 - as in `open_cache`
+
     return FleetClient(fleet, params)

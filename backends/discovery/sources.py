@@ -15,7 +15,7 @@ from ipaddress import IPv6Address
 from math import isfinite
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import orjson
 
@@ -34,10 +34,12 @@ from ..fleet.endpoint import (
     normalize_base_url,
     redact_url,
 )
-from ..fleet.fleet import Fleet
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
 from .probe import probe_models
+
+if TYPE_CHECKING:
+    from ..fleet.fleet import Fleet
 
 _LOG: Final = logging.getLogger(__name__)
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")

@@ -51,7 +51,6 @@ from ...backends.discovery.probe import Deployment, ProbeResult, select_model, s
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.fleet.endpoint import EndpointSpec, describe_spellings
 from ...backends.fleet.policy import FleetPolicy, ModelParams
-from ...backends.fleet.request import max_usage
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import needed_columns
 from ...backends.inputs.images import open_images
@@ -193,6 +192,8 @@ def _find_limits(config: RunConfig, store: ItemStore) -> tuple[int, int]:
     """Return the limit of an answer, and the number of requests without one."""
     if not config.input.is_batch:
         return config.model.max_tokens, 0
+    from ...backends.fleet.request import max_usage  # noqa: PLC0415 - for batches only
+
     total = limited = unlimited = 0
     for lo in range(0, len(store), _SLICE):
         for item in store.read(lo, min(len(store), lo + _SLICE)):
