@@ -89,7 +89,7 @@ def submit_job(
 
     Args:
         config: A preset, a YAML file, or an existing run folder to resume.
-        out: The run folder of a new run.
+        out: The run folder; if it has a run already, the settings must fit it.
         overrides: Settings changed by options.
         options: Options of the jobs.
         dry: Print the script; write and submit nothing.
@@ -97,9 +97,8 @@ def submit_job(
     folder = _find_run_folder(config, out)
     path = (folder.path if folder else out or default_run_folder(Path(config).stem)).resolve()
     site = load_site(options.site)
-    loaded, notices = _resolve_settings(
-        str(folder.settings) if folder else config, path, overrides, options, site
-    )
+    source = str(folder.settings) if folder and Path(config).is_dir() else config
+    loaded, notices = _resolve_settings(source, path, overrides, options, site)
     plan = _make_job_plan(loaded, path, options, site)
     plan.check()
     _check_bounds(plan, options, loaded)
