@@ -216,6 +216,7 @@ class Tournament:
         self._random = random.Random(seed)
         self._max_rounds = max_rounds
         self._wins = _Wins()
+        self._latest: tuple[tuple[tuple[int, ...], int], _Graph] | None = None
         self._calls = self._failed = self._rounds = 0
 
     async def run(self) -> Standing:
@@ -239,6 +240,13 @@ class Tournament:
             if len(set(order)) != len(order) or not members.issuperset(order):
                 raise ValueError("a judge's order has items twice or items of another group")
             self._wins.add(order)
+
+    def _make_graph(self, items: Sequence[int]) -> _Graph:
+        """Return the graph of some items; the latest one is kept for the next question about it."""
+        key = tuple(items), self._wins.pairs
+        if self._latest is None or self._latest[0] != key:
+            self._latest = key, _Graph(items, self._wins)
+        return self._latest[1]
 
     def _split(self, items: Sequence[int], size: int) -> list[list[int]]:
         """Return groups of nearly equal size, at most ``size`` each."""
@@ -281,7 +289,7 @@ class Tournament:
     async def _settle(self, items: Sequence[int], k: int) -> bool:
         """Compare until the order of the best k follows; return False if it does not."""
         while self._rounds < self._max_rounds:
-            graph = _Graph(items, self._wins)
+            graph = self._make_graph(items)
             groups = self._group_unknown(graph, k)
             if not groups:
                 return True
@@ -332,14 +340,14 @@ class Tournament:
 
     def _order(self, items: Sequence[int]) -> list[int]:
         """Return the items, best first; tied ones by their share of wins, then by number."""
-        graph, shares = _Graph(items, self._wins), self._wins.shares(items)
+        graph, shares = self._make_graph(items), self._wins.shares(items)
         places = sorted(
             range(len(items)), key=lambda n: (graph.better(n), -shares[items[n]], items[n])
         )
         return [items[n] for n in places]
 
     def _state(self, items: Sequence[int], *, settled: bool) -> Standing:
-        graph = _Graph(items, self._wins)
+        graph = self._make_graph(items)
         places = {item: place for place, item in enumerate(items)}
         best = []
         for item in self._order(items)[: self._k]:
