@@ -154,11 +154,11 @@ def to_json_text(value: Any) -> str:
 def name_values(values: Iterable[Json]) -> list[str]:
     """Return a name for each of some different values: a text itself, else JSON.
 
-    A text that is the name of another value is quoted: ``"1"`` beside the number 1. The names do
-    not depend on the order of the values.
+    A text that is empty or the name of another value is quoted: ``"1"`` beside the number 1. The
+    names do not depend on the order of the values.
     """
     listed = list(values)
-    taken = {to_json_text(value) for value in listed if not isinstance(value, str)}
+    taken = {"", *(to_json_text(value) for value in listed if not isinstance(value, str))}
     quoted = dict[str, str]()
     for text in sorted(one for one in listed if isinstance(one, str)):
         name = text

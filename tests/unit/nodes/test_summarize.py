@@ -126,7 +126,7 @@ async def test_values_of_different_types_are_different_groups() -> None:
     found = {one.id: one.output["statements"][0]["sources"] for one in results}
     names = [
         *("null", '"null"', "1", '"\\"1\\""', "1.5", '"1.5"', "true", '"true"', "a", '"1"'),
-        *("[1]", '"[1]"', ""),
+        *("[1]", '"[1]"', '""'),
     ]
     assert list(found) == names
     assert list(found.values()) == [[f"i{n}", f"i{n + len(values)}"] for n in range(len(values))]
