@@ -1,7 +1,5 @@
 """Section ``reduce``: settings of the aggregators, and their check against the answer schema."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args

@@ -1,9 +1,7 @@
 """Sections backend and node, and what follows from the kind of backend."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
@@ -241,7 +239,7 @@ class BackendConfig(Section):
         return self.kind != "globus_compute"
 
     @model_validator(mode="after")
-    def _of_its_kind(self) -> BackendConfig:
+    def _of_its_kind(self) -> Self:
         defaults = type(self).model_fields
         for name in sorted(self.model_fields_set - _COMMON_KEYS - _KIND_KEYS[self.kind]):
             if getattr(self, name) != defaults[name].get_default(
@@ -349,7 +347,7 @@ class AcceleratorsConfig(Section):
     ) = None
 
     @model_validator(mode="after")
-    def _one_way(self) -> AcceleratorsConfig:
+    def _one_way(self) -> Self:
         if self.ids is not None and self.count is not None and len(self.ids) != self.count:
             msg = (
                 f"count is {self.count}, but ids has {len(self.ids)} entries; leave one of them out"
@@ -401,7 +399,7 @@ class NodeConfig(Section):
     linger_s: Duration = 60.0
 
     @model_validator(mode="after")
-    def _instances_fit(self) -> NodeConfig:
+    def _instances_fit(self) -> Self:
         if self.ports + self.instances - 1 > _MOST_PORT:
             msg = f"{self.instances} ports from {self.ports} go beyond {_MOST_PORT}"
             raise ValueError(msg)

@@ -1,7 +1,5 @@
 """Section ``budget``: limits on what a run may spend."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Descriptions of settings for forms, and readable messages for pydantic's errors."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -1,10 +1,8 @@
 """Section ``endpoints``: settings of every kind of endpoints."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
@@ -136,7 +134,7 @@ class FirstConfig(Section):
     start_wait_s: Duration = 7200.0
 
     @model_validator(mode="after")
-    def _one_token(self) -> FirstConfig:
+    def _one_token(self) -> Self:
         if self.token is not None and self.token_command is not None:
             msg = "give token (as ${VAR}) or token_command, not both"
             raise ValueError(msg)
@@ -209,7 +207,7 @@ class EndpointsConfig(Section):
         return self.least > 1 or self.wait_s > 0
 
     @model_validator(mode="after")
-    def _one_kind(self) -> EndpointsConfig:
+    def _one_kind(self) -> Self:
         given = [k for k in ENDPOINT_KINDS if getattr(self, k) not in (None, False)]
         if len(given) != 1:
             found = " and ".join(given) or "none"

@@ -1,7 +1,5 @@
 """Section ``evaluate``: settings of the comparison of answers with known ones, and their check."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias

@@ -1,10 +1,8 @@
 """RunConfig and its sections, including budget and price."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,7 +40,7 @@ class PriceConfig(Section):
     node_hour: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> PriceConfig:
+    def _whole(self) -> Self:
         if (self.prompt is None) != (self.completion is None):
             msg = "give the prices of both prompt and completion, in dollars per million tokens"
             raise ValueError(msg)
@@ -112,7 +110,7 @@ class SplitConfig(Section):
     merge: Literal["concat", "vote", "summarize"] | None = None
 
     @model_validator(mode="after")
-    def _parts_advance(self) -> SplitConfig:
+    def _parts_advance(self) -> Self:
         if 2 * self.overlap >= self.tokens:
             msg = (
                 f"overlap ({self.overlap:,}) must be less than half of tokens ({self.tokens:,}), "
@@ -163,14 +161,14 @@ class InputConfig(Section):
     split: SplitConfig | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> InputConfig:
+    def _one_source(self) -> Self:
         if self.path is not None and self.dataset is not None:
             msg = "give either path or dataset, not both"
             raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
-    def _batch_names_its_items(self) -> InputConfig:
+    def _batch_names_its_items(self) -> Self:
         if self.is_batch and (self.id, self.smiles, self.dataset) != (None, None, None):
             msg = "format openai_batch: custom_id names the items; leave out id, smiles and dataset"
             raise ValueError(msg)
@@ -215,7 +213,7 @@ class BatchConfig(Section):
         return [name.lower() for name in names]
 
     @model_validator(mode="after")
-    def _two_files(self) -> BatchConfig:
+    def _two_files(self) -> Self:
         if self.errors is not None and self.output is None:
             raise ValueError("errors needs output beside it")
         if self.errors is not None and self.errors == self.output:
@@ -315,7 +313,7 @@ class TaskConfig(Section):
         return {"columns": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _asks_in_one_way(self) -> TaskConfig:
+    def _asks_in_one_way(self) -> Self:
         if self.messages is None and not self.prompt:
             msg = "prompt is missing; write what to ask, with columns in braces, or messages"
             raise ValueError(msg)
@@ -445,7 +443,7 @@ class LimitsConfig(Section):
     margin_s: Duration = 30.0
 
     @model_validator(mode="after")
-    def _time_is_left(self) -> LimitsConfig:
+    def _time_is_left(self) -> Self:
         kept = self.drain_s + self.margin_s
         if self.walltime_s is not None and self.walltime_s <= kept:
             msg = f"walltime_s leaves no time: drain_s and margin_s take {kept:g} s of it"
@@ -613,7 +611,7 @@ class RunConfig(Section):
         return data
 
     @model_validator(mode="after")
-    def _stages_follow_each_other(self) -> RunConfig:
+    def _stages_follow_each_other(self) -> Self:
         if self.stages is None:
             return self
         check_stages(self.stages)
@@ -630,7 +628,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _parts_are_merged_after_a_map(self) -> RunConfig:
+    def _parts_are_merged_after_a_map(self) -> Self:
         if self.input.split is not None and self.input.split.merge is not None:
             msg = (
                 "input.split.merge puts the answers about parts together, but the first stage asks "
@@ -640,7 +638,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _batch_is_sent_as_it_is(self) -> RunConfig:
+    def _batch_is_sent_as_it_is(self) -> Self:
         if not self.input.is_batch:
             if self.batch != BatchConfig():
                 raise ValueError("the section batch requires input.format: openai_batch")
@@ -669,7 +667,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _samples_have_seeds(self) -> RunConfig:
+    def _samples_have_seeds(self) -> Self:
         seed, samples = self.model.seed, self.task.samples
         if seed is not None and seed + samples > MOST_SEED:
             msg = (
@@ -680,7 +678,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _reuses_what_is_repeatable(self) -> RunConfig:
+    def _reuses_what_is_repeatable(self) -> Self:
         temperature = self.model.temperature
         if self.cache != "off" and temperature != 0 and not self.cache_sampled:
             shown = "null" if temperature is None else f"{temperature:g}"
@@ -693,7 +691,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _batch_has_a_service(self) -> RunConfig:
+    def _batch_has_a_service(self) -> Self:
         if not self.backend.is_batch:
             return self
         if self.endpoints.first is None:
@@ -723,7 +721,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _gateway_accepts_the_fields(self) -> RunConfig:
+    def _gateway_accepts_the_fields(self) -> Self:
         problem = explain_refused_fields(self.model.extra_body)
         if self.endpoints.first is not None and problem is not None:
             msg = f"model.extra_body: {problem}"
@@ -731,7 +729,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _engine_is_here(self) -> RunConfig:
+    def _engine_is_here(self) -> Self:
         if self.shard.items == 1 and self.backend.is_remote:
             msg = (
                 "shard.items: 1 runs each item by LangGraph's engine in this process, but this "

@@ -1,8 +1,6 @@
 """Operators: entries of ``reduce`` that ask the model, and ``cascade``, in stages."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, ClassVar, Final, Literal, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -92,7 +90,7 @@ class SmallModelConfig(Section):
     endpoints: dict[str, Any] | Literal["auto"] | None = None
 
     @model_validator(mode="after")
-    def _is_another_model(self) -> SmallModelConfig:
+    def _is_another_model(self) -> Self:
         if not self.model.get("name") and self.endpoints is None:
             raise ValueError("give model.name, or the endpoints that serve the small model")
         return self

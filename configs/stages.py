@@ -1,10 +1,8 @@
 """Section ``stages``: the steps of a pipeline, and the settings of each as a run."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -95,7 +93,7 @@ class StageConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _has_work(self) -> StageConfig:
+    def _has_work(self) -> Self:
         if self.map is None and not isinstance(self.reduce, OperatorConfig):
             msg = f"stage {self.name!r} has nothing to do; give map: a task, or reduce: {{op: …}}"
             raise ValueError(msg)
