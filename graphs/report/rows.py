@@ -18,7 +18,7 @@ from ...backends.storage.results import ResultLayout, iter_batches
 from ...backends.storage.results_schema import ResultRow
 from ..run.result_rows import ResultSource, list_asked_columns
 from .flags import FLAGS, MOST_ROWS, RowFacts
-from .texts import shorten, shorten_json, to_text
+from .texts import list_objects, shorten, shorten_json, to_text
 
 BLOCK_ROWS: Final = 1_000
 """Rows whose details are compressed together, and read together by the page."""
@@ -116,6 +116,8 @@ def _to_cell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, bytes):
         return f"({len(value):,} bytes)"
+    if isinstance(value, list) and value and all(isinstance(one, dict) and one for one in value):
+        return list_objects(value)
     return to_text(shorten_json(value) if isinstance(value, dict | list) else value)
 
 

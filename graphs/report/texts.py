@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, Final
@@ -20,6 +20,10 @@ NONE: Final = "\N{EN DASH}"
 _MOST_PARTS: Final = 200
 """Elements of a list or an object in the file."""
 _DEPTH: Final = 8
+_MOST_OBJECTS: Final = 5
+"""Objects of a list that a cell shows."""
+_MOST_LISTED: Final = 3
+"""Values of a list within an object that a cell shows."""
 _LONGEST_WORD: Final = 30
 """Characters of a word that a table keeps whole."""
 
@@ -69,6 +73,37 @@ def to_text(value: Any) -> str:
     if isinstance(value, str | date | time | timedelta | Decimal):
         return str(value)
     return orjson.dumps(value, default=str).decode()
+
+
+def list_objects(objects: Sequence[Mapping[str, Any]]) -> str:
+    """Return a list of objects as one line: the first text of each, then its other fields by name.
+
+    Args:
+        objects: The objects, such as statements with the ids of their sources.
+    """
+    shown = [_describe_object(one) for one in objects[:_MOST_OBJECTS]]
+    if (more := len(objects) - len(shown)) > 0:
+        shown.append(f"{more:,} more")
+    return " | ".join(shown)
+
+
+def _describe_object(found: Mapping[str, Any]) -> str:
+    title = next((name for name, one in found.items() if isinstance(one, str) and one), None)
+    fields = [
+        f"{shorten(name)}: {_list_values(one if isinstance(one, list) else [one])}"
+        for name, one in found.items()
+        if name != title and one is not None and one not in ("", [], {})
+    ]
+    if title is None:
+        return ", ".join(fields) or to_text(shorten_json(found))
+    text = shorten(found[title])
+    return f"{text} ({'; '.join(fields)})" if fields else text
+
+
+def _list_values(values: Sequence[Any]) -> str:
+    shown = [to_text(shorten_json(one)) for one in values[:_MOST_LISTED]]
+    more = len(values) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
 
 
 def parse_time(text: object) -> datetime | None:

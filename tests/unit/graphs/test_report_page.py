@@ -498,6 +498,23 @@ def test_numbers_of_a_file_without_types(values: list[Any], numbers: list[Any] |
     assert TableColumn("x", "answer", pa.string(), values).to_json()["kind"] != "number"
 
 
+def test_lists_of_objects_are_read_as_lists() -> None:
+    statements = [
+        {"text": "Water\x1b[2J boils", "ids": ["a", "b", "c", "d"], "note": None},
+        {"text": "<b>Ice</b> melts", "ids": ["e"], "at": {"page": 3}},
+        {"text": "", "ids": []},
+        *({"score": n} for n in range(7)),
+    ]
+    column = TableColumn("found", "output", pa.list_(pa.string()), [statements, [], [1]])
+    found = column.to_json()["values"]
+    assert found == [
+        "Water\\x1b[2J boils (ids: a, b, c and 1 more) | <b>Ice</b> melts (ids: e; at: "
+        '{"page":3}) | {"text":"","ids":[]} | score: 0 | score: 1 | 5 more',
+        "[]",
+        "[1]",
+    ]
+
+
 def test_texts_do_not_look_like_other_groups_and_values() -> None:
     counts = [{"value": 1, "count": 30}, {"value": "1", "count": 20}]
     groups = [{"group": 2, "size": 50, "counts": counts}, {"group": "2", "size": 0, "counts": []}]
