@@ -16,7 +16,7 @@ from ..run.console import describe_other_groups, name_aggregate_values
 from .charts import Charts
 from .molecules import SMILES_NAMES, DrawMolecule
 from .rows import TableColumn
-from .texts import NONE, shorten, shorten_json, to_text
+from .texts import NONE, shorten, to_cell, to_text
 
 _DRAWN: Final = 8
 """Molecules of a ranking that are drawn."""
@@ -333,7 +333,7 @@ def _format(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"  # noqa: PLR2004
-    return shorten(to_text(shorten_json(value)))
+    return shorten(to_cell(value))
 
 
 def _list_rows(entry: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:

@@ -18,7 +18,7 @@ from ...backends.storage.results import ResultLayout, iter_batches
 from ...backends.storage.results_schema import ResultRow
 from ..run.result_rows import ResultSource, list_asked_columns
 from .flags import FLAGS, MOST_ROWS, RowFacts
-from .texts import list_objects, shorten, shorten_json, to_text
+from .texts import shorten, shorten_json, to_cell, to_text
 
 BLOCK_ROWS: Final = 1_000
 """Rows whose details are compressed together, and read together by the page."""
@@ -88,7 +88,7 @@ class TableColumn:
                 for v in self.values
             ]
             return head | {"kind": "number", "values": numbers}
-        texts = [None if value is None else shorten(_to_cell(value)) for value in self.values]
+        texts = [None if value is None else shorten(to_cell(value)) for value in self.values]
         counts = Counter(text for text in texts if text is not None)
         if len(counts) <= min(_MOST_LEVELS, max(2, len(texts) // 3)):
             levels = {text: n for n, (text, _) in enumerate(counts.most_common())}
@@ -109,16 +109,6 @@ def _parse_numbers(values: Sequence[Any]) -> list[float | None] | None:
         else:
             return None
     return found if any(value is not None for value in found) else None
-
-
-def _to_cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, bytes):
-        return f"({len(value):,} bytes)"
-    if isinstance(value, list) and value and all(isinstance(one, dict) and one for one in value):
-        return list_objects(value)
-    return to_text(shorten_json(value) if isinstance(value, dict | list) else value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,17 @@ def to_text(value: Any) -> str:
     return orjson.dumps(value, default=str).decode()
 
 
+def to_cell(value: Any) -> str:
+    """Return a value as one line of a table."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, bytes):
+        return f"({len(value):,} bytes)"
+    if isinstance(value, list) and value and all(isinstance(one, dict) and one for one in value):
+        return list_objects(value)
+    return to_text(shorten_json(value) if isinstance(value, dict | list) else value)
+
+
 def list_objects(objects: Sequence[Mapping[str, Any]]) -> str:
     """Return a list of objects as one line: the first text of each, then its other fields by name.
 
