@@ -99,7 +99,7 @@ def test_failed_questions_of_an_operator_are_on_its_page_and_on_that_of_the_pipe
     assert shell("report", "run").code == 0
     root = shell.folder / "run"
     whole, stage = ((path / "report.html").read_text() for path in (root, root / "stages" / "sum"))
-    assert '<div class="bad"><dt>Failed</dt><dd>2</dd></div>' in whole
+    assert '<div class="bad"><dt>Failed</dt><dd>3</dd></div>' in whole  # with the summary itself
     assert '<div class="bad"><dt>Failed questions</dt><dd>2</dd></div>' in stage
     assert "2 questions of the operator, which failed: fanfold failures" in stage
 
