@@ -102,7 +102,11 @@ READERS_NEED_NOT = {  # what the commands that read a run folder must not import
 ENDPOINTS_NEED_NOT = {  # what a command that only asks endpoints must not import
     "fanfold.backends.batch",
     "fanfold.backends.discovery.auto",
+    "fanfold.backends.fleet.cache",
+    "fanfold.backends.fleet.fleet",
     "fanfold.backends.servers.client",
+    "fanfold.backends.storage.journal",
+    "fanfold.backends.storage.response_cache",
     "fanfold.backends.workers",
     "fanfold.graphs.run.pipeline",
     "fanfold.graphs.run.prepare",

@@ -541,14 +541,15 @@ YOUNG_OBJECTS: Final = 10_000
 
 
 _SHORT_COMMAND_OBJECTS: Final = 200_000
-"""The same for commands that end within a second: about what their modules consist of."""
+"""The same for commands that mostly end within a second: about what their modules consist of."""
 
 
 def _expect_short_command() -> None:
     """Avoid work that pays off in long commands only; call it before their modules are imported.
 
     NumPy, which Arrow imports, starts a thread on each core for algebra that these commands do not
-    need. It takes longer than the import itself, and login nodes limit the number of threads.
+    need. On two cores that nearly doubles the CPU time of the import, and login nodes limit the
+    number of threads.
     """
     gc.set_threshold(_SHORT_COMMAND_OBJECTS)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
